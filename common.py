@@ -1,0 +1,732 @@
+"""What the five scripts share: loading models, and sampling from them. No algorithm lives here.
+
+Read an algorithm's script first; come here to see how a model is prepared or how a completion is drawn. In order:
+processes and seeds, text to ids, models, memory, optimizer, a run's folder and checkpoint; then `sample`.
+
+Shapes: B rows, P prompt columns, C completion columns, V vocabulary. Prompts are padded on the left, so that every
+completion starts in the same column; completions are padded on the right.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DynamicCache,
+)
+from transformers.cache_utils import DynamicLayer
+from transformers.utils import logging as transformers_logging
+
+# -- Processes, device, precision, seeds -----------------------------------------------------------------------------
+
+
+def fail(message):
+    """A mistake of the user's: one sentence on stderr, exit status 2. Called before anything is loaded or written."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process runs: its rank among `size` processes, its device, and the dtype that computes."""
+
+    rank: int
+    size: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def start(device="auto", dtype="auto", seed=0):
+    """Joins the other processes (torchrun sets RANK and WORLD_SIZE) and picks device and precision.
+
+    On the CPU everything is float32. On a GPU the weights that compute are bfloat16, and the weights that learn are
+    float32: a bfloat16 weight of 1.0 cannot even move by the 1e-6 that a step at learning rate 1e-6 makes.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        fail(f"--device {device}: choose auto, cpu or cuda")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: torch finds no GPU here; use --device cpu, or install a torch built for CUDA")
+    dtypes = {"auto": torch.bfloat16 if device == "cuda" else torch.float32, "float32": torch.float32}
+    if device == "cuda":
+        dtypes["bfloat16"] = torch.bfloat16
+    if dtype not in dtypes:
+        fail(f"--dtype {dtype}: choose {' or '.join(dtypes)} on {device}")
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    where = torch.device("cpu")
+    if device == "cuda":
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(where)
+    if not dist.is_initialized() and (size > 1 or device == "cuda"):
+        # FSDP2 (see `shard`) wants a process group, even if it holds this process alone
+        lone = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", **lone)
+    torch.manual_seed(seed)
+    transformers_logging.disable_progress_bar()  # ours is the only one; theirs are many and short
+    return World(rank, size, where, dtypes[dtype])
+
+
+def fold(*numbers):
+    """One seed out of several numbers (seed, step, rank, ...). Every random choice of a run is drawn from such a seed
+    and never from a generator that lives on, so a resumed run has no generator's state to restore."""
+    digest = hashlib.sha256(repr(tuple(int(n) for n in numbers)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def all_sum(world, *numbers):
+    """The sums over all processes, as a list of floats, added in float64."""
+    total = torch.tensor([float(x) for x in numbers], dtype=torch.float64, device=world.device)
+    if world.size > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+# -- Tokenizer: pad, stop set, chat template -------------------------------------------------------------------------
+
+
+def load_tokenizer(path):
+    """A tokenizer that has a pad token: its own, or else EOS. Pad may equal EOS here: no mask of this project comes
+    from comparing ids with the pad id (masks that do hide the real EOS too, and the model never learns to stop)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        fail(f"{path}: no tokenizer could be loaded ({str(error).splitlines()[0]})")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            fail(f"{path}: its tokenizer has neither a pad nor an EOS token; set eos_token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def stop_ids(model, tokenizer):
+    """All ids that end a completion: the tokenizer's EOS and those of the generation config. A chat model often has
+    two (end of turn, end of text); knowing only one makes good answers look cut off."""
+    config = getattr(model, "generation_config", None)
+    listed = getattr(config, "eos_token_id", None)
+    listed = listed if isinstance(listed, (list, tuple)) else [listed]
+    return sorted({i for i in (*listed, tokenizer.eos_token_id) if i is not None})
+
+
+def encode(tokenizer, text):
+    """Raw text to ids, with whatever the tokenizer puts before a text (Gemma and Llama want their BOS), but not twice:
+    a text that starts with BOS already, as rendered templates do, gets no second one."""
+    doubled = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=not doubled).input_ids
+
+
+def encode_prompt(tokenizer, prompt, system="", chat=True):
+    """A prompt to ids. A list of chat messages goes through the chat template; a string becomes a user message (after
+    the system message, if there is one) when there is a template and `chat` is on, and is raw text otherwise."""
+    if isinstance(prompt, str):
+        if not (chat and tokenizer.chat_template):
+            return encode(tokenizer, f"{system}\n{prompt}" if system else prompt)
+        prompt = [{"role": "user", "content": prompt}]
+    if not tokenizer.chat_template:
+        fail("a prompt is a list of chat messages, but the tokenizer has no chat template; give it as text")
+    if system and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": system}, *prompt]
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    # the template has written every special token itself; letting the tokenizer add its own would double the BOS
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def encode_completion(tokenizer, text):
+    """A given answer (a demonstration, one side of a pair) to ids, ended by EOS: an answer without its end teaches the
+    model never to stop. Prompt and answer are tokenised apart and their ids joined, because the sampler joins ids
+    too: at the seam, tokenise(a) + tokenise(b) is not tokenise(a + b)."""
+    return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+
+
+# -- Models ----------------------------------------------------------------------------------------------------------
+
+
+def read_config(path, **changes):
+    """A model's config with every dropout at 0. Dropout makes two forwards of one text differ: the first ratio is
+    then not 1, and the KL to a reference of the same weights not 0 but in the thousands."""
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            fail(f"{path}: this folder has no config.json, so it holds no model")
+    elif Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
+        fail(f"{path}: no such model folder (and a model's name on a hub looks like owner/name)")
+    try:
+        config = AutoConfig.from_pretrained(path, **changes)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        fail(f"{path}: no model could be loaded ({str(error).splitlines()[0]})")
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(part, name, 0.0)
+    return config
+
+
+def load(auto, path, dtype, **changes):
+    """from_pretrained, the careful way: the dtype is always given (the default is the file's, and a policy left in
+    bfloat16 learns nothing at small rates), weights come from safetensors only, and no code from the hub is run."""
+    config = read_config(path, **changes)
+    try:
+        model = auto.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    except (OSError, ImportError) as error:
+        fail(f"{path}: no model could be loaded ({str(error).splitlines()[0]})")
+    # what `save_model` writes: the config as it came, with its dropout, so that others find what they know
+    model.config_to_save = AutoConfig.from_pretrained(path, **changes)
+    return model
+
+
+def shard(model, world):
+    """Hands the model to FSDP2, on a GPU always, on CPUs when there are several; a lone CPU process keeps it as it is.
+
+    FSDP2 keeps each weight as a float32 shard (the master that AdamW steps) and, for the time of a forward or
+    backward, makes the whole weight in `world.dtype`. So one mechanism serves one GPU and many, and policy, rollout
+    and reference all compute with the same bfloat16 numbers: KL and log-ratio start at exactly 0.
+    """
+    if world.device.type == "cpu" and world.size == 1:
+        return model
+    mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(param_dtype=world.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    blocks = set(model._no_split_modules or ())
+    units = [m for m in model.modules() if type(m).__name__ in blocks and m is not model] + [model]
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    for unit in units:
+        # FSDP2 averages gradients over the processes. Our losses are divided by counts over *all* processes already,
+        # so the gradient of the whole batch is the sum; an average would be too small by the factor world.size.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def load_policy(path, world, gradient_checkpointing=False):
+    """The model that learns: float32 masters, in training mode."""
+    model = load(AutoModelForCausalLM, path, torch.float32)
+    return prepare(model, world, gradient_checkpointing)
+
+
+def prepare(model, world, gradient_checkpointing=False):
+    """What every model that learns gets: a mode, checkpointing if asked for, and its device or shards."""
+    model.train()
+    if gradient_checkpointing:
+        # the same under two names: transformers 5.17 has only the older, 5.23 warns about it
+        newer = hasattr(model, "activation_checkpointing_enable")
+        name = "activation_checkpointing_enable" if newer else "gradient_checkpointing_enable"
+        getattr(model, name)({"use_reentrant": False})
+    return shard(model.to(world.device) if world.size == 1 else model, world)
+
+
+def load_reference(path, world):
+    """The frozen model that a KL penalty holds on to: weights in the computing dtype, no gradients."""
+    model = load(AutoModelForCausalLM, path, world.dtype).requires_grad_(False).eval()
+    return shard(model.to(world.device) if world.size == 1 else model, world)
+
+
+def load_scalar(path, world, tokenizer, head_std=None, gradient_checkpointing=False):
+    """A model with one number for a head: a critic or a reward model, of any family that transformers has a sequence
+    classifier for. `head_std` starts the head anew: 0 for a critic (its first guess is 0, not noise), 1/sqrt(d + 1)
+    for a reward model; None keeps the head that the folder has.
+
+    transformers scores the last id that is not `config.pad_token_id`; unset, it scores padding. It is set here.
+    """
+    try:
+        model = load(AutoModelForSequenceClassification, path, torch.float32, num_labels=1)
+    except ValueError:
+        kind = read_config(path).model_type
+        fail(f"{path}: transformers has no sequence classifier for the family {kind!r}; choose another")
+    if head_std is not None:
+        with torch.no_grad():
+            for p in scalar_head(model).parameters():
+                p.zero_() if p.ndim == 1 else p.normal_(0.0, head_std) if head_std > 0 else p.zero_()
+    for config in (model.config, model.config_to_save):
+        config.pad_token_id, config.problem_type = tokenizer.pad_token_id, "regression"
+        config.architectures = [type(model).__name__]
+    return prepare(model, world, gradient_checkpointing)
+
+
+def scalar_head(model):
+    """The head of a sequence classifier (most families call it `score`): the one child beside the trunk with weights.
+    Called on all positions by the model's forward, so a hook on it sees a value for every token."""
+    heads = [m for name, m in model.named_children() if name != model.base_model_prefix and list(m.parameters())]
+    return heads[-1]
+
+
+def whole(value):
+    """A tensor with all its shards, on the CPU, however it was distributed; what is not a tensor comes back as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+
+
+def save_model(model, tokenizer, folder, world):
+    """Writes an ordinary Hugging Face folder: what transformers, vLLM and llama.cpp's converter read. The weights are
+    written in the dtype that computed, so they give the scores that were measured."""
+    state = {}
+    for name, value in model.state_dict().items():
+        value = whole(value)  # every process takes part; only the first keeps the result
+        if world.rank == 0:
+            state[name] = value.to(world.dtype) if value.is_floating_point() else value
+    if world.rank == 0:
+        folder = Path(folder)
+        temporary = folder.with_name(folder.name + ".tmp")
+        model.save_pretrained(temporary, state_dict=state, safe_serialization=True)
+        config = copy.deepcopy(model.config_to_save)
+        config.dtype = world.dtype
+        config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        replace(temporary, folder)
+    if world.size > 1:
+        dist.barrier()
+
+
+# -- Memory: will it fit? --------------------------------------------------------------------------------------------
+
+
+def sizes(config):
+    """(parameters, layers, width, width inside the MLP, bytes of keys and values a token in float32) from a config.
+    The count is exact: the model is built without memory, on the meta device."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    width = text.hidden_size
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width
+    if getattr(text, "num_experts_per_tok", None):
+        inner = text.num_experts_per_tok * (getattr(text, "moe_intermediate_size", None) or inner)
+    heads = getattr(text, "num_attention_heads", 1)
+    head = getattr(text, "head_dim", None) or width // heads
+    cache = 8 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * head
+    return sum(p.numel() for p in model.parameters()), text.num_hidden_layers, width, inner, cache
+
+
+def memory_needed(
+    path, world, train_tokens, *, frozen=0, learning=1, sample_rows=0, sample_tokens=0, checkpointing=False
+):
+    """The bytes one process will hold at its peak, by what they are for, as a dict. An estimate: exact for weights,
+    gradients and optimizer, a rule of thumb for activations (measured within 25 % on a 135M Llama on CPU).
+
+    `train_tokens` go through one forward and backward; `learning` models have gradients and Adam's two moments (the
+    policy, a separate critic), `frozen` ones only weights (the reference, a reward model); `sample_rows` completions
+    of `sample_tokens` tokens, prompt included, are drawn at once.
+    """
+    config = read_config(path)
+    count, layers, width, inner, cache = sizes(config)
+    b = torch.finfo(world.dtype).bits // 8
+    # Kept for backward in each layer and token: about 14 vectors of the model's width (norms, q, k, v, attention and
+    # what it is made of, residuals) and 4 of the MLP's. With checkpointing, one vector a layer, and for the one layer
+    # that is computed again and gone back through, about four times what it would keep.
+    in_layer = (14 * width + 4 * inner) * b
+    kept = layers * width * b + 4 * in_layer if checkpointing else layers * in_layer
+    vocabulary = config.get_text_config().vocab_size
+    train = train_tokens * (kept + 2 * width * b) + 3 * 4 * min(train_tokens, 1024) * vocabulary
+    sample = sample_rows * (sample_tokens * cache * b / 4 + 3 * 4 * vocabulary) + (b < 4) * count * b
+    needed = {
+        "weights": (learning * 4 * count + frozen * b * count) / world.size,
+        "gradients": learning * 4 * count / world.size,
+        "optimizer": learning * 8 * count / world.size,
+        "training": train + (b < 4) * count * b / max(layers, 1),
+        "sampling": sample,
+        # what Python and the libraries take before anything is loaded counts on a CPU, where it is the same memory
+        "program": 0.4 * 2**30 if world.device.type == "cpu" else 0.5 * 2**30,
+    }
+    lasting = needed["weights"] + needed["optimizer"] + needed["program"]
+    # training and sampling take turns; the rest stays
+    return needed | {"peak": lasting + max(needed["training"] + needed["gradients"], needed["sampling"])}
+
+
+def memory_there(world):
+    """The bytes of this GPU, or of this machine."""
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_properties(world.device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_used(world):
+    """The peak so far, in bytes: of torch's allocator on a GPU, of the process on a CPU."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# -- Optimizer -------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(model, learning_rate):
+    """AdamW as RL for language models is usually run: short memories (0.9, 0.95), no weight decay. It steps float32
+    weights, each process its own shard; `fused` makes it one kernel."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True)
+
+
+def learning_rate_at(step, steps, peak, schedule="constant", warmup=0):
+    """The rate of step 1, 2, ..., steps: a linear rise over `warmup` steps, then constant, or down to 0 after the last
+    step in a line or half a cosine. A function of the step alone, so there is no scheduler to save."""
+    if step <= warmup:
+        return peak * step / (warmup + 1)
+    done = (step - warmup - 1) / max(steps - warmup, 1)
+    return peak * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[schedule]
+
+
+def clip_gradients(model, max_norm):
+    """Scales the whole gradient to at most `max_norm`; returns the norm it had, over all shards. A norm that is not
+    finite is returned as it is and nothing is scaled: the caller must not step on it (Adam's moments never recover)."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if torch.isfinite(norm) and norm > max_norm:
+        for g in grads:
+            g.mul_(max_norm / norm)
+    return norm.item()
+
+
+# -- A run: its folder, its checkpoint, its end ----------------------------------------------------------------------
+
+MAY_DIFFER = ("steps", "eval_every", "save_every", "resume", "out")  # between a run and its resumption
+
+
+def open_run(args, script, world):
+    """The run's folder, made or found. A folder that holds a run is never overwritten: `--resume` goes on with it, and
+    only with the flags it was started with (a run that changes its batch size half-way is no longer one run)."""
+    flags, answer = dataclasses.asdict(args), [None]
+    if world.rank == 0:  # decides alone, before the others could see what it makes
+        out, number = Path(args.out or f"runs/{script}"), 1
+        if args.resume:
+            if not (args.out and (out / "args.json").is_file()):
+                fail(f"--resume: name the folder of a run by --out; {out} holds none")
+            before = json.loads((out / "args.json").read_text())
+            if before["script"] != script:
+                fail(f"--resume: {out} is a run of {before['script']}.py, not of {script}.py")
+            for name, value in flags.items():
+                if name not in MAY_DIFFER and before.get(name, value) != value:
+                    fail(f"--resume: --{name} is {value}, but the run in {out} was started with {before[name]}")
+        elif args.out and out.exists() and (out.is_file() or any(out.iterdir())):
+            fail(f"--out {out}: not an empty folder; add --resume to go on with the run in it, or choose another name")
+        while not args.out and out.exists():
+            number += 1
+            out = Path(f"runs/{script}-{number}")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write(out / "args.json", json.dumps({"script": script, **flags}, indent=1) + "\n")
+        except OSError as error:
+            fail(f"--out {out}: cannot write there ({error.strerror})")
+        answer = [str(out)]
+    if world.size > 1:
+        dist.broadcast_object_list(answer)
+    return Path(answer[0])
+
+
+def write(path, data):
+    """Writes a file whole or not at all: beside it first, to the disk, then renamed over it."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(data, file) if isinstance(data, dict) else file.write(data.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def replace(temporary, folder):
+    """Puts a finished folder in the place of an older one, which is gone only when the new one stands."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_checkpoint(out, world, step, models, optimizers, extra=None):
+    """Everything a run needs to go on, in one file, so that one rename makes it the checkpoint: weights and moments
+    in float32, whole, so that another number of processes can take them up. `extra` is a dict of plain values."""
+
+    def keep(value):
+        value = whole(value)  # every process takes part, in the same order; the first keeps the result
+        return value if world.rank == 0 else None
+
+    state = {"step": step, "extra": extra or {}, "world": world.size, "models": {}, "optimizers": {}}
+    for name, model in models.items():
+        # named_parameters, not state_dict: a head that is tied to the embedding is one weight, written once
+        state["models"][name] = {k: keep(v) for k, v in tensors(model)}
+        moments = optimizers[name].state_dict()["state"] if name in optimizers else {}
+        state["optimizers"][name] = {i: {k: keep(v) for k, v in s.items()} for i, s in moments.items()}
+    if world.rank == 0:
+        (out / "checkpoint").mkdir(exist_ok=True)
+        write(out / "checkpoint" / "state.pt", state)
+    if world.size > 1:
+        dist.barrier()
+
+
+def tensors(model):
+    """A model's weights by name, and those buffers that a checkpoint keeps."""
+    saved = set(model.state_dict().keys())
+    return [*model.named_parameters(), *((k, b) for k, b in model.named_buffers() if k in saved)]
+
+
+def read_checkpoint(out):
+    """The checkpoint of a run as a dict, its tensors left on the disk until they are copied, or None."""
+    path = Path(out) / "checkpoint" / "state.pt"
+    if not path.is_file():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        fail(f"{path}: this checkpoint cannot be read ({str(error).splitlines()[0]}); it may have been cut short")
+
+
+def load_checkpoint(state, models, optimizers):
+    """Puts a checkpoint's weights and moments into models and optimizers, each process its own shards."""
+
+    def like(value, p):
+        """As p is distributed: a moment has its weight's shape and takes its shards; Adam's count of steps is whole."""
+        if not isinstance(p, DTensor) or value.ndim == 0:
+            return value.to(p.device, copy=True)
+        return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+
+    for name, model in models.items():
+        saved = state["models"][name]
+        with torch.no_grad():
+            for k, p in tensors(model):
+                if k not in saved or saved[k].shape != p.shape:
+                    fail(f"--resume: the checkpoint is of another model ({k} is missing or has another shape)")
+                p.copy_(like(saved[k], p))
+        if name in optimizers:
+            weights = [p for group in optimizers[name].param_groups for p in group["params"]]
+            for i, moments in state["optimizers"][name].items():
+                optimizers[name].state[weights[i]] = {k: like(v, weights[i]) for k, v in moments.items()}
+
+
+def cut_log(path, step):
+    """Drops what a log (a JSON object a line, each with its `step`) says of steps after the checkpoint: the resumed run
+    will write them again, and a reader must not see them twice. A last line that a crash cut short goes too."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write(path, "".join(kept))
+
+
+def catch_signals():
+    """SIGTERM (a cluster takes its machine back) and SIGINT (Ctrl-C) only set a flag; the loop finishes its step,
+    saves, and stops. A second Ctrl-C stops at once. Returns the function that tells whether one has come."""
+    caught = []
+
+    def handler(number, frame):
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGINT, handler)
+    return lambda: bool(caught)
+
+
+# -- Sampling --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Samples:
+    """n completions of each prompt; row i * n + j is sample j of prompt i."""
+
+    prompt_ids: torch.Tensor  # [B, P] padded on the left
+    prompt_mask: torch.Tensor  # [B, P] true on the prompt
+    ids: torch.Tensor  # [B, C] padded on the right
+    mask: torch.Tensor  # [B, C] true on every token the policy chose, the stop token included
+    logprobs: torch.Tensor  # [B, C] of softmax(logits / temperature), as the sampler saw them; 0 off the mask
+    finished: torch.Tensor  # [B] false where the completion was cut at max_new_tokens and has no stop token
+    texts: list  # [B] the completions as text, stop and special tokens left out
+
+
+class RoomyLayer(DynamicLayer):
+    """One layer's keys and values, written into room made once. The stock layer makes a longer copy of its whole
+    cache at every token. Reading goes through views of the filled part, so the model sees no difference."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room = room  # columns: the longest prompt and all new tokens
+        self.filled = 0
+
+    def lazy_initialization(self, keys, values=None):
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.buffers = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (keys, values)]  # [B, heads, room, d]
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        begin, self.filled = self.filled, self.filled + keys.shape[2]
+        for buffer, new in zip(self.buffers, (keys, values)):
+            buffer[:, :, begin : self.filled] = new
+        return self.show()
+
+    def show(self):
+        self.keys, self.values = (buffer[:, :, : self.filled] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def get_seq_length(self):
+        return self.filled
+
+    def reorder_cache(self, rows):
+        for i, buffer in enumerate(self.buffers):
+            self.buffers[i] = buffer.new_empty(len(rows), *buffer.shape[1:])
+            torch.index_select(buffer[:, :, : self.filled], 0, rows, out=self.buffers[i][:, :, : self.filled])
+        self.show()
+
+
+def draw(logits, u, block=256):
+    """One token a row from softmax(logits) by inverse CDF, and its log-probability. logits [B, V]; u [B, 1] uniform
+    in [0, 1), float64.
+
+    The token is the first whose cumulative probability exceeds u. The sum is taken in two levels: over blocks of the
+    vocabulary, then inside the block that u falls into; both in float64, because a float32 cumulative sum over
+    150,000 tokens is wrong in its fourth digit. torch.multinomial draws one random number for every entry of the
+    vocabulary where this draws one a row.
+    """
+    logits = logits.float()
+    top = logits.amax(-1, keepdim=True)
+    p = F.pad((logits - top).exp(), (0, -logits.shape[1] % block)).view(len(logits), -1, block)  # [B, blocks, block]
+    mass = p.sum(-1).double()  # [B, blocks]
+    total = mass.cumsum(-1)
+    # strictly below the total, here and inside the block, so that no token of probability 0 is ever reached
+    target = u * (1 - 1e-12) * total[:, -1:]
+    which = torch.searchsorted(total, target, right=True)  # [B, 1] the block
+    share = (1 + (target - total.gather(1, which)) / mass.gather(1, which)).clamp_(0, 1 - 1e-12)
+    inside = p.gather(1, which[:, :, None].expand(-1, -1, block))[:, 0].double().cumsum(-1)  # [B, block]
+    token = which * block + torch.searchsorted(inside, share * inside[:, -1:], right=True)
+    return token[:, 0], (logits.gather(1, token) - top)[:, 0] - total[:, -1].log().float()
+
+
+def choose(logits, temperature, u):
+    """The next token of every row and its log-probability: drawn from softmax(logits / temperature) and nothing else,
+    or, at temperature 0, the likeliest with its log-probability at temperature 1."""
+    if temperature > 0:
+        return draw(logits.float() / temperature, u)
+    token = logits.argmax(-1, keepdim=True)
+    return token[:, 0], logits.float().log_softmax(-1).gather(1, token)[:, 0]
+
+
+@contextlib.contextmanager
+def whole_weights(model):
+    """While this lasts, a sharded model holds its whole weights, so that a forward gathers nothing. Without it, every
+    token drawn would send the whole model over the network."""
+    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(True, recurse=False)
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts, *, n=1, max_new_tokens, temperature=1.0, seed=None):
+    """n completions of every prompt (text that is rendered already, or a list of token ids) from any causal model.
+
+    Each token is drawn from softmax(logits / temperature): no top-k, top-p or repetition penalty, whatever the
+    model's generation config says. They would change the distribution the sample comes from, and the policy gradient,
+    the ratio and the KL would be those of another one. Equal seeds give equal samples.
+
+    Compared with `generate`: a prompt is computed once for its n samples, finished rows leave the batch, the cache is
+    not copied at every token, and a row needs one random number a token.
+    """
+    was_training = [m.training for m in model.modules()]
+    try:
+        # eval mode: no dropout, and no gradient checkpointing (which would silently drop the cache)
+        model.eval()
+        with whole_weights(model):
+            return rollout(model, tokenizer, prompts, n, max_new_tokens, temperature, seed)
+    finally:
+        for module, mode in zip(model.modules(), was_training):
+            module.training = mode
+
+
+def rollout(model, tokenizer, prompts, n, max_new_tokens, temperature, seed):
+    device = next(model.parameters()).device
+    prompts = [encode(tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
+    if [] in prompts:
+        raise ValueError(f"prompt {prompts.index([])} is empty: there is nothing to continue")
+    B, P = len(prompts) * n, max(map(len, prompts))
+    pad, stops = tokenizer.pad_token_id, torch.tensor(stop_ids(model, tokenizer), device=device)
+    prompt_ids = torch.tensor([[pad] * (P - len(p)) + p for p in prompts], device=device)
+    prompt_mask = torch.tensor([[False] * (P - len(p)) + [True] * len(p) for p in prompts], device=device)
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+
+    takes = inspect.signature(model.forward).parameters
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer(P + max_new_tokens) if type(c) is DynamicLayer else c for c in cache.layers]
+    recurrent = "cache_params" in takes  # Mamba: another name for the cache, and no mask while decoding
+
+    def forward(ids, mask, positions):
+        inputs = {"cache_params" if recurrent else "past_key_values": cache}
+        if "position_ids" in takes:
+            inputs["position_ids"] = positions
+        if "logits_to_keep" in takes:
+            inputs["logits_to_keep"] = 1
+        return model(input_ids=ids, attention_mask=mask, use_cache=True, **inputs).logits[:, -1]
+
+    # 1. Every prompt once. Positions count real tokens, so a prompt's are the same however far it is padded.
+    logits = forward(prompt_ids, prompt_mask.long(), (prompt_mask.cumsum(1) - 1).clamp_(min=0))
+
+    # 2. n copies of its cache. From here on a row is a completion.
+    prompt_ids, prompt_mask = prompt_ids.repeat_interleave(n, 0), prompt_mask.repeat_interleave(n, 0)
+    if n > 1:
+        cache.reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(n))
+        logits = logits.repeat_interleave(n, 0)
+    seen = F.pad(prompt_mask.long(), (0, max_new_tokens), value=1)  # [B, P + C] a token sees its prompt and its past
+    position = prompt_mask.sum(1, keepdim=True)  # of a row's next token
+
+    # 3. Token by token. `rows` are those still running, by their number in the whole batch.
+    ids = torch.full((B, max_new_tokens), pad, device=device)
+    logprobs = torch.zeros(B, max_new_tokens, device=device)
+    length = torch.full((B,), max_new_tokens, device=device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    rows, running = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
+    for t in range(max_new_tokens):
+        # one number for every row of the whole batch: what a row draws does not depend on which others have finished
+        u = torch.rand(B, 1, dtype=torch.float64, device=device, generator=generator)
+        token, logprob = choose(logits, temperature, u[rows])
+        ids[rows, t] = torch.where(running, token, pad)
+        logprobs[rows, t] = torch.where(running, logprob, 0.0)
+        ended = running & torch.isin(token, stops)
+        length[rows[ended]] = t + 1
+        finished[rows[ended]] = True
+        running &= ~ended
+        left = int(running.sum())
+        if left == 0 or t + 1 == max_new_tokens:
+            break
+        if left <= 0.9 * len(rows):  # a tenth has finished: worth a copy of the others' cache
+            kept = running.nonzero()[:, 0]
+            cache.reorder_cache(kept)
+            rows, token, position, seen, running = rows[kept], token[kept], position[kept], seen[kept], running[kept]
+        logits = forward(token[:, None], None if recurrent else seen[:, : P + t + 1], position + t)
+
+    # 4. Masks from lengths. Comparing ids with the pad id instead would lose the EOS where pad == EOS.
+    C = int(length.max())
+    mask = torch.arange(C, device=device) < length[:, None]
+    texts = [
+        tokenizer.decode(row[: end - done], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for row, end, done in zip(ids.tolist(), length.tolist(), finished.tolist())
+    ]
+    return Samples(prompt_ids, prompt_mask, ids[:, :C], mask, logprobs[:, :C], finished, texts)

@@ -1,0 +1,93 @@
+"""One process and two: the same gradient, the same weights, the same samples (field notes, test 3)."""
+
+import pytest
+import torch
+from conftest import family, make_tokenizer
+from processes import run
+
+import common
+from common import load_policy, make_optimizer, sample, start, whole
+
+BATCH = torch.randint(3, 48, (6, 10), generator=torch.Generator().manual_seed(0))
+LENGTHS = [10, 9, 10, 3, 2, 4]  # tokens that count: the first half of the rows has 29, the second 9
+
+
+def stand_in_loss(model, rows):
+    """Mean log-probability over the tokens of the WHOLE batch: each process divides by the global count."""
+    ids, total = BATCH[rows], sum(n - 1 for n in LENGTHS)
+    logprobs = model(input_ids=ids).logits.float().log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    mask = torch.arange(1, 10) < torch.tensor([LENGTHS[r] for r in rows])[:, None]
+    return -(logprobs * mask).sum() / total
+
+
+def one_step(folder, out, checkpointing):
+    world = start("cpu", seed=0)
+    model = load_policy(folder, world, gradient_checkpointing=checkpointing)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    rows = list(range(6))[world.rank * 6 // world.size : (world.rank + 1) * 6 // world.size]
+    # micro-batches of two unequal sizes, as a token budget makes them
+    for part in (rows[:1], rows[1:]):
+        stand_in_loss(model, part).backward()
+    grads = {k: whole(p.grad).clone() for k, p in model.named_parameters()}
+    norm = common.clip_gradients(model, 0.01)
+    optimizer = make_optimizer(model, 1e-2)
+    optimizer.step()
+    common.save_checkpoint(out, world, 1, {"policy": model}, {"policy": optimizer}, {"note": "x"})
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(out / "tokenizer")
+    common.save_model(model, tokenizer, out / "model", world)
+    s = sample(model, tokenizer, [[5, 6], [7, 8, 9, 10]], n=2, max_new_tokens=6, seed=3)
+    # after sampling the model is sharded again and trains on
+    optimizer.zero_grad()
+    stand_in_loss(model, rows).backward()
+    again = {k: whole(p.grad).clone() for k, p in model.named_parameters()}
+    if world.rank == 0:
+        torch.save(
+            {"grads": grads, "norm": norm, "ids": s.ids, "logprobs": s.logprobs, "again": again}, out / "result.pt"
+        )
+
+
+def close(a, b, tolerance=1e-6):
+    for k in a:
+        assert (a[k] - b[k]).norm() <= tolerance * max(b[k].norm(), 1e-3), k
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["qwen2"])  # tied head and biases
+def test_two_processes_and_one_have_the_same_gradient(name, checkpointing, tmp_path):
+    """FSDP2 averages over processes: a loss over global counts would come out halved (trl 3021 and many more)."""
+    family(name, tie_word_embeddings=True).save_pretrained(tmp_path / "start")
+    for size in (1, 2):
+        (tmp_path / str(size)).mkdir()
+    one_step(tmp_path / "start", tmp_path / "1", checkpointing)
+    run(one_step, 2, tmp_path / "start", tmp_path / "2", checkpointing)
+    one, two = (torch.load(tmp_path / n / "result.pt") for n in "12")
+    close(two["grads"], one["grads"])
+    assert abs(two["norm"] / one["norm"] - 1) < 1e-6
+    close(two["again"], one["again"], 1e-4)
+    assert torch.equal(two["ids"], one["ids"])
+    torch.testing.assert_close(two["logprobs"], one["logprobs"], atol=1e-5, rtol=0)
+
+
+def test_saved_on_two_processes_loaded_on_one(tmp_path):
+    """Weights and Adam's moments are saved whole, so another number of processes takes them up."""
+    from transformers import AutoModelForCausalLM
+
+    family("llama").save_pretrained(tmp_path / "start")
+    run(one_step, 2, tmp_path / "start", tmp_path, False)
+    world = start("cpu")
+    model = load_policy(tmp_path / "start", world)
+    optimizer = make_optimizer(model, 1.0)
+    state = common.read_checkpoint(tmp_path)
+    assert state["step"] == 1 and state["extra"] == {"note": "x"} and state["world"] == 2
+    common.load_checkpoint(state, {"policy": model}, {"policy": optimizer})
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert type(plain).__name__ == "LlamaForCausalLM" and plain.config.architectures == ["LlamaForCausalLM"]
+    for (k, a), (_, b) in zip(model.state_dict().items(), plain.state_dict().items()):
+        assert torch.equal(a, b), k
+    moments = state["optimizers"]["policy"]
+    for i, p in enumerate(model.parameters()):
+        assert moments[i]["exp_avg"].shape == p.shape and torch.equal(
+            optimizer.state[p]["exp_avg"], moments[i]["exp_avg"]
+        )
+        assert optimizer.state[p]["exp_avg_sq"].abs().sum() > 0 and optimizer.state[p]["step"].item() == 1

@@ -1,0 +1,254 @@
+"""Sampling: what is drawn comes from the model's own distribution, and its log-probabilities are those of a plain
+forward, for every family, however rows are padded, ended and dropped."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from conftest import FAMILIES, WORDS, family, make_tokenizer
+
+import common
+from common import draw, sample
+
+PROMPTS = [[7, 12, 3], [5, 9, 11, 30, 31, 14, 8, 40, 41, 17, 22], [6], [33, 21, 9, 4, 18, 27]]
+STOPS = [1, 5, 9, 20]
+
+
+def plain_logprobs(model, s, row, temperature):
+    """One row, without padding, mask, positions or cache: the plainest forward there is."""
+    prompt = s.prompt_ids[row][s.prompt_mask[row]]
+    completion = s.ids[row][s.mask[row]]
+    with torch.no_grad():
+        logits = model(torch.cat([prompt, completion])[None]).logits[0].float()
+    logprobs = (logits / temperature).log_softmax(-1)[len(prompt) - 1 : -1]
+    return logprobs.gather(1, completion[:, None])[:, 0]
+
+
+def stops_for(model, tokenizer):
+    """Two stop tokens (besides EOS) with which some rows end early and some are cut, whatever the family likes to say."""
+    ids = sample(model, tokenizer, PROMPTS, n=3, max_new_tokens=24, temperature=0.7, seed=1).ids.tolist()
+    for stops in itertools.combinations(range(3, WORDS), 2):
+        lengths = [min([t + 1 for t, i in enumerate(row) if i in (1, *stops)], default=24) for row in ids]
+        if min(lengths) < 12 and sum(n == 24 for n in lengths) > 1 and len(set(lengths)) > 3:
+            return [1, *stops]
+    raise AssertionError("no such pair")
+
+
+def worst(model, s, temperature):
+    return max((plain_logprobs(model, s, r, temperature) - s.logprobs[r][s.mask[r]]).abs().max().item() for r in range(len(s.ids)))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_logprobs_equal_those_of_a_plain_forward(name, pad_is_eos):
+    """Field notes: left padding wants explicit positions (OpenRLHF 217, trl 469); pad == EOS (trl 1623); several EOS
+    ids (trl 7039); a sliding window shorter than the text; temperature in the log-probability (trl 3029)."""
+    model, tokenizer = family(name), make_tokenizer(pad="<eos>" if pad_is_eos else "<pad>")
+    model.generation_config.eos_token_id = stops_for(model, tokenizer)
+    s = sample(model, tokenizer, PROMPTS, n=3, max_new_tokens=24, temperature=0.7, seed=1)
+    lengths = s.mask.sum(1)
+    assert lengths.min() < 12 and lengths.max() == 24, "the test wants rows that end early and rows that are cut"
+    assert worst(model, s, 0.7) < (1e-3 if name == "mamba" else 1e-4)
+
+
+def broken(model, **wrong):
+    """The model with one of its inputs changed behind the sampler's back."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def call(**inputs):
+        for key, change in wrong.items():
+            if inputs.get(key) is not None:
+                inputs[key] = change(inputs[key])
+        return forward(**inputs)
+
+    model.forward = call
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_wrong_mask_would_be_noticed(name):
+    if name == "mamba":
+        pytest.skip("a recurrent model reads no mask while decoding")
+    model = family(name)
+    broken(model, attention_mask=torch.ones_like)  # padding is attended to
+    s = sample(model, make_tokenizer(), PROMPTS, n=3, max_new_tokens=12, temperature=0.7, seed=1)
+    del model.forward
+    assert worst(model, s, 0.7) > 1e-2
+
+
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n not in ("mamba", "bloom")])  # those know no positions
+def test_a_wrong_position_would_be_noticed(name):
+    model = family(name)
+    broken(model, position_ids=lambda p: p + 1 if p.shape[1] == 1 else p)  # off by one from the second token on
+    s = sample(model, make_tokenizer(), PROMPTS, n=3, max_new_tokens=12, temperature=0.7, seed=1)
+    del model.forward
+    assert worst(model, s, 0.7) > 1e-2
+
+
+def test_draw_follows_softmax_by_a_chi_square_test():
+    """300 words, more than one block of 256, with very unequal probabilities."""
+    torch.manual_seed(0)
+    logits, n = torch.randn(300) * 2, 200_000
+    p = logits.double().softmax(-1)
+    tokens, logprobs = draw(logits.expand(n, -1), torch.rand(n, 1, dtype=torch.float64))
+    expected, seen = p * n, torch.bincount(tokens, minlength=300).double()
+    chi2 = ((seen - expected) ** 2 / expected).sum().item()
+    assert chi2 < 299 + 5 * (2 * 299) ** 0.5  # 5 sigma above its mean
+    torch.testing.assert_close(logprobs, p.log()[tokens].float(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("words", [3, 255, 256, 257, 1000])
+def test_draw_is_the_inverse_of_the_cumulative_sum(words):
+    """Against the textbook's one-level inverse CDF, at u = 0, just below 1, and on a grid between."""
+    torch.manual_seed(words)
+    logits = torch.randn(words) * 3
+    logits[0] = logits[-1] = -float("inf")  # neither end can be drawn
+    u = torch.cat([torch.tensor([0.0, 1 - 2**-53]).double(), torch.linspace(0.001, 0.999, 500, dtype=torch.float64)])
+    tokens, _ = draw(logits.expand(len(u), -1), u[:, None])
+    wanted = torch.searchsorted(logits.double().softmax(-1).cumsum(-1), u, right=True).clamp(1, words - 2)
+    assert (tokens != wanted).float().mean() < 0.01  # a float32 exp against a float64 one, at the very edges
+    assert (tokens - wanted).abs().max() <= 1
+
+
+def test_what_is_sampled_follows_the_model(tokenizer):
+    """The first two tokens of 20,000 completions against the exact distribution of pairs, by chi-square."""
+    model = family("llama", vocab_size=6)
+    n = 20_000
+    s = sample(model, tokenizer, [[3, 4]], n=n, max_new_tokens=2, temperature=1.3, seed=0)
+    with torch.no_grad():
+        first = (model(torch.tensor([[3, 4]])).logits[0, -1] / 1.3).softmax(-1)
+        after = (model(torch.tensor([[3, 4, a] for a in range(6)])).logits[:, -1] / 1.3).softmax(-1)
+    p = first[:, None] * after
+    p[1] = torch.tensor([first[1], 0, 0, 0, 0, 0])  # token 1 ends the completion
+    second = torch.where(s.mask[:, 1], s.ids[:, 1], 0)
+    seen = torch.bincount(s.ids[:, 0] * 6 + second, minlength=36).double()
+    expected = p.double().flatten() * n
+    used = expected > 5
+    chi2 = ((seen - expected) ** 2 / expected)[used].sum().item()
+    assert chi2 < used.sum() + 5 * (2 * used.sum()) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
+def test_greedy_equals_argmax_and_reports_temperature_1(name, tokenizer):
+    model = family(name)
+    s = sample(model, tokenizer, PROMPTS, max_new_tokens=10, temperature=0)
+    for row in range(len(PROMPTS)):
+        text = PROMPTS[row]
+        for token in s.ids[row][s.mask[row]].tolist():
+            with torch.no_grad():
+                assert model(torch.tensor([text])).logits[0, -1].argmax().item() == token
+            text = [*text, token]
+    assert worst(model, s, 1.0) < 1e-4
+
+
+def test_equal_seeds_give_equal_samples_and_others_do_not(tokenizer):
+    model = family("llama")
+    a, b, c = (sample(model, tokenizer, PROMPTS, n=2, max_new_tokens=8, seed=s) for s in (5, 5, 6))
+    assert torch.equal(a.ids, b.ids) and torch.equal(a.logprobs, b.logprobs)
+    assert a.ids.shape != c.ids.shape or not torch.equal(a.ids, c.ids)
+    torch.manual_seed(3)
+    d = sample(model, tokenizer, PROMPTS, n=2, max_new_tokens=8)
+    e = sample(model, tokenizer, PROMPTS, n=2, max_new_tokens=8)
+    assert d.ids.shape != e.ids.shape or not torch.equal(d.ids, e.ids), "without a seed two calls must differ"
+
+
+def test_what_a_row_draws_does_not_depend_on_which_rows_were_dropped(monkeypatch, tokenizer):
+    model = family("llama")
+    model.generation_config.eos_token_id = STOPS
+    a = sample(model, tokenizer, PROMPTS, n=8, max_new_tokens=16, seed=2)
+    monkeypatch.setattr(common.RoomyLayer, "reorder_cache", _spy := _Spy(common.RoomyLayer.reorder_cache))
+    b = sample(model, tokenizer, [p for p in PROMPTS for _ in range(8)], max_new_tokens=16, seed=2)  # no shared prompt
+    assert torch.equal(a.ids, b.ids) and (a.logprobs - b.logprobs).abs().max() < 1e-5
+    assert _spy.calls > 2, "rows were never dropped"
+
+
+class _Spy:
+    """Counts the calls of a method and passes them on."""
+
+    def __init__(self, method):
+        self.method, self.calls = method, 0
+
+    def __get__(self, obj, owner):
+        def call(*args):
+            self.calls += 1
+            return self.method(obj, *args)
+
+        return call
+
+
+def test_mask_covers_the_stop_token_and_nothing_after_it():
+    """With pad == EOS, comparing ids with pad would hide the very token that ends (trl 4970, 1623, 3091)."""
+    model, tokenizer = family("llama"), make_tokenizer(pad="<eos>")
+    model.generation_config.eos_token_id = STOPS
+    s = sample(model, tokenizer, PROMPTS, n=16, max_new_tokens=12, seed=0)
+    assert s.finished.any() and not s.finished.all()
+    for ids, mask, logprobs, finished, text in zip(s.ids, s.mask, s.logprobs, s.finished, s.texts):
+        length = int(mask.sum())
+        assert mask[:length].all() and not mask[length:].any(), "the mask is a prefix"
+        stops = torch.isin(ids[:length], torch.tensor(STOPS))
+        assert not stops[:-1].any() and stops[-1] == finished
+        assert finished or length == 12
+        assert (logprobs[:length] < 0).all() and (logprobs[length:] == 0).all()
+        words = ["<pad>", "<eos>", "<bos>", *(f"w{i}" for i in range(3, WORDS))]
+        assert text.split() == [words[i] for i in ids[: length - int(finished)].tolist() if i != 1]  # <eos> is special
+
+
+def test_rows_are_grouped_by_prompt(tokenizer):
+    s = sample(family("llama"), tokenizer, PROMPTS, n=3, max_new_tokens=2, seed=0)
+    for i, prompt in enumerate(PROMPTS):
+        for j in range(3):
+            assert s.prompt_ids[3 * i + j][s.prompt_mask[3 * i + j]].tolist() == prompt
+    assert (s.prompt_mask.long().diff(dim=1) >= 0).all(), "prompts are padded on the left"
+
+
+def test_text_prompts_are_tokenised_with_one_bos():
+    """Double BOS (trl 1400, 3328); missing BOS for plain strings (trl 3520)."""
+    tokenizer = make_tokenizer(bos="<bos>")
+    s = sample(family("llama"), tokenizer, ["w7 w8", "<bos> w7 w8"], max_new_tokens=1, seed=0)
+    assert s.prompt_ids.tolist() == [[2, 7, 8], [2, 7, 8]]
+
+
+def test_new_weights_are_used_at_once(tokenizer):
+    """A sampler that keeps anything of the old weights between calls is off-policy without knowing it."""
+    model = family("llama")
+    sample(model, tokenizer, PROMPTS, max_new_tokens=8, seed=0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    assert worst(model, sample(model, tokenizer, PROMPTS, max_new_tokens=8, seed=0), 1.0) < 1e-4
+
+
+def test_mode_checkpointing_and_generation_config_are_as_before(tokenizer):
+    """generate with checkpointing loses the cache (transformers 36051); here it is off while sampling, and on again."""
+    model = family("llama").train()
+    model = common.prepare(model, common.World(0, 1, torch.device("cpu"), torch.float32), gradient_checkpointing=True)
+    model.model.norm.eval()  # a part that somebody froze stays frozen
+    model.generation_config.update(do_sample=True, top_k=1, top_p=0.1, repetition_penalty=3.0, temperature=0.1)
+    config = model.generation_config.to_dict()
+    s = sample(model, tokenizer, PROMPTS, n=8, max_new_tokens=8, seed=0)
+    assert model.training and model.model.layers[0].training and not model.model.norm.training
+    assert model.model.layers[0].gradient_checkpointing and model.generation_config.to_dict() == config
+    assert not s.logprobs.requires_grad
+    assert worst(model.eval(), s, 1.0) < 1e-4
+    assert len({tuple(r) for r in s.ids[:8].tolist()}) > 4, "top_k=1 of the generation config must not act"
+
+
+def test_a_failure_inside_leaves_the_training_mode_alone(tokenizer):
+    model = family("llama").train()
+    model.forward = lambda **kw: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        sample(model, tokenizer, PROMPTS, max_new_tokens=2)
+    assert model.training
+
+
+def test_ids_outside_the_tokenizer_are_no_accident(tokenizer):
+    """Vocabularies are often padded beyond the tokenizer's (Qwen): such a token decodes to nothing."""
+    s = sample(family("llama", vocab_size=WORDS + 16), tokenizer, PROMPTS, n=16, max_new_tokens=8, seed=0)
+    assert (s.ids[s.mask] >= WORDS).any() and all(isinstance(t, str) for t in s.texts)
+
+
+def test_an_empty_prompt_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        sample(family("llama"), tokenizer, [[3], []], max_new_tokens=2)
