@@ -102,6 +102,15 @@ def all_sum(world, *numbers):
     return total.tolist()
 
 
+def all_gather(world, tensor):
+    """The tensors of all processes, of one shape, joined along the first dimension in the order of their ranks."""
+    if world.size == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world.size)]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
 # -- Tokenizer: pad, stop set, chat template -------------------------------------------------------------------------
 
 
@@ -214,6 +223,38 @@ def shard(model, world):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def hidden_states(model, ids, mask):
+    """What the head of a causal model would read, [B, T, width], by an ordinary forward in which the head is shown one
+    position instead of all: logits of every position, [B, T, V], are what runs out of memory first."""
+    caught = []
+
+    def catch(head, inputs):
+        caught.append(inputs[0])
+        return (inputs[0][:, -1:],)
+
+    inputs = {"position_ids": (mask.long().cumsum(1) - 1).clamp_(min=0)}
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        inputs = {}
+    hook = model.get_output_embeddings().register_forward_pre_hook(catch)
+    try:
+        model(input_ids=ids, attention_mask=mask.long(), use_cache=False, **inputs)
+    finally:
+        hook.remove()
+    return caught[0]
+
+
+def logits_of(model, hidden):
+    """The head on some positions, in float32, with what some families do after it (a test compares them all)."""
+    logits, config = model.get_output_embeddings()(hidden).float(), model.config.get_text_config()
+    if getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / config.logits_scaling
+    if getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * config.logit_scale
+    if getattr(config, "final_logit_softcapping", None):  # Gemma
+        logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
+    return logits
 
 
 def load_policy(path, world, gradient_checkpointing=False):
@@ -330,9 +371,9 @@ def memory_needed(
     b = torch.finfo(world.dtype).bits // 8
     # Kept for backward in each layer and token: about 14 vectors of the model's width (norms, q, k, v, attention and
     # what it is made of, residuals) and 4 of the MLP's. With checkpointing, one vector a layer, and for the one layer
-    # that is computed again and gone back through, about four times what it would keep.
+    # that is computed again and gone back through, about five times what it would keep.
     in_layer = (14 * width + 4 * inner) * b
-    kept = layers * width * b + 4 * in_layer if checkpointing else layers * in_layer
+    kept = layers * width * b + 5 * in_layer if checkpointing else layers * in_layer
     vocabulary = config.get_text_config().vocab_size
     train = train_tokens * (kept + 2 * width * b) + 3 * 4 * min(train_tokens, 1024) * vocabulary
     sample = sample_rows * (sample_tokens * cache * b / 4 + 3 * 4 * vocabulary) + (b < 4) * count * b
@@ -637,7 +678,7 @@ def whole_weights(model):
     finally:
         for unit in units:
             unit.reshard()
-            unit.set_reshard_after_forward(True, recurse=False)
+            unit.set_reshard_after_forward(unit is not model, recurse=False)  # the root keeps its own, as FSDP2 does
 
 
 @torch.no_grad()

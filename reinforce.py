@@ -1,0 +1,764 @@
+"""REINFORCE for language models: make likely what scored well.
+
+A policy pi(y | x) completes a prompt x with y = (a_1, ..., a_T) and is paid r(x, y) for the whole of it. We want
+
+    (1)  max over pi of  J = E[ r(x, y) ] - beta KL(pi || ref),        KL = E[ log pi(y|x) - log ref(y|x) ]
+
+that is, more reward without leaving the model that we started from, `ref`, further than beta allows: rewards can be
+gamed, and a policy that has collapsed onto one answer is of little use. y is drawn, so r(x, y) has no gradient in the
+weights; its *probability* has. The log-derivative trick, grad pi = pi grad log pi, turns the gradient of an
+expectation into the expectation of a gradient, which samples can estimate:
+
+    (2)  grad E[r] = sum_y grad pi(y|x) r(x, y) = E[ r(x, y) grad log pi(y|x) ]
+    (3)  log pi(y|x) = sum_t log pi(a_t | x, a_1 .. a_{t-1})
+
+So: draw n completions, weigh the log-probability of each by its reward, sum over tokens, average over completions.
+That is the estimator. It is right on average and very noisy, and the rest of this file is about the noise:
+
+    (4)  a token cannot have caused rewards before it: weigh it by the reward to come, G_t = sum_{s >= t} gamma^(s-t) r_s.
+         The KL is paid token by token, r_t = -beta (log pi(a_t) - log ref(a_t)), the score with the last token. With
+         gamma 1 and beta 0, G_t is the score for every t, and (4) is (2).                  -> `rewards_to_go`
+    (5)  E[b grad log pi] = 0 for every b that does not depend on y, so a baseline may be subtracted, A_t = G_t - b, and
+         what remains is how much better than usual it went. Where all rewards are near 100, the sign of the update
+         is then right in every sample, not only on average over thousands.                 -> `baselines`
+    (6)  loss = -1/N sum_i sum_t w_t A_t log pi(a_t), whose gradient is -(2); w_t is 1 for fresh samples, and
+         pi(a_t) / pi_old(a_t) when a rollout is used more than once ("almost PPO").        -> `policy_loss`
+
+With rewards 0 and 1 and no baseline, (6) is the log-likelihood of the right completions: rejection fine-tuning. With
+completions out of a file (`--demos`), each paid 1, it is supervised fine-tuning. REINFORCE is that, with a sign.
+
+    python reinforce.py                                             # the embedded model learns to sort; no download
+    python reinforce.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl --reward number
+    torchrun --nproc_per_node 8 reinforce.py --model ... --data ... --reward my_reward.py:score
+
+Left out: the clip of the ratio, which makes more than a step or two on one rollout safe, and a learned critic (both:
+ppo.py); the division by the group's standard deviation as a rule (grpo.py). Sums, not means, over tokens: a mean would
+divide each completion's gradient by its own length, and the result is the gradient of no objective.
+
+Williams 1992 (REINFORCE); Sutton et al. 1999 (policy gradient theorem); Kool et al. 2019 and Ahmadian et al. 2024
+(leave-one-out baseline, and its use for language models).
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import random
+import re
+import sys
+import time
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch.utils.checkpoint import checkpoint
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import common
+from common import fail
+
+TINY = Path(__file__).resolve().parent / "tests" / "tiny"  # the embedded model and its task
+
+
+@dataclass
+class Args:
+    # --- task ---
+    model: str = str(TINY / "model")
+    """folder or hub name of the causal language model to train"""
+    data: str = str(TINY / "sort_train.jsonl")
+    """prompts to learn from: JSON lines with "prompt" (or "question") and, for most rewards, "answer" """
+    eval_data: str | None = None
+    """held-out prompts, as --data; without it the embedded task has its own, and other data none"""
+    reward: str = "exact"
+    """exact | number | FILE.py:function(completion, row) -> float | folder or hub name of a reward model"""
+    demos: str = ""
+    """learn from the answers in this file instead of from samples: supervised fine-tuning (takes the place of --data)"""
+    chat: bool = True
+    """a prompt that is a string goes through the chat template, if the tokenizer has one (--no-chat: raw text)"""
+    system: str = ""
+    """system message before every prompt that has none of its own"""
+    max_prompt_tokens: int = 512
+    """prompts that are longer are left out, and counted"""
+
+    # --- algorithm ---
+    prompts_per_step: int = 16
+    """prompts in a rollout; a step is one rollout with all its updates"""
+    samples_per_prompt: int | None = None
+    """completions drawn for each prompt (default 4, and 1 with --demos)"""
+    max_new_tokens: int = 256
+    """a completion is cut here; at most what the model's context has room for"""
+    temperature: float = 1.0
+    """of sampling, and of every log-probability: the policy is softmax(logits / temperature)"""
+    baseline: Literal["none", "batch", "prompt", "loo"] | None = None
+    """what is subtracted from the reward: nothing, the batch's mean, the prompt's mean, or the mean of the prompt's
+    other samples (leave one out; the default, and none with --demos)"""
+    normalize: bool = False
+    """divide by the standard deviation of the rewards that the baseline is made of"""
+    keep_max: bool = False
+    """learn from each prompt's best samples only (all that tie)"""
+    gamma: float = 1.0
+    """discount of a reward per token of delay; 1 is usual, a text has no clock"""
+    beta: float | None = None
+    """weight of the KL penalty (default 0.05, and 0 with --demos); at 0 no reference model is loaded"""
+
+    # --- optimisation ---
+    steps: int = 200
+    """rollouts in all; 0 evaluates only"""
+    learning_rate: float | None = None
+    """AdamW's step size (default 1e-6, and 1e-3 for the embedded model, which is small and wants more)"""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """what becomes of the learning rate after the warm-up"""
+    warmup: int = 10
+    """steps over which the learning rate rises"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    epochs: int = 1
+    """passes over a rollout"""
+    minibatches: int = 1
+    """optimizer updates in a pass; more than one update in all weighs samples by pi / pi_old"""
+    tokens_per_micro_batch: int = 8192
+    """tokens, padding included, in one forward and backward: lower it when memory runs out; results do not change"""
+    gradient_checkpointing: bool = False
+    """keep less for the backward pass and compute it twice: less memory, about a third more time"""
+
+    # --- run ---
+    out: str = ""
+    """the run's folder (default runs/reinforce, then runs/reinforce-2, ...)"""
+    resume: bool = False
+    """go on with the run in --out; give it the flags it was started with"""
+    seed: int = 1
+    """of the order of prompts and of sampling"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU if there is one"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """what computes on a GPU (auto: bfloat16); the weights that learn are float32 always"""
+    eval_every: int = 50
+    """steps between scores on --eval_data"""
+    save_every: int = 50
+    """steps between checkpoints"""
+
+
+def resolve(args):
+    """Fills in the defaults that depend on other flags, and refuses flags that contradict each other."""
+    if args.demos:
+        for name, only in (("baseline", "none"), ("samples_per_prompt", 1), ("beta", 0.0), ("normalize", False)):
+            if getattr(args, name) not in (None, only):
+                fail(f"--demos: a demonstration is one sample of weight 1, so --{name} can only be {only}")
+    tiny = Path(args.model).resolve() == TINY / "model"
+    defaults = {
+        "baseline": "none" if args.demos else "loo",
+        "samples_per_prompt": 1 if args.demos else 4,
+        "beta": 0.0 if args.demos else 0.05,
+        "learning_rate": 1e-3 if tiny else 1e-6,
+        "eval_data": str(TINY / "sort_test.jsonl") if Path(args.data).resolve() == TINY / "sort_train.jsonl" else "",
+    }
+    args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
+    if args.baseline == "loo" and args.samples_per_prompt < 2:
+        fail("--baseline loo compares a sample with the prompt's others: --samples_per_prompt must be 2 or more")
+    if args.baseline == "prompt" and args.samples_per_prompt < 2:
+        fail("--baseline prompt with --samples_per_prompt 1 leaves nothing: a sample minus itself is 0")
+    if (args.prompts_per_step * args.samples_per_prompt) < 1 or args.prompts_per_step % args.minibatches:
+        fail(
+            f"--prompts_per_step {args.prompts_per_step} cannot be cut into --minibatches {args.minibatches} equal parts"
+        )
+    if args.temperature <= 0:
+        fail("--temperature must be above 0: a greedy policy tries nothing new and has no gradient")
+    return args
+
+
+# -- The task: prompts and rewards ---------------------------------------------------------------------------------
+
+
+def read_rows(path, flag):
+    """The rows of a JSON-lines file, each with its `prompt`; a mistake is named with its line."""
+    try:
+        text = Path(path).read_bytes().decode()
+    except OSError as error:
+        fail(f"{flag} {path}: {error.strerror}")
+    except UnicodeDecodeError:
+        fail(f"{flag} {path}: not a text file in UTF-8")
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            fail(f"{flag} {path}, line {number}: not JSON ({error})")
+        prompt = row.get("prompt", row.get("question")) if isinstance(row, dict) else None
+        messages = isinstance(prompt, list) and all(
+            isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt
+        )
+        if not prompt or not (isinstance(prompt, str) or messages):
+            fail(f'{flag} {path}, line {number}: needs a "prompt" (or "question") that is a text or a list of messages')
+        rows.append({**row, "prompt": prompt})
+    if not rows:
+        fail(f"{flag} {path}: no rows in it")
+    return rows
+
+
+def encode_rows(rows, tokenizer, args, flag):
+    """[(prompt's token ids, row), ...] without the prompts that are too long; says how many those were."""
+    pairs = [(common.encode_prompt(tokenizer, r["prompt"], args.system, args.chat), r) for r in rows]
+    kept = [(ids, r) for ids, r in pairs if 0 < len(ids) <= args.max_prompt_tokens]
+    if len(kept) < len(pairs):
+        print(
+            f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out (over --max_prompt_tokens {args.max_prompt_tokens})"
+        )
+    if not kept:
+        fail(f"{flag}: every prompt is longer than --max_prompt_tokens {args.max_prompt_tokens}")
+    return kept
+
+
+def exact(completion, row):
+    """1 if the completion is the answer, else 0."""
+    return float(completion.strip() == str(row["answer"]).strip())
+
+
+def number(completion, row):
+    """1 if the last number of the completion equals the last of the answer. Commas, $, a final dot and trailing zeros
+    do not matter; compared as decimals, not as floats, which cannot tell long numbers apart."""
+
+    def last(text):
+        found = re.findall(r"-?\d[\d,]*\.?\d*|-?\.\d+", str(text).replace("$", ""))
+        try:
+            return Decimal(found[-1].replace(",", "").rstrip(".")) if found else None
+        except InvalidOperation:
+            return None
+
+    wanted = last(row["answer"])
+    return float(wanted is not None and last(completion) == wanted)
+
+
+def load_reward(spec, rows, flag, world):
+    """--reward as a function from completions and their rows to scores. Checked before any policy is loaded."""
+    if spec in ("exact", "number"):
+        for i, row in enumerate(rows, 1):
+            if not isinstance(row.get("answer"), (str, int, float)):
+                fail(f'{flag}, row {i}: --reward {spec} needs an "answer" that is a text or a number')
+        one = {"exact": exact, "number": number}[spec]
+    elif ".py" in spec:
+        file, _, name = spec.partition(":")
+        if not Path(file).is_file():
+            fail(f"--reward {spec}: no such file {file}")
+        module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(Path(file).stem, file))
+        try:
+            sys.modules[module.__name__] = module
+            module.__spec__.loader.exec_module(module)
+        except Exception as error:
+            fail(f"--reward {spec}: {file} cannot be imported ({type(error).__name__}: {error})")
+        one = getattr(module, name, None)
+        if not callable(one):
+            fail(f"--reward {spec}: {file} has no function {name!r}; write --reward {file}:function")
+    elif "/" in spec or Path(spec).exists():
+        return reward_model(spec, world)
+    else:
+        fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
+    return lambda completions, rows: [one(c, r) for c, r in zip(completions, rows)]
+
+
+def reward_model(path, world):
+    """A sequence classifier with one label. It reads text through its own tokenizer and template, because its ids need
+    not be the policy's."""
+    tokenizer = common.load_tokenizer(path)
+    model = common.load_scalar(path, world, tokenizer).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def score(completions, rows):
+        texts = []
+        for completion, row in zip(completions, rows):
+            talk = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+            if tokenizer.chat_template:
+                talk = [*talk, {"role": "assistant", "content": completion}]
+                text = tokenizer.apply_chat_template(talk, tokenize=False)
+                texts.append(tokenizer(text, add_special_tokens=False).input_ids)
+            else:
+                prompt = common.encode(tokenizer, "\n".join(m["content"] for m in talk))
+                texts.append(prompt + common.encode_completion(tokenizer, completion))
+        scores = []
+        for i in range(0, len(texts), 64):
+            part = texts[i : i + 64]
+            width = max(map(len, part))
+            ids = torch.tensor([t + [tokenizer.pad_token_id] * (width - len(t)) for t in part], device=world.device)
+            lengths = torch.tensor([len(t) for t in part], device=world.device)
+            mask = torch.arange(width, device=world.device) < lengths[:, None]
+            scores += model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float().tolist()
+        return scores
+
+    return score
+
+
+def score(reward, completions, rows, say_how_to_go_on):
+    """The rewards [B] of completions, or the end of the run when one of them is no number: a NaN among the rewards
+    makes every weight NaN within one step."""
+    try:
+        scores = list(reward(completions, rows))
+    except Exception as error:
+        culprit = "a batch"
+        for completion, row in zip(completions, rows):  # find the one that it was
+            try:
+                reward([completion], [row])
+            except Exception as again:
+                error, culprit = again, f"prompt {row['prompt']!r:.300}, completion {completion!r:.300}"
+                break
+        raise SystemExit(
+            f"error: --reward raised {type(error).__name__}: {error} on {culprit}; {say_how_to_go_on}"
+        ) from error
+    for value, completion, row in zip(scores, completions, rows):
+        value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+        if isinstance(value, str) or not isinstance(value, (bool, int, float)) or not math.isfinite(value):
+            where = f"prompt {row['prompt']!r:.300}, completion {completion!r:.300}"
+            raise SystemExit(f"error: --reward gave {value!r}, not a finite number, for {where}; {say_how_to_go_on}")
+    return torch.tensor([float(s) for s in scores])
+
+
+# -- The math: from rewards to a loss ------------------------------------------------------------------------------
+
+
+def rewards_to_go(scores, kl, mask, beta, gamma):
+    """Equation (4). scores [B], kl [B, C] (k1: log pi - log ref of each token), mask [B, C] -> [B, C].
+
+    The score comes with the last chosen token; a completion that was cut ends there all the same, and nothing is
+    guessed about how it might have gone on. KL in the *reward* makes the gradient that of beta KL(pi || ref): adding
+    k3 to the *loss* instead (grpo.py, as published) does not."""
+    last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(1, keepdim=True) - 1
+    rewards = (last * scores[:, None] - beta * kl) * mask  # [B, C]
+    to_go, ahead = torch.zeros_like(rewards), torch.zeros_like(scores)
+    for t in reversed(range(mask.shape[1])):
+        ahead = rewards[:, t] + gamma * ahead
+        to_go[:, t] = ahead
+    return to_go
+
+
+def baselines(totals, everyone, n, baseline, normalize, keep_max):
+    """Equation (5). totals [B] are the samples' whole rewards, KL paid, n to a prompt; `everyone` [all B] those of all
+    processes -> (b, scale, keep), each [B]: the weight of a token is (G_t - b) * keep / scale.
+
+        none    b = 0                                          unbiased
+        loo     b = mean of the prompt's other n - 1 samples   unbiased: those do not depend on this sample
+        prompt  b = mean of the prompt's n samples             contains the sample itself: gradient * (1 - 1/n)
+        batch   b = mean of all N samples                      the same with 1 - 1/N, and blind to a prompt's difficulty
+
+    A shrunken gradient points the right way, and Adam hardly notices; it is the variance that differs."""
+    groups = totals.view(-1, n)  # [prompts, n]
+    equal = (groups.amax(1) == groups.amin(1)).repeat_interleave(n)  # nothing to learn from such a prompt
+    b, spread = {
+        "none": lambda: (torch.zeros_like(totals), everyone.std()),
+        "batch": lambda: (everyone.mean().expand_as(totals), everyone.std()),
+        "prompt": lambda: (groups.mean(1).repeat_interleave(n), groups.std(1).repeat_interleave(n)),
+        "loo": lambda: ((groups.sum(1, keepdim=True) - groups).flatten() / (n - 1), groups.std(1).repeat_interleave(n)),
+    }[baseline]()
+    if baseline in ("prompt", "loo"):
+        # the mean of eight rewards of 0.1 is not 0.1 in floating point; divided by a spread of 1e-9 that is a lot
+        b = torch.where(equal, totals, b)
+    # 1e-4 keeps the division in bounds; a sample's reward in units of its neighbours' spread has the same size
+    # whatever the reward's unit, but hard and easy prompts now weigh as much as those in between
+    scale = (spread + 1e-4).expand_as(totals) if normalize else torch.ones_like(totals)
+    best = totals == groups.amax(1).repeat_interleave(n)
+    return b, scale, best.float() if keep_max else torch.ones_like(totals)
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, samples):
+    """Equation (6): logprobs [b, C] with gradient, the rest without; `samples` is N of the whole update, over all of
+    its micro-batches and processes -> (loss, ratio [b, C]).
+
+    ratio = pi / pi_old corrects for samples that an older policy drew. The denominator is a constant, and here so is
+    the numerator: the gradient of ratio * log pi with a constant ratio is that of the ratio itself. If pi_old were left
+    in the graph, pi / pi_old would be 1 with gradient 0 for every weight, and nothing would be learnt. The clamp keeps
+    exp finite where the two policies have nothing left in common."""
+    ratio = (logprobs - old_logprobs).detach().clamp(-20, 20).exp()
+    return -(ratio * advantages * logprobs * mask).sum() / samples, ratio
+
+
+# -- Log-probabilities: one forward with the completion given ------------------------------------------------------
+
+
+def micro_batches(prompt_mask, mask, n, tokens, world):
+    """Cuts rows into parts of whole groups (slices of one, if a group alone is too long) of at most `tokens` tokens
+    with padding, long ones together -> [row numbers]. Every process gets as many parts: sharded weights are gathered
+    by all or by none. An empty part is one row of no weight."""
+    lengths = (prompt_mask.sum(1) + mask.sum(1)).view(-1, n)
+    prompt, completion = prompt_mask.sum(1).tolist(), mask.sum(1).tolist()
+    parts, current = [], []
+    for group in lengths.amax(1).argsort(descending=True).tolist():
+        for row in range(group * n, group * n + n):
+            rows = [*current, row]
+            over = len(rows) * (max(prompt[r] for r in rows) + max(completion[r] for r in rows)) > tokens
+            fresh = row == group * n  # a group starts on a new part unless it fits whole
+            rest = [*current, *range(row, group * n + n)]
+            whole = len(rest) * (max(prompt[r] for r in rest) + max(completion[r] for r in rest)) <= tokens
+            if current and (over or (fresh and not whole)):
+                parts.append(current)
+                current = []
+            current.append(row)
+    parts.append(current)
+    most = int(common.all_gather(world, torch.tensor([len(parts)], device=world.device)).max())
+    return parts + [[]] * (most - len(parts))
+
+
+def trim(samples, rows):
+    """The rows of a micro-batch without the columns in which none of them has a token."""
+    P = int(samples.prompt_mask[rows].sum(1).max())
+    C = int(samples.mask[rows].sum(1).max())
+    return samples.prompt_ids[rows, -P:], samples.prompt_mask[rows, -P:], samples.ids[rows, :C], samples.mask[rows, :C]
+
+
+def token_logprobs(model, prompt_ids, prompt_mask, ids, mask, temperature, chunk=1024):
+    """log pi(a_t | x, a_<t) of given completions, and the policy's entropy at each of them (in nats, exact, without
+    gradient): prompt_ids, prompt_mask [b, P], ids, mask [b, C] -> two times [b, C].
+
+    The state at a position predicts the token after it: those at the last prompt token and at all completion tokens
+    but the last are wanted. The head turns them into logits a chunk at a time and is computed again in backward, so
+    that [b, C, V] never exists; with 150,000 words it would be larger than the model."""
+    P = prompt_ids.shape[1]
+    hidden = common.hidden_states(
+        model, torch.cat([prompt_ids, ids[:, :-1]], 1), torch.cat([prompt_mask, mask[:, :-1]], 1)
+    )
+    hidden, targets = hidden[:, P - 1 :][mask], ids[mask]  # [tokens, width], [tokens]: no work for padding
+
+    def head(states, tokens):
+        logits = common.logits_of(model, states) / temperature  # as the sampler did; without it the ratio is not 1
+        logprobs = logits.log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(logprobs.exp() * logprobs.clamp(min=-1e30)).sum(-1)  # a word of probability 0 adds 0, not NaN
+        return logprobs.gather(-1, tokens[:, None])[:, 0], entropy
+
+    parts = [checkpoint(head, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+    logprobs, entropy = (torch.cat(x) for x in zip(*parts))
+    empty = torch.zeros(mask.shape, device=mask.device)
+    return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropy)
+
+
+@torch.no_grad()
+def rollout_logprobs(model, samples, parts, temperature):
+    """The log-probabilities [B, C] of a rollout without gradient, in the same micro-batches as the update will use:
+    in bfloat16 they depend on a batch's shape, and the first ratio would be off by percents."""
+    out = torch.zeros_like(samples.logprobs)
+    for rows in parts:
+        prompt_ids, prompt_mask, ids, mask = trim(samples, rows or [0])
+        logprobs, _ = token_logprobs(model, prompt_ids, prompt_mask, ids, mask, temperature)
+        if rows:
+            out[rows, : ids.shape[1]] = logprobs
+    return out
+
+
+# -- Evaluation and logging ----------------------------------------------------------------------------------------
+
+
+def evaluate(model, tokenizer, held_out, reward, args, world, say_how_to_go_on):
+    """Greedy completions of held-out prompts -> {"eval/reward", "eval/exact"}; each process takes its share."""
+    mine, size, sums = held_out[world.rank :: world.size], 256, [0.0] * 4
+    for i in range(0, -(-len(held_out) // world.size), size):  # as many rounds on every process
+        part = mine[i : i + size] or held_out[:1]
+        s = common.sample(model, tokenizer, [ids for ids, _ in part], max_new_tokens=args.max_new_tokens, temperature=0)
+        if i < len(mine):
+            rows = [row for _, row in part]
+            right = number if args.reward == "number" else exact
+            known = [right(t, r) for t, r in zip(s.texts, rows) if isinstance(r.get("answer"), (str, int, float))]
+            got = [score(reward, s.texts, rows, say_how_to_go_on).sum().item(), len(rows), sum(known), len(known)]
+            sums = [a + b for a, b in zip(sums, got)]
+    rewards, count, right, known = common.all_sum(world, *sums)
+    return {"eval/reward": rewards / count, **({"eval/exact": right / known} if known else {})}
+
+
+def log(out, writer, step, metrics, texts=None):
+    """One line of metrics.jsonl, the same numbers for TensorBoard, and some of the step's completions as text."""
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, **metrics}) + "\n")
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, step)
+    if texts:
+        with open(out / "samples.jsonl", "a") as file:
+            file.writelines(json.dumps({"step": step, **t}, ensure_ascii=False) + "\n" for t in texts)
+        writer.add_text(
+            "samples", "\n\n".join(f"`{t['reward']:.3f}` {t['prompt']!r} -> {t['completion']!r}" for t in texts), step
+        )
+    writer.flush()
+
+
+def advise(metrics, said):
+    """What a person watching would want to be told, once each, with the flag that helps."""
+    advice = {
+        "truncated": (metrics["truncated"] > 0.5, "most completions are cut off: raise --max_new_tokens, or ask for shorter answers with --system"),
+        "equal_groups": (metrics["equal_groups"] > 0.8, "most prompts' samples all score the same, so little is learnt: use prompts of middling difficulty, or raise --samples_per_prompt"),
+        "ratio/first": (metrics["ratio/first"] > 1e-3, "the first ratio is not 1: the same weights gave a sample two probabilities; the model's forward is not deterministic"),
+        "entropy": (metrics["entropy"] < 0.01, "entropy is near 0, the policy has settled: lower --learning_rate or raise --beta to keep it trying"),
+        "kl/ref": (abs(metrics.get("kl/ref", 0.0)) > 100, "KL to the reference runs away: raise --beta or lower --learning_rate"),
+    }  # fmt: skip
+    for name, (sounds, words) in advice.items():
+        if sounds and name not in said:
+            said.add(name)
+            tqdm.write(f"warning: {words} ({name} {metrics[name]:.3g})")
+
+
+# -- The loop ------------------------------------------------------------------------------------------------------
+
+
+def train(args):
+    args = resolve(args)
+    world = common.start(args.device, args.dtype, args.seed)
+    n, share = args.samples_per_prompt, args.prompts_per_step // world.size
+    if args.prompts_per_step % (world.size * args.minibatches):
+        fail(
+            f"--prompts_per_step {args.prompts_per_step} must be a multiple of {world.size} processes x --minibatches {args.minibatches}"
+        )
+
+    # everything that can be wrong with the user's input is found here, before a weight is loaded or a file written
+    flag = "--demos" if args.demos else "--data"
+    rows = read_rows(args.demos or args.data, flag)
+    eval_rows = read_rows(args.eval_data, "--eval_data") if args.eval_data else []
+    config, tokenizer = common.read_config(args.model), common.load_tokenizer(args.model)
+    prompts = encode_rows(rows, tokenizer, args, flag)
+    held_out = encode_rows(eval_rows, tokenizer, args, "--eval_data") if eval_rows else []
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+    longest = max(len(ids) for ids, _ in prompts + held_out)
+    if longest >= context:
+        fail(f"{flag}: a prompt of {longest} tokens fills the model's context of {context}; lower --max_prompt_tokens")
+    args = dataclasses.replace(args, max_new_tokens=min(args.max_new_tokens, context - longest))
+    if args.demos:
+        prompts = encode_demos(prompts, tokenizer, args.max_new_tokens)
+    reward = None
+    if held_out or not args.demos:
+        reward = load_reward(args.reward, [r for _, r in held_out + (prompts if not args.demos else [])], flag, world)
+    out = common.open_run(args, "reinforce", world)
+    stop_asked, chief = common.catch_signals(), world.rank == 0
+    command = " ".join(a for a in sys.argv if a != "--resume")
+    how = f"the last checkpoint is whole; go on with: python {command} --resume" + ("" if args.out else f" --out {out}")
+
+    policy = common.load_policy(args.model, world, args.gradient_checkpointing)
+    reference = common.load_reference(args.model, world) if args.beta else None
+    optimizer = common.make_optimizer(policy, args.learning_rate)
+    first, state = 0, common.read_checkpoint(out) if args.resume else None
+    if state:
+        first = state["step"]
+        common.load_checkpoint(state, {"policy": policy}, {"policy": optimizer})
+        del state
+    writer, bar, said, scores = None, None, set(), []
+    if chief:
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            common.cut_log(out / name, first if args.resume and first else -1)
+        writer = SummaryWriter(out / "tensorboard", purge_step=first + 1 if args.resume else None)
+        introduce(args, world, policy, reference, tokenizer, prompts, longest, out)
+        bar = tqdm(total=args.steps, initial=first, desc="reinforce", dynamic_ncols=True)
+
+    def held_out_score(step):
+        scores.append(evaluate(policy, tokenizer, held_out, reward, args, world, how) if held_out else {})
+        if chief and held_out:
+            tqdm.write(f"step {step}: held-out " + ", ".join(f"{k[5:]} {v:.3f}" for k, v in scores[-1].items()))
+        return scores[-1]
+
+    if first == 0:
+        metrics = held_out_score(0)
+        if chief:
+            log(out, writer, 0, metrics)
+
+    for step in range(first + 1, args.steps + 1):
+        began = time.perf_counter()
+
+        # 1. Rollout. The data is an endless row of shuffled copies; this step takes the next prompts of it, and this
+        #    process its share of them, by the step's number alone: resuming neither skips nor repeats a prompt.
+        start = (step - 1) * args.prompts_per_step + world.rank * share
+        batch = [pick(prompts, start + i, args.seed) for i in range(share)]
+        if args.demos:
+            samples = demonstrations(batch, tokenizer, world)
+        else:
+            seed = common.fold(args.seed, step, world.rank)
+            samples = common.sample(policy, tokenizer, [b[0] for b in batch], n=n, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=seed)  # fmt: skip
+        rows = [row for _, row, *_ in batch for _ in range(n)]
+        mask = samples.mask
+        sampled = time.perf_counter()
+
+        # 2. Score.
+        rewards = torch.ones(len(rows)) if args.demos else score(reward, samples.texts, rows, how)
+        rewards = rewards.to(world.device)
+
+        # 3. Mini-batches and their micro-batches, the same for every pass and for old, new and reference log-probs.
+        order = torch.randperm(
+            share, generator=torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, 1))
+        )
+        minibatches = []
+        for groups in order.view(args.minibatches, -1):
+            index = (groups[:, None] * n + torch.arange(n)).flatten()  # rows of this mini-batch
+            parts = micro_batches(samples.prompt_mask[index], mask[index], n, args.tokens_per_micro_batch, world)
+            minibatches.append([index[part].tolist() for part in parts])
+        every_part = [part for parts in minibatches for part in parts]
+        updates = args.epochs * args.minibatches
+
+        # 4. Log-probabilities before the update. With one update and no KL nobody needs them: the update's own, taken
+        #    as constants, are the same numbers, and cost nothing.
+        old, kl = None, torch.zeros_like(samples.logprobs)
+        if updates > 1 or reference:
+            old = rollout_logprobs(policy, samples, every_part, args.temperature)
+        if reference:
+            kl = (old - rollout_logprobs(reference, samples, every_part, args.temperature)) * mask  # k1, [B, C]
+
+        # 5. Advantages: penalise, subtract the baseline, normalize, keep the best.
+        to_go = rewards_to_go(rewards, kl, mask, args.beta, args.gamma)  # [B, C]
+        totals = rewards - args.beta * kl.sum(1)  # [B]
+        b, scale, keep = baselines(
+            totals, common.all_gather(world, totals), n, args.baseline, args.normalize, args.keep_max
+        )
+        advantages = (to_go - b[:, None]) * (keep / scale)[:, None] * mask  # [B, C]
+
+        # 6. Update: each mini-batch is one optimizer step, cut into micro-batches whose gradients add up. The loss is
+        #    divided by the samples of the whole update before the first backward, so the cut changes nothing.
+        policy_rate = common.learning_rate_at(step, args.steps, args.learning_rate, args.schedule, args.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = policy_rate
+        totals_of = dict.fromkeys(("loss", "norm", "entropy", "ratio", "old", "sample", "tokens"), 0.0)
+        first_ratio = 0.0
+        for epoch in range(args.epochs):
+            for m in random.Random(common.fold(args.seed, step, epoch)).sample(
+                range(args.minibatches), args.minibatches
+            ):
+                N = args.prompts_per_step * n / args.minibatches
+                for part in minibatches[m]:
+                    prompt_ids, prompt_mask, ids, part_mask = trim(samples, part or [0])
+                    C = ids.shape[1]
+                    logprobs, entropy = token_logprobs(
+                        policy, prompt_ids, prompt_mask, ids, part_mask, args.temperature
+                    )
+                    weight = part_mask * bool(part)  # a part that only keeps other processes company has no weight
+                    before = logprobs.detach() if old is None else old[part or [0], :C]
+                    loss, ratio = policy_loss(logprobs, before, advantages[part or [0], :C], weight, N)
+                    loss.backward()
+                    with torch.no_grad():
+                        if totals_of["norm"] == 0:
+                            first_ratio = max(first_ratio, ((ratio - 1).abs() * weight).max().item())
+                        totals_of["loss"] += loss.item()
+                        totals_of["tokens"] += weight.sum().item()
+                        totals_of["entropy"] += (entropy * weight).sum().item()
+                        totals_of["ratio"] += (ratio * weight).sum().item()
+                        totals_of["old"] += ((before - logprobs) * weight).sum().item()
+                        totals_of["sample"] += (
+                            ((before - samples.logprobs[part or [0], :C]).abs() * weight).sum().item()
+                        )
+                norm = common.clip_gradients(policy, args.max_grad_norm)
+                if not math.isfinite(norm):
+                    raise SystemExit(f"error: step {step}: the gradient is {norm}; nothing was changed by it; {how}")
+                optimizer.step()
+                optimizer.zero_grad()
+                totals_of["norm"] += norm / updates
+
+        # 7. Log. Sums over all processes first, then means.
+        now = time.perf_counter()
+        equal = (rewards.view(-1, n).amax(1) == rewards.view(-1, n).amin(1)).sum().item()
+        sums = common.all_sum(world, *(totals_of[k] for k in ("loss", "entropy", "ratio", "old", "sample", "tokens")),
+                              rewards.sum(), kl.sum(), mask.sum(), (~samples.finished).sum(), equal)  # fmt: skip
+        loss, entropy, ratio, moved, apart, tokens, total, kl_sum, length, cut, equal = sums
+        B = args.prompts_per_step * n
+        metrics = {
+            "reward": total / B, "loss": loss / updates, "kl/old": moved / (B * args.epochs), "kl/sample": 0.0 if args.demos else apart / tokens,
+            "ratio/first": common.all_gather(world, torch.tensor([first_ratio], device=world.device)).max().item(),
+            "ratio/mean": ratio / tokens, "entropy": entropy / tokens, "grad_norm": totals_of["norm"], "learning_rate": policy_rate,
+            "length": length / B, "truncated": cut / B, "equal_groups": 0.0 if n == 1 else equal / args.prompts_per_step,
+            "time/sample": sampled - began, "time/train": now - sampled, "tokens_per_second": length / (now - began),
+            "memory_gib": common.memory_used(world) / 2**30,
+        }  # fmt: skip
+        if reference:
+            metrics["kl/ref"] = kl_sum / B
+        if step % args.eval_every == 0 or step == args.steps:
+            metrics |= held_out_score(step)
+        if chief:
+            shown = [
+                {"prompt": tokenizer.decode(batch[0][0]), "completion": samples.texts[j], "reward": rewards[j].item()}
+                for j in range(n)
+            ]
+            log(out, writer, step, metrics, shown)
+            advise(metrics, said)
+            bar.set_postfix_str(
+                f"reward {metrics['reward']:.3f}, kl {metrics.get('kl/ref', 0.0):.2f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+            )
+            bar.update()
+
+        # 8. Save. A signal to end (Ctrl-C, a cluster that wants its machine back) waits for this place.
+        ending = common.all_sum(world, stop_asked())[0] > 0
+        if step % args.save_every == 0 or step == args.steps or ending:
+            common.save_checkpoint(out, world, step, {"policy": policy}, {"policy": optimizer})
+        if ending and step < args.steps:
+            raise SystemExit(f"stopped after step {step} of {args.steps}; {how}")
+
+    common.save_model(policy, tokenizer, out / "model", world)
+    if chief:
+        bar.close()
+        writer.close()
+        conclude(scores, out)
+
+
+def pick(prompts, i, seed):
+    """Element i of the endless row of shuffled copies of the data."""
+    epoch, place = divmod(i, len(prompts))
+    return prompts[shuffled(len(prompts), common.fold(seed, epoch, 7))[place]]
+
+
+def shuffled(count, seed, cache={}):  # noqa: B006  (one permutation is kept: a step asks for neighbours)
+    if cache.get("key") != (count, seed):
+        cache.update(key=(count, seed), order=random.Random(seed).sample(range(count), count))
+    return cache["order"]
+
+
+def encode_demos(prompts, tokenizer, limit):
+    """[(prompt's ids, row, answer's ids with EOS)] for --demos, without answers that are too long."""
+    for i, (_, row) in enumerate(prompts, 1):
+        if not isinstance(row.get("answer"), (str, int, float)):
+            fail(f'--demos, row {i}: needs an "answer"')
+    demos = [(ids, row, common.encode_completion(tokenizer, str(row["answer"]))) for ids, row in prompts]
+    kept = [d for d in demos if len(d[2]) <= limit]
+    if len(kept) < len(demos):
+        print(f"--demos: {len(demos) - len(kept)} of {len(demos)} answers left out (over --max_new_tokens {limit})")
+    return kept or fail(f"--demos: every answer is longer than --max_new_tokens {limit}")
+
+
+def demonstrations(batch, tokenizer, world):
+    """Given answers in the shape of samples. Nobody drew them, so they have no log-probabilities of their own."""
+    P, C = max(len(d[0]) for d in batch), max(len(d[2]) for d in batch)
+    pad = tokenizer.pad_token_id
+    return common.Samples(
+        torch.tensor([[pad] * (P - len(p)) + p for p, _, _ in batch], device=world.device),
+        torch.tensor([[False] * (P - len(p)) + [True] * len(p) for p, _, _ in batch], device=world.device),
+        torch.tensor([a + [pad] * (C - len(a)) for _, _, a in batch], device=world.device),
+        torch.tensor([[True] * len(a) + [False] * (C - len(a)) for _, _, a in batch], device=world.device),
+        torch.zeros(len(batch), C, device=world.device),
+        torch.ones(len(batch), dtype=torch.bool, device=world.device),
+        [str(row["answer"]) for _, row, _ in batch],
+    )
+
+
+def introduce(args, world, policy, reference, tokenizer, prompts, longest, out):
+    """What was loaded, what it will need, and the first prompt exactly as the model sees it."""
+    share = args.prompts_per_step * args.samples_per_prompt // world.size
+    needed = common.memory_needed(args.model, world, args.tokens_per_micro_batch, frozen=int(reference is not None), sample_rows=share,
+                                  sample_tokens=longest + args.max_new_tokens, checkpointing=args.gradient_checkpointing)  # fmt: skip
+    count, there = sum(p.numel() for p in policy.parameters()), common.memory_there(world)
+    compute = str(world.dtype).removeprefix("torch.")
+    print(
+        f"{args.model}: {count / 1e6:.1f}M parameters on {world.size} x {world.device.type}, computing in {compute}, learning in float32"
+    )
+    print(f"memory: about {needed['peak'] / 2**30:.1f} GiB needed at the peak, {there / 2**30:.1f} there")
+    if needed["peak"] > there:
+        print(
+            "warning: this may not fit: lower --tokens_per_micro_batch, add --gradient_checkpointing, or use more processes"
+        )
+    ids = prompts[0][0]
+    print(
+        f"first prompt: {tokenizer.decode(ids)!r}\n              {ids if len(ids) < 40 else [*ids[:30], '...', *ids[-8:]]}"
+    )
+    print(f"writing to {out}\n")
+
+
+def conclude(scores, out):
+    """The score before and after, and what a person wants to type next."""
+    if len(scores) > 1 and scores[-1]:
+        changes = (f"{k[5:]} {scores[0][k]:.3f} -> {scores[-1][k]:.3f}" for k in scores[-1])
+        print(f"\nheld-out, greedy: {', '.join(changes)}")
+    print(f"\n  tensorboard --logdir {out}\n\nand to use the model, in Python:\n")
+    print("  from transformers import pipeline")
+    print(f'  print(pipeline("text-generation", "{out / "model"}")("your prompt"))')
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, config=(tyro.conf.UseUnderscores,)))
