@@ -567,6 +567,30 @@ def cut_log(path, step):
     write(path, "".join(kept))
 
 
+class Stop(Exception):
+    """Something in a run that it must not go on from."""
+
+
+@contextlib.contextmanager
+def guarded(out, args):
+    """A run that cannot go on ends with one sentence and the command that resumes it, exit status 1. The checkpoint is
+    whole: it is replaced only by a finished one."""
+    try:
+        yield
+    except (Stop, OSError, torch.OutOfMemoryError) as error:
+        what = str(error).splitlines()[0]
+        if isinstance(error, torch.OutOfMemoryError):
+            what += "; lower --tokens_per_micro_batch (training) or --prompts_per_step (sampling)"
+        words = [a for a in sys.argv if a != "--resume"] + ([] if args.out else ["--out", str(out)])
+        saved = (out / "checkpoint" / "state.pt").is_file()
+        on = (
+            f"go on from the last checkpoint with: python {' '.join(words)} --resume"
+            if saved
+            else "no checkpoint was written yet"
+        )
+        raise SystemExit(f"error: {what}\n{on}") from error
+
+
 def catch_signals():
     """SIGTERM (a cluster takes its machine back) and SIGINT (Ctrl-C) only set a flag; the loop finishes its step,
     saves, and stops. A second Ctrl-C stops at once. Returns the function that tells whether one has come."""
@@ -596,6 +620,20 @@ class Samples:
     logprobs: torch.Tensor  # [B, C] of softmax(logits / temperature), as the sampler saw them; 0 off the mask
     finished: torch.Tensor  # [B] false where the completion was cut at max_new_tokens and has no stop token
     texts: list  # [B] the completions as text, stop and special tokens left out
+
+
+def given(prompts, completions, tokenizer, world):
+    """Completions that nobody drew (demonstrations, preference pairs), as ids, in the shape of samples."""
+    P, C, pad = max(map(len, prompts)), max(map(len, completions)), tokenizer.pad_token_id
+    rows = [
+        [[pad] * (P - len(p)) + p for p in prompts],
+        [[False] * (P - len(p)) + [True] * len(p) for p in prompts],
+        [c + [pad] * (C - len(c)) for c in completions],
+        [[True] * len(c) + [False] * (C - len(c)) for c in completions],
+    ]
+    tensors = [torch.tensor(r, device=world.device) for r in rows]
+    texts = [tokenizer.decode(c, skip_special_tokens=True) for c in completions]
+    return Samples(*tensors, torch.zeros(len(rows[2]), C, device=world.device), tensors[3].any(1), texts)
 
 
 class RoomyLayer(DynamicLayer):

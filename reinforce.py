@@ -40,12 +40,12 @@ Williams 1992 (REINFORCE); Sutton et al. 1999 (policy gradient theorem); Kool et
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
 import random
 import re
-import sys
 import time
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -235,30 +235,50 @@ def number(completion, row):
 
 
 def load_reward(spec, rows, flag, world):
-    """--reward as a function from completions and their rows to scores. Checked before any policy is loaded."""
+    """--reward as a function from completions and their rows to scores. Mistakes are found before a policy is loaded."""
     if spec in ("exact", "number"):
         for i, row in enumerate(rows, 1):
             if not isinstance(row.get("answer"), (str, int, float)):
                 fail(f'{flag}, row {i}: --reward {spec} needs an "answer" that is a text or a number')
-        one = {"exact": exact, "number": number}[spec]
-    elif ".py" in spec:
-        file, _, name = spec.partition(":")
+        return checked({"exact": exact, "number": number}[spec])
+    file, _, name = spec.partition(":")
+    if file.endswith(".py"):
         if not Path(file).is_file():
             fail(f"--reward {spec}: no such file {file}")
         module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(Path(file).stem, file))
         try:
-            sys.modules[module.__name__] = module
             module.__spec__.loader.exec_module(module)
         except Exception as error:
             fail(f"--reward {spec}: {file} cannot be imported ({type(error).__name__}: {error})")
-        one = getattr(module, name, None)
-        if not callable(one):
+        if not callable(getattr(module, name, None)):
             fail(f"--reward {spec}: {file} has no function {name!r}; write --reward {file}:function")
-    elif "/" in spec or Path(spec).exists():
-        return reward_model(spec, world)
-    else:
+        return checked(getattr(module, name))
+    if "/" not in spec and not Path(spec).exists():
         fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
-    return lambda completions, rows: [one(c, r) for c, r in zip(completions, rows)]
+    return reward_model(spec, world)
+
+
+def checked(reward):
+    """A reward for one completion as one for many, which ends the run when it raises or gives no finite number: one NaN
+    among the rewards makes every weight NaN within a step."""
+
+    def scores(completions, rows):
+        values = []
+        for completion, row in zip(completions, rows):
+            try:
+                value = reward(completion, row)
+                value = math.nan if isinstance(value, str) else float(value)
+            except Exception as error:
+                value = f"an error, {type(error).__name__}: {error}"
+            if isinstance(value, str) or not math.isfinite(value):
+                where = f"prompt {row['prompt']!r:.300} and completion {completion!r:.300}"
+                raise common.Stop(
+                    f"--reward gave {value if isinstance(value, str) else 'no finite number'} for {where}"
+                )
+            values.append(value)
+        return values
+
+    return scores
 
 
 def reward_model(path, world):
@@ -268,52 +288,24 @@ def reward_model(path, world):
     model = common.load_scalar(path, world, tokenizer).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def score(completions, rows):
-        texts = []
+    def scores(completions, rows):
+        texts, values = [], []
         for completion, row in zip(completions, rows):
             talk = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
             if tokenizer.chat_template:
-                talk = [*talk, {"role": "assistant", "content": completion}]
-                text = tokenizer.apply_chat_template(talk, tokenize=False)
-                texts.append(tokenizer(text, add_special_tokens=False).input_ids)
+                text = tokenizer.apply_chat_template(
+                    [*talk, {"role": "assistant", "content": completion}], tokenize=False
+                )
+                texts.append(([], tokenizer(text, add_special_tokens=False).input_ids))
             else:
                 prompt = common.encode(tokenizer, "\n".join(m["content"] for m in talk))
-                texts.append(prompt + common.encode_completion(tokenizer, completion))
-        scores = []
+                texts.append((prompt, common.encode_completion(tokenizer, completion)))
         for i in range(0, len(texts), 64):
-            part = texts[i : i + 64]
-            width = max(map(len, part))
-            ids = torch.tensor([t + [tokenizer.pad_token_id] * (width - len(t)) for t in part], device=world.device)
-            lengths = torch.tensor([len(t) for t in part], device=world.device)
-            mask = torch.arange(width, device=world.device) < lengths[:, None]
-            scores += model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float().tolist()
-        return scores
+            s = common.given([[] for _ in texts[i : i + 64]], [a + b for a, b in texts[i : i + 64]], tokenizer, world)
+            values += model(input_ids=s.ids, attention_mask=s.mask.long()).logits[:, 0].float().tolist()
+        return values
 
-    return score
-
-
-def score(reward, completions, rows, say_how_to_go_on):
-    """The rewards [B] of completions, or the end of the run when one of them is no number: a NaN among the rewards
-    makes every weight NaN within one step."""
-    try:
-        scores = list(reward(completions, rows))
-    except Exception as error:
-        culprit = "a batch"
-        for completion, row in zip(completions, rows):  # find the one that it was
-            try:
-                reward([completion], [row])
-            except Exception as again:
-                error, culprit = again, f"prompt {row['prompt']!r:.300}, completion {completion!r:.300}"
-                break
-        raise SystemExit(
-            f"error: --reward raised {type(error).__name__}: {error} on {culprit}; {say_how_to_go_on}"
-        ) from error
-    for value, completion, row in zip(scores, completions, rows):
-        value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-        if isinstance(value, str) or not isinstance(value, (bool, int, float)) or not math.isfinite(value):
-            where = f"prompt {row['prompt']!r:.300}, completion {completion!r:.300}"
-            raise SystemExit(f"error: --reward gave {value!r}, not a finite number, for {where}; {say_how_to_go_on}")
-    return torch.tensor([float(s) for s in scores])
+    return scores
 
 
 # -- The math: from rewards to a loss ------------------------------------------------------------------------------
@@ -449,31 +441,32 @@ def rollout_logprobs(model, samples, parts, temperature):
 # -- Evaluation and logging ----------------------------------------------------------------------------------------
 
 
-def evaluate(model, tokenizer, held_out, reward, args, world, say_how_to_go_on):
+def evaluate(model, tokenizer, held_out, reward, args, world):
     """Greedy completions of held-out prompts -> {"eval/reward", "eval/exact"}; each process takes its share."""
-    mine, size, sums = held_out[world.rank :: world.size], 256, [0.0] * 4
-    for i in range(0, -(-len(held_out) // world.size), size):  # as many rounds on every process
-        part = mine[i : i + size] or held_out[:1]
-        s = common.sample(model, tokenizer, [ids for ids, _ in part], max_new_tokens=args.max_new_tokens, temperature=0)
-        if i < len(mine):
-            rows = [row for _, row in part]
-            right = number if args.reward == "number" else exact
-            known = [right(t, r) for t, r in zip(s.texts, rows) if isinstance(r.get("answer"), (str, int, float))]
-            got = [score(reward, s.texts, rows, say_how_to_go_on).sum().item(), len(rows), sum(known), len(known)]
-            sums = [a + b for a, b in zip(sums, got)]
-    rewards, count, right, known = common.all_sum(world, *sums)
-    return {"eval/reward": rewards / count, **({"eval/exact": right / known} if known else {})}
+    mine, sums, right = held_out[world.rank :: world.size], [0.0] * 4, number if args.reward == "number" else exact
+    for i in range(0, -(-len(held_out) // world.size), 256):  # as many rounds on every process
+        part = mine[i : i + 256]
+        ids = [prompt for prompt, _ in part or held_out[:1]]
+        texts = common.sample(model, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=0).texts
+        rows = [row for _, row in part]
+        known = [right(t, r) for t, r in zip(texts, rows) if isinstance(r.get("answer"), (str, int, float))]
+        got = [sum(reward(texts[: len(rows)], rows)), len(rows), sum(known), len(known)]
+        sums = [a + b for a, b in zip(sums, got)]
+    rewards, count, answered, known = common.all_sum(world, *sums)
+    return {"eval/reward": rewards / count, **({"eval/exact": answered / known} if known else {})}
 
 
-def log(out, writer, step, metrics, texts=None):
+def log(out, writer, step, metrics, texts, world):
     """One line of metrics.jsonl, the same numbers for TensorBoard, and some of the step's completions as text."""
+    if world.rank:
+        return
     with open(out / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": step, **metrics}) + "\n")
+    with open(out / "samples.jsonl", "a") as file:
+        file.writelines(json.dumps({"step": step, **t}, ensure_ascii=False) + "\n" for t in texts)
     for name, value in metrics.items():
         writer.add_scalar(name, value, step)
     if texts:
-        with open(out / "samples.jsonl", "a") as file:
-            file.writelines(json.dumps({"step": step, **t}, ensure_ascii=False) + "\n" for t in texts)
         writer.add_text(
             "samples", "\n\n".join(f"`{t['reward']:.3f}` {t['prompt']!r} -> {t['completion']!r}" for t in texts), step
         )
@@ -501,33 +494,28 @@ def advise(metrics, said):
 def train(args):
     args = resolve(args)
     world = common.start(args.device, args.dtype, args.seed)
-    n, share = args.samples_per_prompt, args.prompts_per_step // world.size
-    if args.prompts_per_step % (world.size * args.minibatches):
+    chief, n, share = world.rank == 0, args.samples_per_prompt, args.prompts_per_step // world.size
+    if share % args.minibatches or not share or args.prompts_per_step % world.size:
         fail(
-            f"--prompts_per_step {args.prompts_per_step} must be a multiple of {world.size} processes x --minibatches {args.minibatches}"
+            f"--prompts_per_step {args.prompts_per_step} must be a multiple of --minibatches times the number of processes"
         )
 
     # everything that can be wrong with the user's input is found here, before a weight is loaded or a file written
     flag = "--demos" if args.demos else "--data"
-    rows = read_rows(args.demos or args.data, flag)
-    eval_rows = read_rows(args.eval_data, "--eval_data") if args.eval_data else []
     config, tokenizer = common.read_config(args.model), common.load_tokenizer(args.model)
-    prompts = encode_rows(rows, tokenizer, args, flag)
-    held_out = encode_rows(eval_rows, tokenizer, args, "--eval_data") if eval_rows else []
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+    prompts = encode_rows(read_rows(args.demos or args.data, flag), tokenizer, args, flag)
+    held_out = (
+        encode_rows(read_rows(args.eval_data, "--eval_data"), tokenizer, args, "--eval_data") if args.eval_data else []
+    )
     longest = max(len(ids) for ids, _ in prompts + held_out)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
     if longest >= context:
         fail(f"{flag}: a prompt of {longest} tokens fills the model's context of {context}; lower --max_prompt_tokens")
     args = dataclasses.replace(args, max_new_tokens=min(args.max_new_tokens, context - longest))
-    if args.demos:
-        prompts = encode_demos(prompts, tokenizer, args.max_new_tokens)
-    reward = None
-    if held_out or not args.demos:
-        reward = load_reward(args.reward, [r for _, r in held_out + (prompts if not args.demos else [])], flag, world)
+    answers = encode_demos(prompts, tokenizer, args.max_new_tokens) if args.demos else None
+    reward = load_reward(args.reward, [r for _, r in held_out + ([] if args.demos else prompts)], flag, world)
     out = common.open_run(args, "reinforce", world)
-    stop_asked, chief = common.catch_signals(), world.rank == 0
-    command = " ".join(a for a in sys.argv if a != "--resume")
-    how = f"the last checkpoint is whole; go on with: python {command} --resume" + ("" if args.out else f" --out {out}")
+    stop_asked = common.catch_signals()
 
     policy = common.load_policy(args.model, world, args.gradient_checkpointing)
     reference = common.load_reference(args.model, world) if args.beta else None
@@ -540,212 +528,203 @@ def train(args):
     writer, bar, said, scores = None, None, set(), []
     if chief:
         for name in ("metrics.jsonl", "samples.jsonl"):
-            common.cut_log(out / name, first if args.resume and first else -1)
-        writer = SummaryWriter(out / "tensorboard", purge_step=first + 1 if args.resume else None)
+            common.cut_log(out / name, first if first else -1)  # what a resumed run will write again
+        writer = SummaryWriter(out / "tensorboard", purge_step=first + 1 if first else None)
         introduce(args, world, policy, reference, tokenizer, prompts, longest, out)
         bar = tqdm(total=args.steps, initial=first, desc="reinforce", dynamic_ncols=True)
 
     def held_out_score(step):
-        scores.append(evaluate(policy, tokenizer, held_out, reward, args, world, how) if held_out else {})
+        scores.append(evaluate(policy, tokenizer, held_out, reward, args, world) if held_out else {})
         if chief and held_out:
             tqdm.write(f"step {step}: held-out " + ", ".join(f"{k[5:]} {v:.3f}" for k, v in scores[-1].items()))
         return scores[-1]
 
-    if first == 0:
-        metrics = held_out_score(0)
-        if chief:
-            log(out, writer, 0, metrics)
+    with common.guarded(out, args):
+        if first == 0:
+            log(out, writer, 0, held_out_score(0), [], world)
 
-    for step in range(first + 1, args.steps + 1):
-        began = time.perf_counter()
+        for step in range(first + 1, args.steps + 1):
+            began = time.perf_counter()
 
-        # 1. Rollout. The data is an endless row of shuffled copies; this step takes the next prompts of it, and this
-        #    process its share of them, by the step's number alone: resuming neither skips nor repeats a prompt.
-        start = (step - 1) * args.prompts_per_step + world.rank * share
-        batch = [pick(prompts, start + i, args.seed) for i in range(share)]
-        if args.demos:
-            samples = demonstrations(batch, tokenizer, world)
-        else:
-            seed = common.fold(args.seed, step, world.rank)
-            samples = common.sample(policy, tokenizer, [b[0] for b in batch], n=n, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=seed)  # fmt: skip
-        rows = [row for _, row, *_ in batch for _ in range(n)]
-        mask = samples.mask
-        sampled = time.perf_counter()
+            # 1. Rollout. The data is an endless row of shuffled copies; the step's number says which prompts of it are
+            #    next, and the rank which of those are this process's: a resumed run neither skips nor repeats any.
+            start = (step - 1) * args.prompts_per_step + world.rank * share
+            picked = [pick(len(prompts), start + i, args.seed) for i in range(share)]
+            ids = [prompts[i][0] for i in picked]
+            if args.demos:
+                samples = common.given(ids, [answers[i] for i in picked], tokenizer, world)
+            else:
+                samples = common.sample(
+                    policy, tokenizer, ids, n=n, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                    seed=common.fold(args.seed, step, world.rank),
+                )  # fmt: skip
+            rows, mask = [prompts[i][1] for i in picked for _ in range(n)], samples.mask
+            sampled = time.perf_counter()
 
-        # 2. Score.
-        rewards = torch.ones(len(rows)) if args.demos else score(reward, samples.texts, rows, how)
-        rewards = rewards.to(world.device)
+            # 2. Score. A demonstration is paid 1: its weight in the loss is 1, and the loss is that of fine-tuning.
+            rewards = torch.ones(len(rows)) if args.demos else torch.tensor(reward(samples.texts, rows))
+            rewards = rewards.to(world.device)  # [B]
 
-        # 3. Mini-batches and their micro-batches, the same for every pass and for old, new and reference log-probs.
-        order = torch.randperm(
-            share, generator=torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, 1))
-        )
-        minibatches = []
-        for groups in order.view(args.minibatches, -1):
-            index = (groups[:, None] * n + torch.arange(n)).flatten()  # rows of this mini-batch
-            parts = micro_batches(samples.prompt_mask[index], mask[index], n, args.tokens_per_micro_batch, world)
-            minibatches.append([index[part].tolist() for part in parts])
-        every_part = [part for parts in minibatches for part in parts]
-        updates = args.epochs * args.minibatches
+            # 3. Mini-batches (one optimizer step each) and their micro-batches (one forward each), fixed now: old, new
+            #    and reference log-probabilities of a row are to come from the same company of rows.
+            order = torch.randperm(
+                share, generator=torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, 1))
+            )
+            minibatches = []
+            for groups in order.view(args.minibatches, -1):
+                index = (groups[:, None] * n + torch.arange(n)).flatten()  # the rows of these groups
+                parts = micro_batches(samples.prompt_mask[index], mask[index], n, args.tokens_per_micro_batch, world)
+                minibatches.append([index[part].tolist() for part in parts])
+            every_part, updates = [part for parts in minibatches for part in parts], args.epochs * args.minibatches
 
-        # 4. Log-probabilities before the update. With one update and no KL nobody needs them: the update's own, taken
-        #    as constants, are the same numbers, and cost nothing.
-        old, kl = None, torch.zeros_like(samples.logprobs)
-        if updates > 1 or reference:
-            old = rollout_logprobs(policy, samples, every_part, args.temperature)
-        if reference:
-            kl = (old - rollout_logprobs(reference, samples, every_part, args.temperature)) * mask  # k1, [B, C]
+            # 4. Log-probabilities before the update. With one update and no KL nobody asks for them: those of the
+            #    update itself, taken as constants, are the same numbers and cost nothing.
+            old, kl = None, torch.zeros_like(samples.logprobs)
+            if updates > 1 or reference:
+                old = rollout_logprobs(policy, samples, every_part, args.temperature)  # [B, C]
+            if reference:
+                kl = (old - rollout_logprobs(reference, samples, every_part, args.temperature)) * mask  # k1 [B, C]
 
-        # 5. Advantages: penalise, subtract the baseline, normalize, keep the best.
-        to_go = rewards_to_go(rewards, kl, mask, args.beta, args.gamma)  # [B, C]
-        totals = rewards - args.beta * kl.sum(1)  # [B]
-        b, scale, keep = baselines(
-            totals, common.all_gather(world, totals), n, args.baseline, args.normalize, args.keep_max
-        )
-        advantages = (to_go - b[:, None]) * (keep / scale)[:, None] * mask  # [B, C]
+            # 5. Advantages: penalise, subtract the baseline, normalize, keep the best.
+            to_go = rewards_to_go(rewards, kl, mask, args.beta, args.gamma)  # [B, C]
+            totals = rewards - args.beta * kl.sum(1)  # [B]
+            b, scale, keep = baselines(
+                totals, common.all_gather(world, totals), n, args.baseline, args.normalize, args.keep_max
+            )
+            advantages = (to_go - b[:, None]) * (keep / scale)[:, None] * mask  # [B, C]
 
-        # 6. Update: each mini-batch is one optimizer step, cut into micro-batches whose gradients add up. The loss is
-        #    divided by the samples of the whole update before the first backward, so the cut changes nothing.
-        policy_rate = common.learning_rate_at(step, args.steps, args.learning_rate, args.schedule, args.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = policy_rate
-        totals_of = dict.fromkeys(("loss", "norm", "entropy", "ratio", "old", "sample", "tokens"), 0.0)
-        first_ratio = 0.0
-        for epoch in range(args.epochs):
-            for m in random.Random(common.fold(args.seed, step, epoch)).sample(
-                range(args.minibatches), args.minibatches
-            ):
-                N = args.prompts_per_step * n / args.minibatches
-                for part in minibatches[m]:
-                    prompt_ids, prompt_mask, ids, part_mask = trim(samples, part or [0])
-                    C = ids.shape[1]
-                    logprobs, entropy = token_logprobs(
-                        policy, prompt_ids, prompt_mask, ids, part_mask, args.temperature
-                    )
-                    weight = part_mask * bool(part)  # a part that only keeps other processes company has no weight
-                    before = logprobs.detach() if old is None else old[part or [0], :C]
-                    loss, ratio = policy_loss(logprobs, before, advantages[part or [0], :C], weight, N)
-                    loss.backward()
-                    with torch.no_grad():
-                        if totals_of["norm"] == 0:
-                            first_ratio = max(first_ratio, ((ratio - 1).abs() * weight).max().item())
-                        totals_of["loss"] += loss.item()
-                        totals_of["tokens"] += weight.sum().item()
-                        totals_of["entropy"] += (entropy * weight).sum().item()
-                        totals_of["ratio"] += (ratio * weight).sum().item()
-                        totals_of["old"] += ((before - logprobs) * weight).sum().item()
-                        totals_of["sample"] += (
-                            ((before - samples.logprobs[part or [0], :C]).abs() * weight).sum().item()
+            # 6. Update. The loss is divided by the samples of the whole optimizer step, over all micro-batches and
+            #    processes, before the first backward: however the step is cut, the gradients add up to the same.
+            rate = common.learning_rate_at(step, args.steps, args.learning_rate, args.schedule, args.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            N, norms, first_ratio = (
+                args.prompts_per_step * n / args.minibatches,
+                [],
+                torch.zeros(1, device=world.device),
+            )
+            sums = torch.zeros(6, dtype=torch.float64, device=world.device)
+            for epoch in range(args.epochs):
+                for m in random.Random(common.fold(args.seed, step, epoch)).sample(
+                    range(args.minibatches), args.minibatches
+                ):
+                    for part in minibatches[m]:
+                        real, part = bool(part), part or [0]  # an empty part only keeps other processes company
+                        prompt_ids, prompt_mask, part_ids, part_mask = trim(samples, part)
+                        logprobs, entropy = token_logprobs(
+                            policy, prompt_ids, prompt_mask, part_ids, part_mask, args.temperature
                         )
-                norm = common.clip_gradients(policy, args.max_grad_norm)
-                if not math.isfinite(norm):
-                    raise SystemExit(f"error: step {step}: the gradient is {norm}; nothing was changed by it; {how}")
-                optimizer.step()
-                optimizer.zero_grad()
-                totals_of["norm"] += norm / updates
+                        C = part_ids.shape[1]
+                        before = logprobs.detach() if old is None else old[part, :C]
+                        weight = part_mask * real
+                        loss, ratio = policy_loss(logprobs, before, advantages[part, :C], weight, N)
+                        loss.backward()
+                        with torch.no_grad():
+                            if not norms:
+                                first_ratio = torch.maximum(first_ratio, ((ratio - 1).abs() * weight).max())
+                            apart = (before - samples.logprobs[part, :C]).abs()
+                            seen = [
+                                (x * weight).sum()
+                                for x in (torch.ones_like(ratio), entropy, ratio, before - logprobs, apart)
+                            ]
+                            sums += torch.stack([loss.detach(), *seen])
+                    norms.append(common.clip_gradients(policy, args.max_grad_norm))
+                    if not math.isfinite(norms[-1]):
+                        raise common.Stop(f"step {step}: the gradient is {norms[-1]}, so no step was taken with it")
+                    optimizer.step()
+                    optimizer.zero_grad()
 
-        # 7. Log. Sums over all processes first, then means.
-        now = time.perf_counter()
-        equal = (rewards.view(-1, n).amax(1) == rewards.view(-1, n).amin(1)).sum().item()
-        sums = common.all_sum(world, *(totals_of[k] for k in ("loss", "entropy", "ratio", "old", "sample", "tokens")),
-                              rewards.sum(), kl.sum(), mask.sum(), (~samples.finished).sum(), equal)  # fmt: skip
-        loss, entropy, ratio, moved, apart, tokens, total, kl_sum, length, cut, equal = sums
-        B = args.prompts_per_step * n
-        metrics = {
-            "reward": total / B, "loss": loss / updates, "kl/old": moved / (B * args.epochs), "kl/sample": 0.0 if args.demos else apart / tokens,
-            "ratio/first": common.all_gather(world, torch.tensor([first_ratio], device=world.device)).max().item(),
-            "ratio/mean": ratio / tokens, "entropy": entropy / tokens, "grad_norm": totals_of["norm"], "learning_rate": policy_rate,
-            "length": length / B, "truncated": cut / B, "equal_groups": 0.0 if n == 1 else equal / args.prompts_per_step,
-            "time/sample": sampled - began, "time/train": now - sampled, "tokens_per_second": length / (now - began),
-            "memory_gib": common.memory_used(world) / 2**30,
-        }  # fmt: skip
-        if reference:
-            metrics["kl/ref"] = kl_sum / B
-        if step % args.eval_every == 0 or step == args.steps:
-            metrics |= held_out_score(step)
-        if chief:
+            # 7. Log: sums over all processes first, then means.
+            now, grouped = time.perf_counter(), rewards.view(-1, n)
+            equal = (grouped.amax(1) == grouped.amin(1)).sum() * (n > 1)
+            numbers = (*sums, rewards.sum(), kl.sum(), mask.sum(), (~samples.finished).sum(), equal)
+            loss, tokens, entropy, ratio, moved, apart, total, kl_ref, length, cut, equal = common.all_sum(
+                world, *numbers
+            )
+            B = args.prompts_per_step * n
+            metrics = {
+                "reward": total / B, "loss": loss / updates, "kl/ref": kl_ref / B, "kl/old": moved / args.epochs / B,
+                "kl/sample": apart / tokens, "ratio/first": common.all_gather(world, first_ratio).max().item(),
+                "ratio/mean": ratio / tokens, "entropy": entropy / tokens, "grad_norm": sum(norms) / updates, "learning_rate": rate,
+                "length": length / B, "truncated": cut / B, "equal_groups": equal / args.prompts_per_step,
+                "time/sample": sampled - began, "time/train": now - sampled, "tokens_per_second": length / (now - began),
+                "memory_gib": common.memory_used(world) / 2**30,
+            }  # fmt: skip
+            for name in (["kl/ref"] if not reference else []) + (["kl/sample"] if args.demos else []):
+                del metrics[name]  # nothing to compare with
+            if step % args.eval_every == 0 or step == args.steps:
+                metrics |= held_out_score(step)
             shown = [
-                {"prompt": tokenizer.decode(batch[0][0]), "completion": samples.texts[j], "reward": rewards[j].item()}
+                {"prompt": tokenizer.decode(ids[0]), "completion": samples.texts[j], "reward": rewards[j].item()}
                 for j in range(n)
             ]
-            log(out, writer, step, metrics, shown)
-            advise(metrics, said)
-            bar.set_postfix_str(
-                f"reward {metrics['reward']:.3f}, kl {metrics.get('kl/ref', 0.0):.2f}, {metrics['tokens_per_second']:,.0f} tokens/s"
-            )
-            bar.update()
+            log(out, writer, step, metrics, shown, world)
+            if chief:
+                advise(metrics, said)
+                bar.set_postfix_str(
+                    f"reward {metrics['reward']:.3f}, kl {metrics.get('kl/ref', 0.0):.2f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+                )
+                bar.update()
 
-        # 8. Save. A signal to end (Ctrl-C, a cluster that wants its machine back) waits for this place.
-        ending = common.all_sum(world, stop_asked())[0] > 0
-        if step % args.save_every == 0 or step == args.steps or ending:
-            common.save_checkpoint(out, world, step, {"policy": policy}, {"policy": optimizer})
-        if ending and step < args.steps:
-            raise SystemExit(f"stopped after step {step} of {args.steps}; {how}")
+            # 8. Save. A signal to end (Ctrl-C, a cluster that wants its machine back) waits for this place.
+            ending = common.all_sum(world, stop_asked())[0] > 0
+            if step % args.save_every == 0 or step == args.steps or ending:
+                common.save_checkpoint(out, world, step, {"policy": policy}, {"policy": optimizer})
+            if ending and step < args.steps:
+                raise common.Stop(f"stopped by a signal after step {step} of {args.steps}")
 
-    common.save_model(policy, tokenizer, out / "model", world)
+        common.save_model(policy, tokenizer, out / "model", world)
     if chief:
         bar.close()
         writer.close()
         conclude(scores, out)
 
 
-def pick(prompts, i, seed):
-    """Element i of the endless row of shuffled copies of the data."""
-    epoch, place = divmod(i, len(prompts))
-    return prompts[shuffled(len(prompts), common.fold(seed, epoch, 7))[place]]
+def pick(count, i, seed):
+    """Element i of an endless row of shuffled copies of range(count)."""
+    return shuffled(count, common.fold(seed, i // count, 7))[i % count]
 
 
-def shuffled(count, seed, cache={}):  # noqa: B006  (one permutation is kept: a step asks for neighbours)
-    if cache.get("key") != (count, seed):
-        cache.update(key=(count, seed), order=random.Random(seed).sample(range(count), count))
-    return cache["order"]
+@functools.lru_cache(maxsize=2)
+def shuffled(count, seed):
+    return random.Random(seed).sample(range(count), count)
 
 
 def encode_demos(prompts, tokenizer, limit):
-    """[(prompt's ids, row, answer's ids with EOS)] for --demos, without answers that are too long."""
+    """The answers of --demos as ids with EOS; a prompt whose answer is too long leaves the list."""
+    answers = []
     for i, (_, row) in enumerate(prompts, 1):
         if not isinstance(row.get("answer"), (str, int, float)):
-            fail(f'--demos, row {i}: needs an "answer"')
-    demos = [(ids, row, common.encode_completion(tokenizer, str(row["answer"]))) for ids, row in prompts]
-    kept = [d for d in demos if len(d[2]) <= limit]
-    if len(kept) < len(demos):
-        print(f"--demos: {len(demos) - len(kept)} of {len(demos)} answers left out (over --max_new_tokens {limit})")
-    return kept or fail(f"--demos: every answer is longer than --max_new_tokens {limit}")
-
-
-def demonstrations(batch, tokenizer, world):
-    """Given answers in the shape of samples. Nobody drew them, so they have no log-probabilities of their own."""
-    P, C = max(len(d[0]) for d in batch), max(len(d[2]) for d in batch)
-    pad = tokenizer.pad_token_id
-    return common.Samples(
-        torch.tensor([[pad] * (P - len(p)) + p for p, _, _ in batch], device=world.device),
-        torch.tensor([[False] * (P - len(p)) + [True] * len(p) for p, _, _ in batch], device=world.device),
-        torch.tensor([a + [pad] * (C - len(a)) for _, _, a in batch], device=world.device),
-        torch.tensor([[True] * len(a) + [False] * (C - len(a)) for _, _, a in batch], device=world.device),
-        torch.zeros(len(batch), C, device=world.device),
-        torch.ones(len(batch), dtype=torch.bool, device=world.device),
-        [str(row["answer"]) for _, row, _ in batch],
-    )
+            fail(f'--demos, row {i}: needs an "answer" that is a text or a number')
+        answers.append(common.encode_completion(tokenizer, str(row["answer"])))
+    short = [i for i, a in enumerate(answers) if len(a) <= limit]
+    if len(short) < len(answers):
+        print(
+            f"--demos: {len(answers) - len(short)} of {len(answers)} left out (answers over --max_new_tokens {limit})"
+        )
+    if not short:
+        fail(f"--demos: every answer is longer than --max_new_tokens {limit}")
+    prompts[:] = [prompts[i] for i in short]
+    return [answers[i] for i in short]
 
 
 def introduce(args, world, policy, reference, tokenizer, prompts, longest, out):
     """What was loaded, what it will need, and the first prompt exactly as the model sees it."""
-    share = args.prompts_per_step * args.samples_per_prompt // world.size
-    needed = common.memory_needed(args.model, world, args.tokens_per_micro_batch, frozen=int(reference is not None), sample_rows=share,
-                                  sample_tokens=longest + args.max_new_tokens, checkpointing=args.gradient_checkpointing)  # fmt: skip
-    count, there = sum(p.numel() for p in policy.parameters()), common.memory_there(world)
-    compute = str(world.dtype).removeprefix("torch.")
+    needed = common.memory_needed(
+        args.model, world, args.tokens_per_micro_batch, frozen=int(reference is not None), checkpointing=args.gradient_checkpointing,
+        sample_rows=args.prompts_per_step * args.samples_per_prompt // world.size, sample_tokens=longest + args.max_new_tokens,
+    )  # fmt: skip
+    count, there, ids = sum(p.numel() for p in policy.parameters()), common.memory_there(world), prompts[0][0]
     print(
-        f"{args.model}: {count / 1e6:.1f}M parameters on {world.size} x {world.device.type}, computing in {compute}, learning in float32"
+        f"{args.model}: {count / 1e6:.1f}M parameters, {world.size} x {world.device.type}, computing in {str(world.dtype)[6:]}, learning in float32"
     )
-    print(f"memory: about {needed['peak'] / 2**30:.1f} GiB needed at the peak, {there / 2**30:.1f} there")
+    print(f"memory: about {needed['peak'] / 2**30:.1f} GiB of {there / 2**30:.1f} will be needed")
     if needed["peak"] > there:
         print(
-            "warning: this may not fit: lower --tokens_per_micro_batch, add --gradient_checkpointing, or use more processes"
+            "warning: this may not fit; lower --tokens_per_micro_batch, add --gradient_checkpointing, or use more processes"
         )
-    ids = prompts[0][0]
     print(
-        f"first prompt: {tokenizer.decode(ids)!r}\n              {ids if len(ids) < 40 else [*ids[:30], '...', *ids[-8:]]}"
+        f"first of {len(prompts)} prompts: {tokenizer.decode(ids)!r}\n  {ids if len(ids) < 40 else [*ids[:30], '...', *ids[-8:]]}"
     )
     print(f"writing to {out}\n")
 
@@ -753,12 +732,12 @@ def introduce(args, world, policy, reference, tokenizer, prompts, longest, out):
 def conclude(scores, out):
     """The score before and after, and what a person wants to type next."""
     if len(scores) > 1 and scores[-1]:
-        changes = (f"{k[5:]} {scores[0][k]:.3f} -> {scores[-1][k]:.3f}" for k in scores[-1])
-        print(f"\nheld-out, greedy: {', '.join(changes)}")
-    print(f"\n  tensorboard --logdir {out}\n\nand to use the model, in Python:\n")
-    print("  from transformers import pipeline")
+        print(
+            "\nheld-out, greedy: " + ", ".join(f"{k[5:]} {scores[0][k]:.3f} -> {v:.3f}" for k, v in scores[-1].items())
+        )
+    print(f"\n  tensorboard --logdir {out}\n\nand, in Python, to use the model:\n\n  from transformers import pipeline")
     print(f'  print(pipeline("text-generation", "{out / "model"}")("your prompt"))')
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, config=(tyro.conf.UseUnderscores,)))
+    train(tyro.cli(Args, use_underscores=True))

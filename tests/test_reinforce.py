@@ -1,0 +1,561 @@
+"""REINFORCE: every equation against brute force, on models small enough to enumerate."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from conftest import FAMILIES, family, make_tokenizer
+
+import common
+import reinforce
+from common import World, given, sample
+from reinforce import baselines, micro_batches, policy_loss, rewards_to_go, rollout_logprobs, token_logprobs, trim
+
+CPU = World(0, 1, torch.device("cpu"), torch.float32)
+KINDS = ["none", "batch", "prompt", "loo"]
+
+
+def enumerable(vocab=5, length=3, seed=0):
+    """A model whose completions of one prompt can all be listed, with their exact probabilities: token 1 is EOS."""
+    model = family("llama", vocab_size=vocab, num_hidden_layers=1, scale=0.7).double()
+    completions = [c for k in range(1, length + 1) for c in itertools.product(range(vocab), repeat=k)
+                   if 1 not in c[:-1] and (c[-1] == 1 or k == length)]  # fmt: skip
+    s = given([[0, 2]] * len(completions), [list(c) for c in completions], make_tokenizer(), CPU)
+    return model, s
+
+
+def exact_logprobs(model, s, temperature=1.0):
+    logprobs, _ = token_logprobs(model, s.prompt_ids, s.prompt_mask, s.ids, s.mask, temperature)
+    return logprobs
+
+
+def gradient(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def some_rewards(s, seed=1):
+    return torch.rand(len(s.ids), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3 - 1
+
+
+# --- the policy gradient theorem (lectures: the log-derivative trick) ---
+
+
+@pytest.mark.parametrize("kind, samples", [("none", 1), ("loo", 2), ("prompt", 2), ("batch", 2), ("loo", 3)])
+def test_the_expected_gradient_is_that_of_the_expected_reward_up_to_the_baselines_factor(kind, samples):
+    """Every possible batch of n independent completions, each weighed with its probability: the mean of the estimator's
+    gradient is the exact gradient of E[r], times 1 - 1/n where the mean contains the sample itself."""
+    model, s = enumerable(vocab=3, length=2)
+    reward = some_rewards(s)
+    logprobs = exact_logprobs(model, s)
+    p = logprobs.sum(1).exp()
+    assert abs(p.sum().item() - 1) < 1e-6
+    wanted = gradient(model, -(p * reward).sum())
+
+    p = p.detach()
+    logprobs = exact_logprobs(model, s)
+    loss = 0.0
+    for batch in itertools.product(range(len(p)), repeat=samples):
+        rows = list(batch)
+        b, scale, keep = baselines(reward[rows], reward[rows], samples, kind, False, False)
+        to_go = rewards_to_go(reward[rows], torch.zeros_like(logprobs[rows]), s.mask[rows], 0.0, 1.0)
+        advantages = (to_go - b[:, None]) * s.mask[rows]
+        one, _ = policy_loss(logprobs[rows], logprobs[rows].detach(), advantages, s.mask[rows], samples)
+        loss = loss + p[rows].prod() * one
+    got = gradient(model, loss)
+    factor = 1 - 1 / samples if kind in ("prompt", "batch") else 1.0
+    assert (got - factor * wanted).norm() < 1e-6 * wanted.norm()
+
+
+def test_a_token_mean_would_be_the_gradient_of_nothing_we_want():
+    """The wrong version: dividing each completion by its length points elsewhere, here with a reward for length."""
+    model, s = enumerable()
+    reward, logprobs = s.mask.sum(1) - 2.0, exact_logprobs(model, s)
+    p = logprobs.sum(1).exp()
+    wanted = gradient(model, -(p * reward).sum())
+    logprobs = exact_logprobs(model, s)
+    p = logprobs.sum(1).exp().detach()
+    mean = gradient(model, -(p * reward * logprobs.sum(1) / s.mask.sum(1)).sum())
+    assert torch.cosine_similarity(mean, wanted, 0) < 0.998  # off by five degrees; the right one is exact to 1e-5
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+def test_kl_in_the_reward_gives_the_gradient_of_the_kl_penalised_objective(beta):
+    """grad of E[r] - beta KL(pi || ref), all by enumeration, through per-token rewards to go."""
+    model, s = enumerable()
+    ref = family("llama", vocab_size=5, num_hidden_layers=1, scale=0.5).double()
+    with torch.no_grad():
+        ref_logprobs = exact_logprobs(ref, s)
+    reward, logprobs = some_rewards(s), exact_logprobs(model, s)
+    p = logprobs.sum(1).exp()
+    kl = (p * (logprobs.sum(1) - ref_logprobs.sum(1))).sum()
+    wanted = gradient(model, -((p * reward).sum() - beta * kl))
+    logprobs = exact_logprobs(model, s)
+    old = logprobs.detach()
+    to_go = rewards_to_go(reward, (old - ref_logprobs) * s.mask, s.mask, beta, 1.0)
+    loss, _ = policy_loss(logprobs, old, to_go * old.sum(1).exp()[:, None], s.mask, 1)
+    assert (gradient(model, loss) - wanted).norm() < 1e-6 * wanted.norm()
+
+
+def test_k1_and_k3_have_the_kl_as_mean_and_k2_has_its_gradient():
+    """Field notes, test 1. k2's value is another; k3's gradient, taken through the sample's log-ratio, is too."""
+    model, s = enumerable()
+    ref = family("llama", vocab_size=5, num_hidden_layers=1, scale=0.5).double()
+    with torch.no_grad():
+        r = exact_logprobs(ref, s).sum(1)
+    q = exact_logprobs(model, s).sum(1)
+    kl = (q.exp() * (q - r)).sum()
+    d, p = (q - r).detach(), q.exp().detach()
+    assert abs((p * d).sum() - kl) < 1e-6 and abs((p * ((-d).exp() - 1 + d)).sum() - kl) < 1e-6
+    assert abs((p * d * d / 2).sum() - kl) > 5e-3 * kl
+    wanted = gradient(model, kl)
+    q = exact_logprobs(model, s).sum(1)
+    assert (gradient(model, (p * (q - r) ** 2 / 2).sum()) - wanted).norm() < 1e-6 * wanted.norm()
+    q = exact_logprobs(model, s).sum(1)
+    k3 = gradient(model, (p * ((r - q).exp() - 1 + q - r)).sum())
+    assert (k3 - wanted).norm() > 1e-2 * wanted.norm()
+
+
+# --- rewards to go ---
+
+
+def test_rewards_to_go_against_brute_force_sums():
+    g = torch.Generator().manual_seed(0)
+    mask = torch.arange(7) < torch.tensor([7, 1, 3, 6])[:, None]
+    scores, kl = torch.randn(4, generator=g), torch.randn(4, 7, generator=g) * mask
+    for gamma, beta in ((1.0, 0.0), (1.0, 0.5), (0.9, 0.5), (0.0, 0.2)):
+        got = rewards_to_go(scores, kl, mask, beta, gamma)
+        for i in range(4):
+            T = int(mask[i].sum())
+            r = [-beta * kl[i, t].item() + (scores[i].item() if t == T - 1 else 0.0) for t in range(T)]
+            for t in range(7):
+                wanted = sum(gamma ** (u - t) * r[u] for u in range(t, T)) if t < T else 0.0
+                assert abs(got[i, t].item() - wanted) < 1e-5
+
+
+def test_at_gamma_1_and_beta_0_every_token_has_the_whole_reward():
+    """Then reward-to-go is the whole-sequence form of the gradient."""
+    mask = torch.arange(5) < torch.tensor([5, 2])[:, None]
+    scores = torch.tensor([2.0, -1.0])
+    assert torch.equal(rewards_to_go(scores, torch.randn(2, 5), mask, 0.0, 1.0), scores[:, None] * mask)
+
+
+# --- baselines and their variance ---
+
+
+def test_baselines_by_hand():
+    r = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])  # two prompts, three samples each
+    b = {k: baselines(r, r, 3, k, False, False)[0] for k in KINDS}
+    assert b["none"].tolist() == [0] * 6
+    torch.testing.assert_close(b["batch"], torch.full((6,), 4 / 6))
+    torch.testing.assert_close(b["prompt"], torch.tensor([1 / 3] * 3 + [1.0] * 3))
+    torch.testing.assert_close(b["loo"], torch.tensor([0.0, 0.5, 0.5, 1.0, 1.0, 1.0]))
+    assert baselines(r, r, 3, "none", False, True)[2].tolist() == [1, 0, 0, 1, 1, 1], "ties are all kept"
+    _, scale, _ = baselines(r, r, 3, "loo", True, False)
+    torch.testing.assert_close(scale, torch.tensor([3**-0.5 + 1e-4] * 3 + [1e-4] * 3))
+    everyone = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    assert baselines(r, everyone, 3, "batch", False, False)[0][0] == 0.5, "the batch is that of all processes"
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7])
+@pytest.mark.parametrize("kind", ["prompt", "loo"])
+def test_equal_rewards_leave_exactly_nothing(kind, value):
+    """Eight rewards of 0.1 have a mean that is not 0.1 (NeMo-RL 4161)."""
+    r = torch.full((8,), value)
+    b, scale, _ = baselines(r, r, 8, kind, True, False)
+    assert ((r - b) / scale).abs().max() == 0
+
+
+def test_the_lectures_centred_variable():
+    """X uniform on (95, 105], Y = +-1: XY and (X - 100)Y have the same mean, 0, and variances E[X^2] = 10008.3 and 8.3."""
+    g = torch.Generator().manual_seed(0)
+    x = 95 + 10 * torch.rand(200_000, generator=g, dtype=torch.float64)
+    y = torch.randint(0, 2, (200_000,), generator=g).double() * 2 - 1
+    assert abs((x * y).var() - (100**2 + 100 / 12)) < 50 and abs(((x - 100) * y).var() - 100 / 12) < 0.1
+    assert abs((x * y).mean()) < 1 and abs(((x - 100) * y).mean()) < 0.03
+
+
+def two_states():
+    """Two prompts, two actions each, a policy that tosses a coin: in the first the actions pay 10 and 11, in the second
+    0 and 1. Scores of all four cases and the gradient's factor d log pi / d logit = +-1/2."""
+    return torch.tensor([10.0, 11.0, 0.0, 1.0], dtype=torch.float64), torch.tensor([-0.5, 0.5, -0.5, 0.5], dtype=torch.float64)
+
+
+def test_the_two_state_example_as_numbers():
+    """One sample of a random state. Both states want the second action equally (gradient 1/4 each). Without a baseline
+    the first state's bad action is pushed up by 5, ten times what the second state's good one gets; with each state's
+    mean taken off, every sample has the right sign and size."""
+    r, score = two_states()
+    raw = r * score
+    assert raw.tolist() == [-5.0, 5.5, 0.0, 0.5]
+    per_state = raw.view(2, 2).mean(1)
+    assert per_state.tolist() == [0.25, 0.25]
+    centred = (r - r.view(2, 2).mean(1).repeat_interleave(2)) * score
+    assert centred.tolist() == [0.25, 0.25, 0.25, 0.25]
+    batch = (r - r.mean()) * score  # one mean for both states
+    variances = [x.var(correction=0).item() for x in (raw, batch, centred)]
+    assert variances == [(25 + 30.25 + 0 + 0.25) / 4 - 1 / 16, (2 * 20.25 / 4 + 2 * 30.25 / 4) / 4 - 1 / 16, 0.0]
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
+def test_the_variance_optimal_baseline_in_closed_form(p):
+    """One parameter, one action of probability p = sigmoid(theta): b* = E[g^2 r] / E[g^2], g = d log pi / d theta. No
+    other baseline has less variance; the mean reward is near it, and is it at p = 1/2."""
+    probability = torch.tensor([p, 1 - p], dtype=torch.float64)
+    g, r = torch.tensor([1 - p, -p], dtype=torch.float64), torch.tensor([3.0, 1.0], dtype=torch.float64)
+
+    def variance(b):
+        x = (r - b) * g
+        return ((probability * x * x).sum() - (probability * x).sum() ** 2).item()
+
+    best = ((probability * g * g * r).sum() / (probability * g * g).sum()).item()
+    assert abs(best - (3 * (1 - p) + 1 * p)) < 1e-12  # for two actions: the rewards weighed the other way round
+    grid = [best + d for d in (-1, -0.1, -0.01, 0.01, 0.1, 1)]
+    assert all(variance(best) < variance(b) for b in grid)
+    means = [((probability * (r - b) * g).sum()).item() for b in (0.0, best, 7.0)]
+    assert max(means) - min(means) < 1e-12, "the mean does not depend on the baseline"
+    if p == 0.5:
+        assert best == (probability * r).sum()
+
+
+def test_a_baseline_shrinks_the_variance_of_the_real_estimator():
+    """The gradient's variance over many small batches, with rewards far from 0, for the estimators as they are coded."""
+    model, s = enumerable(vocab=4, length=2)
+    reward = some_rewards(s) + 5
+    logprobs = exact_logprobs(model, s)
+    p = logprobs.sum(1).exp().detach()
+    score = torch.stack([gradient(model, exact_logprobs(model, s)[i].sum()).clone() for i in range(len(p))])  # [rows, weights]
+    g, spread = torch.Generator().manual_seed(0), {}
+    batches = torch.multinomial(p, 400 * 8, replacement=True, generator=g).view(400, 8)
+    for kind in ("none", "batch", "prompt", "loo"):
+        grads = []
+        for rows in batches:
+            b, _, _ = baselines(reward[rows], reward[rows], 4, kind, False, False)
+            grads.append(((reward[rows] - b)[:, None] * score[rows]).mean(0))
+        spread[kind] = torch.stack(grads).var(0).sum().item()
+    assert all(spread[k] < 0.25 * spread["none"] for k in ("batch", "prompt", "loo")), spread
+
+
+# --- the loss ---
+
+
+def test_the_gradients_sign_follows_the_advantage():
+    logprobs = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    loss, _ = policy_loss(logprobs, logprobs.detach(), torch.tensor([[2.0, -3.0]]), torch.ones(1, 2), 1)
+    loss.backward()
+    assert logprobs.grad.tolist() == [[-2.0, 3.0]]  # descent makes the first likelier, the second less
+
+
+def test_old_samples_are_weighed_by_the_ratio_and_only_a_constant_denominator_learns():
+    """With the current policy on both sides of the ratio and both in the graph, the ratio is 1 and its gradient 0."""
+    old = torch.tensor([[-1.0, -2.0]])
+    logprobs = torch.tensor([[-0.5, -2.5]], requires_grad=True)
+    A, mask = torch.tensor([[1.0, 2.0]]), torch.ones(1, 2)
+    loss, ratio = policy_loss(logprobs, old, A, mask, 1)
+    loss.backward()
+    torch.testing.assert_close(ratio, (logprobs - old).exp().detach())
+    torch.testing.assert_close(logprobs.grad, -ratio * A)
+    torch.testing.assert_close(torch.autograd.grad(-((logprobs - old).exp() * A).sum(), logprobs)[0], -ratio * A)
+    wrong = -((logprobs - logprobs).exp() * A).sum()  # what it is with a denominator that is not detached
+    assert torch.autograd.grad(wrong, logprobs)[0].abs().max() == 0
+    far, _ = policy_loss(torch.tensor([[-1000.0, 0.0]]), torch.tensor([[0.0, -1000.0]]), A, mask, 1)
+    assert torch.isfinite(far), "a log-ratio of 1000 must not overflow"
+
+
+def test_with_0_1_rewards_and_no_baseline_it_is_fine_tuning_on_the_right_samples():
+    logprobs = -torch.rand(4, 3)
+    r, mask = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.ones(4, 3, dtype=torch.bool)
+    loss, _ = policy_loss(logprobs, logprobs, rewards_to_go(r, torch.zeros(4, 3), mask, 0.0, 1.0), mask, 4)
+    torch.testing.assert_close(loss, -logprobs[[0, 2]].sum() / 4)
+
+
+# --- log-probabilities ---
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_token_logprobs_equal_a_plain_forward_and_the_sampler(name):
+    """Left, right and no padding; chunks that do not divide; heads that scale or cap their logits (Granite, Gemma)."""
+    model = family(name)
+    s = sample(model, make_tokenizer(), [[7, 12, 3], [5, 9, 11, 30, 31, 14], [6]], n=2, max_new_tokens=9, temperature=0.7, seed=1)
+    logprobs, entropy = token_logprobs(model, s.prompt_ids, s.prompt_mask, s.ids, s.mask, 0.7, chunk=7)
+    tolerance = 1e-3 if name == "mamba" else 1e-4
+    assert ((logprobs - s.logprobs).abs() * s.mask).max() < tolerance
+    for row in range(6):
+        text = torch.cat([s.prompt_ids[row][s.prompt_mask[row]], s.ids[row][s.mask[row]]])
+        with torch.no_grad():
+            full = (model(text[None]).logits[0].float() / 0.7).log_softmax(-1)
+        C = int(s.mask[row].sum())
+        plain = full[len(text) - C - 1 : -1]
+        torch.testing.assert_close(logprobs[row, :C], plain.gather(1, text[-C:, None])[:, 0], atol=tolerance, rtol=0)
+        torch.testing.assert_close(entropy[row, :C], -(plain.exp() * plain).sum(-1), atol=tolerance, rtol=0)
+    assert (logprobs[~s.mask] == 0).all() and (entropy[~s.mask] == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_ratio_is_1_and_kl_is_0_before_the_first_update(temperature, checkpointing, tmp_path):
+    """Field notes, test 2: with dropout in the config, with checkpointing, with another temperature. Exactly."""
+    family("llama", attention_dropout=0.5).save_pretrained(tmp_path)
+    policy, reference = common.load_policy(tmp_path, CPU, checkpointing), common.load_reference(tmp_path, CPU)
+    s = sample(policy, make_tokenizer(), [[7, 12], [5, 9, 11, 30]], n=4, max_new_tokens=9, temperature=temperature, seed=1)
+    parts = micro_batches(s.prompt_mask, s.mask, 4, 60, CPU)
+    old, ref = (rollout_logprobs(m, s, parts, temperature) for m in (policy, reference))
+    assert len(parts) > 1 and torch.equal(old, ref)
+    for part in parts:
+        logprobs, _ = token_logprobs(policy, *trim(s, part), temperature)
+        _, ratio = policy_loss(logprobs, old[part, : logprobs.shape[1]], torch.ones_like(logprobs), torch.ones_like(logprobs), 1)
+        assert (ratio == 1).all()
+
+
+def rollout(model, n=4):
+    model.generation_config.eos_token_id = [1, 5, 9, 20]
+    return sample(model, make_tokenizer(), [[7, 12, 3], [5, 9, 11, 30, 31, 14], [6], [33, 21]], n=n, max_new_tokens=12, seed=3)
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 100, 10_000])
+def test_the_gradient_is_the_same_however_it_is_cut(tokens):
+    """Field notes, test 3: the most repeated bug of all (trl 3021, verl 906, ...)."""
+    model = family("llama").double()
+    s = rollout(model)
+    advantages = torch.randn(s.mask.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * s.mask
+    grads = []
+    for parts in ([list(range(16))], micro_batches(s.prompt_mask, s.mask, 4, tokens, CPU)):
+        model.zero_grad()
+        for part in parts:
+            prompt_ids, prompt_mask, ids, mask = trim(s, part)
+            logprobs, _ = token_logprobs(model, prompt_ids, prompt_mask, ids, mask, 1.0)
+            policy_loss(logprobs, logprobs.detach(), advantages[part, : ids.shape[1]], mask, 16)[0].backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (grads[0] - grads[1]).norm() < 1e-6 * grads[0].norm()
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 100, 10_000])
+def test_micro_batches_hold_every_row_once_and_keep_to_the_budget(tokens):
+    s = rollout(family("llama"))
+    parts = micro_batches(s.prompt_mask, s.mask, 4, tokens, CPU)
+    assert sorted(r for p in parts for r in p) == list(range(16))
+    for part in parts:
+        prompt_ids, _, ids, _ = trim(s, part)
+        assert len(part) == 1 or len(part) * (prompt_ids.shape[1] + ids.shape[1]) <= tokens
+        whole = {r // 4 for r in part if sum(x // 4 == r // 4 for x in part) == 4}
+        assert len(whole) == len({r // 4 for r in part}) or len({r // 4 for r in part}) == 1, "whole groups, or slices of one"
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+def test_eos_carries_gradient_and_nothing_after_it_does(pad):
+    """Field notes, test 5: an EOS that is not trained is a model that never learns to stop (trl 1623, 3091)."""
+    model = family("llama")
+    s = given([[7, 8]], [[5, 1]], make_tokenizer(pad=pad), CPU)
+    longer = given([[7, 8], [7, 8]], [[5, 1], [5, 6, 7, 8]], make_tokenizer(pad=pad), CPU)
+    logprobs, _ = token_logprobs(model, *trim(s, [0]), 1.0)
+    grads = [gradient(model, logprobs[0, 1]).clone()]
+    assert grads[0].norm() > 0 and s.mask.tolist() == [[True, True]]
+    logprobs, _ = token_logprobs(model, longer.prompt_ids, longer.prompt_mask, longer.ids, longer.mask, 1.0)
+    assert (logprobs[0, 2:] == 0).all()
+    loss, _ = policy_loss(logprobs[:1], logprobs[:1].detach(), torch.tensor([[0.0, -1.0, 9.0, 9.0]]), longer.mask[:1], 1)
+    assert (gradient(model, loss) - grads[0]).norm() < 1e-5 * grads[0].norm()
+
+
+# --- rewards ---
+
+
+@pytest.mark.parametrize(
+    "said, answer, right",
+    [
+        ("so it is 1,234.", "#### 1234", 1), ("20.0", "20", 1), ("$20", 20, 1), ("20 of 30", "20", 0), ("-5", "5", 0), ("-5", "-5.00", 1),
+        ("none", "5", 0), ("5", "none", 0), ("", "5", 0), (".5", "0.50", 1), ("x=3, y=4", "4", 1), ("100000000000000000001", "100000000000000000000", 0),
+        ("the answer is 7,", "7", 1), ("1,000,000", "1000000", 1),
+    ],
+)  # fmt: skip
+def test_number_compares_the_last_numbers_as_decimals(said, answer, right):
+    assert reinforce.number(said, {"answer": answer}) == right
+
+
+def test_exact_ignores_white_space_around():
+    assert reinforce.exact(" 12\n", {"answer": "12"}) == 1 and reinforce.exact("1 2", {"answer": "12"}) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1.0", None, torch.zeros(2), [1]])
+def test_a_reward_that_is_no_finite_number_names_row_and_completion(value):
+    with pytest.raises(common.Stop, match="(?s)the prompt.*the completion"):
+        reinforce.checked(lambda c, r: value)(["the completion"], [{"prompt": "the prompt"}])
+    assert reinforce.checked(lambda c, r: torch.tensor(0.5))(["a", "b"], [{}, {}]) == [0.5, 0.5]
+
+
+def test_a_reward_that_raises_names_row_and_completion():
+    with pytest.raises(common.Stop, match="ZeroDivisionError.*'p7'.*'c7'"):
+        reinforce.checked(lambda c, r: 1 / (c != "c7"))([f"c{i}" for i in range(9)], [{"prompt": f"p{i}"} for i in range(9)])
+
+
+# --- whole runs, on the embedded model ---
+
+
+def run(tmp_path, name="run", **flags):
+    reinforce.train(reinforce.Args(**{"out": str(tmp_path / name), "device": "cpu", "eval_data": "", "seed": 1} | flags))
+    return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(tmp_path, name):
+    return torch.load(tmp_path / name / "checkpoint" / "state.pt", weights_only=True)["models"]["policy"]
+
+
+def prompts_file(tmp_path, rows):
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(tmp_path / "data.jsonl")
+
+
+def test_groups_are_not_mixed_up(tmp_path, monkeypatch):
+    """Search-R1 88: a reward that is the prompt's own number must give each group its own baseline, so nothing is left
+    to learn and no weight moves, in every cut of the step."""
+    data = prompts_file(tmp_path, [{"prompt": f"{i}=", "answer": str(i)} for i in range(8)])
+    (tmp_path / "r.py").write_text("def reward(completion, row):\n    return float(row['prompt'][:-1])\n")
+    for tokens in (30, 8192):
+        m = run(tmp_path, f"t{tokens}", data=data, reward=f"{tmp_path}/r.py:reward", steps=1, prompts_per_step=8, beta=0.0, tokens_per_micro_batch=tokens, max_new_tokens=8)
+        assert m[1]["grad_norm"] == 0 and m[1]["equal_groups"] == 1 and m[1]["reward"] == 3.5
+
+
+def test_a_bandits_rewarded_token_becomes_likelier(tmp_path):
+    """Field notes, test 9: one prompt, one token, and only `7` pays."""
+    data = prompts_file(tmp_path, [{"prompt": "42=", "answer": "7"}])
+    m = run(tmp_path, data=data, steps=25, prompts_per_step=1, samples_per_prompt=64, max_new_tokens=1, beta=0.0, warmup=0, learning_rate=1e-3)
+    assert m[1]["reward"] < 0.3 and m[-1]["reward"] > 0.9
+
+
+@pytest.mark.parametrize("flags", [{}, {"epochs": 2, "minibatches": 2}, {"beta": 0.0, "baseline": "batch", "normalize": True}])
+def test_resuming_equals_never_having_stopped(flags, tmp_path):
+    """Bit for bit on the CPU: weights, moments and every logged number that is not a time (trl 3179, 3247)."""
+    flags |= {"max_new_tokens": 12, "eval_every": 2, "eval_data": None, "prompts_per_step": 4}
+    straight = run(tmp_path, "a", steps=4, **flags)
+    run(tmp_path, "b", steps=2, **flags)
+    resumed = run(tmp_path, "b", steps=4, resume=True, **flags)
+    clocks = ("time/sample", "time/train", "tokens_per_second", "memory_gib")
+    assert len(straight) == len(resumed) == 5
+    for x, y in zip(straight, resumed):
+        extra = {"eval/reward", "eval/exact"}
+        assert {k: v for k, v in x.items() if k not in clocks} == {k: v for k, v in y.items() if k not in clocks}, extra
+    a, b = weights(tmp_path, "a"), weights(tmp_path, "b")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_first_ratio_is_1_and_later_ones_are_not(tmp_path):
+    m = run(tmp_path, steps=1, epochs=2, minibatches=2, prompts_per_step=4, learning_rate=1e-3, warmup=0, max_new_tokens=12)
+    assert m[1]["ratio/first"] == 0 and m[1]["kl/ref"] == 0 and m[1]["ratio/mean"] != 1 and m[1]["kl/sample"] < 1e-5
+
+
+def test_no_reference_is_loaded_at_beta_0(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "load_reference", lambda *a: 1 / 0)
+    m = run(tmp_path, steps=1, beta=0.0, prompts_per_step=2, max_new_tokens=4)
+    assert "kl/ref" not in m[1]
+
+
+def test_a_tiny_rate_moves_float32_weights(tmp_path):
+    """Field notes, test 10: at 1e-6 nearly every weight moves; in bfloat16 next to none would."""
+    run(tmp_path, steps=1, learning_rate=1e-6, warmup=0, prompts_per_step=16, max_new_tokens=12)
+    before = common.load_policy(reinforce.TINY / "model", CPU).state_dict()
+    after = weights(tmp_path, "run")
+    moved = sum((after[k] != before[k]).sum().item() for k in after) / sum(v.numel() for v in after.values())
+    assert moved > 0.9
+    lost = sum((after[k].bfloat16() != before[k].bfloat16()).sum().item() for k in after) / sum(v.numel() for v in after.values())
+    assert lost < 0.1
+
+
+def test_demonstrations_are_fine_tuning(tmp_path):
+    """The loss of step 1 is the mean over rows of the summed negative log-likelihood, EOS included, by hand."""
+    rows = [{"prompt": "52=", "answer": "25"}, {"prompt": "9310=", "answer": "0139"}]
+    m = run(tmp_path, demos=prompts_file(tmp_path, rows), steps=1, prompts_per_step=2)
+    model, tokenizer = common.load_policy(reinforce.TINY / "model", CPU), common.load_tokenizer(reinforce.TINY / "model")
+    nll = 0.0
+    for r in rows:
+        ids = torch.tensor([tokenizer(r["prompt"]).input_ids + tokenizer(r["answer"]).input_ids + [tokenizer.eos_token_id]])
+        logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        nll -= logprobs[len(r["prompt"]) - 1 :].sum().item()
+    assert abs(m[1]["loss"] - nll / 2) < 1e-4 and m[1]["reward"] == 1 and "kl/sample" not in m[1]
+
+
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "catch_signals", lambda: lambda: True)
+    with pytest.raises(SystemExit, match="(?s)stopped by a signal after step 1 of 5.*--resume"):
+        run(tmp_path, steps=5, prompts_per_step=2, max_new_tokens=4)
+    assert common.read_checkpoint(tmp_path / "run")["step"] == 1
+    monkeypatch.setattr(common, "catch_signals", lambda: lambda: False)
+    assert len(run(tmp_path, steps=5, resume=True, prompts_per_step=2, max_new_tokens=4)) == 6
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "clip_gradients", lambda *a: math.nan)
+    with pytest.raises(SystemExit, match="the gradient is nan"):
+        run(tmp_path, steps=1, prompts_per_step=2, max_new_tokens=4)
+
+
+def test_a_reward_that_fails_stops_the_run_with_its_checkpoint_whole(tmp_path):
+    (tmp_path / "r.py").write_text("calls = []\ndef reward(c, r):\n    calls.append(1)\n    return 1.0 if len(calls) <= 16 else float('nan')\n")
+    with pytest.raises(SystemExit, match="(?s)no finite number for prompt.*completion.*--resume"):
+        run(tmp_path, reward=f"{tmp_path}/r.py:reward", steps=9, prompts_per_step=2, max_new_tokens=4, save_every=1)
+    assert common.read_checkpoint(tmp_path / "run")["step"] == 2
+
+
+def test_zero_steps_only_evaluate(tmp_path):
+    m = run(tmp_path, steps=0, eval_data=None)
+    assert len(m) == 1 and 0.08 < m[0]["eval/exact"] <= 0.40
+
+
+# --- mistakes: one line, status 2, nothing loaded, nothing written ---
+
+GOOD = '{"prompt": "52=", "answer": "25"}\n'
+
+
+@pytest.mark.parametrize(
+    "flags, content, parts",
+    [
+        ({"data": "{}/none.jsonl"}, None, ["--data", "none.jsonl", "No such file"]),
+        ({}, GOOD + "{broken\n", ["line 2", "not JSON"]),
+        ({}, GOOD + '{"answer": "25"}\n', ["line 2", "prompt"]),
+        ({}, GOOD + '{"prompt": 5}\n', ["line 2", "prompt"]),
+        ({}, GOOD + "[1]\n", ["line 2", "prompt"]),
+        ({}, "", ["no rows"]),
+        ({}, b"\xff\xfe\x00", ["UTF-8"]),
+        ({}, '{"prompt": "52="}\n', ["row 1", "answer"]),
+        ({"reward": "nice"}, GOOD, ["--reward nice", "choose"]),
+        ({"reward": "{}/none.py:f"}, GOOD, ["no such file"]),
+        ({"reward": "{}/r.py:g"}, GOOD, ["no function 'g'"]),
+        ({"reward": "{}/bad.py:f"}, GOOD, ["cannot be imported", "SyntaxError"]),
+        ({"reward": "{}/folder"}, GOOD, ["folder", "no"]),
+        ({"max_prompt_tokens": 2}, GOOD, ["--max_prompt_tokens 2"]),
+        ({"model": "{}/folder"}, GOOD, ["folder", "config.json"]),
+        ({"model": "{}/nowhere"}, GOOD, ["nowhere", "no such model"]),
+        ({"samples_per_prompt": 1}, GOOD, ["--baseline loo", "--samples_per_prompt"]),
+        ({"samples_per_prompt": 1, "baseline": "prompt"}, GOOD, ["--baseline prompt"]),
+        ({"prompts_per_step": 3, "minibatches": 2}, GOOD, ["--prompts_per_step 3", "--minibatches"]),
+        ({"temperature": 0.0}, GOOD, ["--temperature"]),
+        ({"demos": "{}/data.jsonl", "baseline": "loo"}, GOOD, ["--demos", "--baseline"]),
+        ({"demos": "{}/data.jsonl", "samples_per_prompt": 4}, GOOD, ["--demos", "--samples_per_prompt"]),
+        ({"demos": "{}/data.jsonl", "beta": 0.1}, GOOD, ["--demos", "--beta"]),
+        ({"demos": "{}/data.jsonl"}, '{"prompt": "52="}\n', ["--demos, row 1", "answer"]),
+        ({"demos": "{}/data.jsonl", "max_new_tokens": 2}, GOOD, ["--max_new_tokens 2"]),
+        ({"out": "{}/full"}, GOOD, ["--out", "--resume"]),
+        ({"out": "{}/full", "resume": True, "learning_rate": 0.5}, GOOD, ["--learning_rate", "0.5"]),
+        ({"eval_data": "{}/none.jsonl"}, GOOD, ["--eval_data", "none.jsonl"]),
+        ({}, json.dumps({"prompt": "5" * 80, "answer": "1"}) + "\n", ["fills the model's context of 64"]),
+        ({}, '{"prompt": [{"role": "user", "content": "5"}], "answer": "5"}\n', ["chat template"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_the_disk_as_it_was(flags, content, parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "args.json").write_text(json.dumps({"script": "reinforce", "learning_rate": 0.1}))
+    (tmp_path / "r.py").write_text("def f(c, r):\n    return 1.0\n")
+    (tmp_path / "bad.py").write_text("def f(:\n")
+    if content is not None:
+        (tmp_path / "data.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    flags = {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in flags.items()}
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    monkeypatch.setattr(common, "load_policy", lambda *a, **k: 1 / 0)
+    with pytest.raises(SystemExit) as stopped:
+        reinforce.train(reinforce.Args(**({"data": str(tmp_path / "data.jsonl"), "device": "cpu"} | flags)))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and all(p in lines[0] for p in parts), lines
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "__pycache__" not in str(p)} == before
