@@ -84,6 +84,7 @@ def start(device="auto", dtype="auto", seed=0):
         dist.init_process_group("nccl" if device == "cuda" else "gloo", **lone)
     torch.manual_seed(seed)
     transformers_logging.disable_progress_bar()  # ours is the only one; theirs are many and short
+    transformers_logging.set_verbosity_error()
     return World(rank, size, where, dtypes[dtype])
 
 
@@ -356,9 +357,7 @@ def sizes(config):
     return sum(p.numel() for p in model.parameters()), text.num_hidden_layers, width, inner, cache
 
 
-def memory_needed(
-    path, world, train_tokens, *, frozen=0, learning=1, sample_rows=0, sample_tokens=0, checkpointing=False
-):
+def memory_needed(path, world, train_tokens, *, frozen=0, learning=1, sample_rows=0, sample_tokens=0, checkpointing=False):
     """The bytes one process will hold at its peak, by what they are for, as a dict. An estimate: exact for weights,
     gradients and optimizer, a rule of thumb for activations (measured within 25 % on a 135M Llama on CPU).
 

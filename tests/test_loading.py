@@ -15,9 +15,7 @@ import common
 from common import World, encode, encode_completion, encode_prompt, load_policy, load_reference, load_scalar
 
 CPU = World(0, 1, torch.device("cpu"), torch.float32)
-TEMPLATE = (
-    "<bos>{% for m in messages %} {{ m['role'][0] == 'u' and 'w10' or 'w11' }} {{ m['content'] }} <eos>{% endfor %} w12"
-)
+TEMPLATE = "<bos>{% for m in messages %} {{ m['role'][0] == 'u' and 'w10' or 'w11' }} {{ m['content'] }} <eos>{% endfor %} w12"
 
 
 def says(capsys, *parts):
@@ -35,9 +33,7 @@ def test_a_rendered_template_has_one_bos_and_its_own_ends_only():
     assert encode_prompt(tokenizer, "w5", system="w6") == [2, 11, 6, 1, 10, 5, 1, 12]
     assert encode_prompt(tokenizer, [{"role": "user", "content": "w5"}]) == [2, 10, 5, 1, 12]
     talk = [{"role": "system", "content": "w7"}, {"role": "user", "content": "w5"}]
-    assert encode_prompt(tokenizer, talk, system="w6") == [2, 11, 7, 1, 10, 5, 1, 12], (
-        "a row's own system message stays"
-    )
+    assert encode_prompt(tokenizer, talk, system="w6") == [2, 11, 7, 1, 10, 5, 1, 12], "a row's own system message stays"
 
 
 def test_raw_text_gets_what_the_tokenizer_puts_before_it():
@@ -84,9 +80,7 @@ def folder(tmp_path):
     return tmp_path / "m"
 
 
-@pytest.mark.parametrize(
-    "name", ["gpt2", "llama", "qwen2", "falcon", "gpt_neox", "bloom", "opt", "phi3", "granite", "mixtral"]
-)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "falcon", "gpt_neox", "bloom", "opt", "phi3", "granite", "mixtral"])
 def test_dropout_is_off_in_training_and_kept_in_the_saved_config(name, tmp_path):
     """KL in the thousands at step 1 (trl 3500). Each family has its own names for it, and its own places to apply it."""
     config = family(name).config
@@ -179,9 +173,7 @@ def test_a_scalar_model_comes_back_with_the_same_scores(folder, tmp_path):
     again = load_scalar(tmp_path / "rm", CPU, make_tokenizer())
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm", dtype=torch.float32)
     ids = torch.tensor([[7, 8, 9]])
-    assert (
-        reward(input_ids=ids).logits.item() == again(input_ids=ids).logits.item() == plain(input_ids=ids).logits.item()
-    )
+    assert reward(input_ids=ids).logits.item() == again(input_ids=ids).logits.item() == plain(input_ids=ids).logits.item()
 
 
 def test_a_family_without_a_classifier_gets_a_sentence(tmp_path, capsys):

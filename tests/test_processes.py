@@ -1,5 +1,7 @@
 """One process and two: the same gradient, the same weights, the same samples (field notes, test 3)."""
 
+import json
+
 import pytest
 import torch
 from conftest import family, make_tokenizer
@@ -42,9 +44,7 @@ def one_step(folder, out, checkpointing):
     stand_in_loss(model, rows).backward()
     again = {k: whole(p.grad).clone() for k, p in model.named_parameters()}
     if world.rank == 0:
-        torch.save(
-            {"grads": grads, "norm": norm, "ids": s.ids, "logprobs": s.logprobs, "again": again}, out / "result.pt"
-        )
+        torch.save({"grads": grads, "norm": norm, "ids": s.ids, "logprobs": s.logprobs, "again": again}, out / "result.pt")
 
 
 def close(a, b, tolerance=1e-6):
@@ -87,7 +87,53 @@ def test_saved_on_two_processes_loaded_on_one(tmp_path):
         assert torch.equal(a, b), k
     moments = state["optimizers"]["policy"]
     for i, p in enumerate(model.parameters()):
-        assert moments[i]["exp_avg"].shape == p.shape and torch.equal(
-            optimizer.state[p]["exp_avg"], moments[i]["exp_avg"]
-        )
+        assert moments[i]["exp_avg"].shape == p.shape and torch.equal(optimizer.state[p]["exp_avg"], moments[i]["exp_avg"])
         assert optimizer.state[p]["exp_avg_sq"].abs().sum() > 0 and optimizer.state[p]["step"].item() == 1
+
+
+def train(flags):
+    import reinforce
+
+    reinforce.train(reinforce.Args(device="cpu", **flags))
+
+
+def test_reinforce_on_two_processes_is_reinforce_on_one(tmp_path):
+    """The same global batch (demonstrations, so that nothing is drawn), unequal lengths per process, a micro-batch budget
+    that gives the processes unequal numbers of parts: the same weights; and saved on two, resumed on one."""
+    rows = [{"prompt": "5" * (1 + i % 4) + "=", "answer": "7" * (1 + (5 * i) % 11)} for i in range(8)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    flags = {
+        "demos": str(tmp_path / "d.jsonl"),
+        "prompts_per_step": 8,
+        "steps": 3,
+        "tokens_per_micro_batch": 30,
+        "eval_data": "",
+    }
+    train(flags | {"out": str(tmp_path / "one")})
+    run(train, 2, flags | {"out": str(tmp_path / "two")})
+    one, two = (common.read_checkpoint(tmp_path / n)["models"]["policy"] for n in ("one", "two"))
+    for k in one:
+        assert (one[k] - two[k]).abs().max() < 1e-5, k
+    logs = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    for a, b in zip(*logs):
+        for k in ("loss", "grad_norm", "entropy", "length"):
+            assert abs(a.get(k, 0) - b.get(k, 0)) < 1e-3 * max(1, abs(a.get(k, 0))), k
+    train(flags | {"out": str(tmp_path / "two"), "resume": True, "steps": 4})
+    assert common.read_checkpoint(tmp_path / "two")["step"] == 4
+
+
+def test_reinforce_samples_and_evaluates_on_two_processes(tmp_path):
+    """Sharded policy and reference start alike to the last bit; prompts are shared out, none twice; one writer."""
+    flags = {
+        "prompts_per_step": 4,
+        "samples_per_prompt": 4,
+        "steps": 2,
+        "max_new_tokens": 8,
+        "tokens_per_micro_batch": 60,
+        "eval_every": 1,
+    }
+    run(train, 2, flags | {"out": str(tmp_path / "two")})
+    log = [json.loads(x) for x in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in log] == [0, 1, 2] and log[1]["kl/ref"] == 0 and log[1]["ratio/first"] == 0
+    assert log[1]["kl/sample"] < 1e-5 and 0.1 < log[0]["eval/exact"] < 0.4
+    assert (tmp_path / "two" / "model" / "model.safetensors").is_file()

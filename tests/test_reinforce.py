@@ -279,7 +279,9 @@ def test_with_0_1_rewards_and_no_baseline_it_is_fine_tuning_on_the_right_samples
 def test_token_logprobs_equal_a_plain_forward_and_the_sampler(name):
     """Left, right and no padding; chunks that do not divide; heads that scale or cap their logits (Granite, Gemma)."""
     model = family(name)
-    s = sample(model, make_tokenizer(), [[7, 12, 3], [5, 9, 11, 30, 31, 14], [6]], n=2, max_new_tokens=9, temperature=0.7, seed=1)
+    s = sample(
+        model, make_tokenizer(), [[7, 12, 3], [5, 9, 11, 30, 31, 14], [6]], n=2, max_new_tokens=9, temperature=0.7, seed=1
+    )
     logprobs, entropy = token_logprobs(model, s.prompt_ids, s.prompt_mask, s.ids, s.mask, 0.7, chunk=7)
     tolerance = 1e-3 if name == "mamba" else 1e-4
     assert ((logprobs - s.logprobs).abs() * s.mask).max() < tolerance
@@ -306,7 +308,9 @@ def test_ratio_is_1_and_kl_is_0_before_the_first_update(temperature, checkpointi
     assert len(parts) > 1 and torch.equal(old, ref)
     for part in parts:
         logprobs, _ = token_logprobs(policy, *trim(s, part), temperature)
-        _, ratio = policy_loss(logprobs, old[part, : logprobs.shape[1]], torch.ones_like(logprobs), torch.ones_like(logprobs), 1)
+        _, ratio = policy_loss(
+            logprobs, old[part, : logprobs.shape[1]], torch.ones_like(logprobs), torch.ones_like(logprobs), 1
+        )
         assert (ratio == 1).all()
 
 
@@ -413,14 +417,34 @@ def test_groups_are_not_mixed_up(tmp_path, monkeypatch):
     data = prompts_file(tmp_path, [{"prompt": f"{i}=", "answer": str(i)} for i in range(8)])
     (tmp_path / "r.py").write_text("def reward(completion, row):\n    return float(row['prompt'][:-1])\n")
     for tokens in (30, 8192):
-        m = run(tmp_path, f"t{tokens}", data=data, reward=f"{tmp_path}/r.py:reward", steps=1, prompts_per_step=8, beta=0.0, tokens_per_micro_batch=tokens, max_new_tokens=8)
+        m = run(
+            tmp_path,
+            f"t{tokens}",
+            data=data,
+            reward=f"{tmp_path}/r.py:reward",
+            steps=1,
+            prompts_per_step=8,
+            beta=0.0,
+            tokens_per_micro_batch=tokens,
+            max_new_tokens=8,
+        )
         assert m[1]["grad_norm"] == 0 and m[1]["equal_groups"] == 1 and m[1]["reward"] == 3.5
 
 
 def test_a_bandits_rewarded_token_becomes_likelier(tmp_path):
     """Field notes, test 9: one prompt, one token, and only `7` pays."""
     data = prompts_file(tmp_path, [{"prompt": "42=", "answer": "7"}])
-    m = run(tmp_path, data=data, steps=25, prompts_per_step=1, samples_per_prompt=64, max_new_tokens=1, beta=0.0, warmup=0, learning_rate=1e-3)
+    m = run(
+        tmp_path,
+        data=data,
+        steps=25,
+        prompts_per_step=1,
+        samples_per_prompt=64,
+        max_new_tokens=1,
+        beta=0.0,
+        warmup=0,
+        learning_rate=1e-3,
+    )
     assert m[1]["reward"] < 0.3 and m[-1]["reward"] > 0.9
 
 
@@ -458,7 +482,9 @@ def test_a_tiny_rate_moves_float32_weights(tmp_path):
     after = weights(tmp_path, "run")
     moved = sum((after[k] != before[k]).sum().item() for k in after) / sum(v.numel() for v in after.values())
     assert moved > 0.9
-    lost = sum((after[k].bfloat16() != before[k].bfloat16()).sum().item() for k in after) / sum(v.numel() for v in after.values())
+    lost = sum((after[k].bfloat16() != before[k].bfloat16()).sum().item() for k in after) / sum(
+        v.numel() for v in after.values()
+    )
     assert lost < 0.1
 
 
@@ -491,7 +517,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
 
 
 def test_a_reward_that_fails_stops_the_run_with_its_checkpoint_whole(tmp_path):
-    (tmp_path / "r.py").write_text("calls = []\ndef reward(c, r):\n    calls.append(1)\n    return 1.0 if len(calls) <= 16 else float('nan')\n")
+    (tmp_path / "r.py").write_text(
+        "calls = []\ndef reward(c, r):\n    calls.append(1)\n    return 1.0 if len(calls) <= 16 else float('nan')\n"
+    )
     with pytest.raises(SystemExit, match="(?s)no finite number for prompt.*completion.*--resume"):
         run(tmp_path, reward=f"{tmp_path}/r.py:reward", steps=9, prompts_per_step=2, max_new_tokens=4, save_every=1)
     assert common.read_checkpoint(tmp_path / "run")["step"] == 2
@@ -528,6 +556,7 @@ GOOD = '{"prompt": "52=", "answer": "25"}\n'
         ({"model": "{}/nowhere"}, GOOD, ["nowhere", "no such model"]),
         ({"samples_per_prompt": 1}, GOOD, ["--baseline loo", "--samples_per_prompt"]),
         ({"samples_per_prompt": 1, "baseline": "prompt"}, GOOD, ["--baseline prompt"]),
+        ({"minibatches": 0}, GOOD, ["--minibatches 0", "1 or more"]),
         ({"prompts_per_step": 3, "minibatches": 2}, GOOD, ["--prompts_per_step 3", "--minibatches"]),
         ({"temperature": 0.0}, GOOD, ["--temperature"]),
         ({"demos": "{}/data.jsonl", "baseline": "loo"}, GOOD, ["--demos", "--baseline"]),
@@ -538,7 +567,7 @@ GOOD = '{"prompt": "52=", "answer": "25"}\n'
         ({"out": "{}/full"}, GOOD, ["--out", "--resume"]),
         ({"out": "{}/full", "resume": True, "learning_rate": 0.5}, GOOD, ["--learning_rate", "0.5"]),
         ({"eval_data": "{}/none.jsonl"}, GOOD, ["--eval_data", "none.jsonl"]),
-        ({}, json.dumps({"prompt": "5" * 80, "answer": "1"}) + "\n", ["fills the model's context of 64"]),
+        ({}, json.dumps({"prompt": "5" * 80, "answer": "1"}) + "\n", ["fills the model's context of 32"]),
         ({}, '{"prompt": [{"role": "user", "content": "5"}], "answer": "5"}\n', ["chat template"]),
     ],
 )
@@ -557,5 +586,7 @@ def test_a_mistake_is_one_line_and_leaves_the_disk_as_it_was(flags, content, par
     with pytest.raises(SystemExit) as stopped:
         reinforce.train(reinforce.Args(**({"data": str(tmp_path / "data.jsonl"), "device": "cpu"} | flags)))
     lines = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and all(p in lines[0] for p in parts), lines
+    assert (
+        stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and all(p in lines[0] for p in parts)
+    ), lines
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "__pycache__" not in str(p)} == before

@@ -43,9 +43,7 @@ def step(args):
         mask = torch.ones_like(ids)
         mask[:, 0] = 0  # a padded batch: attention is given a mask, as in training
         hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.flatten(0, 1)
-        loss = sum(
-            checkpoint(chunk, h, i, use_reentrant=False) for h, i in zip(hidden.split(1024), ids.flatten().split(1024))
-        )
+        loss = sum(checkpoint(chunk, h, i, use_reentrant=False) for h, i in zip(hidden.split(1024), ids.flatten().split(1024)))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -76,9 +74,7 @@ def main(args):
             str(columns),
             *["--checkpointing"][: case.checkpointing],
         ]
-        took = int(
-            subprocess.run([sys.executable, __file__, *flags], check=True, capture_output=True, text=True).stdout
-        )
+        took = int(subprocess.run([sys.executable, __file__, *flags], check=True, capture_output=True, text=True).stdout)
         row = {
             "rows": rows, "columns": columns, "checkpointing": checkpointing,
             "estimate_gib": round(needed["peak"] / 2**30, 2), "took_gib": round(took / 2**30, 2), "ratio": round(needed["peak"] / took, 3),

@@ -46,7 +46,7 @@ def tokenizer():
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=64
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=32
     )
 
 
@@ -55,7 +55,7 @@ def untrained(folder, seed):
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer()), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=64, bos_token_id=None, eos_token_id=1, pad_token_id=0, tie_word_embeddings=True,
+        num_key_value_heads=4, max_position_embeddings=32, bos_token_id=None, eos_token_id=1, pad_token_id=0, tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
@@ -74,9 +74,7 @@ def pairs(model, rows, seed):
         for j, row in enumerate(part):
             ranked = sorted(s.texts[4 * j : 4 * j + 4], key=lambda t: sort.position(t, row))
             if sort.position(ranked[-1], row) > sort.position(ranked[0], row):
-                found.append(
-                    {"prompt": row["prompt"], "chosen": ranked[-1], "rejected": ranked[0], "answer": row["answer"]}
-                )
+                found.append({"prompt": row["prompt"], "chosen": ranked[-1], "rejected": ranked[0], "answer": row["answer"]})
     return found
 
 

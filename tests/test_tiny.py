@@ -1,0 +1,102 @@
+"""The embedded model and its data have the properties that the scripts and the README count on; not these bytes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import common
+from common import World, sample
+
+TINY = ROOT / "tests" / "tiny"
+CPU = World(0, 1, torch.device("cpu"), torch.float32)
+
+
+def rows(name):
+    return [json.loads(line) for line in (TINY / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def sort():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("sort", TINY / "sort.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_model_is_small_in_bfloat16_with_a_pad_of_its_own():
+    from safetensors import safe_open
+
+    assert sum(p.stat().st_size for p in (TINY / "model").iterdir()) < 3e6
+    with safe_open(TINY / "model" / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(k).dtype for k in file.keys()} == {torch.bfloat16}
+    model, tokenizer = common.load_policy(TINY / "model", CPU), common.load_tokenizer(TINY / "model")
+    assert 0.5e6 <= sum(p.numel() for p in model.parameters()) <= 1.5e6
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id and tokenizer.chat_template is None
+    ids = tokenizer("52817= 12578\nabc").input_ids
+    assert len(ids) == 16 and tokenizer.decode(ids) == "52817= 12578\nabc"
+
+
+def test_lists_are_right_and_no_list_is_in_two_files():
+    train, test, pairs, held = (rows(f"{n}.jsonl") for n in ("sort_train", "sort_test", "pairs_train", "pairs_test"))
+    assert len(test) == 512 and len(train) >= 4096
+    for r in train + test:
+        digits = r["prompt"].removesuffix("=")
+        assert 4 <= len(digits) <= 8 and r["answer"] == "".join(sorted(digits))
+    seen = [{r["prompt"] for r in x} for x in (train, test, held)]
+    assert all(not a & b for i, a in enumerate(seen) for b in seen[:i])
+    assert len(seen[0]) == len(train) and {r["prompt"] for r in pairs} <= seen[0]
+
+
+def test_the_model_is_right_now_and_then_and_no_more():
+    """Sampled 8 to 20 %, greedy at most 40 %: enough to learn from, and much left to learn."""
+    model, tokenizer, test = (
+        common.load_policy(TINY / "model", CPU),
+        common.load_tokenizer(TINY / "model"),
+        rows("sort_test.jsonl"),
+    )
+    for n, temperature, low, high in ((4, 1.0, 0.08, 0.20), (1, 0.0, 0.10, 0.40)):
+        s = sample(model, tokenizer, [r["prompt"] for r in test], n=n, max_new_tokens=23, temperature=temperature, seed=0)
+        share = sum(t == test[i // n]["answer"] for i, t in enumerate(s.texts)) / len(s.texts)
+        assert low <= share <= high
+        assert s.finished.float().mean() > 0.7, "it knows how to end an answer (greedily it sometimes runs on)"
+
+
+def test_pairs_are_ranked_without_ties(sort):
+    train, test = rows("pairs_train.jsonl"), rows("pairs_test.jsonl")
+    assert len(train) >= 2500 and len(test) >= 400
+    for r in train + test:
+        assert sort.position(r["chosen"], r) > sort.position(r["rejected"], r)
+
+
+@pytest.mark.parametrize(
+    "said, position, adjacent",
+    [
+        ("1257", 1.0, 1.0),
+        (" 1257\n", 1.0, 1.0),
+        ("1275", 0.5, 0.5 + 0.5 * 2 / 3),
+        ("", 0.0, 0.0),
+        ("12578", 0.8, 0.5 * 0.8 + 0.5),
+        ("9999", 0.0, 0.5),
+    ],
+)
+def test_the_partial_rewards_by_hand(said, position, adjacent, sort):
+    row = {"prompt": "7215=", "answer": "1257"}
+    assert abs(sort.position(said, row) - position) < 1e-9 and abs(sort.adjacent(said, row) - adjacent) < 1e-9
+
+
+def test_the_data_is_remade_the_same(sort):
+    test = sort.lists(512, 0)
+    assert test == rows("sort_test.jsonl")
+    assert sort.lists(8192, 1, without={r["prompt"] for r in test}) == rows("sort_train.jsonl")
+
+
+def test_scripts_name_default_files_by_their_own_place(monkeypatch, tmp_path):
+    import reinforce
+
+    monkeypatch.chdir(tmp_path)
+    assert Path(reinforce.Args().model).is_dir() and Path(reinforce.Args().data).is_file()
