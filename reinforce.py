@@ -103,7 +103,7 @@ class Args:
     gamma: float = 1.0
     """discount of a reward per token of delay; 1 is usual, a text has no clock"""
     beta: float | None = None
-    """weight of the KL penalty (default 0.01, and 0 with --demos); at 0 no reference model is loaded"""
+    """weight of the KL penalty (default 0.05, and 0 with --demos); at 0 no reference model is loaded"""
 
     # --- optimisation ---
     steps: int = 250
@@ -153,7 +153,7 @@ def resolve(args):
     defaults = {
         "baseline": "none" if args.demos else "loo",
         "samples_per_prompt": 1 if args.demos else 8,
-        "beta": 0.0 if args.demos else 0.01,
+        "beta": 0.0 if args.demos else 0.05,
         "learning_rate": 3e-4 if Path(args.model).resolve() == TINY / "model" else 1e-6,
         "eval_data": str(TINY / "sort_test.jsonl") if at_home else "",
     }
