@@ -16,6 +16,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -437,7 +438,14 @@ def clip_gradients(model, max_norm):
 
 # -- A run: its folder, its checkpoint, its end ----------------------------------------------------------------------
 
-MAY_DIFFER = ("steps", "eval_every", "save_every", "resume", "out")  # between a run and its resumption
+MAY_DIFFER = (
+    "steps",
+    "eval_every",
+    "save_every",
+    "tokens_per_micro_batch",
+    "resume",
+    "out",
+)  # between a run and its resumption
 
 
 def open_run(args, script, world):
@@ -557,7 +565,7 @@ def cut_log(path, step):
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
@@ -583,7 +591,7 @@ def guarded(out, args):
         words = [a for a in sys.argv if a != "--resume"] + ([] if args.out else ["--out", str(out)])
         saved = (out / "checkpoint" / "state.pt").is_file()
         on = (
-            f"go on from the last checkpoint with: python {' '.join(words)} --resume"
+            f"go on from the last checkpoint with: python {shlex.join(words)} --resume"
             if saved
             else "no checkpoint was written yet"
         )

@@ -19,8 +19,8 @@ That is the estimator. It is right on average and very noisy, and the rest of th
          The KL is paid token by token, r_t = -beta (log pi(a_t) - log ref(a_t)), the score with the last token. With
          gamma 1 and beta 0, G_t is the score for every t, and (4) is (2).                  -> `rewards_to_go`
     (5)  E[b grad log pi] = 0 for every b that does not depend on y, so a baseline may be subtracted, A_t = G_t - b, and
-         what remains is how much better than usual it went. Where all rewards are near 100, the sign of the update
-         is then right in every sample, not only on average over thousands.                 -> `baselines`
+         what remains is how much better than usual it went. Where all rewards are near 100, every
+         sample used to say "more of this"; now half of them say "less".                   -> `baselines`
     (6)  loss = -1/N sum_i sum_t w_t A_t log pi(a_t), whose gradient is -(2); w_t is 1 for fresh samples, and
          pi(a_t) / pi_old(a_t) when a rollout is used more than once ("almost PPO").        -> `policy_loss`
 
@@ -33,7 +33,7 @@ completions out of a file (`--demos`), each paid 1, it is supervised fine-tuning
 
 Left out: the clip of the ratio, which makes more than a step or two on one rollout safe, and a learned critic (both:
 ppo.py); the division by the group's standard deviation as a rule (grpo.py). Sums, not means, over tokens: a mean would
-divide each completion's gradient by its own length, and the result is the gradient of no objective.
+divide each completion's gradient by its own length, which is the gradient of another objective, E[r / length].
 
 Williams 1992 (REINFORCE); Sutton et al. 1999 (policy gradient theorem); Kool et al. 2019 and Ahmadian et al. 2024
 (leave-one-out baseline, and its use for language models).
@@ -46,9 +46,10 @@ import json
 import math
 import random
 import re
+import sys
 import time
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
@@ -62,6 +63,7 @@ import common
 from common import fail
 
 TINY = Path(__file__).resolve().parent / "tests" / "tiny"  # the embedded model and its task
+ORDER, DRAW, CUT, PASS = range(4)  # what a random choice is for: no two of them share a seed
 
 
 @dataclass
@@ -146,7 +148,15 @@ class Args:
 def resolve(args):
     """Fills in the defaults that depend on other flags, and refuses flags that contradict each other."""
     if args.demos:
-        for name, only in (("baseline", "none"), ("samples_per_prompt", 1), ("beta", 0.0), ("normalize", False)):
+        demanded = {
+            "baseline": "none",
+            "samples_per_prompt": 1,
+            "beta": 0.0,
+            "normalize": False,
+            "gamma": 1.0,
+            "temperature": 1.0,
+        }
+        for name, only in demanded.items():
             if getattr(args, name) not in (None, only):
                 fail(f"--demos: a demonstration is one sample of weight 1, so --{name} can only be {only}")
     at_home = Path(args.demos or args.data).resolve().parent == TINY
@@ -162,9 +172,8 @@ def resolve(args):
     for name in (*counts.split(), "eval_every", "save_every"):
         if getattr(args, name) < 1:
             fail(f"--{name} {getattr(args, name)}: must be 1 or more")
-    if args.samples_per_prompt < 2 and (args.baseline in ("loo", "prompt") or args.normalize):
-        what = "--normalize" if args.normalize else f"--baseline {args.baseline}"
-        fail(f"{what} compares the samples of a prompt, so --samples_per_prompt must be 2 or more")
+    if args.samples_per_prompt < 2 and args.baseline in ("loo", "prompt"):
+        fail(f"--baseline {args.baseline} compares the samples of a prompt, so --samples_per_prompt must be 2 or more")
     if args.temperature <= 0:
         fail("--temperature must be above 0: a greedy policy tries nothing new and has no gradient")
     return args
@@ -205,11 +214,15 @@ def encode_rows(rows, tokenizer, args, flag):
     kept = [(ids, r) for ids, r in pairs if 0 < len(ids) <= args.max_prompt_tokens]
     if len(kept) < len(pairs):
         print(
-            f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out (over --max_prompt_tokens {args.max_prompt_tokens})"
+            f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out (--max_prompt_tokens {args.max_prompt_tokens})"
         )
-    if not kept:
-        fail(f"{flag}: every prompt is longer than --max_prompt_tokens {args.max_prompt_tokens}")
-    return kept
+    return kept or fail(f"{flag}: every prompt is longer than --max_prompt_tokens {args.max_prompt_tokens}")
+
+
+def need_answers(rows, flag, what):
+    for row in rows:
+        if not isinstance(row.get("answer"), (str, int, float)):
+            fail(f'{flag}: {what} needs an "answer", a text or a number; the row with prompt {row["prompt"]!r:.100} has none')
 
 
 def exact(completion, row):
@@ -222,38 +235,33 @@ def number(completion, row):
     do not matter; compared as decimals, not as floats, which cannot tell long numbers apart."""
 
     def last(text):
-        found = re.findall(r"-?\d[\d,]*\.?\d*|-?\.\d+", str(text).replace("$", ""))
-        try:
-            return Decimal(found[-1].replace(",", "").rstrip(".")) if found else None
-        except InvalidOperation:
-            return None
+        found = re.findall(r"(?:(?<![\w.])-)?(?:\d[\d,]*\.?\d*|\.\d+)", str(text).replace("$", ""))
+        return Decimal(found[-1].replace(",", "").rstrip(".")) if found else None
 
     wanted = last(row["answer"])
     return float(wanted is not None and last(completion) == wanted)
 
 
-def load_reward(spec, rows, flag, world):
+def load_reward(spec, world):
     """--reward as a function from completions and their rows to scores. Mistakes are found before a policy is loaded."""
     if spec in ("exact", "number"):
-        for i, row in enumerate(rows, 1):
-            if not isinstance(row.get("answer"), (str, int, float)):
-                fail(f'{flag}, row {i}: --reward {spec} needs an "answer" that is a text or a number')
         return checked({"exact": exact, "number": number}[spec])
     file, _, name = spec.partition(":")
-    if file.endswith(".py"):
-        if not Path(file).is_file():
-            fail(f"--reward {spec}: no such file {file}")
-        module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(Path(file).stem, file))
-        try:
-            module.__spec__.loader.exec_module(module)
-        except Exception as error:
-            fail(f"--reward {spec}: {file} cannot be imported ({type(error).__name__}: {error})")
-        if not callable(getattr(module, name, None)):
-            fail(f"--reward {spec}: {file} has no function {name!r}; write --reward {file}:function")
-        return checked(getattr(module, name))
-    if "/" not in spec and not Path(spec).exists():
-        fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
-    return reward_model(spec, world)
+    if not file.endswith(".py"):
+        if "/" not in spec and not Path(spec).exists():
+            fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
+        return reward_model(spec, world)
+    if not Path(file).is_file():
+        fail(f"--reward {spec}: no such file {file}")
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(Path(file).stem, file))
+    try:
+        sys.modules[module.__name__] = module  # as an import does: dataclasses in the file look themselves up there
+        module.__spec__.loader.exec_module(module)
+    except Exception as error:
+        fail(f"--reward {spec}: {file} cannot be imported ({type(error).__name__}: {error})")
+    if not callable(getattr(module, name, None)):
+        fail(f"--reward {spec}: {file} has no function {name!r}; write --reward {file}:function")
+    return checked(getattr(module, name))
 
 
 def checked(reward):
@@ -294,10 +302,14 @@ def reward_model(path, world):
             else:
                 prompt = common.encode(tokenizer, "\n".join(m["content"] for m in talk))
                 texts.append((prompt, common.encode_completion(tokenizer, completion)))
-        for i in range(0, len(texts), 64):
-            s = common.given([[] for _ in texts[i : i + 64]], [a + b for a, b in texts[i : i + 64]], tokenizer, world)
+        most = int(common.all_gather(world, torch.tensor([len(texts)], device=world.device)).max())
+        for i in range(0, most, 64):  # as many forwards on every process: sharded weights are gathered by all or by none
+            part = texts[i : i + 64] or texts[:1]
+            s = common.given([[] for _ in part], [a + b for a, b in part], tokenizer, world)
             values += model(input_ids=s.ids, attention_mask=s.mask.long()).logits[:, 0].float().tolist()
-        return values
+        if not all(map(math.isfinite, values)):
+            raise common.Stop(f"the reward model {path} gave a score that is not finite")
+        return values[: len(texts)]
 
     return scores
 
@@ -320,18 +332,18 @@ def rewards_to_go(scores, kl, mask, beta, gamma):
     return to_go
 
 
-def baselines(totals, everyone, n, baseline, normalize, keep_max):
-    """Equation (5). totals [B] are the samples' whole rewards, KL paid, n to a prompt; `everyone` [all B] those of all
-    processes -> (b, scale, keep), each [B]: the weight of a token is (G_t - b) * keep / scale.
+def baselines(totals, scores, everyone, n, baseline, normalize, keep_max):
+    """Equation (5). totals [B] are the samples' whole rewards, the KL paid, n to a prompt; scores [B] those before; everyone
+    [all B] the totals of all processes -> (b, scale, keep), each [B]: a token's weight is (G_t - b) * keep / scale.
 
         none    b = 0                                          unbiased
         loo     b = mean of the prompt's other n - 1 samples   unbiased: those do not depend on this sample
         prompt  b = mean of the prompt's n samples             contains the sample itself: gradient * (1 - 1/n)
         batch   b = mean of all N samples                      the same with 1 - 1/N, and blind to a prompt's difficulty
 
-    A shrunken gradient points the right way, and Adam hardly notices; it is the variance that differs."""
+    A shrunken gradient points the right way, and Adam hardly notices; it is the variance that differs. `normalize` and
+    `keep_max` change what is maximised: the first makes rare successes weigh more, the second forgets all but the best."""
     groups = totals.view(-1, n)  # [prompts, n]
-    equal = (groups.amax(1) == groups.amin(1)).repeat_interleave(n)  # nothing to learn from such a prompt
     b, spread = {
         "none": lambda: (torch.zeros_like(totals), everyone.std()),
         "batch": lambda: (everyone.mean().expand_as(totals), everyone.std()),
@@ -339,12 +351,11 @@ def baselines(totals, everyone, n, baseline, normalize, keep_max):
         "loo": lambda: ((groups.sum(1, keepdim=True) - groups).flatten() / (n - 1), groups.std(1).repeat_interleave(n)),
     }[baseline]()
     if baseline in ("prompt", "loo"):
-        # the mean of eight rewards of 0.1 is not 0.1 in floating point; divided by a spread of 1e-9 that is a lot
+        # the mean of eight rewards of 0.1 is not 0.1 in floating point, and Adam makes a step of any noise it is given
+        equal = (groups.amax(1) == groups.amin(1)).repeat_interleave(n)
         b = torch.where(equal, totals, b)
-    # 1e-4 keeps the division in bounds; a sample's reward in units of its neighbours' spread has the same size
-    # whatever the reward's unit, but hard and easy prompts now weigh as much as those in between
     scale = (spread + 1e-4).expand_as(totals) if normalize else torch.ones_like(totals)
-    best = totals == groups.amax(1).repeat_interleave(n)
+    best = scores == scores.view(-1, n).amax(1).repeat_interleave(n)  # by score: no two samples have the same KL
     return b, scale, best.float() if keep_max else torch.ones_like(totals)
 
 
@@ -352,10 +363,10 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, samples):
     """Equation (6): logprobs [b, C] with gradient, the rest without; `samples` is N of the whole update, over all of
     its micro-batches and processes -> (loss, ratio [b, C]).
 
-    ratio = pi / pi_old corrects for samples that an older policy drew. The denominator is a constant, and here so is
-    the numerator: the gradient of ratio * log pi with a constant ratio is that of the ratio itself. If pi_old were left
-    in the graph, pi / pi_old would be 1 with gradient 0 for every weight, and nothing would be learnt. The clamp keeps
-    exp finite where the two policies have nothing left in common."""
+    ratio = pi / pi_old corrects for samples that an older policy drew: exactly for the token, given its past, and not for
+    the past, whose own ratios are left out because their product has a variance beyond use. It is a constant here; the
+    gradient of ratio * log pi is then that of the ratio itself, pi / pi_old with a constant denominator. With pi_old in the
+    graph too, that quotient would be 1 with gradient 0, and nothing would be learnt. The clamp keeps exp finite."""
     ratio = (logprobs - old_logprobs).detach().clamp(-20, 20).exp()
     return -(ratio * advantages * logprobs * mask).sum() / samples, ratio
 
@@ -364,24 +375,23 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, samples):
 
 
 def micro_batches(prompt_mask, mask, n, tokens, world):
-    """Cuts rows into parts of whole groups (slices of one, if a group alone is too long) of at most `tokens` tokens
-    with padding, long ones together -> [row numbers]. Every process gets as many parts: sharded weights are gathered
-    by all or by none. An empty part is one row of no weight."""
-    lengths = (prompt_mask.sum(1) + mask.sum(1)).view(-1, n)
+    """Cuts rows into parts of whole groups (or slices of one, if a group alone is too long) of at most `tokens` tokens
+    with padding, groups of like length together -> [row numbers]. Every process gets as many parts, some perhaps empty:
+    sharded weights are gathered by all or by none."""
     prompt, completion = prompt_mask.sum(1).tolist(), mask.sum(1).tolist()
-    parts, current = [], []
-    for group in lengths.amax(1).argsort(descending=True).tolist():
-        for row in range(group * n, group * n + n):
-            rows = [*current, row]
-            over = len(rows) * (max(prompt[r] for r in rows) + max(completion[r] for r in rows)) > tokens
-            fresh = row == group * n  # a group starts on a new part unless it fits whole
-            rest = [*current, *range(row, group * n + n)]
-            whole = len(rest) * (max(prompt[r] for r in rest) + max(completion[r] for r in rest)) <= tokens
-            if current and (over or (fresh and not whole)):
-                parts.append(current)
-                current = []
-            current.append(row)
-    parts.append(current)
+
+    def fits(rows):
+        return len(rows) * (max(prompt[r] for r in rows) + max(completion[r] for r in rows)) <= tokens
+
+    parts = [[]]
+    groups = [list(range(i, i + n)) for i in range(0, len(prompt), n)]
+    for group in sorted(groups, key=lambda rows: -max(prompt[r] + completion[r] for r in rows)):
+        if parts[-1] and not fits(parts[-1] + group):
+            parts.append([])
+        for row in group:
+            if parts[-1] and not fits([*parts[-1], row]):
+                parts.append([])
+            parts[-1].append(row)
     most = int(common.all_gather(world, torch.tensor([len(parts)], device=world.device)).max())
     return parts + [[]] * (most - len(parts))
 
@@ -394,8 +404,8 @@ def trim(samples, rows):
 
 
 def token_logprobs(model, prompt_ids, prompt_mask, ids, mask, temperature, chunk=1024):
-    """log pi(a_t | x, a_<t) of given completions, and the policy's entropy at each of them (in nats, exact, without
-    gradient): prompt_ids, prompt_mask [b, P], ids, mask [b, C] -> two times [b, C].
+    """log pi(a_t | x, a_<t) of given completions, equation (3) before the sum, and, where a gradient is wanted, the policy's
+    entropy at each of them (in nats, exact, itself without gradient): prompt_ids, prompt_mask [b, P], ids, mask [b, C] -> two times [b, C].
 
     The state at a position predicts the token after it: those at the last prompt token and at all completion tokens
     but the last are wanted. The head turns them into logits a chunk at a time and is computed again in backward, so
@@ -407,11 +417,16 @@ def token_logprobs(model, prompt_ids, prompt_mask, ids, mask, temperature, chunk
     def head(states, tokens):
         logits = common.logits_of(model, states) / temperature  # as the sampler did; without it the ratio is not 1
         logprobs = logits.log_softmax(-1)
-        with torch.no_grad():
-            entropy = -(logprobs.exp() * logprobs.clamp(min=-1e30)).sum(-1)  # a word of probability 0 adds 0, not NaN
+        entropy = torch.zeros_like(logprobs[:, 0])
+        if torch.is_grad_enabled():
+            p = logprobs.detach()
+            entropy = -(p.exp() * p.clamp(min=-1e30)).sum(-1)  # a word of probability 0 adds 0, not NaN
         return logprobs.gather(-1, tokens[:, None])[:, 0], entropy
 
-    parts = [checkpoint(head, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+    parts = [
+        checkpoint(head, h, t, use_reentrant=False, preserve_rng_state=False)
+        for h, t in zip(hidden.split(chunk), targets.split(chunk))
+    ]
     logprobs, entropy = (torch.cat(x) for x in zip(*parts))
     empty = torch.zeros(mask.shape, device=mask.device)
     return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropy)
@@ -435,15 +450,16 @@ def rollout_logprobs(model, samples, parts, temperature):
 
 def evaluate(model, tokenizer, held_out, reward, args, world):
     """Greedy completions of held-out prompts -> {"eval/reward", "eval/exact"}; each process takes its share."""
-    mine, sums, right = held_out[world.rank :: world.size], [0.0] * 4, number if args.reward == "number" else exact
+    right = number if args.reward == "number" else exact
+    mine, sums = held_out[world.rank :: world.size], [0.0] * 4  # sums: rewards, rows, right answers, rows with an answer
     for i in range(0, -(-len(held_out) // world.size), 256):  # as many rounds on every process
         part = mine[i : i + 256]
-        ids = [prompt for prompt, _ in part or held_out[:1]]
-        texts = common.sample(model, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=0).texts
-        rows = [row for _, row in part]
-        known = [right(t, r) for t, r in zip(texts, rows) if isinstance(r.get("answer"), (str, int, float))]
-        got = [sum(reward(texts[: len(rows)], rows)), len(rows), sum(known), len(known)]
-        sums = [a + b for a, b in zip(sums, got)]
+        ids, rows = zip(*(part or held_out[:1]))
+        texts = common.sample(model, tokenizer, list(ids), max_new_tokens=args.max_new_tokens, temperature=0).texts
+        values = reward(texts, rows)
+        if part:
+            known = [right(t, r) for t, r in zip(texts, rows) if isinstance(r.get("answer"), (str, int, float))]
+            sums = [a + b for a, b in zip(sums, (sum(values), len(rows), sum(known), len(known)))]
     rewards, count, answered, known = common.all_sum(world, *sums)
     return {"eval/reward": rewards / count, **({"eval/exact": answered / known} if known else {})}
 
@@ -452,9 +468,9 @@ def log(out, writer, step, metrics, texts, world):
     """One line of metrics.jsonl, the same numbers for TensorBoard, and some of the step's completions as text."""
     if world.rank:
         return
-    with open(out / "metrics.jsonl", "a") as file:
+    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, **metrics}) + "\n")
-    with open(out / "samples.jsonl", "a") as file:
+    with open(out / "samples.jsonl", "a", encoding="utf-8") as file:
         file.writelines(json.dumps({"step": step, **t}, ensure_ascii=False) + "\n" for t in texts)
     for name, value in metrics.items():
         writer.add_scalar(name, value, step)
@@ -465,10 +481,11 @@ def log(out, writer, step, metrics, texts, world):
     writer.flush()
 
 
-def advise(metrics, said):
+def advise(metrics, args, said):
     """What a person watching would want to be told, once each, with the flag that helps."""
     advice = {
         "truncated": (metrics["truncated"] > 0.5, "most completions are cut off: raise --max_new_tokens, or ask for shorter answers with --system"),
+        "reward": (metrics["reward"] == 0 and args.reward in ("exact", "number"), "no completion was right: `exact` wants the answer and nothing else (--reward number takes the last number); or the task is too hard"),
         "equal_groups": (metrics["equal_groups"] > 0.8, "most prompts' samples all score the same, so little is learnt: use prompts of middling difficulty, or raise --samples_per_prompt"),
         "ratio/first": (metrics["ratio/first"] > 1e-3, "the first ratio is not 1: the same weights gave a sample two probabilities; the model's forward is not deterministic"),
         "entropy": (metrics["entropy"] < 0.01, "entropy is near 0, the policy has settled: lower --learning_rate or raise --beta to keep it trying"),
@@ -500,32 +517,41 @@ def train(args):
     if longest >= context:
         fail(f"{flag}: a prompt of {longest} tokens fills the model's context of {context}; lower --max_prompt_tokens")
     args = dataclasses.replace(args, max_new_tokens=min(args.max_new_tokens, context - longest))
-    answers = encode_demos(prompts, tokenizer, args.max_new_tokens) if args.demos else None
-    reward = load_reward(args.reward, [r for _, r in held_out + ([] if args.demos else prompts)], flag, world)
+    if args.demos or args.reward in ("exact", "number"):
+        need_answers([r for _, r in prompts], flag, flag if args.demos else f"--reward {args.reward}")
+        need_answers([r for _, r in held_out], "--eval_data", f"--reward {args.reward}")
+    if args.demos:
+        short = [p for p in prompts if len(common.encode_completion(tokenizer, str(p[1]["answer"]))) <= args.max_new_tokens]
+        print(
+            f"--demos: {len(prompts) - len(short)} of {len(prompts)} left out (answers over --max_new_tokens {args.max_new_tokens})"
+        )
+        prompts = short or fail(f"--demos: every answer is longer than --max_new_tokens {args.max_new_tokens}")
+    reward = load_reward(args.reward, world)
     out = common.open_run(args, "reinforce", world)
     stop_asked = common.catch_signals()
 
     policy = common.load_policy(args.model, world, args.gradient_checkpointing)
-    reference = common.load_reference(args.model, world) if args.beta else None
+    reference = common.load_reference(args.model, world) if args.beta and args.steps else None
     optimizer = common.make_optimizer(policy, args.learning_rate)
     first, state = 0, common.read_checkpoint(out) if args.resume else None
     if state:
         first = state["step"]
         common.load_checkpoint(state, {"policy": policy}, {"policy": optimizer})
         del state
-    writer, bar, said, scores = None, None, set(), []
+    writer, bar, said = None, None, set()
     if chief:
         for name in ("metrics.jsonl", "samples.jsonl"):
             common.cut_log(out / name, first if first else -1)  # what a resumed run will write again
-        writer = SummaryWriter(out / "tensorboard", purge_step=first + 1 if first else None)
+        writer = SummaryWriter(out / "tensorboard", purge_step=first + (first > 0) if args.resume else None)
+        writer.add_text("args", f"```\n{json.dumps(dataclasses.asdict(args), indent=1)}\n```")
         introduce(args, world, policy, reference, tokenizer, prompts, longest, out)
         bar = tqdm(total=args.steps, initial=first, desc="reinforce", dynamic_ncols=True)
 
     def held_out_score(step):
-        scores.append(evaluate(policy, tokenizer, held_out, reward, args, world) if held_out else {})
+        scores = evaluate(policy, tokenizer, held_out, reward, args, world) if held_out else {}
         if chief and held_out:
-            tqdm.write(f"step {step}: held-out " + ", ".join(f"{k[5:]} {v:.3f}" for k, v in scores[-1].items()))
-        return scores[-1]
+            tqdm.write(f"step {step}: held-out " + ", ".join(f"{k[5:]} {v:.3f}" for k, v in scores.items()))
+        return scores
 
     with common.guarded(out, args):
         if first == 0:
@@ -540,11 +566,12 @@ def train(args):
             picked = [pick(len(prompts), start + i, args.seed) for i in range(share)]
             ids = [prompts[i][0] for i in picked]
             if args.demos:
-                samples = common.given(ids, [answers[i] for i in picked], tokenizer, world)
+                answers = [common.encode_completion(tokenizer, str(prompts[i][1]["answer"])) for i in picked]
+                samples = common.given(ids, answers, tokenizer, world)
             else:
                 samples = common.sample(
                     policy, tokenizer, ids, n=n, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                    seed=common.fold(args.seed, step, world.rank),
+                    seed=common.fold(args.seed, step, world.rank, DRAW),
                 )  # fmt: skip
             rows, mask = [prompts[i][1] for i in picked for _ in range(n)], samples.mask
             sampled = time.perf_counter()
@@ -555,7 +582,9 @@ def train(args):
 
             # 3. Mini-batches (one optimizer step each) and their micro-batches (one forward each), fixed now: old, new
             #    and reference log-probabilities of a row are to come from the same company of rows.
-            order = torch.randperm(share, generator=torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, 1)))
+            order = torch.randperm(
+                share, generator=torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, CUT))
+            )
             minibatches = []
             for groups in order.view(args.minibatches, -1):
                 index = (groups[:, None] * n + torch.arange(n)).flatten()  # the rows of these groups
@@ -566,16 +595,16 @@ def train(args):
             # 4. Log-probabilities before the update. With one update and no KL nobody asks for them: those of the
             #    update itself, taken as constants, are the same numbers and cost nothing.
             old, kl = None, torch.zeros_like(samples.logprobs)
-            if updates > 1 or reference:
+            if (updates > 1 and not args.demos) or reference:  # demonstrations have no policy that drew them
                 old = rollout_logprobs(policy, samples, every_part, args.temperature)  # [B, C]
             if reference:
                 kl = (old - rollout_logprobs(reference, samples, every_part, args.temperature)) * mask  # k1 [B, C]
 
             # 5. Advantages: penalise, subtract the baseline, normalize, keep the best.
             to_go = rewards_to_go(rewards, kl, mask, args.beta, args.gamma)  # [B, C]
-            totals = rewards - args.beta * kl.sum(1)  # [B]
+            totals = to_go[:, 0]  # [B] what a sample was paid in all
             b, scale, keep = baselines(
-                totals, common.all_gather(world, totals), n, args.baseline, args.normalize, args.keep_max
+                totals, rewards, common.all_gather(world, totals), n, args.baseline, args.normalize, args.keep_max
             )
             advantages = (to_go - b[:, None]) * (keep / scale)[:, None] * mask  # [B, C]
 
@@ -591,7 +620,9 @@ def train(args):
             )
             sums = torch.zeros(6, dtype=torch.float64, device=world.device)
             for epoch in range(args.epochs):
-                for m in random.Random(common.fold(args.seed, step, epoch)).sample(range(args.minibatches), args.minibatches):
+                for m in random.Random(common.fold(args.seed, step, epoch, PASS)).sample(
+                    range(args.minibatches), args.minibatches
+                ):
                     for part in minibatches[m]:
                         real, part = bool(part), part or [0]  # an empty part only keeps other processes company
                         prompt_ids, prompt_mask, part_ids, part_mask = trim(samples, part)
@@ -641,7 +672,7 @@ def train(args):
             ]
             log(out, writer, step, metrics, shown, world)
             if chief:
-                advise(metrics, said)
+                advise(metrics, args, said)
                 bar.set_postfix_str(
                     f"reward {metrics['reward']:.3f}, kl {metrics.get('kl/ref', 0.0):.2f}, {metrics['tokens_per_second']:,.0f} tokens/s"
                 )
@@ -654,37 +685,22 @@ def train(args):
             if ending and step < args.steps:
                 raise common.Stop(f"stopped by a signal after step {step} of {args.steps}")
 
-        common.save_model(policy, tokenizer, out / "model", world)
+        if args.steps:
+            common.save_model(policy, tokenizer, out / "model", world)
     if chief:
         bar.close()
         writer.close()
-        conclude(scores, out)
+        conclude(args, tokenizer, out)
 
 
 def pick(count, i, seed):
     """Element i of an endless row of shuffled copies of range(count)."""
-    return shuffled(count, common.fold(seed, i // count, 7))[i % count]
+    return shuffled(count, common.fold(seed, i // count, ORDER))[i % count]
 
 
 @functools.lru_cache(maxsize=2)
 def shuffled(count, seed):
     return random.Random(seed).sample(range(count), count)
-
-
-def encode_demos(prompts, tokenizer, limit):
-    """The answers of --demos as ids with EOS; a prompt whose answer is too long leaves the list."""
-    answers = []
-    for i, (_, row) in enumerate(prompts, 1):
-        if not isinstance(row.get("answer"), (str, int, float)):
-            fail(f'--demos, row {i}: needs an "answer" that is a text or a number')
-        answers.append(common.encode_completion(tokenizer, str(row["answer"])))
-    short = [i for i, a in enumerate(answers) if len(a) <= limit]
-    if len(short) < len(answers):
-        print(f"--demos: {len(answers) - len(short)} of {len(answers)} left out (answers over --max_new_tokens {limit})")
-    if not short:
-        fail(f"--demos: every answer is longer than --max_new_tokens {limit}")
-    prompts[:] = [prompts[i] for i in short]
-    return [answers[i] for i in short]
 
 
 def introduce(args, world, policy, reference, tokenizer, prompts, longest, out):
@@ -703,15 +719,19 @@ def introduce(args, world, policy, reference, tokenizer, prompts, longest, out):
     print(
         f"first of {len(prompts)} prompts: {tokenizer.decode(ids)!r}\n  {ids if len(ids) < 40 else [*ids[:30], '...', *ids[-8:]]}"
     )
-    print(f"writing to {out}\n")
+    print(f"completions of at most {args.max_new_tokens} tokens; writing to {out}\n")
 
 
-def conclude(scores, out):
+def conclude(args, tokenizer, out):
     """The score before and after, and what a person wants to type next."""
-    if len(scores) > 1 and scores[-1]:
-        print("\nheld-out, greedy: " + ", ".join(f"{k[5:]} {scores[0][k]:.3f} -> {v:.3f}" for k, v in scores[-1].items()))
-    print(f"\n  tensorboard --logdir {out}\n\nand, in Python, to use the model:\n\n  from transformers import pipeline")
-    print(f'  print(pipeline("text-generation", "{out / "model"}")("your prompt"))')
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for name in [k for k in log[-1] if k.startswith("eval/") and k in log[0]]:
+        print(f"held-out {name[5:]}, greedy: {log[0][name]:.3f} -> {log[-1][name]:.3f}")
+    prompt = '[{"role": "user", "content": "your prompt"}]' if tokenizer.chat_template and args.chat else '"your prompt"'
+    print(f"\n  tensorboard --logdir {out}")
+    if args.steps:
+        print("\nand, in Python, to use the model:\n\n  from transformers import pipeline")
+        print(f'  print(pipeline("text-generation", "{out / "model"}")({prompt}, max_new_tokens={args.max_new_tokens}))')
 
 
 if __name__ == "__main__":

@@ -357,9 +357,10 @@ def test_a_checkpoint_cut_short_or_of_another_model_gets_a_sentence(folder, tmp_
 
 def test_a_log_is_cut_to_its_checkpoint(tmp_path):
     log = tmp_path / "metrics.jsonl"
-    log.write_text("".join(json.dumps({"step": s}) + "\n" for s in range(8)) + '{"step": 8, "rew')
+    lines = [json.dumps({"step": s, "text": "a\u2028b"}, ensure_ascii=False) + "\n" for s in range(8)]
+    log.write_text("".join(lines) + '{"step": 8, "rew', encoding="utf-8")
     common.cut_log(log, 5)
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(6))
+    assert [json.loads(line)["step"] for line in log.read_text(encoding="utf-8").split("\n")[:-1]] == list(range(6))
     common.cut_log(tmp_path / "none", 5)
 
 

@@ -3,10 +3,13 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from conftest import FAMILIES, family, make_tokenizer
+from conftest import FAMILIES, ROOT, family, make_tokenizer
 
 import common
 import reinforce
@@ -60,7 +63,7 @@ def test_the_expected_gradient_is_that_of_the_expected_reward_up_to_the_baseline
     loss = 0.0
     for batch in itertools.product(range(len(p)), repeat=samples):
         rows = list(batch)
-        b, scale, keep = baselines(reward[rows], reward[rows], samples, kind, False, False)
+        b, scale, keep = baselines(reward[rows], reward[rows], reward[rows], samples, kind, False, False)
         to_go = rewards_to_go(reward[rows], torch.zeros_like(logprobs[rows]), s.mask[rows], 0.0, 1.0)
         advantages = (to_go - b[:, None]) * s.mask[rows]
         one, _ = policy_loss(logprobs[rows], logprobs[rows].detach(), advantages, s.mask[rows], samples)
@@ -70,7 +73,7 @@ def test_the_expected_gradient_is_that_of_the_expected_reward_up_to_the_baseline
     assert (got - factor * wanted).norm() < 1e-6 * wanted.norm()
 
 
-def test_a_token_mean_would_be_the_gradient_of_nothing_we_want():
+def test_a_token_mean_would_be_the_gradient_of_another_objective():
     """The wrong version: dividing each completion by its length points elsewhere, here with a reward for length."""
     model, s = enumerable()
     reward, logprobs = s.mask.sum(1) - 2.0, exact_logprobs(model, s)
@@ -148,16 +151,18 @@ def test_at_gamma_1_and_beta_0_every_token_has_the_whole_reward():
 
 def test_baselines_by_hand():
     r = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])  # two prompts, three samples each
-    b = {k: baselines(r, r, 3, k, False, False)[0] for k in KINDS}
+    b = {k: baselines(r, r, r, 3, k, False, False)[0] for k in KINDS}
     assert b["none"].tolist() == [0] * 6
     torch.testing.assert_close(b["batch"], torch.full((6,), 4 / 6))
     torch.testing.assert_close(b["prompt"], torch.tensor([1 / 3] * 3 + [1.0] * 3))
     torch.testing.assert_close(b["loo"], torch.tensor([0.0, 0.5, 0.5, 1.0, 1.0, 1.0]))
-    assert baselines(r, r, 3, "none", False, True)[2].tolist() == [1, 0, 0, 1, 1, 1], "ties are all kept"
-    _, scale, _ = baselines(r, r, 3, "loo", True, False)
+    assert baselines(r, r, r, 3, "none", False, True)[2].tolist() == [1, 0, 0, 1, 1, 1], "ties are all kept"
+    paid = r - torch.rand(6)  # a KL penalty, different for each
+    assert baselines(paid, r, paid, 3, "loo", False, True)[2].tolist() == [1, 0, 0, 1, 1, 1], "the best by score, KL aside"
+    _, scale, _ = baselines(r, r, r, 3, "loo", True, False)
     torch.testing.assert_close(scale, torch.tensor([3**-0.5 + 1e-4] * 3 + [1e-4] * 3))
     everyone = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0])
-    assert baselines(r, everyone, 3, "batch", False, False)[0][0] == 0.5, "the batch is that of all processes"
+    assert baselines(r, r, everyone, 3, "batch", False, False)[0][0] == 0.5, "the batch is that of all processes"
 
 
 @pytest.mark.parametrize("value", [0.1, 0.7])
@@ -165,7 +170,7 @@ def test_baselines_by_hand():
 def test_equal_rewards_leave_exactly_nothing(kind, value):
     """Eight rewards of 0.1 have a mean that is not 0.1 (NeMo-RL 4161)."""
     r = torch.full((8,), value)
-    b, scale, _ = baselines(r, r, 8, kind, True, False)
+    b, scale, _ = baselines(r, r, r, 8, kind, True, False)
     assert ((r - b) / scale).abs().max() == 0
 
 
@@ -233,7 +238,7 @@ def test_a_baseline_shrinks_the_variance_of_the_real_estimator():
     for kind in ("none", "batch", "prompt", "loo"):
         grads = []
         for rows in batches:
-            b, _, _ = baselines(reward[rows], reward[rows], 4, kind, False, False)
+            b, _, _ = baselines(reward[rows], reward[rows], reward[rows], 4, kind, False, False)
             grads.append(((reward[rows] - b)[:, None] * score[rows]).mean(0))
         spread[kind] = torch.stack(grads).var(0).sum().item()
     assert all(spread[k] < 0.25 * spread["none"] for k in ("batch", "prompt", "loo")), spread
@@ -371,7 +376,7 @@ def test_eos_carries_gradient_and_nothing_after_it_does(pad):
     [
         ("so it is 1,234.", "#### 1234", 1), ("20.0", "20", 1), ("$20", 20, 1), ("20 of 30", "20", 0), ("-5", "5", 0), ("-5", "-5.00", 1),
         ("none", "5", 0), ("5", "none", 0), ("", "5", 0), (".5", "0.50", 1), ("x=3, y=4", "4", 1), ("100000000000000000001", "100000000000000000000", 0),
-        ("the answer is 7,", "7", 1), ("1,000,000", "1000000", 1),
+        ("the answer is 7,", "7", 1), ("ages 6-12", "12", 1), ("x=-5", "-5", 1), ("1,000,000", "1000000", 1),
     ],
 )  # fmt: skip
 def test_number_compares_the_last_numbers_as_decimals(said, answer, right):
@@ -464,6 +469,27 @@ def test_resuming_equals_never_having_stopped(flags, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
+    """SIGKILL between two checkpoints, with steps logged that no checkpoint holds: they are logged again, once."""
+    flags = {"steps": 6, "save_every": 2, "prompts_per_step": 4, "max_new_tokens": 12}
+    straight = run(tmp_path, "a", **flags)
+    command = [sys.executable, str(ROOT / "reinforce.py"), "--out", str(tmp_path / "b"), "--device", "cpu", "--eval_data", ""]
+    command += [x for k, v in flags.items() for x in (f"--{k}", str(v))]
+    process, log = subprocess.Popen(command, cwd=tmp_path), tmp_path / "b" / "metrics.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 4:  # step 3 is logged, step 2 was saved
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    resumed = run(tmp_path, "b", **flags, resume=True)
+    clocks = ("time/sample", "time/train", "tokens_per_second", "memory_gib")
+    assert [{k: v for k, v in m.items() if k not in clocks} for m in resumed] == [
+        {k: v for k, v in m.items() if k not in clocks} for m in straight
+    ]
+    a, b = weights(tmp_path, "a"), weights(tmp_path, "b")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_the_first_ratio_is_1_and_later_ones_are_not(tmp_path):
     m = run(tmp_path, steps=1, epochs=2, minibatches=2, prompts_per_step=4, learning_rate=1e-3, warmup=0, max_new_tokens=12)
     assert m[1]["ratio/first"] == 0 and m[1]["kl/ref"] == 0 and m[1]["ratio/mean"] != 1 and m[1]["kl/sample"] < 1e-5
@@ -518,7 +544,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
 
 def test_a_reward_that_fails_stops_the_run_with_its_checkpoint_whole(tmp_path):
     (tmp_path / "r.py").write_text(
-        "calls = []\ndef reward(c, r):\n    calls.append(1)\n    return 1.0 if len(calls) <= 16 else float('nan')\n"
+        "calls = []\ndef reward(c, r):\n    calls.append(1)\n    return 1.0 if len(calls) <= 32 else float('nan')\n"
     )
     with pytest.raises(SystemExit, match="(?s)no finite number for prompt.*completion.*--resume"):
         run(tmp_path, reward=f"{tmp_path}/r.py:reward", steps=9, prompts_per_step=2, max_new_tokens=4, save_every=1)
@@ -545,7 +571,7 @@ GOOD = '{"prompt": "52=", "answer": "25"}\n'
         ({}, GOOD + "[1]\n", ["line 2", "prompt"]),
         ({}, "", ["no rows"]),
         ({}, b"\xff\xfe\x00", ["UTF-8"]),
-        ({}, '{"prompt": "52="}\n', ["row 1", "answer"]),
+        ({}, '{"prompt": "52="}\n', ["--data", "answer", "52="]),
         ({"reward": "nice"}, GOOD, ["--reward nice", "choose"]),
         ({"reward": "{}/none.py:f"}, GOOD, ["no such file"]),
         ({"reward": "{}/r.py:g"}, GOOD, ["no function 'g'"]),
@@ -561,8 +587,9 @@ GOOD = '{"prompt": "52=", "answer": "25"}\n'
         ({"temperature": 0.0}, GOOD, ["--temperature"]),
         ({"demos": "{}/data.jsonl", "baseline": "loo"}, GOOD, ["--demos", "--baseline"]),
         ({"demos": "{}/data.jsonl", "samples_per_prompt": 4}, GOOD, ["--demos", "--samples_per_prompt"]),
+        ({"demos": "{}/data.jsonl", "gamma": 0.9}, GOOD, ["--demos", "--gamma"]),
         ({"demos": "{}/data.jsonl", "beta": 0.1}, GOOD, ["--demos", "--beta"]),
-        ({"demos": "{}/data.jsonl"}, '{"prompt": "52="}\n', ["--demos, row 1", "answer"]),
+        ({"demos": "{}/data.jsonl"}, '{"prompt": "52="}\n', ["--demos", "answer", "52="]),
         ({"demos": "{}/data.jsonl", "max_new_tokens": 2}, GOOD, ["--max_new_tokens 2"]),
         ({"out": "{}/full"}, GOOD, ["--out", "--resume"]),
         ({"out": "{}/full", "resume": True, "learning_rate": 0.5}, GOOD, ["--learning_rate", "0.5"]),

@@ -1,0 +1,92 @@
+"""What holds for all files together: copies are copies, imports are few, and the README says what is there."""
+
+import ast
+import itertools
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = [p for p in (ROOT / f"{n}.py" for n in ("reinforce", "ppo", "grpo", "dpo", "reward_model")) if p.exists()]
+README = (ROOT / "README.md").read_text()
+
+
+def functions(path):
+    tree = ast.parse(path.read_text())
+    return {f.name: ast.unparse(f) for f in tree.body if isinstance(f, (ast.FunctionDef, ast.ClassDef))}
+
+
+@pytest.mark.parametrize("a, b", itertools.combinations(SCRIPTS, 2))
+def test_functions_of_the_same_name_are_the_same_in_every_script(a, b):
+    ours, theirs = functions(a), functions(b)
+    for name in (ours.keys() & theirs.keys()) - {"train", "evaluate", "Args", "resolve"}:
+        assert ours[name] == theirs[name], f"{name} differs between {a.name} and {b.name}"
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "common.py"])
+def test_scripts_import_only_what_requirements_bring(path):
+    allowed = {
+        "torch",
+        "transformers",
+        "numpy",
+        "tyro",
+        "tensorboard",
+        "tqdm",
+        "safetensors",
+        "common",
+    } | sys.stdlib_module_names
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+        assert {n.split(".")[0] for n in names} <= allowed
+
+
+@pytest.mark.parametrize("path", SCRIPTS)
+def test_every_flag_says_what_it_does(path):
+    """A string follows every field of Args: it is the flag's line in --help."""
+    args = next(n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args")
+    for field, after in zip(args.body, [*args.body[1:], None]):
+        if isinstance(field, ast.AnnAssign):
+            assert isinstance(after, ast.Expr) and isinstance(after.value.value, str), field.target.id
+
+
+@pytest.mark.parametrize("path", SCRIPTS)
+def test_every_logged_number_and_only_those_is_in_the_readme(path):
+    explained = set(
+        re.findall(r"`([a-z_]+(?:/[a-z@_]+)?)`", README[README.index("## Every logged number") : README.index("## How fast")])
+    )
+    logged = set(
+        re.findall(r'"([a-z]+/[a-z]+|reward|loss|entropy|grad_norm|length|truncated|equal_groups)":', path.read_text())
+    )
+    assert logged <= explained, logged - explained
+
+
+def test_the_readmes_tables_are_the_benches_results():
+    for table in re.findall(r"^\| (?:command|model and batch) .*\n(?:\|.*\n)+", README, re.M):
+        assert any(table == p.read_text() for p in (ROOT / "tests" / "bench").glob("*.md")), table
+
+
+def test_every_file_and_flag_that_the_readme_names_exists():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    fields = {f for p in SCRIPTS for f in re.findall(r"^    (\w+): ", p.read_text(), re.M)}
+    known = {"help", "nproc_per_node", "logdir"} | fields | {f"no_{f}" for f in fields}
+    assert set(re.findall(r"--(\w+)", README)) <= known
+
+
+def test_the_repository_speaks_of_itself_alone():
+    """No path of the machine that it was written on."""
+    for path in ROOT.rglob("*"):
+        if (
+            path.suffix in (".py", ".md", ".txt", ".toml", ".cff", ".json")
+            and ".git" not in path.parts
+            and "runs" not in path.parts
+        ):
+            text = path.read_text(errors="replace")
+            assert not re.search(r"/(work|root|home)/\w|/tmp/\w+/(main|v)\b", text), path
