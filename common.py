@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -42,7 +43,7 @@ from transformers.utils import logging as transformers_logging
 
 
 def fail(message):
-    """A mistake of the user's: one sentence on stderr, exit status 2. Called before anything is loaded or written."""
+    """A mistake of the user's: one sentence on stderr, exit status 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -178,7 +179,7 @@ def read_config(path, **changes):
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
             fail(f"{path}: this folder has no config.json, so it holds no model")
-    elif Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
+    elif Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
         fail(f"{path}: no such model folder (and a model's name on a hub looks like owner/name)")
     try:
         config = AutoConfig.from_pretrained(path, **changes)
@@ -193,15 +194,16 @@ def read_config(path, **changes):
 
 def load(auto, path, dtype, **changes):
     """from_pretrained, the careful way: the dtype is always given (the default is the file's, and a policy left in
-    bfloat16 learns nothing at small rates), weights come from safetensors only, and no code from the hub is run."""
-    config = read_config(path, **changes)
+    bfloat16 learns nothing at small rates), weights come from safetensors only, and no code from the hub is run.
+    Returns the model and the names of the weights that the folder does not have."""
+    settings = {"config": read_config(path, **changes), "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     try:
-        model = auto.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ImportError) as error:
+        model, info = auto.from_pretrained(path, **settings, output_loading_info=True)
+    except (OSError, ValueError, ImportError) as error:
         fail(f"{path}: no model could be loaded ({str(error).splitlines()[0]})")
     # what `save_model` writes: the config as it came, with its dropout, so that others find what they know
     model.config_to_save = AutoConfig.from_pretrained(path, **changes)
-    return model
+    return model, set(info["missing_keys"])
 
 
 def shard(model, world):
@@ -216,10 +218,12 @@ def shard(model, world):
     mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=world.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks = set(model._no_split_modules or ())
-    units = [m for m in model.modules() if type(m).__name__ in blocks and m is not model] + [model]
-    for unit in units:
+    # inner blocks before outer ones, the root last: each takes the weights that no other has taken
+    units = [m for m in reversed(list(model.modules())) if type(m).__name__ in blocks and m is not model]
+    if not units:  # the root alone would never learn of the backward pass, see `hidden_states`
+        fail(f"{type(model).__name__} names no blocks (_no_split_modules) to shard by: it trains in one CPU process only")
+    for unit in [*units, model]:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
-    for unit in units:
         # FSDP2 averages gradients over the processes. Our losses are divided by counts over *all* processes already,
         # so the gradient of the whole batch is the sum; an average would be too small by the factor world.size.
         unit.set_gradient_divide_factor(1.0)
@@ -248,56 +252,68 @@ def hidden_states(model, ids, mask):
 
 
 def logits_of(model, hidden):
-    """The head on some positions, in float32, with what some families do after it (a test compares them all)."""
-    logits, config = model.get_output_embeddings()(hidden).float(), model.config.get_text_config()
+    """The head on some positions, with what some families do after it in the model's own dtype; float32 comes last. Under
+    FSDP2 the head has its whole weights here, because the root keeps them from its forward until the backward is over."""
+    logits, config = model.get_output_embeddings()(hidden), model.config.get_text_config()
     if getattr(config, "logits_scaling", None):  # Granite
         logits = logits / config.logits_scaling
     if getattr(config, "logit_scale", None):  # Cohere
         logits = logits * config.logit_scale
     if getattr(config, "final_logit_softcapping", None):  # Gemma
         logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
-    return logits
+    return logits.float()
+
+
+@torch.no_grad()
+def check_head(model):
+    """Whether `logits_of` knows all that this family does between its last state and its logits. If not, another
+    distribution than the sampled one would be trained, and no ratio or KL would show it."""
+    ids = torch.tensor([[1, 2, 3]], device=model.device)
+    own = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+    if not torch.allclose(own, logits_of(model, hidden_states(model, ids, ids > 0)), atol=1e-3, rtol=1e-3):
+        fail(
+            f"the family {model.config.model_type!r} changes its logits after the head in a way that common.logits_of does not know"
+        )
 
 
 def load_policy(path, world, gradient_checkpointing=False):
     """The model that learns: float32 masters, in training mode."""
-    model = load(AutoModelForCausalLM, path, torch.float32)
+    model, _ = load(AutoModelForCausalLM, path, torch.float32)
+    check_head(model.eval())
     return prepare(model, world, gradient_checkpointing)
 
 
 def prepare(model, world, gradient_checkpointing=False):
-    """What every model that learns gets: a mode, checkpointing if asked for, and its device or shards."""
+    """Training mode, checkpointing if asked for, and shards."""
     model.train()
-    if gradient_checkpointing:
-        # the same under two names: transformers 5.17 has only the older, 5.23 warns about it
-        newer = hasattr(model, "activation_checkpointing_enable")
-        name = "activation_checkpointing_enable" if newer else "gradient_checkpointing_enable"
-        getattr(model, name)({"use_reentrant": False})
-    return shard(model.to(world.device) if world.size == 1 else model, world)
+    if gradient_checkpointing:  # under two names: transformers 5.17 has only the older, 5.23 warns about it
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return shard(model, world)
 
 
 def load_reference(path, world):
     """The frozen model that a KL penalty holds on to: weights in the computing dtype, no gradients."""
-    model = load(AutoModelForCausalLM, path, world.dtype).requires_grad_(False).eval()
-    return shard(model.to(world.device) if world.size == 1 else model, world)
+    return shard(load(AutoModelForCausalLM, path, world.dtype)[0].requires_grad_(False).eval(), world)
 
 
 def load_scalar(path, world, tokenizer, head_std=None, gradient_checkpointing=False):
     """A model with one number for a head: a critic or a reward model, of any family that transformers has a sequence
     classifier for. `head_std` starts the head anew: 0 for a critic (its first guess is 0, not noise), 1/sqrt(d + 1)
-    for a reward model; None keeps the head that the folder has.
+    for a reward model; None takes the head that the folder has.
 
     transformers scores the last id that is not `config.pad_token_id`; unset, it scores padding. It is set here.
     """
-    try:
-        model = load(AutoModelForSequenceClassification, path, torch.float32, num_labels=1)
-    except ValueError:
-        kind = read_config(path).model_type
-        fail(f"{path}: transformers has no sequence classifier for the family {kind!r}; choose another")
+    config = read_config(path)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        fail(f"{path}: transformers has no sequence classifier for the family {config.model_type!r}; choose another")
+    model, missing = load(AutoModelForSequenceClassification, path, torch.float32, num_labels=1)
+    if head_std is None and missing:
+        fail(f"{path}: this is no reward model with one score: it has no weights for {', '.join(sorted(missing))}")
     if head_std is not None:
         with torch.no_grad():
             for p in scalar_head(model).parameters():
-                p.zero_() if p.ndim == 1 else p.normal_(0.0, head_std) if head_std > 0 else p.zero_()
+                p.normal_(0.0, head_std if p.ndim > 1 else 0.0)
     for config in (model.config, model.config_to_save):
         config.pad_token_id, config.problem_type = tokenizer.pad_token_id, "regression"
         config.architectures = [type(model).__name__]
@@ -322,7 +338,7 @@ def save_model(model, tokenizer, folder, world):
     """Writes an ordinary Hugging Face folder: what transformers, vLLM and llama.cpp's converter read. The weights are
     written in the dtype that computed, so they give the scores that were measured."""
     state = {}
-    for name, value in model.state_dict().items():
+    for name, value in tensors(model):  # a head tied to the embedding is one weight, written once
         value = whole(value)  # every process takes part; only the first keeps the result
         if world.rank == 0:
             state[name] = value.to(world.dtype) if value.is_floating_point() else value
@@ -411,6 +427,8 @@ def memory_used(world):
 def make_optimizer(model, learning_rate):
     """AdamW as RL for language models is usually run: short memories (0.9, 0.95), no weight decay. It steps float32
     weights, each process its own shard; `fused` makes it one kernel."""
+    for unit in (m for m in model.modules() if isinstance(m, FSDPModule)):
+        unit.reshard()  # after a forward the root holds whole weights for a while, and stepping those would be lost
     weights = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True)
 
@@ -430,9 +448,8 @@ def clip_gradients(model, max_norm):
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if torch.isfinite(norm) and norm > max_norm:
-        for g in grads:
-            g.mul_(max_norm / norm)
+    if torch.isfinite(norm):
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
     return norm.item()
 
 
@@ -465,11 +482,14 @@ def open_run(args, script, world):
                     fail(f"--resume: --{name} is {value}, but the run in {out} was started with {before[name]}")
         elif args.out and out.exists() and (out.is_file() or any(out.iterdir())):
             fail(f"--out {out}: not an empty folder; add --resume to go on with the run in it, or choose another name")
-        while not args.out and out.exists():
-            number += 1
-            out = Path(f"runs/{script}-{number}")
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            while True:
+                try:
+                    out.mkdir(parents=True, exist_ok=bool(args.out))
+                    break
+                except FileExistsError:  # also when another run took the name a moment ago
+                    number += 1
+                    out = Path(f"runs/{script}-{number}")
             write(out / "args.json", json.dumps({"script": script, **flags}, indent=1) + "\n")
         except OSError as error:
             fail(f"--out {out}: cannot write there ({error.strerror})")
@@ -490,7 +510,7 @@ def write(path, data):
 
 
 def replace(temporary, folder):
-    """Puts a finished folder in the place of an older one, which is gone only when the new one stands."""
+    """Puts a finished folder in the place of an older one, which stays beside it as `.old` until the new one stands."""
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -584,8 +604,11 @@ def guarded(out, args):
     whole: it is replaced only by a finished one."""
     try:
         yield
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
     except (Stop, OSError, torch.OutOfMemoryError) as error:
-        what = str(error).splitlines()[0]
+        what = (str(error) or type(error).__name__).splitlines()[0]
         if isinstance(error, torch.OutOfMemoryError):
             what += "; lower --tokens_per_micro_batch (training) or --prompts_per_step (sampling)"
         words = [a for a in sys.argv if a != "--resume"] + ([] if args.out else ["--out", str(out)])
@@ -639,7 +662,7 @@ def given(prompts, completions, tokenizer, world):
         [[True] * len(c) + [False] * (C - len(c)) for c in completions],
     ]
     tensors = [torch.tensor(r, device=world.device) for r in rows]
-    texts = [tokenizer.decode(c, skip_special_tokens=True) for c in completions]
+    texts = [tokenizer.decode(c, skip_special_tokens=True, clean_up_tokenization_spaces=False) for c in completions]
     return Samples(*tensors, torch.zeros(len(rows[2]), C, device=world.device), tensors[3].any(1), texts)
 
 
@@ -672,6 +695,8 @@ class RoomyLayer(DynamicLayer):
         return self.filled
 
     def reorder_cache(self, rows):
+        if not self.is_initialized:  # a layer that reads another's cache and has none of its own
+            return
         for i, buffer in enumerate(self.buffers):
             self.buffers[i] = buffer.new_empty(len(rows), *buffer.shape[1:])
             torch.index_select(buffer[:, :, : self.filled], 0, rows, out=self.buffers[i][:, :, : self.filled])
@@ -694,10 +719,11 @@ def draw(logits, u, block=256):
     total = mass.cumsum(-1)
     # strictly below the total, here and inside the block, so that no token of probability 0 is ever reached
     target = u * (1 - 1e-12) * total[:, -1:]
-    which = torch.searchsorted(total, target, right=True)  # [B, 1] the block
+    which = torch.searchsorted(total, target, right=True).clamp_(max=total.shape[1] - 1)  # [B, 1] the block
     share = (1 + (target - total.gather(1, which)) / mass.gather(1, which)).clamp_(0, 1 - 1e-12)
     inside = p.gather(1, which[:, :, None].expand(-1, -1, block))[:, 0].double().cumsum(-1)  # [B, block]
     token = which * block + torch.searchsorted(inside, share * inside[:, -1:], right=True)
+    token = token.clamp_(max=logits.shape[1] - 1)  # only logits that are NaN get here; the update will say so
     return token[:, 0], (logits.gather(1, token) - top)[:, 0] - total[:, -1].log().float()
 
 
@@ -723,7 +749,7 @@ def whole_weights(model):
     finally:
         for unit in units:
             unit.reshard()
-            unit.set_reshard_after_forward(unit is not model, recurse=False)  # the root keeps its own, as FSDP2 does
+            unit.set_reshard_after_forward(unit is not model, recurse=False)  # as FSDP2 has it: the root keeps its weights
 
 
 @torch.no_grad()
@@ -762,6 +788,8 @@ def rollout(model, tokenizer, prompts, n, max_new_tokens, temperature, seed):
     takes = inspect.signature(model.forward).parameters
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer(P + max_new_tokens) if type(c) is DynamicLayer else c for c in cache.layers]
+    if not takes.keys() & {"past_key_values", "cache_params"}:
+        raise ValueError(f"{type(model).__name__} takes none of transformers' caches, so `sample` cannot continue with it")
     recurrent = "cache_params" in takes  # Mamba: another name for the cache, and no mask while decoding
 
     def forward(ids, mask, positions):
@@ -796,8 +824,8 @@ def rollout(model, tokenizer, prompts, n, max_new_tokens, temperature, seed):
         ids[rows, t] = torch.where(running, token, pad)
         logprobs[rows, t] = torch.where(running, logprob, 0.0)
         ended = running & torch.isin(token, stops)
-        length[rows[ended]] = t + 1
-        finished[rows[ended]] = True
+        length[rows] = torch.where(ended, t + 1, length[rows])
+        finished[rows] |= ended
         running &= ~ended
         left = int(running.sum())
         if left == 0 or t + 1 == max_new_tokens:

@@ -485,7 +485,7 @@ def advise(metrics, args, said):
     """What a person watching would want to be told, once each, with the flag that helps."""
     advice = {
         "truncated": (metrics["truncated"] > 0.5, "most completions are cut off: raise --max_new_tokens, or ask for shorter answers with --system"),
-        "reward": (metrics["reward"] == 0 and args.reward in ("exact", "number"), "no completion was right: `exact` wants the answer and nothing else (--reward number takes the last number); or the task is too hard"),
+        "reward": (metrics["reward"] == 0 and args.reward == "exact", "no completion was right: `exact` wants the answer and nothing else; --reward number takes a text's last number"),
         "equal_groups": (metrics["equal_groups"] > 0.8, "most prompts' samples all score the same, so little is learnt: use prompts of middling difficulty, or raise --samples_per_prompt"),
         "ratio/first": (metrics["ratio/first"] > 1e-3, "the first ratio is not 1: the same weights gave a sample two probabilities; the model's forward is not deterministic"),
         "entropy": (metrics["entropy"] < 0.01, "entropy is near 0, the policy has settled: lower --learning_rate or raise --beta to keep it trying"),

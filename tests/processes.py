@@ -13,7 +13,9 @@ def _enter(rank, function, size, port, args):
     )
     torch.set_num_threads(1)
     function(*args)
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def run(function, size, *args):

@@ -176,6 +176,38 @@ def test_a_scalar_model_comes_back_with_the_same_scores(folder, tmp_path):
     assert reward(input_ids=ids).logits.item() == again(input_ids=ids).logits.item() == plain(input_ids=ids).logits.item()
 
 
+def test_a_causal_model_is_no_reward_model(folder, capsys):
+    """Its head would be random, and every score noise."""
+    with pytest.raises(SystemExit):
+        load_scalar(folder, CPU, make_tokenizer())
+    says(capsys, "no reward model", "score.weight")
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("falcon_h1", {"lm_head_multiplier": 3.0}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("gemma2", {"final_logit_softcapping": 5.0}),
+    ],
+)
+def test_a_head_that_is_not_understood_is_refused(name, settings, tmp_path, capsys):
+    family(name, **settings).save_pretrained(tmp_path)
+    if name == "falcon_h1":
+        with pytest.raises(SystemExit):
+            load_policy(tmp_path, CPU)
+        says(capsys, "falcon_h1", "logits")
+    else:
+        load_policy(tmp_path, CPU)
+
+
+def test_two_runs_started_at_once_get_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exists = type(tmp_path).exists
+    monkeypatch.setattr(type(tmp_path), "exists", lambda p: False if "runs" in str(p) else exists(p))  # both looked before
+    assert common.open_run(Flags(), "x", CPU) != common.open_run(Flags(), "x", CPU)
+
+
 def test_a_family_without_a_classifier_gets_a_sentence(tmp_path, capsys):
     family("mamba").save_pretrained(tmp_path)
     with pytest.raises(SystemExit):

@@ -53,9 +53,11 @@ def close(a, b, tolerance=1e-6):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["qwen2"])  # tied head and biases
+@pytest.mark.parametrize("name", ["qwen2", "mamba"])  # tied head and biases; blocks inside blocks
 def test_two_processes_and_one_have_the_same_gradient(name, checkpointing, tmp_path):
     """FSDP2 averages over processes: a loss over global counts would come out halved (trl 3021 and many more)."""
+    if name == "mamba" and checkpointing:
+        pytest.skip("recurrent models are not checkpointed")
     family(name, tie_word_embeddings=True).save_pretrained(tmp_path / "start")
     for size in (1, 2):
         (tmp_path / str(size)).mkdir()
@@ -67,6 +69,26 @@ def test_two_processes_and_one_have_the_same_gradient(name, checkpointing, tmp_p
     close(two["again"], one["again"], 1e-4)
     assert torch.equal(two["ids"], one["ids"])
     torch.testing.assert_close(two["logprobs"], one["logprobs"], atol=1e-5, rtol=0)
+
+
+def test_a_model_without_blocks_is_refused_and_not_left_untrained(tmp_path, capfd):
+    """With the root as the only unit FSDP2 would never reduce a gradient, and no weight would move."""
+    import transformers
+
+    config = transformers.BioGptConfig(
+        vocab_size=48, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32
+    )
+    model = transformers.BioGptForCausalLM(config)
+    if model._no_split_modules:
+        pytest.skip("this version of transformers names its blocks")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="exit code 2"):
+        run(only_load, 2, tmp_path)
+    assert "names no blocks" in capfd.readouterr().err
+
+
+def only_load(folder):
+    load_policy(folder, start("cpu"))
 
 
 def test_saved_on_two_processes_loaded_on_one(tmp_path):

@@ -237,7 +237,7 @@ def test_mode_checkpointing_and_generation_config_are_as_before(tokenizer):
 
 def test_a_failure_inside_leaves_the_training_mode_alone(tokenizer):
     model = family("llama").train()
-    model.forward = lambda **kw: 1 / 0
+    model.forward = functools.wraps(model.forward)(lambda **inputs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sample(model, tokenizer, PROMPTS, max_new_tokens=2)
     assert model.training
@@ -247,6 +247,17 @@ def test_ids_outside_the_tokenizer_are_no_accident(tokenizer):
     """Vocabularies are often padded beyond the tokenizer's (Qwen): such a token decodes to nothing."""
     s = sample(family("llama", vocab_size=WORDS + 16), tokenizer, PROMPTS, n=16, max_new_tokens=8, seed=0)
     assert (s.ids[s.mask] >= WORDS).any() and all(isinstance(t, str) for t in s.texts)
+
+
+def test_logits_that_are_nan_do_not_crash_the_draw():
+    """On a GPU an index out of range kills the process without a word; the update's check says it in words."""
+    token, logprob = draw(torch.full((3, 300), float("nan")), torch.rand(3, 1, dtype=torch.float64))
+    assert (token < 300).all() and logprob.isnan().all()
+
+
+def test_a_model_whose_cache_would_be_ignored_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="takes none of transformers' caches"):
+        sample(family("rwkv", attention_hidden_size=32), tokenizer, [[3, 4]], max_new_tokens=2)
 
 
 def test_an_empty_prompt_is_refused(tokenizer):
