@@ -108,7 +108,7 @@ class Args:
     """weight of the KL penalty (default 0.05, and 0 with --demos); at 0 no reference model is loaded"""
 
     # --- optimisation ---
-    steps: int = 250
+    steps: int = 220
     """rollouts in all; 0 evaluates only"""
     learning_rate: float | None = None
     """AdamW's step size (default 1e-6, and 3e-4 for the embedded model, which is small and wants more)"""
