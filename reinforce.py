@@ -108,7 +108,7 @@ class Args:
     """weight of the KL penalty (default 0.05, and 0 with --demos); at 0 no reference model is loaded"""
 
     # --- optimisation ---
-    steps: int = 220
+    steps: int = 250
     """rollouts in all; 0 evaluates only"""
     learning_rate: float | None = None
     """AdamW's step size (default 1e-6, and 3e-4 for the embedded model, which is small and wants more)"""
@@ -123,8 +123,9 @@ class Args:
     """passes over a rollout"""
     minibatches: int = 1
     """optimizer updates in a pass; more than one update in all weighs samples by pi / pi_old"""
-    tokens_per_micro_batch: int = 8192
-    """tokens, padding included, in one forward and backward: lower it when memory runs out; results do not change"""
+    tokens_per_micro_batch: int | None = None
+    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 2048 on a CPU): lower it when memory
+    runs out; up to rounding, results do not change"""
     gradient_checkpointing: bool = False
     """keep less for the backward pass and compute it twice: less memory, about a third more time"""
 
@@ -165,6 +166,7 @@ def resolve(args):
         "samples_per_prompt": 1 if args.demos else 8,
         "beta": 0.0 if args.demos else 0.05,
         "learning_rate": 3e-4 if Path(args.model).resolve() == TINY / "model" else 1e-6,
+        "tokens_per_micro_batch": 2048 if args.device == "cpu" or not torch.cuda.is_available() else 8192,
         "eval_data": str(TINY / "sort_test.jsonl") if at_home else "",
     }
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
@@ -375,8 +377,9 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, samples):
 
 
 def micro_batches(prompt_mask, mask, n, tokens, world):
-    """Cuts rows into parts of whole groups (or slices of one, if a group alone is too long) of at most `tokens` tokens
-    with padding, groups of like length together -> [row numbers]. Every process gets as many parts, some perhaps empty:
+    """Cuts rows into parts of whole groups of n (or slices of one, if a group alone is too long) of at most `tokens` tokens
+    with padding, groups of like length together -> [row numbers]. With n = 1 each row goes by its own length, and there
+    is least padding; groups want to stay together where they share the work on their prompt. Every process gets as many parts, some perhaps empty:
     sharded weights are gathered by all or by none."""
     prompt, completion = prompt_mask.sum(1).tolist(), mask.sum(1).tolist()
 
@@ -588,7 +591,7 @@ def train(args):
             minibatches = []
             for groups in order.view(args.minibatches, -1):
                 index = (groups[:, None] * n + torch.arange(n)).flatten()  # the rows of these groups
-                parts = micro_batches(samples.prompt_mask[index], mask[index], n, args.tokens_per_micro_batch, world)
+                parts = micro_batches(samples.prompt_mask[index], mask[index], 1, args.tokens_per_micro_batch, world)
                 minibatches.append([index[part].tolist() for part in parts])
             every_part, updates = [part for parts in minibatches for part in parts], args.epochs * args.minibatches
 
