@@ -1,6 +1,6 @@
 """What the README says of first runs: each script with no flags but a seed, as a newcomer starts it.
 
-python tests/bench/learning.py                    # 3 seeds, about 2 minutes each on 2 cores; writes learning.json, .md
+python tests/bench/learning.py                    # 3 seeds, two to three minutes each on 2 cores; writes learning.json, .md
 """
 
 import json
