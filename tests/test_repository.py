@@ -17,7 +17,7 @@ def functions(path):
     return {f.name: ast.unparse(f) for f in tree.body if isinstance(f, (ast.FunctionDef, ast.ClassDef))}
 
 
-@pytest.mark.parametrize("a, b", itertools.combinations(SCRIPTS, 2))
+@pytest.mark.parametrize("a, b", list(itertools.combinations(SCRIPTS, 2)))
 def test_functions_of_the_same_name_are_the_same_in_every_script(a, b):
     ours, theirs = functions(a), functions(b)
     for name in (ours.keys() & theirs.keys()) - {"train", "evaluate", "Args", "resolve"}:
