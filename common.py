@@ -10,11 +10,13 @@ completion starts in the same column; completions are padded on the right.
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
 import math
 import os
+import random
 import resource
 import shlex
 import shutil
@@ -28,6 +30,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -90,6 +94,9 @@ def start(device="auto", dtype="auto", seed=0):
     return World(rank, size, where, dtypes[dtype])
 
 
+ORDER, DRAW, CUT, PASS, AGAIN, EVAL = range(6)  # what a random choice is for: no two of them share a seed
+
+
 def fold(*numbers):
     """One seed out of several numbers (seed, step, rank, ...). Every random choice of a run is drawn from such a seed
     and never from a generator that lives on, so a resumed run has no generator's state to restore."""
@@ -129,6 +136,16 @@ def load_tokenizer(path):
             fail(f"{path}: its tokenizer has neither a pad nor an EOS token; set eos_token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def own_pad(tokenizer):
+    """A pad token that is not EOS, for sequence classifiers: transformers' score the last id that is not pad, and where pad is EOS
+    that is the token before the end. One that the vocabulary has, or else a new one."""
+    taken = (tokenizer.eos_token, tokenizer.bos_token)
+    names = [t.content for t in tokenizer.added_tokens_decoder.values() if "pad" in t.content.lower()]
+    spare = [name for name in (*names, tokenizer.unk_token) if name and name not in taken]
+    if tokenizer.pad_token in taken:
+        tokenizer.add_special_tokens({"pad_token": spare[0] if spare else "<|pad|>"})
 
 
 def stop_ids(model, tokenizer):
@@ -231,21 +248,24 @@ def shard(model, world):
     return model
 
 
-def hidden_states(model, ids, mask):
+def hidden_states(model, ids, mask, cache=None):
     """What the head of a causal model would read, [B, T, width], by an ordinary forward in which the head is shown one
-    position instead of all: logits of every position, [B, T, V], are what runs out of memory first."""
+    position instead of all: logits of every position, [B, T, V], are what runs out of memory first. With a cache, `ids`
+    go on from what is in it, `mask` covers both, and the gradient flows back into the cache."""
     caught = []
 
     def catch(head, inputs):
         caught.append(inputs[0])
         return (inputs[0][:, -1:],)
 
-    inputs = {"position_ids": (mask.long().cumsum(1) - 1).clamp_(min=0)}
+    inputs = {"position_ids": (mask.long().cumsum(1) - 1).clamp_(min=0)[:, -ids.shape[1] :]}
     if "position_ids" not in inspect.signature(model.forward).parameters:
         inputs = {}
+    if cache is not None:
+        inputs["past_key_values"] = cache
     hook = model.get_output_embeddings().register_forward_pre_hook(catch)
     try:
-        model(input_ids=ids, attention_mask=mask.long(), use_cache=False, **inputs)
+        model(input_ids=ids, attention_mask=mask.long(), use_cache=cache is not None, **inputs)
     finally:
         hook.remove()
     return caught[0]
@@ -314,6 +334,9 @@ def load_scalar(path, world, tokenizer, head_std=None, gradient_checkpointing=Fa
         with torch.no_grad():
             for p in scalar_head(model).parameters():
                 p.normal_(0.0, head_std if p.ndim > 1 else 0.0)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # `own_pad` has made a token
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.config_to_save.get_text_config().vocab_size = len(tokenizer)
     for config in (model.config, model.config_to_save):
         config.pad_token_id, config.problem_type = tokenizer.pad_token_id, "regression"
         config.architectures = [type(model).__name__]
@@ -325,6 +348,21 @@ def scalar_head(model):
     Called on all positions by the model's forward, so a hook on it sees a value for every token."""
     heads = [m for name, m in model.named_children() if name != model.base_model_prefix and list(m.parameters())]
     return heads[-1]
+
+
+def at_rest(model):
+    """The model with every weight a shard. After a forward FSDP2's root holds whole weights for a while; what is written
+    to those is lost."""
+    for unit in (m for m in model.modules() if isinstance(m, FSDPModule)):
+        unit.reshard()
+    return model
+
+
+@torch.no_grad()
+def copy_weights(source, target):
+    """The weights of one model into another of the same shape, perhaps of another dtype."""
+    for a, b in zip(at_rest(source).parameters(), at_rest(target).parameters()):
+        b.copy_(a)
 
 
 def whole(value):
@@ -358,53 +396,45 @@ def save_model(model, tokenizer, folder, world):
 # -- Memory: will it fit? --------------------------------------------------------------------------------------------
 
 
-def sizes(config):
-    """(parameters, layers, width, width inside the MLP, bytes of keys and values a token in float32) from a config.
-    The count is exact: the model is built without memory, on the meta device."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    text = config.get_text_config()
-    width = text.hidden_size
-    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width
-    if getattr(text, "num_experts_per_tok", None):
-        inner = text.num_experts_per_tok * (getattr(text, "moe_intermediate_size", None) or inner)
-    heads = getattr(text, "num_attention_heads", 1)
-    head = getattr(text, "head_dim", None) or width // heads
-    cache = 8 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * head
-    return sum(p.numel() for p in model.parameters()), text.num_hidden_layers, width, inner, cache
-
-
 def memory_needed(path, world, train_tokens, *, frozen=0, learning=1, sample_rows=0, sample_tokens=0, checkpointing=False):
-    """The bytes one process will hold at its peak, by what they are for, as a dict. An estimate: exact for weights,
-    gradients and optimizer, a rule of thumb for activations (measured within 25 % on a 135M Llama on CPU).
+    """The bytes one process will hold at its peak, by what they are for, and the model's number of parameters, from its config
+    alone. An estimate: exact for weights, gradients and optimizer, a rule of thumb for activations (measured within 25 %
+    on a 135M Llama on CPU).
 
     `train_tokens` go through one forward and backward; `learning` models have gradients and Adam's two moments (the
     policy, a separate critic), `frozen` ones only weights (the reference, a reward model); `sample_rows` completions
     of `sample_tokens` tokens, prompt included, are drawn at once.
     """
     config = read_config(path)
-    count, layers, width, inner, cache = sizes(config)
+    with torch.device("meta"):  # a model without memory: its count is exact
+        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    text = config.get_text_config()
+    layers, width, heads = text.num_hidden_layers, text.hidden_size, getattr(text, "num_attention_heads", 1)
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width
+    if getattr(text, "num_experts_per_tok", None):
+        inner = text.num_experts_per_tok * (getattr(text, "moe_intermediate_size", None) or inner)
+    head = getattr(text, "head_dim", None) or width // heads
+    cache = 2 * layers * (getattr(text, "num_key_value_heads", None) or heads) * head  # keys and values of a token
     b = torch.finfo(world.dtype).bits // 8
     # Kept for backward in each layer and token: about 14 vectors of the model's width (norms, q, k, v, attention and
     # what it is made of, residuals) and 4 of the MLP's. With checkpointing, one vector a layer, and for the one layer
     # that is computed again and gone back through, about five times what it would keep.
     in_layer = (14 * width + 4 * inner) * b
     kept = layers * width * b + 5 * in_layer if checkpointing else layers * in_layer
-    vocabulary = config.get_text_config().vocab_size
-    train = train_tokens * (kept + 2 * width * b) + 3 * 4 * min(train_tokens, 1024) * vocabulary
-    sample = sample_rows * (sample_tokens * cache * b / 4 + 3 * 4 * vocabulary) + (b < 4) * count * b
+    gathered = (b < 4) * count * b  # whole weights, on a GPU: all of them to sample, a layer's to train
     needed = {
         "weights": (learning * 4 * count + frozen * b * count) / world.size,
         "gradients": learning * 4 * count / world.size,
         "optimizer": learning * 8 * count / world.size,
-        "training": train + (b < 4) * count * b / max(layers, 1),
-        "sampling": sample,
+        "training": train_tokens * (kept + 2 * width * b) + 12 * min(train_tokens, 1024) * text.vocab_size + gathered / layers,
+        "sampling": sample_rows * (sample_tokens * cache * b + 12 * text.vocab_size) + gathered,
         # what Python and the libraries take before anything is loaded counts on a CPU, where it is the same memory
         "program": 0.4 * 2**30 if world.device.type == "cpu" else 0.5 * 2**30,
     }
     lasting = needed["weights"] + needed["optimizer"] + needed["program"]
     # training and sampling take turns; the rest stays
-    return needed | {"peak": lasting + max(needed["training"] + needed["gradients"], needed["sampling"])}
+    peak = lasting + max(needed["training"] + needed["gradients"], needed["sampling"])
+    return needed | {"peak": peak, "parameters": count}
 
 
 def memory_there(world):
@@ -427,9 +457,7 @@ def memory_used(world):
 def make_optimizer(model, learning_rate):
     """AdamW as RL for language models is usually run: short memories (0.9, 0.95), no weight decay. It steps float32
     weights, each process its own shard; `fused` makes it one kernel."""
-    for unit in (m for m in model.modules() if isinstance(m, FSDPModule)):
-        unit.reshard()  # after a forward the root holds whole weights for a while, and stepping those would be lost
-    weights = [p for p in model.parameters() if p.requires_grad]
+    weights = [p for p in at_rest(model).parameters() if p.requires_grad]
     return torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True)
 
 
@@ -542,7 +570,7 @@ def save_checkpoint(out, world, step, models, optimizers, extra=None):
 
 def tensors(model):
     """A model's weights by name, and those buffers that a checkpoint keeps."""
-    saved = set(model.state_dict().keys())
+    saved = set(at_rest(model).state_dict().keys())
     return [*model.named_parameters(), *((k, b) for k, b in model.named_buffers() if k in saved)]
 
 
@@ -592,6 +620,71 @@ def cut_log(path, step):
         except (ValueError, KeyError, TypeError):
             continue
     write(path, "".join(kept))
+
+
+def pick(count, i, seed):
+    """Element i of an endless row of shuffled copies of range(count)."""
+    return shuffled(count, fold(seed, i // count, ORDER))[i % count]
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(count, seed):
+    return random.Random(seed).sample(range(count), count)
+
+
+def introduce(out, args, world, tokenizer, ids, first, needed):
+    """Before anything is loaded: what it is, what memory it will need, the first prompt exactly as the model will see it.
+    Returns the run's log, (TensorBoard's writer, progress bar), or nothing but on the first process."""
+    if world.rank:
+        return None, None
+    there, precision = memory_there(world), str(world.dtype)[6:]
+    where = f"on {world.size} x {world.device.type}, computing in {precision}, learning in float32"
+    print(f"{args.model}: {needed['parameters'] / 1e6:.1f}M parameters {where}")
+    print(f"memory: about {needed['peak'] / 2**30:.1f} GiB of {there / 2**30:.1f} will be needed")
+    if needed["peak"] > there:
+        print("warning: this may not fit; lower --tokens_per_micro_batch, add --gradient_checkpointing, or use more processes")
+    print(
+        f"first prompt: {tokenizer.decode(ids)!r}\n  {ids if len(ids) < 40 else [*ids[:30], '...', *ids[-8:]]}\nwriting to {out}\n"
+    )
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        cut_log(out / name, first or -1)  # what a resumed run will write again
+    writer = SummaryWriter(out / "tensorboard", purge_step=first + (first > 0) if args.resume else None)
+    writer.add_text("args", f"```\n{json.dumps(dataclasses.asdict(args), indent=1)}\n```")
+    return writer, tqdm(total=args.steps, initial=first, desc=out.name, dynamic_ncols=True)
+
+
+def log(out, writer, step, metrics, texts=()):
+    """One line of metrics.jsonl, the same numbers for TensorBoard, and some of the step's completions as text. Without a
+    writer, on other processes than the first, nothing."""
+    if writer is None:
+        return
+    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, **metrics}) + "\n")
+    with open(out / "samples.jsonl", "a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"step": step, **t}, ensure_ascii=False) + "\n" for t in texts)
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, step)
+    if texts:
+        lines = [f"`{t['reward']:.3f}` {t['prompt']!r} -> {t['completion']!r}" for t in texts]
+        writer.add_text("samples", "\n\n".join(lines), step)
+    writer.flush()
+    scores = ", ".join(f"{k[5:]} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/"))
+    if scores:
+        tqdm.write(f"step {step}: held-out {scores}")
+
+
+def conclude(out, args, writer, bar, use):
+    """The held-out scores before and after, and what a person wants to type next; `use` are the lines of Python for it."""
+    if writer is None:
+        return
+    bar.close()
+    writer.close()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for name in [k for k in lines[-1] if k.startswith("eval/") and k in lines[0]]:
+        print(f"held-out {name[5:]}: {lines[0][name]:.3f} -> {lines[-1][name]:.3f}")
+    print(f"\n  tensorboard --logdir {out}")
+    if args.steps:
+        print("\nand, in Python, to use the model:\n\n  from transformers import pipeline\n  " + use)
 
 
 class Stop(Exception):
@@ -672,22 +765,15 @@ class RoomyLayer(DynamicLayer):
 
     def __init__(self, room):
         super().__init__()
-        self.room = room  # columns: the longest prompt and all new tokens
-        self.filled = 0
-
-    def lazy_initialization(self, keys, values=None):
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.buffers = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (keys, values)]  # [B, heads, room, d]
+        self.room, self.filled, self.buffers = room, 0, []  # room: columns for the longest prompt and all new tokens
 
     def update(self, keys, values, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
+        if not self.buffers:
+            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+            self.buffers = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (keys, values)]  # [B, heads, room, d]
         begin, self.filled = self.filled, self.filled + keys.shape[2]
         for buffer, new in zip(self.buffers, (keys, values)):
             buffer[:, :, begin : self.filled] = new
-        return self.show()
-
-    def show(self):
         self.keys, self.values = (buffer[:, :, : self.filled] for buffer in self.buffers)
         return self.keys, self.values
 
@@ -695,12 +781,9 @@ class RoomyLayer(DynamicLayer):
         return self.filled
 
     def reorder_cache(self, rows):
-        if not self.is_initialized:  # a layer that reads another's cache and has none of its own
-            return
-        for i, buffer in enumerate(self.buffers):
+        for i, buffer in enumerate(self.buffers):  # none where a layer reads another's cache and has none of its own
             self.buffers[i] = buffer.new_empty(len(rows), *buffer.shape[1:])
             torch.index_select(buffer[:, :, : self.filled], 0, rows, out=self.buffers[i][:, :, : self.filled])
-        self.show()
 
 
 def draw(logits, u, block=256):

@@ -159,3 +159,75 @@ def test_reinforce_samples_and_evaluates_on_two_processes(tmp_path):
     assert [m["step"] for m in log] == [0, 1, 2] and log[1]["kl/ref"] == 0 and log[1]["ratio/first"] == 0
     assert log[1]["kl/sample"] < 1e-5 and 0.1 < log[0]["eval/exact"] < 0.4
     assert (tmp_path / "two" / "model" / "model.safetensors").is_file()
+
+
+def grpo_gradient(folder, out):
+    """The gradient of one GRPO step for every aggregation, with prompts shared (two forwards before one backward) and not."""
+    import grpo
+
+    world = start("cpu", seed=0)
+    model = load_policy(folder, world)
+    model.generation_config.eos_token_id = [1, 5, 9, 20]
+    prompts = [[7, 12, 3], [5, 9, 11, 30, 31, 14], [6], [33, 21]]
+    s = sample(model, make_tokenizer(), prompts, n=4, max_new_tokens=8, seed=3)  # the same on every process
+    A = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    mine = list(range(16))[world.rank * 16 // world.size : (world.rank + 1) * 16 // world.size]
+    results = {}
+    for aggregate in ("sequence", "token", "constant"):
+        weights = grpo.token_weights(s.mask[mine], aggregate, 8, world)
+        for group in (1, 4):
+            for part in grpo.micro_batches(s.prompt_mask[mine], s.mask[mine], group, 40, world):
+                real, part = bool(part), part or [0]
+                inputs = grpo.trim(s, [mine[i] for i in part], group)
+                logprobs, _ = grpo.token_logprobs(model, *inputs, 1.0)
+                w = weights[part, : logprobs.shape[1]] * real
+                rows = torch.tensor([mine[i] for i in part])
+                old = logprobs.detach() + 0.4 * torch.sin(torch.arange(logprobs.shape[1]) + rows[:, None])
+                loss, *_ = grpo.clipped_loss(logprobs, old, A[rows], inputs[-1], w, 0.2, 0.2)
+                (loss + 0.1 * (grpo.k3(logprobs, old) * w).sum()).backward()
+            results[aggregate, group] = {k: whole(p.grad).clone() for k, p in model.named_parameters()}
+            model.zero_grad()
+    if world.rank == 0:
+        torch.save({"results": results, "ids": s.ids}, out)
+
+
+def test_two_processes_and_one_have_the_same_grpo_gradient(tmp_path):
+    """For every aggregation, unequal lengths and unequal numbers of micro-batches; prompts shared or not."""
+    family("llama").save_pretrained(tmp_path / "start")
+    grpo_gradient(tmp_path / "start", tmp_path / "1.pt")
+    run(grpo_gradient, 2, tmp_path / "start", tmp_path / "2.pt")
+    one, two = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")
+    assert torch.equal(one["ids"], two["ids"])
+    for case, grads in one["results"].items():
+        close(two["results"][case], grads, 1e-5)
+        close(grads, one["results"][case[0], 1], 1e-4)
+
+
+def train_grpo(flags):
+    import grpo
+
+    grpo.train(grpo.Args(device="cpu", **flags))
+
+
+def test_grpo_on_two_processes_draws_again_moves_its_reference_and_resumes_on_one(tmp_path):
+    flags = {
+        "prompts_per_step": 4,
+        "steps": 2,
+        "max_new_tokens": 8,
+        "beta": 0.1,
+        "ref_update_every": 1,
+        "drop_equal_groups": True,
+        "eval_samples": 2,
+        "eval_every": 10,
+        "warmup": 0,
+        "learning_rate": 1e-3,
+        "out": str(tmp_path / "two"),
+    }
+    run(train_grpo, 2, flags)
+    log = [json.loads(x) for x in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in log] == [0, 1, 2] and log[1]["kl/ref"] == log[2]["kl/ref"] == 0, "the reference is the policy"
+    assert log[1]["ratio/first"] == 0 and 0 < log[0]["eval/pass@1"] < log[0]["eval/pass@2"]
+    saved = common.read_checkpoint(tmp_path / "two")["models"]
+    assert all(torch.equal(saved["reference"][k], saved["policy"][k]) for k in saved["policy"])
+    train_grpo(flags | {"resume": True, "steps": 3})
+    assert common.read_checkpoint(tmp_path / "two")["step"] == 3

@@ -1,0 +1,785 @@
+"""GRPO, Group Relative Policy Optimization: PPO whose critic is the group.
+
+A policy pi draws G completions y_1 .. y_G of a prompt x, and each is paid r_i. What is good is what is better than its
+siblings: the group's mean is the baseline that PPO learns a second network for.
+
+    (1)  A_i = (r_i - mean(r_1 .. r_G)) / (std(r_1 .. r_G) + 1e-4)           the same for every token of y_i
+    (2)  rho_t = pi(a_t | x, a_<t) / pi_old(a_t | x, a_<t)                   pi_old drew the samples
+    (3)  l_t = -min( rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A ) + beta k3_t
+    (4)  k3_t = exp(-d) - 1 + d,    d = log pi(a_t | ...) - log ref(a_t | ...)
+    (5)  loss = sum over tokens of w_t l_t                                    w_t: `--aggregate`, below
+
+The ratio lets a rollout serve several updates; the clip ends a token's say once the update has moved it far enough. With one
+update per rollout, the default, rho is 1, nothing is ever clipped, and the gradient is REINFORCE's with (1) for a weight.
+Then the loss is about 0 whatever happens, because the A_i of a group add up to 0: watch the reward, not the loss.
+
+Each variant of the last years is one line of this file, so each is a flag:
+
+    GRPO as published (DeepSeekMath)  --aggregate sequence --beta 0.04     a mean over each completion, then over completions
+    DAPO                              --clip_high 0.28 --drop_equal_groups --mask_truncated        (--aggregate token is the default)
+    Dr. GRPO                          --scale none --aggregate constant    nothing is divided by what was sampled
+    GSPO                              --ratio sequence                     one ratio for a completion, and a mean over its tokens
+
+    python grpo.py                                                  # the embedded model learns to sort; no download
+    python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl --reward number
+    torchrun --nproc_per_node 8 grpo.py --model ... --data ... --reward my_reward.py:score
+
+What is biased here, and by whom: (1) divides by the group's spread, so a prompt that nearly all or nearly no samples get right counts
+for more than one at one half (Dr. GRPO leaves the division out). The mean contains the sample itself, which scales the gradient
+by 1 - 1/G and does not turn it. k3 in the loss has the KL as its mean but not the KL's gradient; it is kept as published, and
+the unbiased way, k1 in the reward, is in reinforce.py.
+
+Left out: a critic and per-token credit (ppo.py); rewards for the steps of an answer; sampling that runs ahead of the update.
+
+Shao et al. 2024 (GRPO); Schulman et al. 2017 (the clip); Liu et al. 2025 (Dr. GRPO); Yu et al. 2025 (DAPO); Zheng et al. 2025
+(GSPO); Chen et al. 2021 (pass@k).
+"""
+
+import dataclasses
+import importlib.util
+import inspect
+import json
+import math
+import random
+import re
+import sys
+import time
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import DynamicCache
+
+import common
+from common import fail
+
+TINY = Path(__file__).resolve().parent / "tests" / "tiny"  # the embedded model and its task
+REDRAWS = 3  # how often --drop_equal_groups draws new prompts in one step, at most
+
+
+@dataclass
+class Args:
+    # --- task ---
+    model: str = str(TINY / "model")
+    """folder or hub name of the causal language model to train"""
+    data: str = str(TINY / "sort_train.jsonl")
+    """prompts to learn from: JSON lines with "prompt" (or "question") and, for most rewards, "answer" """
+    eval_data: str | None = None
+    """held-out prompts, as --data; without it the embedded task has its own, and other data none"""
+    eval_samples: int = 0
+    """also draw this many completions of each held-out prompt and log eval/pass@K, the chance that one of K is right"""
+    reward: str = "exact"
+    """exact | number | FILE.py:function(completion, row) -> float | folder or hub name of a reward model"""
+    chat: bool = True
+    """a prompt that is a string goes through the chat template, if the tokenizer has one (--no_chat: raw text)"""
+    system: str = ""
+    """system message before every prompt that has none of its own"""
+    max_prompt_tokens: int = 512
+    """prompts that are longer are left out, and counted"""
+
+    # --- algorithm ---
+    prompts_per_step: int = 32
+    """prompts in a rollout; a step is one rollout with all its updates"""
+    samples_per_prompt: int = 8
+    """completions drawn for each prompt: the group"""
+    max_new_tokens: int = 256
+    """a completion is cut here; at most what the model's context has room for"""
+    temperature: float = 1.0
+    """of sampling, and of every log-probability: the policy is softmax(logits / temperature)"""
+    scale: Literal["group", "batch", "none"] = "group"
+    """divide advantages by the standard deviation of the group's rewards, of the batch's, or not at all"""
+    keep_max: bool = False
+    """learn from each group's best samples only (all that tie)"""
+    drop_equal_groups: bool = False
+    """draw new prompts in place of groups whose rewards are all equal, which teach nothing (at most 3 times a step)"""
+    mask_truncated: bool = False
+    """leave completions that were cut at --max_new_tokens out of the loss; the group's mean still counts them"""
+    ratio: Literal["token", "sequence"] = "token"
+    """importance ratio of each token, or their geometric mean over the completion"""
+    clip_low: float | None = None
+    """the ratio is clipped below 1 minus this (default 0.2, and 3e-4 with --ratio sequence)"""
+    clip_high: float | None = None
+    """the ratio is clipped above 1 plus this (default 0.2, and 4e-4 with --ratio sequence)"""
+    aggregate: Literal["sequence", "token", "constant"] | None = None
+    """mean of the completions' means, mean over all tokens of the step (default), or their sum over a constant; --ratio
+    sequence goes with sequence"""
+    beta: float = 0.0
+    """weight of the KL penalty, k3 in the loss; at 0 no reference model is loaded"""
+    ref_update_every: int = 0
+    """steps after which the reference becomes the policy of that moment; 0: it stays the first"""
+
+    # --- optimisation ---
+    steps: int = 400
+    """rollouts in all; 0 evaluates only"""
+    learning_rate: float | None = None
+    """AdamW's step size (default 1e-6, and 2e-4 for the embedded model, which is small and wants more)"""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """what becomes of the learning rate after the warm-up"""
+    warmup: int = 10
+    """steps over which the learning rate rises"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    epochs: int = 1
+    """passes over a rollout"""
+    minibatches: int = 1
+    """optimizer updates in a pass"""
+    tokens_per_micro_batch: int | None = None
+    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 2048 on a CPU): lower it when memory
+    runs out; up to rounding, results do not change"""
+    gradient_checkpointing: bool = False
+    """keep less for the backward pass and compute it twice: less memory, more time (prompts are then not shared)"""
+
+    # --- run ---
+    out: str = ""
+    """the run's folder (default runs/grpo, then runs/grpo-2, ...)"""
+    resume: bool = False
+    """go on with the run in --out; give it the flags it was started with"""
+    seed: int = 1
+    """of the order of prompts and of sampling"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU if there is one"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """what computes on a GPU (auto: bfloat16); the weights that learn are float32 always"""
+    eval_every: int = 50
+    """steps between scores on --eval_data"""
+    save_every: int = 50
+    """steps between checkpoints"""
+
+
+def resolve(args):
+    """Fills in the defaults that depend on other flags, and refuses flags that contradict each other."""
+    gspo = args.ratio == "sequence"
+    defaults = {
+        "clip_low": 3e-4 if gspo else 0.2,
+        "clip_high": 4e-4 if gspo else 0.2,
+        "aggregate": "sequence" if gspo else "token",
+        "learning_rate": 2e-4 if Path(args.model).resolve() == TINY / "model" else 1e-6,
+        "tokens_per_micro_batch": 2048 if args.device == "cpu" or not torch.cuda.is_available() else 8192,
+        "eval_data": str(TINY / "sort_test.jsonl") if Path(args.data).resolve().parent == TINY else "",
+    }
+    args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
+    counts = "prompts_per_step max_new_tokens max_prompt_tokens epochs minibatches tokens_per_micro_batch eval_every save_every"
+    for name in counts.split():
+        if getattr(args, name) < 1:
+            fail(f"--{name} {getattr(args, name)}: must be 1 or more")
+    if args.samples_per_prompt < 2:
+        fail("--samples_per_prompt must be 2 or more: a sample is compared with the others of its prompt")
+    if args.temperature <= 0:
+        fail("--temperature must be above 0: a greedy policy tries nothing new and has no gradient")
+    if gspo and args.aggregate != "sequence":
+        fail(f"--ratio sequence is one ratio a completion, so long ones would count for more with --aggregate {args.aggregate}")
+    if not 0 <= args.clip_low <= 1 or args.clip_high < 0:
+        fail("--clip_low must be from 0 to 1, and --clip_high 0 or more")
+    if args.ref_update_every and not args.beta:
+        fail("--ref_update_every moves the reference, which there is only with a --beta above 0")
+    return args
+
+
+# -- The task: prompts and rewards ---------------------------------------------------------------------------------
+
+
+def read_json(path, flag):
+    """[(line number, value), ...] of a JSON-lines file; a mistake is named with its line."""
+    try:
+        text = Path(path).read_bytes().decode()
+    except OSError as error:
+        fail(f"{flag} {path}: {error.strerror}")
+    except UnicodeDecodeError:
+        fail(f"{flag} {path}: not a text file in UTF-8")
+    values = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            values += [(number, json.loads(line))] if line.strip() else []
+        except ValueError as error:
+            fail(f"{flag} {path}, line {number}: not JSON ({error})")
+    return values or fail(f"{flag} {path}: no rows in it")
+
+
+def is_prompt(value):
+    """A text, or a list of chat messages."""
+    messages = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    return bool(value) and (isinstance(value, str) or messages)
+
+
+def read_rows(path, flag):
+    """The rows of a JSON-lines file, each with its `prompt`."""
+    rows = []
+    for number, row in read_json(path, flag):
+        prompt = row.get("prompt", row.get("question")) if isinstance(row, dict) else None
+        if not is_prompt(prompt):
+            fail(f'{flag} {path}, line {number}: needs a "prompt" (or "question") that is a text or a list of messages')
+        rows.append({**row, "prompt": prompt})
+    return rows
+
+
+def encode_rows(rows, tokenizer, args, flag):
+    """[(prompt's token ids, row), ...] without the prompts that are too long; says how many those were."""
+    pairs = [(common.encode_prompt(tokenizer, r["prompt"], args.system, args.chat), r) for r in rows]
+    kept = [(ids, r) for ids, r in pairs if 0 < len(ids) <= args.max_prompt_tokens]
+    if len(kept) < len(pairs):
+        print(
+            f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out (--max_prompt_tokens {args.max_prompt_tokens})"
+        )
+    return kept or fail(f"{flag}: every prompt is longer than --max_prompt_tokens {args.max_prompt_tokens}")
+
+
+def need_answers(rows, flag, what):
+    for row in rows:
+        if not isinstance(row.get("answer"), (str, int, float)):
+            fail(f'{flag}: {what} needs an "answer", a text or a number; the row with prompt {row["prompt"]!r:.100} has none')
+
+
+def exact(completion, row):
+    """1 if the completion is the answer, else 0."""
+    return float(completion.strip() == str(row["answer"]).strip())
+
+
+def number(completion, row):
+    """1 if the last number of the completion equals the last of the answer. Commas, $, a final dot and trailing zeros
+    do not matter; compared as decimals, not as floats, which cannot tell long numbers apart."""
+
+    def last(text):
+        found = re.findall(r"(?:(?<![\w.])-)?(?:\d[\d,]*\.?\d*|\.\d+)", str(text).replace("$", ""))
+        return Decimal(found[-1].replace(",", "").rstrip(".")) if found else None
+
+    wanted = last(row["answer"])
+    return float(wanted is not None and last(completion) == wanted)
+
+
+def load_reward(spec, world):
+    """--reward as a function from completions and their rows to scores. Mistakes are found before a policy is loaded."""
+    if spec in ("exact", "number"):
+        return checked({"exact": exact, "number": number}[spec])
+    file, _, name = spec.partition(":")
+    if not file.endswith(".py"):
+        if "/" not in spec and not Path(spec).exists():
+            fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
+        return reward_model(spec, world)
+    if not Path(file).is_file():
+        fail(f"--reward {spec}: no such file {file}")
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(Path(file).stem, file))
+    try:
+        sys.modules[module.__name__] = module  # as an import does: dataclasses in the file look themselves up there
+        module.__spec__.loader.exec_module(module)
+    except Exception as error:
+        fail(f"--reward {spec}: {file} cannot be imported ({type(error).__name__}: {error})")
+    if not callable(getattr(module, name, None)):
+        fail(f"--reward {spec}: {file} has no function {name!r}; write --reward {file}:function")
+    return checked(getattr(module, name))
+
+
+def checked(reward):
+    """A reward for one completion as one for many, which ends the run when it raises or gives no finite number: one NaN
+    among the rewards makes every weight NaN within a step."""
+
+    def scores(completions, rows):
+        values = []
+        for completion, row in zip(completions, rows):
+            try:
+                value = reward(completion, row)
+                value = math.nan if isinstance(value, str) else float(value)
+            except Exception as error:
+                value = f"an error, {type(error).__name__}: {error}"
+            if isinstance(value, str) or not math.isfinite(value):
+                where = f"prompt {row['prompt']!r:.300} and completion {completion!r:.300}"
+                raise common.Stop(f"--reward gave {value if isinstance(value, str) else 'no finite number'} for {where}")
+            values.append(value)
+        return values
+
+    return scores
+
+
+def reward_model(path, world):
+    """A sequence classifier with one label, as a reward. It reads text through its own tokenizer and template, because its
+    ids need not be the policy's."""
+    tokenizer = common.load_tokenizer(path)
+    model = common.load_scalar(path, world, tokenizer).requires_grad_(False).eval()
+    return lambda completions, rows: score_texts(model, tokenizer, completions, rows, world)
+
+
+def encode_answer(tokenizer, prompt, completion):
+    """A whole conversation as a reward model reads it -> ids: rendered by its template, or prompt and completion, ended by EOS."""
+    talk = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template([*talk, {"role": "assistant", "content": completion}], tokenize=False)
+        return tokenizer(text, add_special_tokens=False).input_ids
+    text = "\n".join(m["content"] for m in talk)
+    return common.encode(tokenizer, text) + common.encode_completion(tokenizer, completion)
+
+
+@torch.no_grad()
+def score_texts(model, tokenizer, completions, rows, world):
+    """The reward model's scores of completions, a list of floats."""
+    texts = [encode_answer(tokenizer, row["prompt"], c) for c, row in zip(completions, rows)]
+    most, values = int(common.all_gather(world, torch.tensor([len(texts)], device=world.device)).max()), []
+    for i in range(0, most, 64):  # as many forwards on every process: sharded weights are gathered by all or by none
+        part = texts[i : i + 64] or texts[:1]
+        s = common.given([[] for _ in part], part, tokenizer, world)
+        values += model(input_ids=s.ids, attention_mask=s.mask.long()).logits[:, 0].float().tolist()
+    if not all(map(math.isfinite, values)):
+        raise common.Stop("the reward model gave a score that is not finite")
+    return values[: len(texts)]
+
+
+# -- The math: from rewards to a loss ------------------------------------------------------------------------------
+
+
+def group_advantages(rewards, everyone, n, scale, keep_max):
+    """Equation (1): rewards [B], n to a prompt, everyone [all B] those of all processes -> [B].
+
+    A group of equal rewards has exactly 0: the mean of eight rewards of 0.1 is not 0.1 in floating point, and the
+    difference over a spread of nearly 0 would be a large advantage made of nothing but rounding."""
+    groups = rewards.view(-1, n)
+    spread = {"group": groups.std(1, keepdim=True), "batch": everyone.std(), "none": 1 - 1e-4}[scale]
+    A = (groups - groups.mean(1, keepdim=True)) / (spread + 1e-4)
+    best = groups.amax(1, keepdim=True)
+    A = A.masked_fill(best == groups.amin(1, keepdim=True), 0.0)
+    if keep_max:
+        A = A * (groups == best)
+    return A.flatten()
+
+
+def token_weights(mask, aggregate, longest, world):
+    """Equation (5)'s w [b, C] for the samples of one optimizer step, mask [b, C]; the counts are over all processes, and taken
+    here, before the step is cut into micro-batches, so every cut has the same gradient.
+
+        sequence  1 / (N |y|)       as published: each completion counts the same, so a token of a short one counts for more.
+                                    Where A > 0 that favours short answers; where A < 0 it favours long ones, whose tokens are
+                                    each punished less, and wrong answers grow (lengths rise while nothing is learnt)
+        token     1 / (sum of |y|)  every token counts the same (DAPO)
+        constant  1 / (N longest)   the same up to a factor that does not depend on the samples (Dr. GRPO): the only one of
+                                    the three that is E[A grad log pi] of whole completions, times a number
+    """
+    length = mask.sum(1, keepdim=True)  # [b, 1]
+    N, tokens = (max(x, 1.0) for x in common.all_sum(world, (length > 0).sum(), length.sum()))
+    return mask / {"sequence": N * length.clamp(min=1), "token": tokens, "constant": N * longest}[aggregate]
+
+
+def clipped_loss(logprobs, old_logprobs, advantages, mask, weights, clip_low, clip_high, sequence=False):
+    """Equations (2), (3) without the KL, (5): logprobs [b, C] with gradient, the rest without, advantages [b]
+    -> (loss, ratio [b, C], low [b, C], high [b, C]), the last two true where the clip has stopped the gradient.
+
+    The minimum is pessimistic: it takes the clip where going on would look better, and never where the ratio should come back.
+    So the gradient is that of ratio * A times this mask:
+
+                     ratio < 1 - low      inside      ratio > 1 + high
+            A > 0          1                1         0   good, and made likely enough
+            A < 0    0   bad, and made
+                         unlikely enough    1                1
+
+    A plain clip, without the minimum, would have 0 in the corners as well: a good token that an earlier update of this
+    rollout made unlikely could not be brought back."""
+    logratio = logprobs - old_logprobs
+    if sequence:  # GSPO: the geometric mean of a completion's ratios, for all of its tokens
+        logratio = (logratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    ratio = logratio.clamp(-20, 20).exp().expand_as(logprobs)  # exp of what is not clamped may be inf
+    A = advantages[:, None]
+    surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
+    low, high = (A < 0) & (ratio < 1 - clip_low), (A > 0) & (ratio > 1 + clip_high)
+    return -(surrogate * weights).sum(), ratio.detach(), low & mask, high & mask
+
+
+def k3(logprobs, ref_logprobs):
+    """Equation (4), [b, C]: never negative, and its mean over the policy's samples is KL(pi || ref). But its gradient's mean is that
+    of the KL the other way round, KL(ref || pi); near the reference the two are alike."""
+    d = (logprobs - ref_logprobs).clamp(-20, 20)
+    return (-d).exp() - 1 + d
+
+
+def pass_at_k(n, right, k):
+    """The chance that at least one of k completions is right, of n of which `right` were: 1 - C(n - right, k) / C(n, k). To
+    look at the first k only would be unbiased too, and noisier; 1 - (1 - right/n)^k is biased."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+# -- Log-probabilities: one forward with the completion given ------------------------------------------------------
+
+
+def micro_batches(prompt_mask, mask, n, tokens, world):
+    """Cuts rows into parts of whole groups of n (or slices of one, if a group alone is too much) of at most `tokens` tokens
+    with padding, a group's prompt counted once, groups of like length together -> [row numbers]. With n = 1 each
+    row brings its own prompt. Every process gets as many parts, some perhaps empty: sharded weights are gathered by
+    all or by none."""
+    prompt, completion = prompt_mask.sum(1).tolist(), mask.sum(1).tolist()
+
+    def fits(rows):
+        prompts = len({r // n for r in rows})
+        return prompts * max(prompt[r] for r in rows) + len(rows) * max(completion[r] for r in rows) <= tokens
+
+    parts = [[]]
+    groups = [list(range(i, i + n)) for i in range(0, len(prompt), n)]
+    for group in sorted(groups, key=lambda rows: -max(prompt[r] + completion[r] for r in rows)):
+        if parts[-1] and not fits(parts[-1] + group):
+            parts.append([])
+        for row in group:
+            if parts[-1] and not fits([*parts[-1], row]):
+                parts.append([])
+            parts[-1].append(row)
+    most = int(common.all_gather(world, torch.tensor([len(parts)], device=world.device)).max())
+    return parts + [[]] * (most - len(parts))
+
+
+def trim(samples, rows, n=1):
+    """The rows of a micro-batch without the columns in which none of them has a token: (prompt_ids [p, P], prompt_mask [p, P],
+    owner [b], ids [b, C], mask [b, C]). Rows of a group of n > 1 share a prompt, owner[i] is its number in prompt_ids;
+    with n = 1 every row has its own, and owner is None."""
+    prompts, owner = torch.tensor(rows, device=samples.ids.device).div(n, rounding_mode="floor").unique(return_inverse=True)
+    P = int(samples.prompt_mask[rows].sum(1).max())
+    C = int(samples.mask[rows].sum(1).max())
+    first = rows if n == 1 else prompts * n
+    prompt_ids, prompt_mask = samples.prompt_ids[first, -P:], samples.prompt_mask[first, -P:]
+    return prompt_ids, prompt_mask, None if n == 1 else owner, samples.ids[rows, :C], samples.mask[rows, :C]
+
+
+def token_logprobs(model, prompt_ids, prompt_mask, owner, ids, mask, temperature, chunk=1024):
+    """log pi(a_t | x, a_<t) of given completions and, where a gradient is wanted, the policy's entropy at each of them (in
+    nats, exact, itself without gradient): ids, mask [b, C], and prompts as `trim` gives them -> two times [b, C].
+
+    A prompt is computed once for all its samples: its keys and values, with their gradient, are repeated as the sampler
+    repeats them, and the completions go on from there. With a prompt of 100 tokens and 8 samples of 64, that is a third of the work.
+
+    The state at a position predicts the token after it: those at the last prompt token and at all completion tokens
+    but the last are wanted. The head turns them into logits a chunk at a time and is computed again in backward, so
+    that [b, C, V] never exists; with 150,000 words it would be larger than the model."""
+    if owner is None:
+        inputs = torch.cat([prompt_ids, ids[:, :-1]], 1), torch.cat([prompt_mask, mask[:, :-1]], 1)
+        hidden = common.hidden_states(model, *inputs)[:, prompt_ids.shape[1] - 1 :]  # [b, C, width]
+    else:
+        cache = DynamicCache(config=model.config)
+        start = common.hidden_states(model, prompt_ids, prompt_mask, cache)[owner, -1:]  # [b, 1, width]
+        cache.reorder_cache(owner)
+        # also where all completions have one token, and nothing is left to compute: another process may have longer
+        # ones, and sharded weights are gathered in as many forwards by all
+        given = ids[:, : max(ids.shape[1] - 1, 1)]
+        seen = torch.cat([prompt_mask[owner], mask[:, : given.shape[1]]], 1)
+        hidden = torch.cat([start, common.hidden_states(model, given, seen, cache)], 1)[:, : ids.shape[1]]
+    hidden, targets = hidden[mask], ids[mask]  # [tokens, width], [tokens]: no work for padding
+
+    def head(states, tokens):
+        logits = common.logits_of(model, states)
+        if temperature != 1:
+            logits = logits / temperature  # as the sampler did; without it the ratio is not 1
+        logprobs = logits.log_softmax(-1)
+        chosen, entropy = logprobs.gather(-1, tokens[:, None])[:, 0], torch.zeros_like(logprobs[:, 0])
+        if torch.is_grad_enabled():  # after all that backward needs, so that it is not computed again there
+            entropy = -torch.linalg.vecdot(logprobs.detach().exp(), logprobs.detach())
+        return chosen, entropy
+
+    parts = [
+        checkpoint(head, h, t, use_reentrant=False, preserve_rng_state=False)
+        for h, t in zip(hidden.split(chunk), targets.split(chunk))
+    ]
+    logprobs, entropy = (torch.cat(x) for x in zip(*parts))
+    empty = torch.zeros(mask.shape, device=mask.device)
+    return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropy)
+
+
+def prompts_can_be_shared(model, samples, n, temperature, dtype):
+    """Whether a prompt computed once gives what a prompt computed n times gives: log-probabilities and gradient, tried on two
+    rows of the first rollout. Attention does; a layer whose cache drops the gradient does not, and transformers drops the whole
+    cache, with wrong results, where it checkpoints gradients."""
+    if n == 1 or "past_key_values" not in inspect.signature(model.forward).parameters:
+        return False
+    tried, tolerance = [], 1e-3 if dtype == torch.float32 else 0.1
+    for group in (1, n):
+        logprobs, _ = token_logprobs(model, *trim(samples, [0, 1], group), temperature)
+        logprobs.sum().backward()
+        tried.append([logprobs.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        model.zero_grad()
+    if len(tried[0]) != len(tried[1]):
+        return False
+
+    def apart(a, b):
+        norms = [torch.nn.utils.get_total_norm(x) for x in ([u - v for u, v in zip(a, b)], a)]
+        away, size = (x.full_tensor() if isinstance(x, DTensor) else x for x in norms)
+        return (away / size).item()
+
+    return apart(tried[0][:1], tried[1][:1]) < tolerance and apart(tried[0][1:], tried[1][1:]) < tolerance
+
+
+@torch.no_grad()
+def rollout_logprobs(model, samples, parts, n, temperature):
+    """The log-probabilities [B, C] of a rollout without gradient, in the same micro-batches as the update will use:
+    in bfloat16 they depend on a batch's shape, and the first ratio would be off by percents."""
+    out = torch.zeros_like(samples.logprobs)
+    for rows in parts:
+        part = trim(samples, rows or [0], n)
+        logprobs, _ = token_logprobs(model, *part, temperature)
+        if rows:
+            out[rows, : logprobs.shape[1]] = logprobs
+    return out
+
+
+# -- Evaluation and logging ----------------------------------------------------------------------------------------
+
+
+def evaluate(model, tokenizer, held_out, reward, args, world):
+    """Greedy completions of held-out prompts -> {"eval/reward", "eval/exact"}, and with --eval_samples "eval/pass@K"; each
+    process takes its share."""
+    right, n = number if args.reward == "number" else exact, args.eval_samples
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= n]
+    mine, sums = held_out[world.rank :: world.size], [0.0] * (4 + len(ks))
+    size = max(256 // max(n, 1), 1)
+    for i in range(0, -(-len(held_out) // world.size), size):  # as many rounds on every process
+        part = mine[i : i + size]
+        ids, rows = zip(*(part or held_out[:1]))
+        texts = common.sample(model, tokenizer, list(ids), max_new_tokens=args.max_new_tokens, temperature=0).texts
+        values, known = reward(texts, rows), [isinstance(r.get("answer"), (str, int, float)) for r in rows]
+        seen = [sum(values), len(rows), sum(right(t, r) for t, r, k in zip(texts, rows, known) if k), sum(known)]
+        if n:
+            seed = common.fold(args.seed, i, world.rank, common.EVAL)  # of the place alone: before and after draw alike
+            texts = common.sample(model, tokenizer, list(ids), n=n, max_new_tokens=args.max_new_tokens,
+                                  temperature=args.temperature, seed=seed).texts  # fmt: skip
+            hits = [sum(right(t, r) for t in texts[j * n : j * n + n]) for j, r in enumerate(rows) if known[j]]
+            seen += [sum(pass_at_k(n, int(c), k) for c in hits) for k in ks]
+        if part:
+            sums = [a + b for a, b in zip(sums, seen)]
+    rewards, count, answered, known, *passed = common.all_sum(world, *sums)
+    scores = {"eval/reward": rewards / count}
+    if known:
+        scores |= {"eval/exact": answered / known} | {f"eval/pass@{k}": p / known for k, p in zip(ks, passed)}
+    return scores
+
+
+def advise(metrics, args, said):
+    """What a person watching would want to be told, once each, with the flag that helps."""
+    advice = {
+        "truncated": (metrics["truncated"] > 0.5, "most completions are cut off: raise --max_new_tokens, or ask for shorter answers with --system"),
+        "reward": (metrics["reward"] == 0 and args.reward == "exact", "no completion was right: `exact` wants the answer and nothing else; --reward number takes a text's last number"),
+        "equal_groups": (metrics["equal_groups"] > 0.8, "most prompts' samples all score the same, so little is learnt: use prompts of middling difficulty, or raise --samples_per_prompt"),
+        "ratio/first": (metrics["ratio/first"] > 1e-3, "the first ratio is not 1: the same weights gave a sample two probabilities; the model's forward is not deterministic"),
+        "entropy": (metrics["entropy"] < 0.01, "entropy is near 0, the policy has settled: lower --learning_rate or raise --beta to keep it trying"),
+        "kl/ref": (abs(metrics.get("kl/ref", 0.0)) > 100, "KL to the reference runs away: raise --beta or lower --learning_rate"),
+    }  # fmt: skip
+    for name, (sounds, words) in advice.items():
+        if sounds and name not in said:
+            said.add(name)
+            tqdm.write(f"warning: {words} ({name} {metrics[name]:.3g})")
+
+
+# -- The loop ------------------------------------------------------------------------------------------------------
+
+
+def train(args):
+    args = resolve(args)
+    world = common.start(args.device, args.dtype, args.seed)
+    n, share = args.samples_per_prompt, args.prompts_per_step // world.size
+    if share % args.minibatches or not share or args.prompts_per_step % world.size:
+        fail(f"--prompts_per_step {args.prompts_per_step} must be a multiple of --minibatches times the number of processes")
+
+    # everything that can be wrong with the user's input is found here, before a weight is loaded or a file written
+    config, tokenizer = common.read_config(args.model), common.load_tokenizer(args.model)
+    prompts = encode_rows(read_rows(args.data, "--data"), tokenizer, args, "--data")
+    held_out = encode_rows(read_rows(args.eval_data, "--eval_data"), tokenizer, args, "--eval_data") if args.eval_data else []
+    longest = max(len(ids) for ids, _ in prompts + held_out)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+    if longest >= context:
+        fail(f"--data: a prompt of {longest} tokens fills the model's context of {context}; lower --max_prompt_tokens")
+    args = dataclasses.replace(args, max_new_tokens=min(args.max_new_tokens, context - longest))
+    if args.reward in ("exact", "number"):
+        need_answers([r for _, r in prompts], "--data", f"--reward {args.reward}")
+        need_answers([r for _, r in held_out], "--eval_data", f"--reward {args.reward}")
+    reward = load_reward(args.reward, world)
+    out = common.open_run(args, "grpo", world)
+    stop_asked = common.catch_signals()
+
+    needed = common.memory_needed(
+        args.model, world, args.tokens_per_micro_batch, frozen=int(args.beta > 0), checkpointing=args.gradient_checkpointing,
+        sample_rows=share * n, sample_tokens=longest + args.max_new_tokens,
+    )  # fmt: skip
+    state = common.read_checkpoint(out) if args.resume else None
+    first, said, group = state["step"] if state else 0, set(), None
+    writer, bar = common.introduce(out, args, world, tokenizer, prompts[0][0], first, needed)
+
+    policy = common.load_policy(args.model, world, args.gradient_checkpointing)
+    reference = common.load_reference(args.model, world) if args.beta and args.steps else None
+    optimizer = common.make_optimizer(policy, args.learning_rate)
+    kept = {"policy": policy, **({"reference": reference} if args.ref_update_every else {})}  # what a checkpoint holds
+    if state:
+        common.load_checkpoint(state, kept, {"policy": optimizer})
+        del state
+
+    def held_out_scores():
+        return evaluate(policy, tokenizer, held_out, reward, args, world) if held_out else {}
+
+    def draw(picked, *stream):
+        """n completions of each of these prompts, and their scores."""
+        samples = common.sample(
+            policy, tokenizer, [prompts[i][0] for i in picked], n=n, max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature, seed=common.fold(args.seed, *stream, world.rank, common.DRAW),
+        )  # fmt: skip
+        scores = reward(samples.texts, [prompts[i][1] for i in picked for _ in range(n)])
+        return samples, torch.tensor(scores, device=world.device)
+
+    with common.guarded(out, args):
+        if first == 0:
+            common.log(out, writer, 0, held_out_scores())
+
+        for step in range(first + 1, args.steps + 1):
+            began = time.perf_counter()
+
+            # 1. Rollout and scores. The data is an endless row of shuffled copies; the step's number says which prompts of it
+            #    are next, and the rank which of those are this process's: a resumed run neither skips nor repeats any.
+            start = (step - 1) * args.prompts_per_step + world.rank * share
+            samples, rewards = draw(
+                [common.pick(len(prompts), start + i, args.seed) for i in range(share)], step
+            )  # rewards [B]
+            drawn = [rewards]
+
+            # 2. DAPO: groups that would teach nothing make room for those of other prompts, out of a second such row.
+            for again in range(1, REDRAWS + 1) if args.drop_equal_groups else ():
+                equal = equal_groups(rewards, n)  # [share]
+                if not common.all_sum(world, equal.sum())[0]:
+                    break
+                start = (step * REDRAWS + again) * args.prompts_per_step + world.rank * share
+                count = max(int(equal.sum()), 1)  # at least one, so that all processes sample together
+                more, scores = draw(
+                    [common.pick(len(prompts), start + i, args.seed + common.AGAIN) for i in range(count)], step, again
+                )
+                drawn.append(scores)
+                samples, rewards = fill_in(samples, rewards, more, scores, n)
+            mask, sampled = samples.mask, time.perf_counter()
+
+            # 3. Mini-batches (one optimizer step each) and their micro-batches (one forward each), fixed now: old, new
+            #    and reference log-probabilities of a row are to come from the same company of rows.
+            if group is None:
+                shared = not args.gradient_checkpointing and prompts_can_be_shared(
+                    policy, samples, n, args.temperature, world.dtype
+                )
+                group = n if common.all_sum(world, shared)[0] == world.size else 1
+            order = torch.randperm(
+                share, generator=torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
+            )
+            trained = mask & samples.finished[:, None] if args.mask_truncated else mask
+            minibatches, weights = [], torch.zeros_like(samples.logprobs)  # [B, C]
+            for groups in order.view(args.minibatches, -1):
+                index = (groups[:, None] * n + torch.arange(n)).flatten()  # the rows of these groups
+                parts = micro_batches(samples.prompt_mask[index], mask[index], group, args.tokens_per_micro_batch, world)
+                minibatches.append([index[part].tolist() for part in parts])
+                weights[index] = token_weights(trained[index], args.aggregate, args.max_new_tokens, world)
+            every_part, updates = [part for parts in minibatches for part in parts], args.epochs * args.minibatches
+
+            # 4. Log-probabilities before the update. With one update nobody asks for the old ones: those of the update
+            #    itself, taken as constants, are the same numbers and cost nothing.
+            old = rollout_logprobs(policy, samples, every_part, group, args.temperature) if updates > 1 else None  # [B, C]
+            ref = rollout_logprobs(reference, samples, every_part, group, args.temperature) if reference else None
+
+            # 5. Advantages.
+            advantages = group_advantages(rewards, common.all_gather(world, rewards), n, args.scale, args.keep_max)  # [B]
+
+            # 6. Update.
+            rate = common.learning_rate_at(step, args.steps, args.learning_rate, args.schedule, args.warmup)
+            for settings in optimizer.param_groups:
+                settings["lr"] = rate
+            norms, first_ratio = [], torch.zeros(1, device=world.device)
+            sums = torch.zeros(9, dtype=torch.float64, device=world.device)
+            for epoch in range(args.epochs):
+                shuffle = random.Random(common.fold(args.seed, step, epoch, common.PASS))
+                for m in shuffle.sample(range(args.minibatches), args.minibatches):
+                    for part in minibatches[m]:
+                        real, part = bool(part), part or [0]  # an empty part only keeps other processes company
+                        inputs = trim(samples, part, group)
+                        logprobs, entropy = token_logprobs(policy, *inputs, args.temperature)  # [b, C]
+                        C, part_mask = logprobs.shape[1], inputs[-1] * real
+                        w, before = weights[part, :C] * real, logprobs.detach() if old is None else old[part, :C]
+                        loss, ratio, low, high = clipped_loss(
+                            logprobs, before, advantages[part], part_mask, w, args.clip_low, args.clip_high, args.ratio == "sequence"
+                        )  # fmt: skip
+                        kl = torch.zeros_like(before)
+                        if reference:
+                            loss = loss + args.beta * (k3(logprobs, ref[part, :C]) * w).sum()
+                            kl = before - ref[part, :C]  # k1, of the policy that drew the samples
+                        loss.backward()
+                        with torch.no_grad():
+                            if not norms:
+                                first_ratio = torch.maximum(first_ratio, ((ratio - 1).abs() * part_mask).max())
+                            apart = (before - samples.logprobs[part, :C]).abs()
+                            seen = (torch.ones_like(ratio), entropy, ratio, low, high, before - logprobs, apart, kl)
+                            sums += torch.stack([loss.detach(), *((x * part_mask).sum() for x in seen)])
+                    norms.append(common.clip_gradients(policy, args.max_grad_norm))
+                    if not math.isfinite(norms[-1]):
+                        raise common.Stop(f"step {step}: the gradient is {norms[-1]}, so no step was taken with it")
+                    optimizer.step()
+                    optimizer.zero_grad()
+            if args.ref_update_every and step % args.ref_update_every == 0:
+                common.copy_weights(policy, reference)
+
+            # 7. Log: sums over all processes first, then means. Rewards are those of everything drawn, dropped groups too.
+            now, scores = time.perf_counter(), torch.cat(drawn)
+            numbers = (*sums, mask.sum(), (~samples.finished).sum(), scores.sum(), len(scores), equal_groups(scores, n).sum())
+            (
+                loss, tokens, entropy, ratio, low, high, moved, apart, kl, length, cut, total, count, equal,
+            ) = common.all_sum(world, *numbers)  # fmt: skip
+            B = args.prompts_per_step * n
+            metrics = {
+                "reward": total / count, "loss": loss / updates, "kl/ref": kl / args.epochs / B, "kl/old": moved / args.epochs / B,
+                "kl/sample": apart / tokens, "ratio/first": common.all_gather(world, first_ratio).max().item(),
+                "ratio/mean": ratio / tokens, "clip/low": low / tokens, "clip/high": high / tokens, "entropy": entropy / tokens,
+                "grad_norm": sum(norms) / updates, "learning_rate": rate, "length": length / B, "truncated": cut / B,
+                "equal_groups": equal * n / count, "time/sample": sampled - began, "time/train": now - sampled,
+                "tokens_per_second": length / (now - began), "memory_gib": common.memory_used(world) / 2**30,
+            }  # fmt: skip
+            if not reference:
+                del metrics["kl/ref"]  # nothing to compare with
+            if step % args.eval_every == 0 or step == args.steps:
+                metrics |= held_out_scores()
+            asked = tokenizer.decode(samples.prompt_ids[0][samples.prompt_mask[0]])
+            shown = [{"prompt": asked, "completion": samples.texts[j], "reward": rewards[j].item()} for j in range(n)]
+            common.log(out, writer, step, metrics, shown)
+            if bar:
+                advise(metrics, args, said)
+                kl = f", kl {metrics['kl/ref']:.2f}" if reference else ""
+                bar.set_postfix_str(f"reward {metrics['reward']:.3f}{kl}, {metrics['tokens_per_second']:,.0f} tokens/s")
+                bar.update()
+
+            # 8. Save. A signal to end (Ctrl-C, a cluster that wants its machine back) waits for this place.
+            ending = common.all_sum(world, stop_asked())[0] > 0
+            if step % args.save_every == 0 or step == args.steps or ending:
+                common.save_checkpoint(out, world, step, kept, {"policy": optimizer})
+            if ending and step < args.steps:
+                raise common.Stop(f"stopped by a signal after step {step} of {args.steps}")
+
+        if args.steps:
+            common.save_model(policy, tokenizer, out / "model", world)
+    message = '[{"role": "user", "content": "your prompt"}]' if tokenizer.chat_template and args.chat else '"your prompt"'
+    use = f'print(pipeline("text-generation", "{out / "model"}")({message}, max_new_tokens={args.max_new_tokens}))'
+    common.conclude(out, args, writer, bar, use)
+
+
+def equal_groups(rewards, n):
+    """Whose rewards are all the same, [prompts]."""
+    return rewards.view(-1, n).amax(1) == rewards.view(-1, n).amin(1)
+
+
+def fill_in(samples, rewards, more, scores, n):
+    """Puts groups of `more` that have something to teach in the place of those of `samples` that have not."""
+    index = torch.arange(len(rewards), device=rewards.device).view(-1, n)
+    fresh = len(rewards) + torch.arange(len(scores), device=rewards.device).view(-1, n)[~equal_groups(scores, n)]
+    places = equal_groups(rewards, n).nonzero()[: len(fresh), 0]
+    index[places] = fresh[: len(places)]
+    index = index.flatten()
+
+    def join(a, b, left):
+        """Two blocks of rows, one below the other, after padding; which id pads does not matter, masks come from lengths."""
+        width = max(a.shape[1], b.shape[1])
+        a, b = (F.pad(x, (width - x.shape[1], 0) if left else (0, width - x.shape[1])) for x in (a, b))
+        return torch.cat([a, b])[index]
+
+    names = {"prompt_ids": True, "prompt_mask": True, "ids": False, "mask": False, "logprobs": False}
+    fields = {name: join(getattr(samples, name), getattr(more, name), left) for name, left in names.items()}
+    texts = samples.texts + more.texts
+    filled = common.Samples(
+        **fields, finished=torch.cat([samples.finished, more.finished])[index], texts=[texts[i] for i in index]
+    )
+    return filled, torch.cat([rewards, scores])[index]
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, use_underscores=True))

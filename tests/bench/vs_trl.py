@@ -1,0 +1,266 @@
+"""grpo.py beside TRL's GRPOTrainer: seconds a step, peak memory, lengths, and what is learnt.
+
+In an environment of its own, because TRL is no dependency of this project:
+
+    pip install -r requirements.txt trl==1.16.0 datasets matplotlib
+    python tests/bench/vs_trl.py --model SMOLLM2 --data gsm8k_train.jsonl   # 135M chat model (smollm2.py), about 20 minutes on 2 cores
+    python tests/bench/vs_trl.py                                            # the embedded model, 2 minutes
+    python tests/bench/vs_trl.py --learn                                    # the embedded model, 3 seeds to the end: 25 minutes
+
+Both get the same rendered prompts, batch, completion length, reward, optimizer, schedule and loss, float32, the same rows
+in a micro-batch and no gradient checkpointing. Each measurement is a process of its own; the two take turns. Writes
+vs_trl_<name>.json with both full configurations, vs_trl.md, and with --learn a picture.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+import grpo
+from common import encode, load_tokenizer, start
+
+
+@dataclass
+class Args:
+    model: str = str(grpo.TINY / "model")
+    """the embedded model, or the folder of another"""
+    data: str = str(grpo.TINY / "sort_train.jsonl")
+    """prompts with answers"""
+    learn: bool = False
+    """whole runs of the embedded model instead of a few steps, for seeds 1, 2, 3"""
+    rounds: int = 3
+    """how often each takes its turn"""
+    steps: int | None = None
+    """in a turn; the first of them, which warms up, is not counted (default: 2, embedded model 20, --learn grpo.py's own)"""
+    child: str = ""
+    """(what the script tells its own processes)"""
+
+
+def settings(args, seed):
+    """What both must have in common."""
+    small = args.model == str(grpo.TINY / "model")
+    own = grpo.resolve(grpo.Args(model=args.model, device="cpu"))
+    return {
+        "name": "135M" if not small else "learn" if args.learn else "tiny",
+        "seed": seed,
+        "steps": args.steps or (own.steps if args.learn else 20 if small else 2),
+        "prompts": 32 if small else 8,
+        "samples": 8,
+        "max_new_tokens": 23 if small else 64,
+        "rows": 128 if small else 16,  # in a micro-batch
+        "reward": "exact" if small else "number",
+        "learning_rate": own.learning_rate,
+        "warmup": 10,
+        "every": 50 if args.learn else 0,
+    }
+
+
+def prompts_of(args):
+    """The rendered prompts, as raw text, so that neither side's template matters; short ones, so that no side cuts any."""
+    tokenizer = load_tokenizer(args.model)
+    rows = []
+    for row in grpo.read_rows(args.data, "--data"):
+        text = row["prompt"]
+        if tokenizer.chat_template:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+            )
+        if len(encode(tokenizer, text)) <= 256:
+            rows.append({"prompt": text, "answer": str(row["answer"])})
+    return tokenizer, rows
+
+
+def ours(args, s, out):
+    tokenizer, rows = prompts_of(args)
+    (out / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    longest = max(len(encode(tokenizer, r["prompt"])) for r in rows)
+    budget = s["rows"] // s["samples"] * longest + s["rows"] * s["max_new_tokens"]
+    flags = grpo.Args(
+        model=args.model, data=str(out / "data.jsonl"), eval_data=str(grpo.TINY / "sort_test.jsonl") if s["every"] else "", chat=False,
+        reward=s["reward"], out=str(out / "run"), seed=s["seed"], device="cpu", steps=s["steps"], prompts_per_step=s["prompts"],
+        samples_per_prompt=s["samples"], max_new_tokens=s["max_new_tokens"], max_prompt_tokens=256, tokens_per_micro_batch=budget,
+        learning_rate=s["learning_rate"], warmup=s["warmup"], eval_every=s["every"] or 10**9, save_every=10**9,
+    )  # fmt: skip
+    grpo.train(flags)
+    log = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "seconds": [m["time/sample"] + m["time/train"] for m in log[1:]],
+        "lengths": [m["length"] for m in log[1:]],
+        "rewards": [m["reward"] for m in log[1:]],
+        "held_out": [(m["step"], m["eval/exact"]) for m in log if "eval/exact" in m],
+        "configuration": json.loads((out / "run" / "args.json").read_text()),
+    }
+
+
+def theirs(args, s, out):
+    import transformers
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer, rows = prompts_of(args)
+    for r in rows[:100]:  # the same ids go into both
+        assert tokenizer(r["prompt"]).input_ids == encode(tokenizer, r["prompt"])
+    check = {"exact": grpo.exact, "number": grpo.number}[s["reward"]]
+
+    def reward(completions, answer, **_):
+        return [check(c, {"answer": a}) for c, a in zip(completions, answer)]
+
+    total = s["prompts"] * s["samples"]
+    config = GRPOConfig(
+        output_dir=str(out), seed=s["seed"], max_steps=s["steps"], per_device_train_batch_size=s["rows"],
+        gradient_accumulation_steps=total // s["rows"], num_generations=s["samples"], max_completion_length=s["max_new_tokens"],
+        temperature=1.0, top_p=1.0, top_k=0, beta=0.0, loss_type="dapo", scale_rewards="group", epsilon=0.2, num_iterations=1,
+        learning_rate=s["learning_rate"], lr_scheduler_type="linear", warmup_steps=s["warmup"], adam_beta1=0.9, adam_beta2=0.95,
+        weight_decay=0.0, max_grad_norm=1.0, bf16=False, use_cpu=True, gradient_checkpointing=False, logging_steps=1,
+        save_strategy="no", report_to="none", disable_tqdm=True, model_init_kwargs={"dtype": torch.float32},
+    )  # fmt: skip
+    held_out, seconds = [], []
+    world = start("cpu", seed=s["seed"])
+
+    class Clock(transformers.TrainerCallback):
+        def score(self, step, model):
+            if s["every"]:
+                test = grpo.read_rows(grpo.TINY / "sort_test.jsonl", "")
+                flags = grpo.resolve(grpo.Args(device="cpu", max_new_tokens=s["max_new_tokens"], reward=s["reward"]))
+                pairs = grpo.encode_rows(test, tokenizer, flags, "")
+                scores = grpo.evaluate(model, tokenizer, pairs, grpo.load_reward(s["reward"], world), flags, world)
+                held_out.append((step, scores["eval/exact"]))
+
+        def on_train_begin(self, args, state, control, model=None, **_):
+            self.score(0, model)
+            self.began = time.perf_counter()
+
+        def on_step_end(self, args, state, control, model=None, **_):
+            seconds.append(time.perf_counter() - self.began)
+            if s["every"] and (state.global_step % s["every"] == 0 or state.global_step == s["steps"]):
+                self.score(state.global_step, model)
+            self.began = time.perf_counter()
+
+    trainer = GRPOTrainer(
+        model=args.model, reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()]
+    )  # fmt: skip
+    trainer.train()
+    log = [m for m in trainer.state.log_history if "completions/mean_length" in m]
+    return {
+        "seconds": seconds,
+        "lengths": [m["completions/mean_length"] for m in log],
+        "rewards": [m["reward"] for m in log],
+        "held_out": held_out,
+        "configuration": json.loads(config.to_json_string()),
+    }
+
+
+def turn(args, who, s):
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, __file__, "--model", args.model, "--data", args.data]
+        command += ["--child", json.dumps({"who": who, "out": out, "settings": s})]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=out)
+        return json.loads((Path(out) / "result.json").read_text())
+
+
+def main(args):
+    if args.child:
+        told = json.loads(args.child)
+        out = Path(told["out"])
+        result = (ours if told["who"] == "grpo.py" else theirs)(args, told["settings"], out)
+        result["gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        (out / "result.json").write_text(json.dumps(result))
+        return
+
+    import transformers
+    import trl
+
+    turns = []
+    for seed in (1, 2, 3) if args.learn else range(1, args.rounds + 1):
+        for who in ("grpo.py", "TRL"):
+            s = settings(args, seed)
+            result = turn(args, who, s)
+            result["configuration"] = {
+                k: v for k, v in result["configuration"].items() if "dir" not in k and k not in ("out", "data")
+            }
+            result["configuration"].pop("model", None)
+            turns.append({"who": who, **result})
+            timed = result["seconds"][1:]
+            print(
+                who,
+                seed,
+                f"{statistics.median(timed):.2f} s a step, {result['gib']:.2f} GiB",
+                result["held_out"][-1:],
+                flush=True,
+            )
+    name = f"vs_trl_{settings(args, 0)['name']}"
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": trl.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    (HERE / f"{name}.json").write_text(json.dumps({**versions, "settings": settings(args, 0), "turns": turns}, indent=1) + "\n")
+    table()
+    if args.learn:
+        picture(turns)
+
+
+def table():
+    lines = [
+        "| model and batch | | seconds a step | peak memory | mean length | held-out exact match |",
+        "|---|---|---|---|---|---|",
+    ]
+    names = {
+        "135M": "135M chat model, GSM8K, 8 x 8, 64 tokens",
+        "tiny": "embedded model, 32 x 8",
+        "learn": "the same, whole runs",
+    }
+    for name, words in names.items():
+        path = HERE / f"vs_trl_{name}.json"
+        if not path.exists():
+            continue
+        turns = json.loads(path.read_text())["turns"]
+        middle = {}
+        for who in ("grpo.py", "TRL"):
+            mine = [t for t in turns if t["who"] == who]
+            seconds = middle[who] = statistics.median(x for t in mine for x in t["seconds"][1:])
+            length = statistics.mean(x for t in mine for x in t["lengths"])
+            memory = statistics.median(t["gib"] for t in mine)
+            scores = ", ".join(f"{t['held_out'][-1][1]:.2f}" for t in mine if t["held_out"])
+            lines.append(f"| {words} | {who} | {seconds:.2f} | {memory:.2f} GiB | {length:.1f} | {scores} |")
+    (HERE / "vs_trl.md").write_text("\n".join(lines) + "\n")
+
+
+def picture(turns):
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(6.4, 3.6), facecolor="white")
+    for who, color in (("grpo.py", "tab:blue"), ("TRL", "tab:orange")):
+        curves = [t["held_out"] for t in turns if t["who"] == who]
+        steps = [x for x, _ in curves[0]]
+        values = torch.tensor([[y for _, y in c] for c in curves])
+        ax.plot(steps, values.mean(0), color=color, label=who)
+        ax.fill_between(steps, values.amin(0), values.amax(0), color=color, alpha=0.2)
+    ax.set(
+        xlabel="step (32 prompts x 8 samples)",
+        ylabel="held-out exact match, greedy",
+        ylim=(0, 1),
+        title="Sorting, 3 seeds: mean and range",
+    )
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.savefig(HERE / "vs_trl_learn.png", dpi=120, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, use_underscores=True))

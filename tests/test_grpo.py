@@ -1,0 +1,418 @@
+"""GRPO: advantages, clip, aggregation and KL against closed forms and brute force; shared prompts against plain ones."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from conftest import FAMILIES, family, make_tokenizer
+from test_reinforce import enumerable, exact_logprobs, gradient, prompts_file, rollout, weights
+
+import common
+import grpo
+from common import World, given, sample
+from grpo import (
+    clipped_loss,
+    fill_in,
+    group_advantages,
+    k3,
+    micro_batches,
+    pass_at_k,
+    prompts_can_be_shared,
+    token_logprobs,
+    token_weights,
+    trim,
+)
+
+CPU = World(0, 1, torch.device("cpu"), torch.float32)
+AGGREGATES = ["sequence", "token", "constant"]
+
+
+# --- advantages ---
+
+
+def test_advantages_by_hand():
+    r = torch.tensor([1.0, 0.0, 0.0, 0.0, 2.0, 2.0, 0.0, 0.0])
+    group = group_advantages(r, r, 4, "group", False)
+    torch.testing.assert_close(group[:4], torch.tensor([0.75, -0.25, -0.25, -0.25]) / (0.5 + 1e-4))  # unbiased: std is 0.5
+    torch.testing.assert_close(group[4:], torch.tensor([1.0, 1.0, -1.0, -1.0]) / (math.sqrt(4 / 3) + 1e-4))
+    torch.testing.assert_close(
+        group_advantages(r, r, 4, "none", False), torch.tensor([0.75, -0.25, -0.25, -0.25, 1, 1, -1, -1])
+    )
+    torch.testing.assert_close(
+        group_advantages(r, r, 4, "batch", False),
+        torch.tensor([0.75, -0.25, -0.25, -0.25, 1, 1, -1, -1]) / (r.std() + 1e-4),
+    )
+    best = group_advantages(r, r, 4, "none", True)
+    assert best.tolist() == [0.75, 0, 0, 0, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("value", [0.1, 0.7, 1.0])
+def test_equal_rewards_have_exactly_no_advantage(scale, value):
+    """NeMo-RL 4161: eight rewards of 0.1 have a mean that is not 0.1, and over a spread of nearly 0 that is not small."""
+    r = torch.full((8,), value)
+    assert (r - r.mean()).abs().max() > 0 or value == 1.0
+    assert (group_advantages(r, torch.rand(99), 8, scale, False) == 0).all()
+
+
+def test_the_group_std_makes_rare_successes_weigh_more():
+    """Dr. GRPO's difficulty bias: one right of eight is worth 2.6 times as much as with a prompt got right half the time."""
+    rare, even = torch.tensor([1.0] + [0] * 7), torch.tensor([1.0] * 4 + [0] * 4)
+    scaled, centred = ([group_advantages(r, r, 8, s, False)[0].item() for r in (rare, even)] for s in ("group", "none"))
+    assert abs(centred[0] / centred[1] - 1.75) < 1e-4 and abs(scaled[0] / scaled[1] - 2.646) < 2e-3
+
+
+# --- the clip ---
+
+
+@pytest.mark.parametrize(
+    "advantage, ratio, passes",
+    [(1, 0.5, 1), (1, 1.0, 1), (1, 1.25, 1), (1, 1.5, 0), (-1, 0.5, 0), (-1, 0.85, 1), (-1, 1.0, 1), (-1, 1.5, 1)],
+)
+def test_the_clip_stops_the_gradient_in_two_cells_of_the_table_only(advantage, ratio, passes):
+    """Every cell of the mask M(A, rho): the gradient of rho * A, or exactly 0. low 0.2, high 0.28."""
+    old = torch.tensor([[-2.0]])
+    logprobs = (old + math.log(ratio)).requires_grad_()
+    one = torch.ones(1, 1)
+    loss, r, low, high = clipped_loss(logprobs, old, torch.tensor([float(advantage)]), one.bool(), one, 0.2, 0.28)
+    loss.backward()
+    assert abs(logprobs.grad.item() - -advantage * ratio * passes) < 1e-6
+    assert abs(r.item() - ratio) < 1e-6
+    assert low.item() == (advantage < 0 and not passes) and high.item() == (advantage > 0 and not passes)
+    bounded = min(max(ratio, 0.8), 1.28)
+    assert abs(loss.item() - -min(ratio * advantage, bounded * advantage)) < 1e-6
+
+
+def test_before_the_first_update_the_gradient_is_reinforces():
+    """Ratio 1, nothing clipped, and an old policy that is a constant: with it in the graph the gradient would be 0."""
+    logprobs = torch.randn(4, 5).requires_grad_()
+    mask, A = torch.rand(4, 5) > 0.3, torch.randn(4)
+    loss, ratio, low, high = clipped_loss(logprobs, logprobs.detach(), A, mask, mask / 7, 0.2, 0.2)
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, -A[:, None] * mask / 7)
+    assert (ratio == 1).all() and not low.any() and not high.any()
+
+
+def test_ratios_beyond_floating_point_stay_finite():
+    logprobs = torch.tensor([[-1.0, -1000.0, -1.0]]).requires_grad_()
+    old = torch.tensor([[-1000.0, -1.0, -1.0]])
+    mask = torch.ones(1, 3).bool()
+    for sequence in (False, True):
+        loss, *_ = clipped_loss(logprobs, old, torch.tensor([-1.0]), mask, mask / 3, 0.2, 0.2, sequence)
+        (loss + k3(logprobs, old).sum()).backward()
+        assert math.isfinite(loss.item()) and torch.isfinite(logprobs.grad).all()
+
+
+def test_the_sequence_ratio_is_the_geometric_mean_and_moves_every_token_alike():
+    """GSPO: s = (pi(y) / pi_old(y))^(1/|y|); the gradient is s A grad log pi(y) / |y|, and the clip takes whole completions."""
+    logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, -9.0]], requires_grad=True)
+    old = torch.tensor([[-1.2, -2.1, -3.3], [-1.1, -1.5, -1.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    w = token_weights(mask, "sequence", 3, CPU)
+    loss, ratio, _, high = clipped_loss(logprobs, old, torch.tensor([1.0, 1.0]), mask, w, 0.1, 0.25, True)
+    s = torch.tensor([math.exp(0.6 / 3), math.exp(0.6 / 2)])
+    torch.testing.assert_close(ratio, s[:, None].expand(2, 3))
+    assert abs(loss.item() - -(s[0].item() + 1.25) / 2) < 1e-6, "the second is clipped at 1.25"
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([[-s[0] / 6] * 3, [0.0] * 3]))
+    assert high.tolist() == [[False] * 3, [True, True, False]]
+
+
+# --- aggregation ---
+
+
+def test_aggregations_by_hand():
+    mask = torch.arange(4) < torch.tensor([[1], [3]])
+    assert token_weights(mask, "sequence", 10, CPU).sum(1).tolist() == pytest.approx([1 / 2, 1 / 2])
+    assert token_weights(mask, "token", 10, CPU).sum(1).tolist() == pytest.approx([1 / 4, 3 / 4])
+    assert token_weights(mask, "constant", 10, CPU).sum(1).tolist() == pytest.approx([1 / 20, 3 / 20])
+    nothing = token_weights(mask & False, "token", 10, CPU)
+    assert (nothing == 0).all(), "all completions cut: no division by 0"
+
+
+def test_the_mean_per_sequence_pushes_short_answers_up_and_long_wrong_ones_down_least():
+    """The length bias, with the sign of A. Two answers of 2 and 8 tokens: as published, a token of the short one has four times
+    the weight. Where both are right (A > 0) that favours the short one; where both are wrong (A < 0) the long one
+    is discouraged least a token, so wrong answers get longer. Token mean and constant treat all tokens alike."""
+    mask = torch.arange(8) < torch.tensor([[2], [8]])
+    for aggregate, times in (("sequence", 4.0), ("token", 1.0), ("constant", 1.0)):
+        for A in (1.0, -1.0):
+            logprobs = torch.full((2, 8), -1.0, requires_grad=True)
+            w = token_weights(mask, aggregate, 8, CPU)
+            clipped_loss(logprobs, logprobs.detach(), torch.tensor([A, A]), mask, w, 0.2, 0.2)[0].backward()
+            push = -logprobs.grad[:, 0]  # the direction in which the optimizer moves a token's log-probability
+            assert (push.sign() == math.copysign(1, A)).all()
+            assert abs((push[0] / push[1]).item() - times) < 1e-5
+
+
+@pytest.mark.parametrize("shared", [1, 4])
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_the_gradient_is_the_same_however_the_step_is_cut(aggregate, sequence, shared):
+    """Field notes, test 3 (trl 3021, 5619, verl 906, ...), for every aggregation, with KL, with clipped tokens among them."""
+    model = family("llama").double()
+    s = rollout(model)
+    g = torch.Generator().manual_seed(0)
+    A = torch.randn(16, generator=g, dtype=torch.float64)
+    grads = []
+    for tokens in (100_000, 90, 1):
+        model.zero_grad()
+        w = token_weights(s.mask, aggregate, 12, CPU)
+        for part in micro_batches(s.prompt_mask, s.mask, shared, tokens, CPU):
+            inputs = trim(s, part, shared)
+            logprobs, _ = token_logprobs(model, *inputs, 1.0)
+            C = logprobs.shape[1]
+            shift = 0.4 * torch.sin(torch.arange(C) + torch.tensor(part)[:, None])
+            old = logprobs.detach() + shift
+            loss = clipped_loss(logprobs, old, A[part], inputs[-1], w[part, :C], 0.2, 0.2, sequence)[0]
+            (loss + 0.1 * (k3(logprobs, old - 0.2) * w[part, :C]).sum()).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    for other in grads[1:]:
+        assert (grads[0] - other).norm() < 1e-6 * grads[0].norm()
+
+
+# --- KL ---
+
+
+def test_k3_is_never_negative_has_the_kl_as_mean_and_the_reverse_kls_gradient():
+    """By enumeration: E[k3] = KL(pi || ref), and E[grad k3] = grad KL(ref || pi), which is another."""
+    (model, _), (other, _) = enumerable(vocab=4, length=1), enumerable(vocab=4, length=1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
+    single = given([[0, 2]] * 4, [[0], [1], [2], [3]], make_tokenizer(), CPU)
+    ref = exact_logprobs(other, single).detach()[:, 0]
+    logprobs = exact_logprobs(model, single)[:, 0]
+    p = logprobs.exp()
+    estimate = k3(logprobs, ref)
+    assert (estimate >= 0).all() and abs((p * estimate).sum() - (p * (logprobs - ref)).sum()) < 1e-6
+    expected = gradient(model, (p.detach() * k3(logprobs, ref)).sum()).clone()
+    backward = gradient(model, (ref.exp() * (ref - exact_logprobs(model, single)[:, 0])).sum()).clone()
+    again = exact_logprobs(model, single)[:, 0]
+    forward = gradient(model, (again.exp() * (again - ref)).sum()).clone()
+    assert (expected - backward).norm() < 1e-6 * backward.norm()
+    assert (expected - forward).norm() > 1e-2 * forward.norm()
+
+
+# --- pass@k ---
+
+
+def test_pass_at_k_against_every_choice_of_k_samples():
+    for n, right in ((5, 2), (6, 0), (4, 4), (5, 1)):
+        outcomes = [1] * right + [0] * (n - right)
+        for k in range(1, n + 1):
+            tries = [max(c) for c in itertools.combinations(outcomes, k)]
+            assert abs(pass_at_k(n, right, k) - sum(tries) / len(tries)) < 1e-12
+
+
+# --- the shared prompt ---
+
+
+@pytest.mark.parametrize("name", [f for f in FAMILIES if f != "mamba"])
+def test_a_prompt_computed_once_gives_the_gradient_of_a_prompt_computed_for_each_sample(name):
+    """Relative 1e-4 in float32, prompts of unequal lengths, groups cut in slices, sliding windows shorter than the prompt."""
+    model = family(name)
+    s = rollout(model, n=3)
+    w = torch.randn(s.mask.shape, generator=torch.Generator().manual_seed(1))
+    results = []
+    for group in (1, 3):
+        model.zero_grad()
+        seen = torch.zeros_like(s.logprobs)
+        for part in ([0, 1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11]):  # the second group is cut
+            logprobs, _ = token_logprobs(model, *trim(s, part, group), 0.8)
+            (logprobs * w[part, : logprobs.shape[1]]).sum().backward()
+            seen[part, : logprobs.shape[1]] = logprobs.detach()
+        results.append((seen, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    (plain, g), (shared, h) = results
+    torch.testing.assert_close(shared, plain, atol=1e-4, rtol=1e-4)
+    assert (g - h).norm() < 1e-4 * g.norm()
+
+
+def test_completions_of_one_token_need_no_second_forward_to_be_right():
+    model = family("llama")
+    s = sample(model, make_tokenizer(), [[5, 6, 7], [8]], n=2, max_new_tokens=1, seed=0)
+    plain, _ = token_logprobs(model, *trim(s, [0, 1, 2, 3], 1), 1.0)
+    shared, _ = token_logprobs(model, *trim(s, [0, 1, 2, 3], 2), 1.0)
+    torch.testing.assert_close(shared, plain)
+
+
+def test_the_self_check_turns_sharing_off_where_it_would_be_wrong(monkeypatch):
+    """Under gradient checkpointing transformers drops the cache: without the fall-back the log-probabilities would be of completions
+    without their prompt. A cache that forgets the gradient is found too, and a family without such a cache."""
+    model = family("llama").train()
+    s = rollout(model)
+    assert prompts_can_be_shared(model, s, 4, 1.0, torch.float32)
+    assert not prompts_can_be_shared(model, s, 1, 1.0, torch.float32), "nothing to share"
+    mamba = family("mamba")
+    assert not prompts_can_be_shared(mamba, rollout(mamba), 4, 1.0, torch.float32)
+
+    honest = grpo.DynamicCache.reorder_cache
+
+    def forgetful(self, rows):
+        honest(self, rows)
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo.DynamicCache, "reorder_cache", forgetful)
+        assert not prompts_can_be_shared(model, s, 4, 1.0, torch.float32)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    assert not prompts_can_be_shared(model, s, 4, 1.0, torch.float32)
+    assert all(p.grad is None for p in model.parameters())
+
+
+# --- groups drawn again ---
+
+
+def test_groups_that_teach_are_put_in_the_place_of_those_that_do_not():
+    model, tokenizer = family("llama"), make_tokenizer()
+    a = sample(model, tokenizer, [[5], [6, 7, 8], [9]], n=2, max_new_tokens=5, seed=0)
+    b = sample(model, tokenizer, [[11, 12, 13, 14], [15]], n=2, max_new_tokens=9, seed=1)
+    filled, r = fill_in(a, torch.tensor([1.0, 0, 1, 1, 0, 0]), b, torch.tensor([2.0, 2, 3, 4]), 2)
+    assert r.tolist() == [1, 0, 3, 4, 0, 0], "the second group got the new one that teaches, the third stays: none is left"
+    asked = [filled.prompt_ids[i][filled.prompt_mask[i]].tolist() for i in range(6)]
+    assert asked == [[5], [5], [15], [15], [9], [9]]
+    for i, (source, j) in enumerate([(a, 0), (a, 1), (b, 2), (b, 3), (a, 4), (a, 5)]):
+        assert torch.equal(filled.ids[i][filled.mask[i]], source.ids[j][source.mask[j]])
+        assert torch.equal(filled.logprobs[i][filled.mask[i]], source.logprobs[j][source.mask[j]])
+        assert filled.texts[i] == source.texts[j] and filled.finished[i] == source.finished[j]
+
+
+# --- whole runs, on the embedded model ---
+
+
+def run(tmp_path, name="run", **flags):
+    grpo.train(grpo.Args(**{"out": str(tmp_path / name), "device": "cpu", "eval_data": "", "seed": 1} | flags))
+    return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def few_rows(tmp_path):
+    lines = (grpo.TINY / "sort_test.jsonl").read_text().splitlines()[:32]
+    return prompts_file(tmp_path, [json.loads(line) for line in lines])
+
+
+SMALL = {"prompts_per_step": 4, "max_new_tokens": 12}
+
+
+def test_the_first_ratio_is_1_and_the_kl_0_and_later_ones_are_not(tmp_path):
+    """Field notes, test 2, in a run: with checkpointing and another temperature, exactly."""
+    flags = SMALL | {"beta": 0.1, "temperature": 0.7, "warmup": 0, "learning_rate": 1e-3}
+    for checkpointing in (False, True):
+        m = run(tmp_path, f"c{checkpointing}", steps=2, gradient_checkpointing=checkpointing, **flags)
+        assert m[1]["ratio/first"] == 0 and m[1]["kl/ref"] == 0 and m[1]["kl/sample"] < 1e-5 and m[2]["kl/ref"] != 0
+    m = run(tmp_path, "e", steps=1, epochs=2, minibatches=2, **flags)
+    assert m[1]["ratio/first"] == 0 and m[1]["ratio/mean"] != 1 and m[1]["kl/old"] != 0
+
+
+def test_no_reference_is_loaded_at_beta_0(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "load_reference", lambda *a: 1 / 0)
+    assert "kl/ref" not in run(tmp_path, steps=1, **SMALL)[1]
+
+
+def test_one_update_per_rollout_computes_every_row_once_forward(tmp_path, monkeypatch):
+    """No pass for old log-probabilities; with epochs there is one."""
+    rows, honest = [], grpo.token_logprobs
+
+    def count(model, prompt_ids, prompt_mask, owner, ids, mask, temperature):
+        rows.append(len(ids))
+        return honest(model, prompt_ids, prompt_mask, owner, ids, mask, temperature)
+
+    monkeypatch.setattr(grpo, "prompts_can_be_shared", lambda *a: True)
+    monkeypatch.setattr(grpo, "token_logprobs", count)
+    run(tmp_path, "a", steps=2, **SMALL)
+    assert sum(rows) == 2 * 4 * 8
+    rows.clear()
+    run(tmp_path, "b", steps=1, epochs=3, **SMALL)
+    assert sum(rows) == 4 * 4 * 8
+
+
+def test_shared_and_plain_prompts_train_the_same_weights(tmp_path, monkeypatch):
+    run(tmp_path, "a", steps=2, learning_rate=1e-4, **SMALL)
+    monkeypatch.setattr(grpo, "prompts_can_be_shared", lambda *a: False)
+    run(tmp_path, "b", steps=2, learning_rate=1e-4, **SMALL)
+    a, b = weights(tmp_path, "a"), weights(tmp_path, "b")
+    assert all((a[k] - b[k]).abs().max() < 1e-5 for k in a)
+
+
+@pytest.mark.parametrize("scale", ["group", "none"])
+def test_groups_are_not_mixed_up(scale, tmp_path):
+    """Search-R1 88: a reward that is the prompt's own number leaves nothing to learn, in every cut of the step."""
+    data = prompts_file(tmp_path, [{"prompt": f"{i}=", "answer": str(i)} for i in range(8)])
+    (tmp_path / "r.py").write_text("def reward(completion, row):\n    return 0.1 * float(row['prompt'][:-1])\n")
+    for tokens in (30, 8192):
+        flags = {"reward": f"{tmp_path}/r.py:reward", "tokens_per_micro_batch": tokens, "prompts_per_step": 8}
+        m = run(tmp_path, f"t{tokens}", data=data, scale=scale, steps=1, max_new_tokens=8, **flags)
+        assert m[1]["grad_norm"] == 0 and m[1]["equal_groups"] == 1 and abs(m[1]["reward"] - 0.35) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"ratio": "sequence", "epochs": 2}, {"scale": "none", "aggregate": "constant"}, {"keep_max": True, "beta": 0.01}],
+)
+def test_a_bandits_rewarded_token_becomes_likelier(flags, tmp_path):
+    """Field notes, test 9: one prompt, one token, and only `7` pays."""
+    data = prompts_file(tmp_path, [{"prompt": "42=", "answer": "7"}])
+    flags = flags | {"prompts_per_step": 4, "samples_per_prompt": 16, "max_new_tokens": 1, "warmup": 0, "learning_rate": 1e-3}
+    m = run(tmp_path, data=data, steps=25, **flags)
+    assert m[1]["reward"] < 0.3 and m[-1]["reward"] > 0.9
+
+
+def test_truncated_completions_do_not_move_the_weights_when_masked(tmp_path):
+    """All are cut at 3 tokens: masked, there is no gradient at all."""
+    data = prompts_file(tmp_path, [{"prompt": "4213576=", "answer": "1234567"}])
+    (tmp_path / "r.py").write_text("def reward(completion, row):\n    return float(completion.count('1'))\n")
+    flags = {"data": data, "reward": f"{tmp_path}/r.py:reward", "max_new_tokens": 3, "prompts_per_step": 2, "steps": 1}
+    masked, plain = run(tmp_path, "m", mask_truncated=True, **flags), run(tmp_path, "p", **flags)
+    assert masked[1]["truncated"] == plain[1]["truncated"] == 1
+    assert masked[1]["grad_norm"] == 0 and plain[1]["grad_norm"] > 0
+
+
+def test_dropping_equal_groups_fills_the_batch_with_signal_and_is_bounded(tmp_path, monkeypatch):
+    """DAPO: of the groups that are trained on, fewer have equal rewards; where all are, a step ends all the same."""
+    kept = []
+    honest = grpo.group_advantages
+    monkeypatch.setattr(
+        grpo, "group_advantages", lambda r, *a: (kept.append(grpo.equal_groups(r, 8).sum().item()), honest(r, *a))[1]
+    )
+    flags = {"steps": 2, "prompts_per_step": 16, "max_new_tokens": 12}
+    run(tmp_path, "plain", **flags)
+    run(tmp_path, "dropped", drop_equal_groups=True, **flags)
+    assert sum(kept[:2]) >= 12 and sum(kept[2:]) <= sum(kept[:2]) / 2
+
+    (tmp_path / "r.py").write_text("def reward(completion, row):\n    return 1.0\n")
+    draws, honest_sample = [], common.sample
+    monkeypatch.setattr(common, "sample", lambda *a, **k: (draws.append(len(a[2])), honest_sample(*a, **k))[1])
+    m = run(tmp_path, "never", reward=f"{tmp_path}/r.py:reward", drop_equal_groups=True, steps=1, **SMALL)
+    assert draws == [4] * (1 + grpo.REDRAWS) and m[1]["equal_groups"] == 1 and m[1]["grad_norm"] == 0
+
+
+def test_the_reference_follows_the_policy_when_told_to(tmp_path):
+    flags = SMALL | {"steps": 4, "beta": 0.1, "learning_rate": 1e-3, "warmup": 0, "schedule": "constant"}
+    still, moving = run(tmp_path, "a", **flags), run(tmp_path, "b", ref_update_every=2, **flags)
+    assert still[2]["kl/ref"] == moving[2]["kl/ref"] != 0 and moving[3]["kl/ref"] == 0 != moving[4]["kl/ref"]
+    assert still[3]["kl/ref"] != 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"epochs": 2, "minibatches": 2, "beta": 0.1, "ref_update_every": 2},
+        {"drop_equal_groups": True, "mask_truncated": True},
+    ],
+)
+def test_resuming_equals_never_having_stopped(flags, tmp_path):
+    """Bit for bit: the moved reference is part of the checkpoint, new prompts come from the step's number."""
+    flags = SMALL | flags | {"eval_every": 3, "eval_data": few_rows(tmp_path), "eval_samples": 2}
+    straight = run(tmp_path, "a", steps=4, **flags)
+    run(tmp_path, "b", steps=3, **flags)
+    resumed = run(tmp_path, "b", steps=4, resume=True, **flags)
+    clocks = ("time/sample", "time/train", "tokens_per_second", "memory_gib")
+    assert [{k: v for k, v in m.items() if k not in clocks} for m in resumed] == [
+        {k: v for k, v in m.items() if k not in clocks} for m in straight
+    ]
+    a, b = weights(tmp_path, "a"), weights(tmp_path, "b")
+    assert all(torch.equal(a[k], b[k]) for k in a)

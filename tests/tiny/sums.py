@@ -1,0 +1,31 @@
+"""A second task, for a chat model: simple sums, answered by the number and nothing else.
+
+    python tests/tiny/sums.py FOLDER       # writes sums_train.jsonl and sums_test.jsonl there; no sum is in both
+    python grpo.py --model CHAT_MODEL --data FOLDER/sums_train.jsonl --eval_data FOLDER/sums_test.jsonl \\
+        --reward tests/tiny/sums.py:brief --max_new_tokens 16
+"""
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+
+def brief(completion, row):
+    """1 for the answer alone, 0.2 for words with the answer in them, 0 for anything else."""
+    if completion.strip() == row["answer"]:
+        return 1.0
+    return 0.2 * (row["answer"] in re.findall(r"\d+", completion))
+
+
+def main(folder):
+    sums = [(a, b) for a in range(1, 31) for b in range(1, 31)]
+    random.Random(0).shuffle(sums)
+    for name, part in (("test", sums[:128]), ("train", sums[128:])):
+        rows = [{"prompt": f"What is {a} + {b}? Reply with the number only.", "answer": str(a + b)} for a, b in part]
+        (Path(folder) / f"sums_{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
