@@ -175,7 +175,10 @@ def encode_prompt(tokenizer, prompt, system="", chat=True):
         fail("a prompt is a list of chat messages, but the tokenizer has no chat template; give it as text")
     if system and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": system}, *prompt]
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # some templates know no system message, or want user and assistant to take turns
+        fail(f"the chat template refuses the prompt {str(prompt):.200}: {error}")
     # the template has written every special token itself; letting the tokenizer add its own would double the BOS
     return tokenizer(text, add_special_tokens=False).input_ids
 

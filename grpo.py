@@ -10,26 +10,30 @@ siblings: the group's mean is the baseline that PPO learns a second network for.
     (5)  loss = sum over tokens of w_t l_t                                    w_t: `--aggregate`, below
 
 The ratio lets a rollout serve several updates; the clip ends a token's say once the update has moved it far enough. With one
-update per rollout, the default, rho is 1, nothing is ever clipped, and the gradient is REINFORCE's with (1) for a weight.
-Then the loss is about 0 whatever happens, because the A_i of a group add up to 0: watch the reward, not the loss.
+update per rollout, the default, the ratio is 1, nothing is ever clipped, and the gradient is REINFORCE's with (1) for a weight. The
+loss is then -sum_i A_i |y_i| / sum_i |y_i|, how much longer bad answers are than good ones: it says nothing about
+learning, and is exactly 0 where all have one length. Watch the reward.
 
-Each variant of the last years is one line of this file, so each is a flag:
+Later variants, as flags (those that change the ratio or the clip act only with several updates per rollout):
 
-    GRPO as published (DeepSeekMath)  --aggregate sequence --beta 0.04     a mean over each completion, then over completions
-    DAPO                              --clip_high 0.28 --drop_equal_groups --mask_truncated        (--aggregate token is the default)
-    Dr. GRPO                          --scale none --aggregate constant    nothing is divided by what was sampled
-    GSPO                              --ratio sequence                     one ratio for a completion, and a mean over its tokens
+    GRPO as published (DeepSeekMath)  --aggregate sequence --beta 0.04    a mean over each completion, then over completions
+    DAPO                              --drop_equal_groups --mask_truncated --clip_high 0.28 --minibatches 4
+    Dr. GRPO                          --scale none --aggregate constant   nothing is divided by what was sampled
+    GSPO                              --ratio sequence --minibatches 4    one ratio for a completion, and a mean over its tokens
 
     python grpo.py                                                  # the embedded model learns to sort; no download
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl --reward number
     torchrun --nproc_per_node 8 grpo.py --model ... --data ... --reward my_reward.py:score
 
-What is biased here, and by whom: (1) divides by the group's spread, so a prompt that nearly all or nearly no samples get right counts
-for more than one at one half (Dr. GRPO leaves the division out). The mean contains the sample itself, which scales the gradient
-by 1 - 1/G and does not turn it. k3 in the loss has the KL as its mean but not the KL's gradient; it is kept as published, and
-the unbiased way, k1 in the reward, is in reinforce.py.
+What is biased here, and by whom: dividing by the group's std multiplies a prompt's gradient by 1 / sqrt(p (1 - p)), p its share of
+right answers, so very easy and very hard prompts weigh more than they do in E[r] (Dr. GRPO leaves the division out). The
+mean contains the sample itself, which alone would scale the gradient by 1 - 1/G and not turn it. k3 in the loss has the KL
+as its mean but not the KL's gradient; it is kept as published, and the unbiased way, k1 in the reward, is in reinforce.py. pi_old in
+(2) is what the trainer's own forward says of the weights that drew the samples; the sampler's numbers differ from it by
+rounding (`kl/sample`: 1e-7 in float32, 1e-2 in bfloat16).
 
-Left out: a critic and per-token credit (ppo.py); rewards for the steps of an answer; sampling that runs ahead of the update.
+Left out: a critic and per-token credit (ppo.py); rewards for the steps of an answer, or for shorter ones; sampling that runs ahead
+of the update.
 
 Shao et al. 2024 (GRPO); Schulman et al. 2017 (the clip); Liu et al. 2025 (Dr. GRPO); Yu et al. 2025 (DAPO); Zheng et al. 2025
 (GSPO); Chen et al. 2021 (pass@k).
@@ -74,7 +78,8 @@ class Args:
     eval_data: str | None = None
     """held-out prompts, as --data; without it the embedded task has its own, and other data none"""
     eval_samples: int = 0
-    """also draw this many completions of each held-out prompt and log eval/pass@K, the chance that one of K is right"""
+    """also draw this many completions of each held-out prompt and log eval/pass@K, the chance that one of K is right (by
+    the rule of --reward number where that is the reward, else of exact)"""
     reward: str = "exact"
     """exact | number | FILE.py:function(completion, row) -> float | folder or hub name of a reward model"""
     chat: bool = True
@@ -100,7 +105,7 @@ class Args:
     drop_equal_groups: bool = False
     """draw new prompts in place of groups whose rewards are all equal, which teach nothing (at most 3 times a step)"""
     mask_truncated: bool = False
-    """leave completions that were cut at --max_new_tokens out of the loss; the group's mean still counts them"""
+    """leave completions that were cut at --max_new_tokens out of the loss; the group's mean still counts their rewards"""
     ratio: Literal["token", "sequence"] = "token"
     """importance ratio of each token, or their geometric mean over the completion"""
     clip_low: float | None = None
@@ -108,7 +113,7 @@ class Args:
     clip_high: float | None = None
     """the ratio is clipped above 1 plus this (default 0.2, and 4e-4 with --ratio sequence)"""
     aggregate: Literal["sequence", "token", "constant"] | None = None
-    """mean of the completions' means, mean over all tokens of the step (default), or their sum over a constant; --ratio
+    """mean of the completions' means, mean over all tokens of the optimizer update (default), or their sum over a constant; --ratio
     sequence goes with sequence"""
     beta: float = 0.0
     """weight of the KL penalty, k3 in the loss; at 0 no reference model is loaded"""
@@ -171,6 +176,15 @@ def resolve(args):
             fail(f"--{name} {getattr(args, name)}: must be 1 or more")
     if args.samples_per_prompt < 2:
         fail("--samples_per_prompt must be 2 or more: a sample is compared with the others of its prompt")
+    for name in {"steps", "warmup", "learning_rate", "max_grad_norm", "beta", "eval_samples", "ref_update_every"} & vars(
+        args
+    ).keys():
+        if getattr(args, name) < 0:
+            fail(f"--{name} {getattr(args, name)}: must be 0 or more")
+    if args.resume and not args.steps:
+        fail(
+            "--steps 0 evaluates a model; to evaluate what a run has made, leave out --resume and give its folder, --model RUN/model"
+        )
     if args.temperature <= 0:
         fail("--temperature must be above 0: a greedy policy tries nothing new and has no gradient")
     if gspo and args.aggregate != "sequence":
@@ -264,7 +278,7 @@ def load_reward(spec, world):
         return reward_model(spec, world)
     if not Path(file).is_file():
         fail(f"--reward {spec}: no such file {file}")
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(Path(file).stem, file))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file))
     try:
         sys.modules[module.__name__] = module  # as an import does: dataclasses in the file look themselves up there
         module.__spec__.loader.exec_module(module)
@@ -334,11 +348,12 @@ def score_texts(model, tokenizer, completions, rows, world):
 def group_advantages(rewards, everyone, n, scale, keep_max):
     """Equation (1): rewards [B], n to a prompt, everyone [all B] those of all processes -> [B].
 
-    A group of equal rewards has exactly 0: the mean of eight rewards of 0.1 is not 0.1 in floating point, and the
-    difference over a spread of nearly 0 would be a large advantage made of nothing but rounding."""
+    A group of equal rewards has exactly 0: the mean of eight rewards of 1000.1 is not 1000.1 in floating point, and the
+    difference over a spread of nearly 0 would be an advantage made of nothing but rounding."""
     groups = rewards.view(-1, n)
-    spread = {"group": groups.std(1, keepdim=True), "batch": everyone.std(), "none": 1 - 1e-4}[scale]
-    A = (groups - groups.mean(1, keepdim=True)) / (spread + 1e-4)
+    A = groups - groups.mean(1, keepdim=True)
+    if scale != "none":
+        A = A / ((groups.std(1, keepdim=True) if scale == "group" else everyone.std()) + 1e-4)
     best = groups.amax(1, keepdim=True)
     A = A.masked_fill(best == groups.amin(1, keepdim=True), 0.0)
     if keep_max:
@@ -358,8 +373,8 @@ def token_weights(mask, aggregate, longest, world):
                                     the three that is E[A grad log pi] of whole completions, times a number
     """
     length = mask.sum(1, keepdim=True)  # [b, 1]
-    N, tokens = (max(x, 1.0) for x in common.all_sum(world, (length > 0).sum(), length.sum()))
-    return mask / {"sequence": N * length.clamp(min=1), "token": tokens, "constant": N * longest}[aggregate]
+    kept, tokens, N = (max(x, 1.0) for x in common.all_sum(world, (length > 0).sum(), length.sum(), len(mask)))
+    return mask / {"sequence": kept * length.clamp(min=1), "token": tokens, "constant": N * longest}[aggregate]
 
 
 def clipped_loss(logprobs, old_logprobs, advantages, mask, weights, clip_low, clip_high, sequence=False):
@@ -369,10 +384,9 @@ def clipped_loss(logprobs, old_logprobs, advantages, mask, weights, clip_low, cl
     The minimum is pessimistic: it takes the clip where going on would look better, and never where the ratio should come back.
     So the gradient is that of ratio * A times this mask:
 
-                     ratio < 1 - low      inside      ratio > 1 + high
-            A > 0          1                1         0   good, and made likely enough
-            A < 0    0   bad, and made
-                         unlikely enough    1                1
+                 ratio < 1 - low      between      ratio > 1 + high
+        A > 0           1                1                0            0: good, and made likely enough
+        A < 0           0                1                1            0: bad, and made unlikely enough
 
     A plain clip, without the minimum, would have 0 in the corners as well: a good token that an earlier update of this
     rollout made unlikely could not be brought back."""
@@ -387,8 +401,9 @@ def clipped_loss(logprobs, old_logprobs, advantages, mask, weights, clip_low, cl
 
 
 def k3(logprobs, ref_logprobs):
-    """Equation (4), [b, C]: never negative, and its mean over the policy's samples is KL(pi || ref). But its gradient's mean is that
-    of the KL the other way round, KL(ref || pi); near the reference the two are alike."""
+    """Equation (4), [b, C]: never negative, and at each prefix its mean over the policy's own tokens is KL(pi || ref). But the mean of
+    its gradient is that of the KL the other way round, KL(ref || pi); near the reference the two are alike. (Multiplied by the ratio, its gradient
+    included, it would be that of KL(pi || ref) itself: DeepSeek-V3.2, and TRL unless told otherwise.)"""
     d = (logprobs - ref_logprobs).clamp(-20, 20)
     return (-d).exp() - 1 + d
 
@@ -404,7 +419,7 @@ def pass_at_k(n, right, k):
 
 def micro_batches(prompt_mask, mask, n, tokens, world):
     """Cuts rows into parts of whole groups of n (or slices of one, if a group alone is too much) of at most `tokens` tokens
-    with padding, a group's prompt counted once, groups of like length together -> [row numbers]. With n = 1 each
+    (or one row) with padding, a group's prompt counted once, groups of like length together -> [row numbers]. With n = 1 each
     row brings its own prompt. Every process gets as many parts, some perhaps empty: sharded weights are gathered by
     all or by none."""
     prompt, completion = prompt_mask.sum(1).tolist(), mask.sum(1).tolist()
@@ -443,7 +458,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, owner, ids, mask, temperature
     nats, exact, itself without gradient): ids, mask [b, C], and prompts as `trim` gives them -> two times [b, C].
 
     A prompt is computed once for all its samples: its keys and values, with their gradient, are repeated as the sampler
-    repeats them, and the completions go on from there. With a prompt of 100 tokens and 8 samples of 64, that is a third of the work.
+    repeats them, and the completions go on from there. With a prompt of 100 tokens and 8 samples of 64 that halves the work.
 
     The state at a position predicts the token after it: those at the last prompt token and at all completion tokens
     but the last are wanted. The head turns them into logits a chunk at a time and is computed again in backward, so
@@ -483,25 +498,34 @@ def token_logprobs(model, prompt_ids, prompt_mask, owner, ids, mask, temperature
 
 def prompts_can_be_shared(model, samples, n, temperature, dtype):
     """Whether a prompt computed once gives what a prompt computed n times gives: log-probabilities and gradient, tried on two
-    rows of the first rollout. Attention does; a layer whose cache drops the gradient does not, and transformers drops the whole
-    cache, with wrong results, where it checkpoints gradients."""
+    samples of two prompts of the first rollout. Attention does; a layer whose cache drops the gradient does not, and
+    transformers drops the whole cache, with wrong results, where it checkpoints gradients. In bfloat16 rounding alone sets the two
+    apart by per cents, so only what is worse than a tenth is found there."""
     if n == 1 or "past_key_values" not in inspect.signature(model.forward).parameters:
         return False
-    tried, tolerance = [], 1e-3 if dtype == torch.float32 else 0.1
-    for group in (1, n):
-        logprobs, _ = token_logprobs(model, *trim(samples, [0, 1], group), temperature)
-        logprobs.sum().backward()
-        tried.append([logprobs.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    other = n * int((samples.prompt_mask[::n].sum(1) - samples.prompt_mask[0].sum()).abs().argmax())  # of another length
+    rows, tolerance = sorted({0, 1, other, other + 1}), 1e-3 if dtype == torch.float32 else 0.1
+    tried = []
+    try:
+        for group in (1, n):
+            logprobs, _ = token_logprobs(model, *trim(samples, rows, group), temperature)
+            logprobs.sum().backward()
+            tried.append(([logprobs.detach()], [p.grad for p in model.parameters() if p.grad is not None]))
+            model.zero_grad()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a family's cache may say to this use of it
         model.zero_grad()
-    if len(tried[0]) != len(tried[1]):
         return False
 
     def apart(a, b):
-        norms = [torch.nn.utils.get_total_norm(x) for x in ([u - v for u, v in zip(a, b)], a)]
+        size = torch.nn.utils.get_total_norm(a)
+        norms = (torch.nn.utils.get_total_norm([u.sub_(v) for u, v in zip(a, b)]), size)
         away, size = (x.full_tensor() if isinstance(x, DTensor) else x for x in norms)
         return (away / size).item()
 
-    return apart(tried[0][:1], tried[1][:1]) < tolerance and apart(tried[0][1:], tried[1][1:]) < tolerance
+    far = [apart(a, b) for a, b in zip(*tried)]  # both, on every process: sharded gradients are measured by all together
+    return max(far) < tolerance and len(tried[0][1]) == len(tried[1][1])
 
 
 @torch.no_grad()
@@ -524,7 +548,7 @@ def evaluate(model, tokenizer, held_out, reward, args, world):
     """Greedy completions of held-out prompts -> {"eval/reward", "eval/exact"}, and with --eval_samples "eval/pass@K"; each
     process takes its share."""
     right, n = number if args.reward == "number" else exact, args.eval_samples
-    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= n]
+    ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, n) if 0 < k <= n})
     mine, sums = held_out[world.rank :: world.size], [0.0] * (4 + len(ks))
     size = max(256 // max(n, 1), 1)
     for i in range(0, -(-len(held_out) // world.size), size):  # as many rounds on every process
@@ -554,7 +578,7 @@ def advise(metrics, args, said):
         "truncated": (metrics["truncated"] > 0.5, "most completions are cut off: raise --max_new_tokens, or ask for shorter answers with --system"),
         "reward": (metrics["reward"] == 0 and args.reward == "exact", "no completion was right: `exact` wants the answer and nothing else; --reward number takes a text's last number"),
         "equal_groups": (metrics["equal_groups"] > 0.8, "most prompts' samples all score the same, so little is learnt: use prompts of middling difficulty, or raise --samples_per_prompt"),
-        "ratio/first": (metrics["ratio/first"] > 1e-3, "the first ratio is not 1: the same weights gave a sample two probabilities; the model's forward is not deterministic"),
+        "ratio/first": (metrics.get("ratio/first", 0.0) > 1e-3, "the first ratio is not 1: the same weights gave a sample two probabilities; the model's forward is not deterministic"),
         "entropy": (metrics["entropy"] < 0.01, "entropy is near 0, the policy has settled: lower --learning_rate or raise --beta to keep it trying"),
         "kl/ref": (abs(metrics.get("kl/ref", 0.0)) > 100, "KL to the reference runs away: raise --beta or lower --learning_rate"),
     }  # fmt: skip
@@ -574,34 +598,45 @@ def train(args):
     if share % args.minibatches or not share or args.prompts_per_step % world.size:
         fail(f"--prompts_per_step {args.prompts_per_step} must be a multiple of --minibatches times the number of processes")
 
-    # everything that can be wrong with the user's input is found here, before a weight is loaded or a file written
+    # everything that can be wrong with the user's input is found here, before the policy is loaded or a file written
     config, tokenizer = common.read_config(args.model), common.load_tokenizer(args.model)
     prompts = encode_rows(read_rows(args.data, "--data"), tokenizer, args, "--data")
     held_out = encode_rows(read_rows(args.eval_data, "--eval_data"), tokenizer, args, "--eval_data") if args.eval_data else []
     longest = max(len(ids) for ids, _ in prompts + held_out)
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
     if longest >= context:
-        fail(f"--data: a prompt of {longest} tokens fills the model's context of {context}; lower --max_prompt_tokens")
-    args = dataclasses.replace(args, max_new_tokens=min(args.max_new_tokens, context - longest))
+        fail(f"a prompt of {longest} tokens fills the model's context of {context}; lower --max_prompt_tokens")
+    if longest + args.max_new_tokens > context:
+        args = dataclasses.replace(args, max_new_tokens=context - longest)
+        print(
+            f"--max_new_tokens {context - longest}: the model's context of {context} tokens, less the longest prompt's {longest}"
+        )
     if args.reward in ("exact", "number"):
         need_answers([r for _, r in prompts], "--data", f"--reward {args.reward}")
         need_answers([r for _, r in held_out], "--eval_data", f"--reward {args.reward}")
+    if args.eval_samples:
+        need_answers([r for _, r in held_out], "--eval_data", "--eval_samples")
     reward = load_reward(args.reward, world)
     out = common.open_run(args, "grpo", world)
     stop_asked = common.catch_signals()
 
+    row, frozen = longest + args.max_new_tokens, (args.beta > 0) + (Path(args.reward).is_dir())
     needed = common.memory_needed(
-        args.model, world, args.tokens_per_micro_batch, frozen=int(args.beta > 0), checkpointing=args.gradient_checkpointing,
-        sample_rows=share * n, sample_tokens=longest + args.max_new_tokens,
+        args.model, world, max(args.tokens_per_micro_batch, row), frozen=frozen, checkpointing=args.gradient_checkpointing,
+        sample_rows=max(share * n, min(256, len(held_out))), sample_tokens=row,
     )  # fmt: skip
     state = common.read_checkpoint(out) if args.resume else None
-    first, said, group = state["step"] if state else 0, set(), None
+    first, said = state["step"] if state else 0, set()
+    group = state["extra"]["group"] if state else None  # samples that share a prompt's computation, see stage 3
     writer, bar = common.introduce(out, args, world, tokenizer, prompts[0][0], first, needed)
 
     policy = common.load_policy(args.model, world, args.gradient_checkpointing)
     reference = common.load_reference(args.model, world) if args.beta and args.steps else None
     optimizer = common.make_optimizer(policy, args.learning_rate)
-    kept = {"policy": policy, **({"reference": reference} if args.ref_update_every else {})}  # what a checkpoint holds
+    kept = {
+        "policy": policy,
+        **({"reference": reference} if reference and args.ref_update_every else {}),
+    }  # what a checkpoint holds
     if state:
         common.load_checkpoint(state, kept, {"policy": optimizer})
         del state
@@ -631,7 +666,7 @@ def train(args):
             samples, rewards = draw(
                 [common.pick(len(prompts), start + i, args.seed) for i in range(share)], step
             )  # rewards [B]
-            drawn = [rewards]
+            drawn, tokens_drawn = [rewards], samples.mask.sum()
 
             # 2. DAPO: groups that would teach nothing make room for those of other prompts, out of a second such row.
             for again in range(1, REDRAWS + 1) if args.drop_equal_groups else ():
@@ -641,18 +676,19 @@ def train(args):
                 start = (step * REDRAWS + again) * args.prompts_per_step + world.rank * share
                 count = max(int(equal.sum()), 1)  # at least one, so that all processes sample together
                 more, scores = draw(
-                    [common.pick(len(prompts), start + i, args.seed + common.AGAIN) for i in range(count)], step, again
+                    [common.pick(len(prompts), start + i, common.fold(args.seed, common.AGAIN)) for i in range(count)],
+                    step,
+                    again,
                 )
-                drawn.append(scores)
+                drawn, tokens_drawn = [*drawn, scores], tokens_drawn + more.mask.sum()
                 samples, rewards = fill_in(samples, rewards, more, scores, n)
             mask, sampled = samples.mask, time.perf_counter()
 
             # 3. Mini-batches (one optimizer step each) and their micro-batches (one forward each), fixed now: old, new
             #    and reference log-probabilities of a row are to come from the same company of rows.
-            if group is None:
-                shared = not args.gradient_checkpointing and prompts_can_be_shared(
-                    policy, samples, n, args.temperature, world.dtype
-                )
+            if group is None:  # decided once a run
+                shared = not args.gradient_checkpointing
+                shared = shared and prompts_can_be_shared(policy, samples, n, args.temperature, world.dtype)
                 group = n if common.all_sum(world, shared)[0] == world.size else 1
             order = torch.randperm(
                 share, generator=torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
@@ -701,6 +737,7 @@ def train(args):
                             if not norms:
                                 first_ratio = torch.maximum(first_ratio, ((ratio - 1).abs() * part_mask).max())
                             apart = (before - samples.logprobs[part, :C]).abs()
+                            low, high = low & (w > 0), high & (w > 0)  # tokens that are left out have no gradient to stop
                             seen = (torch.ones_like(ratio), entropy, ratio, low, high, before - logprobs, apart, kl)
                             sums += torch.stack([loss.detach(), *((x * part_mask).sum() for x in seen)])
                     norms.append(common.clip_gradients(policy, args.max_grad_norm))
@@ -713,9 +750,10 @@ def train(args):
 
             # 7. Log: sums over all processes first, then means. Rewards are those of everything drawn, dropped groups too.
             now, scores = time.perf_counter(), torch.cat(drawn)
-            numbers = (*sums, mask.sum(), (~samples.finished).sum(), scores.sum(), len(scores), equal_groups(scores, n).sum())
+            equal = equal_groups(scores, n).sum()
+            numbers = (*sums, mask.sum(), (~samples.finished).sum(), scores.sum(), len(scores), equal, tokens_drawn)
             (
-                loss, tokens, entropy, ratio, low, high, moved, apart, kl, length, cut, total, count, equal,
+                loss, tokens, entropy, ratio, low, high, moved, apart, kl, length, cut, total, count, equal, tokens_drawn,
             ) = common.all_sum(world, *numbers)  # fmt: skip
             B = args.prompts_per_step * n
             metrics = {
@@ -724,10 +762,11 @@ def train(args):
                 "ratio/mean": ratio / tokens, "clip/low": low / tokens, "clip/high": high / tokens, "entropy": entropy / tokens,
                 "grad_norm": sum(norms) / updates, "learning_rate": rate, "length": length / B, "truncated": cut / B,
                 "equal_groups": equal * n / count, "time/sample": sampled - began, "time/train": now - sampled,
-                "tokens_per_second": length / (now - began), "memory_gib": common.memory_used(world) / 2**30,
+                "tokens_per_second": tokens_drawn / (now - began), "memory_gib": common.memory_used(world) / 2**30,
             }  # fmt: skip
-            if not reference:
-                del metrics["kl/ref"]  # nothing to compare with
+            for name, there in (("kl/ref", reference), ("ratio/first", old is not None)):
+                if not there:
+                    del metrics[name]  # nothing was compared
             if step % args.eval_every == 0 or step == args.steps:
                 metrics |= held_out_scores()
             asked = tokenizer.decode(samples.prompt_ids[0][samples.prompt_mask[0]])
@@ -742,7 +781,7 @@ def train(args):
             # 8. Save. A signal to end (Ctrl-C, a cluster that wants its machine back) waits for this place.
             ending = common.all_sum(world, stop_asked())[0] > 0
             if step % args.save_every == 0 or step == args.steps or ending:
-                common.save_checkpoint(out, world, step, kept, {"policy": optimizer})
+                common.save_checkpoint(out, world, step, kept, {"policy": optimizer}, {"group": group})
             if ending and step < args.steps:
                 raise common.Stop(f"stopped by a signal after step {step} of {args.steps}")
 

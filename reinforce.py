@@ -176,6 +176,15 @@ def resolve(args):
             fail(f"--{name} {getattr(args, name)}: must be 1 or more")
     if args.samples_per_prompt < 2 and args.baseline in ("loo", "prompt"):
         fail(f"--baseline {args.baseline} compares the samples of a prompt, so --samples_per_prompt must be 2 or more")
+    for name in {"steps", "warmup", "learning_rate", "max_grad_norm", "beta", "eval_samples", "ref_update_every"} & vars(
+        args
+    ).keys():
+        if getattr(args, name) < 0:
+            fail(f"--{name} {getattr(args, name)}: must be 0 or more")
+    if args.resume and not args.steps:
+        fail(
+            "--steps 0 evaluates a model; to evaluate what a run has made, leave out --resume and give its folder, --model RUN/model"
+        )
     if args.temperature <= 0:
         fail("--temperature must be above 0: a greedy policy tries nothing new and has no gradient")
     return args
@@ -263,7 +272,7 @@ def load_reward(spec, world):
         return reward_model(spec, world)
     if not Path(file).is_file():
         fail(f"--reward {spec}: no such file {file}")
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(Path(file).stem, file))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file))
     try:
         sys.modules[module.__name__] = module  # as an import does: dataclasses in the file look themselves up there
         module.__spec__.loader.exec_module(module)
@@ -389,7 +398,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, samples):
 
 def micro_batches(prompt_mask, mask, n, tokens, world):
     """Cuts rows into parts of whole groups of n (or slices of one, if a group alone is too much) of at most `tokens` tokens
-    with padding, a group's prompt counted once, groups of like length together -> [row numbers]. With n = 1 each
+    (or one row) with padding, a group's prompt counted once, groups of like length together -> [row numbers]. With n = 1 each
     row brings its own prompt. Every process gets as many parts, some perhaps empty: sharded weights are gathered by
     all or by none."""
     prompt, completion = prompt_mask.sum(1).tolist(), mask.sum(1).tolist()
@@ -428,7 +437,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, owner, ids, mask, temperature
     nats, exact, itself without gradient): ids, mask [b, C], and prompts as `trim` gives them -> two times [b, C].
 
     A prompt is computed once for all its samples: its keys and values, with their gradient, are repeated as the sampler
-    repeats them, and the completions go on from there. With a prompt of 100 tokens and 8 samples of 64, that is a third of the work.
+    repeats them, and the completions go on from there. With a prompt of 100 tokens and 8 samples of 64 that halves the work.
 
     The state at a position predicts the token after it: those at the last prompt token and at all completion tokens
     but the last are wanted. The head turns them into logits a chunk at a time and is computed again in backward, so
@@ -468,25 +477,34 @@ def token_logprobs(model, prompt_ids, prompt_mask, owner, ids, mask, temperature
 
 def prompts_can_be_shared(model, samples, n, temperature, dtype):
     """Whether a prompt computed once gives what a prompt computed n times gives: log-probabilities and gradient, tried on two
-    rows of the first rollout. Attention does; a layer whose cache drops the gradient does not, and transformers drops the whole
-    cache, with wrong results, where it checkpoints gradients."""
+    samples of two prompts of the first rollout. Attention does; a layer whose cache drops the gradient does not, and
+    transformers drops the whole cache, with wrong results, where it checkpoints gradients. In bfloat16 rounding alone sets the two
+    apart by per cents, so only what is worse than a tenth is found there."""
     if n == 1 or "past_key_values" not in inspect.signature(model.forward).parameters:
         return False
-    tried, tolerance = [], 1e-3 if dtype == torch.float32 else 0.1
-    for group in (1, n):
-        logprobs, _ = token_logprobs(model, *trim(samples, [0, 1], group), temperature)
-        logprobs.sum().backward()
-        tried.append([logprobs.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    other = n * int((samples.prompt_mask[::n].sum(1) - samples.prompt_mask[0].sum()).abs().argmax())  # of another length
+    rows, tolerance = sorted({0, 1, other, other + 1}), 1e-3 if dtype == torch.float32 else 0.1
+    tried = []
+    try:
+        for group in (1, n):
+            logprobs, _ = token_logprobs(model, *trim(samples, rows, group), temperature)
+            logprobs.sum().backward()
+            tried.append(([logprobs.detach()], [p.grad for p in model.parameters() if p.grad is not None]))
+            model.zero_grad()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a family's cache may say to this use of it
         model.zero_grad()
-    if len(tried[0]) != len(tried[1]):
         return False
 
     def apart(a, b):
-        norms = [torch.nn.utils.get_total_norm(x) for x in ([u - v for u, v in zip(a, b)], a)]
+        size = torch.nn.utils.get_total_norm(a)
+        norms = (torch.nn.utils.get_total_norm([u.sub_(v) for u, v in zip(a, b)]), size)
         away, size = (x.full_tensor() if isinstance(x, DTensor) else x for x in norms)
         return (away / size).item()
 
-    return apart(tried[0][:1], tried[1][:1]) < tolerance and apart(tried[0][1:], tried[1][1:]) < tolerance
+    far = [apart(a, b) for a, b in zip(*tried)]  # both, on every process: sharded gradients are measured by all together
+    return max(far) < tolerance and len(tried[0][1]) == len(tried[1][1])
 
 
 @torch.no_grad()
@@ -527,7 +545,7 @@ def advise(metrics, args, said):
         "truncated": (metrics["truncated"] > 0.5, "most completions are cut off: raise --max_new_tokens, or ask for shorter answers with --system"),
         "reward": (metrics["reward"] == 0 and args.reward == "exact", "no completion was right: `exact` wants the answer and nothing else; --reward number takes a text's last number"),
         "equal_groups": (metrics["equal_groups"] > 0.8, "most prompts' samples all score the same, so little is learnt: use prompts of middling difficulty, or raise --samples_per_prompt"),
-        "ratio/first": (metrics["ratio/first"] > 1e-3, "the first ratio is not 1: the same weights gave a sample two probabilities; the model's forward is not deterministic"),
+        "ratio/first": (metrics.get("ratio/first", 0.0) > 1e-3, "the first ratio is not 1: the same weights gave a sample two probabilities; the model's forward is not deterministic"),
         "entropy": (metrics["entropy"] < 0.01, "entropy is near 0, the policy has settled: lower --learning_rate or raise --beta to keep it trying"),
         "kl/ref": (abs(metrics.get("kl/ref", 0.0)) > 100, "KL to the reference runs away: raise --beta or lower --learning_rate"),
     }  # fmt: skip
@@ -547,7 +565,7 @@ def train(args):
     if share % args.minibatches or not share or args.prompts_per_step % world.size:
         fail(f"--prompts_per_step {args.prompts_per_step} must be a multiple of --minibatches times the number of processes")
 
-    # everything that can be wrong with the user's input is found here, before a weight is loaded or a file written
+    # everything that can be wrong with the user's input is found here, before the policy is loaded or a file written
     flag = "--demos" if args.demos else "--data"
     config, tokenizer = common.read_config(args.model), common.load_tokenizer(args.model)
     prompts = encode_rows(read_rows(args.demos or args.data, flag), tokenizer, args, flag)
@@ -555,8 +573,12 @@ def train(args):
     longest = max(len(ids) for ids, _ in prompts + held_out)
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
     if longest >= context:
-        fail(f"{flag}: a prompt of {longest} tokens fills the model's context of {context}; lower --max_prompt_tokens")
-    args = dataclasses.replace(args, max_new_tokens=min(args.max_new_tokens, context - longest))
+        fail(f"a prompt of {longest} tokens fills the model's context of {context}; lower --max_prompt_tokens")
+    if longest + args.max_new_tokens > context:
+        args = dataclasses.replace(args, max_new_tokens=context - longest)
+        print(
+            f"--max_new_tokens {context - longest}: the model's context of {context} tokens, less the longest prompt's {longest}"
+        )
     if args.demos or args.reward in ("exact", "number"):
         need_answers([r for _, r in prompts], flag, flag if args.demos else f"--reward {args.reward}")
         need_answers([r for _, r in held_out], "--eval_data", f"--reward {args.reward}")
@@ -570,12 +592,14 @@ def train(args):
     out = common.open_run(args, "reinforce", world)
     stop_asked = common.catch_signals()
 
+    row, frozen = longest + args.max_new_tokens, (args.beta > 0) + (Path(args.reward).is_dir())
     needed = common.memory_needed(
-        args.model, world, args.tokens_per_micro_batch, frozen=int(args.beta > 0), checkpointing=args.gradient_checkpointing,
-        sample_rows=share * n, sample_tokens=longest + args.max_new_tokens,
+        args.model, world, max(args.tokens_per_micro_batch, row), frozen=frozen, checkpointing=args.gradient_checkpointing,
+        sample_rows=max(share * n, min(256, len(held_out))), sample_tokens=row,
     )  # fmt: skip
     state = common.read_checkpoint(out) if args.resume else None
-    first, said, group = state["step"] if state else 0, set(), None
+    first, said = state["step"] if state else 0, set()
+    group = state["extra"]["group"] if state else None  # samples that share a prompt's computation, see stage 3
     writer, bar = common.introduce(out, args, world, tokenizer, prompts[0][0], first, needed)
 
     policy = common.load_policy(args.model, world, args.gradient_checkpointing)
@@ -617,10 +641,9 @@ def train(args):
 
             # 3. Mini-batches (one optimizer step each) and their micro-batches (one forward each), fixed now: old, new
             #    and reference log-probabilities of a row are to come from the same company of rows.
-            if group is None:
-                shared = not args.gradient_checkpointing and prompts_can_be_shared(
-                    policy, samples, n, args.temperature, world.dtype
-                )
+            if group is None:  # decided once a run
+                shared = not args.gradient_checkpointing
+                shared = shared and prompts_can_be_shared(policy, samples, n, args.temperature, world.dtype)
                 group = n if common.all_sum(world, shared)[0] == world.size else 1
             order = torch.randperm(
                 share, generator=torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
@@ -699,8 +722,9 @@ def train(args):
                 "time/sample": sampled - began, "time/train": now - sampled, "tokens_per_second": length / (now - began),
                 "memory_gib": common.memory_used(world) / 2**30,
             }  # fmt: skip
-            for name in (["kl/ref"] if not reference else []) + (["kl/sample"] if args.demos else []):
-                del metrics[name]  # nothing to compare with
+            for name, there in (("kl/ref", reference), ("ratio/first", old is not None), ("kl/sample", not args.demos)):
+                if not there:
+                    del metrics[name]  # nothing was compared
             if step % args.eval_every == 0 or step == args.steps:
                 metrics |= held_out_scores()
             shown = [
@@ -718,7 +742,7 @@ def train(args):
             # 8. Save. A signal to end (Ctrl-C, a cluster that wants its machine back) waits for this place.
             ending = common.all_sum(world, stop_asked())[0] > 0
             if step % args.save_every == 0 or step == args.steps or ending:
-                common.save_checkpoint(out, world, step, {"policy": policy}, {"policy": optimizer})
+                common.save_checkpoint(out, world, step, {"policy": policy}, {"policy": optimizer}, {"group": group})
             if ending and step < args.steps:
                 raise common.Stop(f"stopped by a signal after step {step} of {args.steps}")
 

@@ -49,11 +49,11 @@ def test_advantages_by_hand():
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-@pytest.mark.parametrize("value", [0.1, 0.7, 1.0])
+@pytest.mark.parametrize("value", [0.1, 0.7, 1.0, 1000.1])
 def test_equal_rewards_have_exactly_no_advantage(scale, value):
-    """NeMo-RL 4161: eight rewards of 0.1 have a mean that is not 0.1, and over a spread of nearly 0 that is not small."""
+    """NeMo-RL 4161: eight rewards of 1000.1 have a mean that is not 1000.1, and over a spread of nearly 0 that is not small."""
     r = torch.full((8,), value)
-    assert (r - r.mean()).abs().max() > 0 or value == 1.0
+    assert value != 1000.1 or ((r - r.mean()) / (r.std() + 1e-4)).abs().max() > 0.3
     assert (group_advantages(r, torch.rand(99), 8, scale, False) == 0).all()
 
 
@@ -128,6 +128,9 @@ def test_aggregations_by_hand():
     assert token_weights(mask, "sequence", 10, CPU).sum(1).tolist() == pytest.approx([1 / 2, 1 / 2])
     assert token_weights(mask, "token", 10, CPU).sum(1).tolist() == pytest.approx([1 / 4, 3 / 4])
     assert token_weights(mask, "constant", 10, CPU).sum(1).tolist() == pytest.approx([1 / 20, 3 / 20])
+    cut = torch.tensor([[False] * 4, [True, True, True, False]])  # the first was cut and is left out
+    assert token_weights(cut, "sequence", 10, CPU).sum().item() == pytest.approx(1), "a mean over those that are left"
+    assert token_weights(cut, "constant", 10, CPU).sum().item() == pytest.approx(3 / 20), "a constant, whatever was cut"
     nothing = token_weights(mask & False, "token", 10, CPU)
     assert (nothing == 0).all(), "all completions cut: no division by 0"
 
@@ -244,6 +247,7 @@ def test_the_self_check_turns_sharing_off_where_it_would_be_wrong(monkeypatch):
     model = family("llama").train()
     s = rollout(model)
     assert prompts_can_be_shared(model, s, 4, 1.0, torch.float32)
+    assert prompts_can_be_shared(model, sample(model, make_tokenizer(), [[5, 6]], n=4, max_new_tokens=3), 4, 1.0, torch.float32)
     assert not prompts_can_be_shared(model, s, 1, 1.0, torch.float32), "nothing to share"
     mamba = family("mamba")
     assert not prompts_can_be_shared(mamba, rollout(mamba), 4, 1.0, torch.float32)
@@ -257,6 +261,12 @@ def test_the_self_check_turns_sharing_off_where_it_would_be_wrong(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(grpo.DynamicCache, "reorder_cache", forgetful)
+        assert not prompts_can_be_shared(model, s, 4, 1.0, torch.float32)
+    with monkeypatch.context() as patch:  # a cache that mixes up whose prompt is whose: rows of two prompts show it
+        patch.setattr(grpo.DynamicCache, "reorder_cache", lambda self, rows: honest(self, rows * 0))
+        assert not prompts_can_be_shared(model, s, 4, 1.0, torch.float32)
+    with monkeypatch.context() as patch:  # a cache that cannot do it at all
+        patch.setattr(grpo.DynamicCache, "reorder_cache", lambda self, rows: 1 / 0)
         assert not prompts_can_be_shared(model, s, 4, 1.0, torch.float32)
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -302,9 +312,10 @@ def test_the_first_ratio_is_1_and_the_kl_0_and_later_ones_are_not(tmp_path):
     flags = SMALL | {"beta": 0.1, "temperature": 0.7, "warmup": 0, "learning_rate": 1e-3}
     for checkpointing in (False, True):
         m = run(tmp_path, f"c{checkpointing}", steps=2, gradient_checkpointing=checkpointing, **flags)
-        assert m[1]["ratio/first"] == 0 and m[1]["kl/ref"] == 0 and m[1]["kl/sample"] < 1e-5 and m[2]["kl/ref"] != 0
-    m = run(tmp_path, "e", steps=1, epochs=2, minibatches=2, **flags)
-    assert m[1]["ratio/first"] == 0 and m[1]["ratio/mean"] != 1 and m[1]["kl/old"] != 0
+        assert m[1]["kl/ref"] == 0 and m[1]["kl/sample"] < 1e-5 and m[2]["kl/ref"] != 0
+        assert "ratio/first" not in m[1], "with one update there is no other forward to compare with"
+        m = run(tmp_path, f"e{checkpointing}", steps=1, epochs=2, minibatches=2, gradient_checkpointing=checkpointing, **flags)
+        assert m[1]["ratio/first"] == 0 and m[1]["ratio/mean"] != 1 and m[1]["kl/old"] != 0
 
 
 def test_no_reference_is_loaded_at_beta_0(tmp_path, monkeypatch):
@@ -368,6 +379,41 @@ def test_truncated_completions_do_not_move_the_weights_when_masked(tmp_path):
     masked, plain = run(tmp_path, "m", mask_truncated=True, **flags), run(tmp_path, "p", **flags)
     assert masked[1]["truncated"] == plain[1]["truncated"] == 1
     assert masked[1]["grad_norm"] == 0 and plain[1]["grad_norm"] > 0
+
+
+def test_the_decision_to_share_prompts_is_kept_for_the_resumed_run(tmp_path, monkeypatch):
+    run(tmp_path, steps=1, **SMALL)
+    monkeypatch.setattr(grpo, "prompts_can_be_shared", lambda *a: 1 / 0)
+    run(tmp_path, steps=2, resume=True, **SMALL)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"ratio": "sequence", "aggregate": "token"}, "--ratio sequence is one ratio a completion"),
+        ({"ref_update_every": 2}, "--ref_update_every moves the reference"),
+        ({"samples_per_prompt": 1}, "--samples_per_prompt must be 2 or more"),
+        ({"clip_low": 1.5}, "--clip_low must be from 0 to 1"),
+        ({"eval_samples": -1}, "--eval_samples -1: must be 0 or more"),
+        ({"beta": -0.1}, "--beta -0.1: must be 0 or more"),
+        ({"max_grad_norm": -1.0}, "--max_grad_norm -1.0: must be 0 or more"),
+        ({"steps": -1}, "--steps -1: must be 0 or more"),
+        ({"resume": True, "steps": 0}, "--steps 0 evaluates a model"),
+        ({"minibatches": 3}, "must be a multiple of --minibatches"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_one_line(flags, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, **flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_pass_at_k_wants_answers(tmp_path, capsys):
+    data = prompts_file(tmp_path, [{"prompt": "5="}])
+    with pytest.raises(SystemExit):
+        run(tmp_path, eval_data=data, eval_samples=2, reward="tests/tiny/sort.py:position")
+    assert "--eval_samples needs an" in capsys.readouterr().err
 
 
 def test_dropping_equal_groups_fills_the_batch_with_signal_and_is_bounded(tmp_path, monkeypatch):

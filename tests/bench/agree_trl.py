@@ -38,7 +38,8 @@ def main():
     advantages = torch.randn(16, generator=g)
     with torch.no_grad():
         now, _ = grpo.token_logprobs(policy, *grpo.trim(s, list(range(16)), 4), 1.0)
-    old = (now + 0.3 * torch.randn(now.shape, generator=g)) * s.mask  # ratios on both sides of the clip
+    apart = 0.3 * torch.randn(now.shape, generator=g) + 0.3 * torch.randn(16, 1, generator=g)
+    old = (now + apart) * s.mask  # ratios on both sides of the clip, of tokens and of completions
     ref = (now + 0.3 * torch.randn(now.shape, generator=g)) * s.mask
 
     results = []
@@ -54,7 +55,7 @@ def main():
 
             with tempfile.TemporaryDirectory() as out:
                 config = GRPOConfig(
-                    output_dir=out, loss_type=loss_type, importance_sampling_level=level, beta=beta, epsilon=0.2, epsilon_high=0.28,
+                    output_dir=out, loss_type=loss_type, importance_sampling_level=level, beta=beta, use_bias_correction_kl=False, epsilon=0.2, epsilon_high=0.28,
                     per_device_train_batch_size=16, num_generations=4, max_completion_length=16, gradient_checkpointing=False,
                     use_cpu=True, bf16=False, report_to="none", model_init_kwargs={"dtype": torch.float32},
                 )  # fmt: skip

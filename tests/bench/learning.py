@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass
 class Args:
-    scripts: tuple[str, ...] = ("reinforce",)
+    scripts: tuple[str, ...] = ("grpo", "reinforce")
     seeds: tuple[int, ...] = (1, 2, 3)
 
 
@@ -50,7 +50,11 @@ def main(args):
         "transformers": transformers.__version__,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
-    (HERE / "learning.json").write_text(json.dumps({**versions, "runs": results}, indent=1) + "\n")
+    path = HERE / "learning.json"
+    before = json.loads(path.read_text())["runs"] if path.exists() else []  # those of other scripts stay
+    results = [r for r in before if r["script"] not in args.scripts] + results
+    results.sort(key=lambda r: (("grpo", "reinforce", "ppo", "dpo", "reward_model").index(r["script"]), r["seed"]))
+    path.write_text(json.dumps({**versions, "runs": results}, indent=1) + "\n")
     lines = ["| command | seed | held-out greedy exact match | seconds |", "|---|---|---|---|"]
     for r in results:
         before, after = r["eval_exact"][0][1], r["eval_exact"][-1][1]
