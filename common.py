@@ -139,8 +139,8 @@ def load_tokenizer(path):
 
 
 def own_pad(tokenizer):
-    """A pad token that is not EOS, for sequence classifiers: transformers' score the last id that is not pad, and where pad is EOS
-    that is the token before the end. One that the vocabulary has, or else a new one."""
+    """A pad token that is not EOS, for sequence classifiers: transformers' score the last id that is not pad, and where pad
+    is EOS that is the token before the end. One that the vocabulary has, or else a new one."""
     taken = (tokenizer.eos_token, tokenizer.bos_token)
     names = [t.content for t in tokenizer.added_tokens_decoder.values() if "pad" in t.content.lower()]
     spare = [name for name in (*names, tokenizer.unk_token) if name and name not in taken]
@@ -219,7 +219,7 @@ def load(auto, path, dtype, **changes):
     settings = {"config": read_config(path, **changes), "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     try:
         model, info = auto.from_pretrained(path, **settings, output_loading_info=True)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         fail(f"{path}: no model could be loaded ({str(error).splitlines()[0]})")
     # what `save_model` writes: the config as it came, with its dropout, so that others find what they know
     model.config_to_save = AutoConfig.from_pretrained(path, **changes)
@@ -499,7 +499,7 @@ MAY_DIFFER = (
 def open_run(args, script, world):
     """The run's folder, made or found. A folder that holds a run is never overwritten: `--resume` goes on with it, and
     only with the flags it was started with (a run that changes its batch size half-way is no longer one run)."""
-    flags, answer = dataclasses.asdict(args), [None]
+    flags, answer = json.loads(json.dumps(dataclasses.asdict(args))), [None]  # as they will be read: tuples are lists
     if world.rank == 0:  # decides alone, before the others could see what it makes
         out, number = Path(args.out or f"runs/{script}"), 1
         if args.resume:
@@ -618,7 +618,8 @@ def cut_log(path, step):
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            if json.loads(line)["step"] <= step:
+            row = json.loads(line)
+            if row["step"] <= step and not any(k.startswith("best_of/") for k in row):  # those come after the last step
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
@@ -683,8 +684,9 @@ def conclude(out, args, writer, bar, use):
     bar.close()
     writer.close()
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    for name in [k for k in lines[-1] if k.startswith("eval/") and k in lines[0]]:
-        print(f"held-out {name[5:]}: {lines[0][name]:.3f} -> {lines[-1][name]:.3f}")
+    last = {k: v for line in lines for k, v in line.items()}
+    for name in [k for k in lines[0] if k.startswith("eval/")]:
+        print(f"held-out {name[5:]}: {lines[0][name]:.3f} -> {last[name]:.3f}")
     print(f"\n  tensorboard --logdir {out}")
     if args.steps:
         print("\nand, in Python, to use the model:\n\n  from transformers import pipeline\n  " + use)

@@ -9,10 +9,10 @@ siblings: the group's mean is the baseline that PPO learns a second network for.
     (4)  k3_t = exp(-d) - 1 + d,    d = log pi(a_t | ...) - log ref(a_t | ...)
     (5)  loss = sum over tokens of w_t l_t                                    w_t: `--aggregate`, below
 
-The ratio lets a rollout serve several updates; the clip ends a token's say once the update has moved it far enough. With one
-update per rollout, the default, the ratio is 1, nothing is ever clipped, and the gradient is REINFORCE's with (1) for a weight. The
-loss is then -sum_i A_i |y_i| / sum_i |y_i|, how much longer bad answers are than good ones: it says nothing about
-learning, and is exactly 0 where all have one length. Watch the reward.
+The ratio lets a rollout serve several updates; the clip ends a token's say once the update has moved it far enough. With
+one update per rollout, the default, the ratio is 1, nothing is ever clipped, and the gradient is REINFORCE's with (1) for a
+weight. The loss is then -sum_i A_i |y_i| / sum_i |y_i|, how much longer bad answers are than good ones: it says nothing
+about learning, and is exactly 0 where all have one length. Watch the reward.
 
 Later variants, as flags (those that change the ratio or the clip act only with several updates per rollout):
 
@@ -25,15 +25,15 @@ Later variants, as flags (those that change the ratio or the clip act only with 
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl --reward number
     torchrun --nproc_per_node 8 grpo.py --model ... --data ... --reward my_reward.py:score
 
-What is biased here, and by whom: dividing by the group's std multiplies a prompt's gradient by 1 / sqrt(p (1 - p)), p its share of
-right answers, so very easy and very hard prompts weigh more than they do in E[r] (Dr. GRPO leaves the division out). The
-mean contains the sample itself, which alone would scale the gradient by 1 - 1/G and not turn it. k3 in the loss has the KL
-as its mean but not the KL's gradient; it is kept as published, and the unbiased way, k1 in the reward, is in reinforce.py. pi_old in
-(2) is what the trainer's own forward says of the weights that drew the samples; the sampler's numbers differ from it by
-rounding (`kl/sample`: 1e-7 in float32, 1e-2 in bfloat16).
+What is biased here, and by whom: dividing by the group's std multiplies a prompt's gradient by 1 / sqrt(p (1 - p)), p its
+share of right answers, so very easy and very hard prompts weigh more than they do in E[r] (Dr. GRPO leaves the division
+out). The mean contains the sample itself, which alone would scale the gradient by 1 - 1/G and not turn it. k3 in the loss
+has the KL as its mean but not the KL's gradient; it is kept as published, and the unbiased way, k1 in the reward, is in
+reinforce.py. pi_old in (2) is what the trainer's own forward says of the weights that drew the samples; the sampler's
+numbers differ from it by rounding (`kl/sample`: 1e-7 in float32, 1e-2 in bfloat16).
 
-Left out: a critic and per-token credit (ppo.py); rewards for the steps of an answer, or for shorter ones; sampling that runs ahead
-of the update.
+Left out: a critic and per-token credit (ppo.py); rewards for the steps of an answer, or for shorter ones; sampling that
+runs ahead of the update.
 
 Shao et al. 2024 (GRPO); Schulman et al. 2017 (the clip); Liu et al. 2025 (Dr. GRPO); Yu et al. 2025 (DAPO); Zheng et al. 2025
 (GSPO); Chen et al. 2021 (pass@k).
@@ -113,8 +113,8 @@ class Args:
     clip_high: float | None = None
     """the ratio is clipped above 1 plus this (default 0.2, and 4e-4 with --ratio sequence)"""
     aggregate: Literal["sequence", "token", "constant"] | None = None
-    """mean of the completions' means, mean over all tokens of the optimizer update (default), or their sum over a constant; --ratio
-    sequence goes with sequence"""
+    """mean of the completions' means, mean over all tokens of the optimizer update (default), or their sum over a constant;
+    --ratio sequence goes with sequence"""
     beta: float = 0.0
     """weight of the KL penalty, k3 in the loss; at 0 no reference model is loaded"""
     ref_update_every: int = 0
@@ -319,10 +319,14 @@ def reward_model(path, world):
 
 
 def encode_answer(tokenizer, prompt, completion):
-    """A whole conversation as a reward model reads it -> ids: rendered by its template, or prompt and completion, ended by EOS."""
+    """A whole conversation as a reward model reads it -> ids: rendered by its template, or else prompt and completion,
+    ended by EOS."""
     talk = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template([*talk, {"role": "assistant", "content": completion}], tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template([*talk, {"role": "assistant", "content": completion}], tokenize=False)
+        except Exception as error:  # some templates know no system message, or want user and assistant to take turns
+            fail(f"the reward model's chat template refuses the prompt {str(prompt):.200}: {error}")
         return tokenizer(text, add_special_tokens=False).input_ids
     text = "\n".join(m["content"] for m in talk)
     return common.encode(tokenizer, text) + common.encode_completion(tokenizer, completion)
@@ -401,9 +405,10 @@ def clipped_loss(logprobs, old_logprobs, advantages, mask, weights, clip_low, cl
 
 
 def k3(logprobs, ref_logprobs):
-    """Equation (4), [b, C]: never negative, and at each prefix its mean over the policy's own tokens is KL(pi || ref). But the mean of
-    its gradient is that of the KL the other way round, KL(ref || pi); near the reference the two are alike. (Multiplied by the ratio, its gradient
-    included, it would be that of KL(pi || ref) itself: DeepSeek-V3.2, and TRL unless told otherwise.)"""
+    """Equation (4), [b, C]: never negative, and at each prefix its mean over the policy's own tokens is KL(pi || ref). But
+    the mean of its gradient is that of the KL the other way round, KL(ref || pi); near the reference the two are alike.
+    (Multiplied by the ratio, its gradient included, it would be that of KL(pi || ref) itself: DeepSeek-V3.2, and TRL unless
+    told otherwise.)"""
     d = (logprobs - ref_logprobs).clamp(-20, 20)
     return (-d).exp() - 1 + d
 
@@ -497,10 +502,10 @@ def token_logprobs(model, prompt_ids, prompt_mask, owner, ids, mask, temperature
 
 
 def prompts_can_be_shared(model, samples, n, temperature, dtype):
-    """Whether a prompt computed once gives what a prompt computed n times gives: log-probabilities and gradient, tried on two
-    samples of two prompts of the first rollout. Attention does; a layer whose cache drops the gradient does not, and
-    transformers drops the whole cache, with wrong results, where it checkpoints gradients. In bfloat16 rounding alone sets the two
-    apart by per cents, so only what is worse than a tenth is found there."""
+    """Whether a prompt computed once gives what a prompt computed n times gives: log-probabilities and gradient, tried on
+    two samples of two prompts of the first rollout. Attention does; a layer whose cache drops the gradient does not, and
+    transformers drops the whole cache, with wrong results, where it checkpoints gradients. In bfloat16 rounding alone sets
+    the two apart by per cents, so only what is worse than a tenth is found there."""
     if n == 1 or "past_key_values" not in inspect.signature(model.forward).parameters:
         return False
     other = n * int((samples.prompt_mask[::n].sum(1) - samples.prompt_mask[0].sum()).abs().argmax())  # of another length
@@ -630,13 +635,17 @@ def train(args):
     group = state["extra"]["group"] if state else None  # samples that share a prompt's computation, see stage 3
     writer, bar = common.introduce(out, args, world, tokenizer, prompts[0][0], first, needed)
 
+    if bar and args.ratio == "sequence" and args.epochs * args.minibatches == 1:
+        print(
+            "note: with one update per rollout every ratio is 1, and this is --aggregate sequence; for GSPO add --minibatches 4"
+        )
+
     policy = common.load_policy(args.model, world, args.gradient_checkpointing)
     reference = common.load_reference(args.model, world) if args.beta and args.steps else None
     optimizer = common.make_optimizer(policy, args.learning_rate)
-    kept = {
-        "policy": policy,
-        **({"reference": reference} if reference and args.ref_update_every else {}),
-    }  # what a checkpoint holds
+    kept = {"policy": policy}  # what a checkpoint holds
+    if reference and args.ref_update_every:
+        kept["reference"] = reference
     if state:
         common.load_checkpoint(state, kept, {"policy": optimizer})
         del state
@@ -663,9 +672,8 @@ def train(args):
             # 1. Rollout and scores. The data is an endless row of shuffled copies; the step's number says which prompts of it
             #    are next, and the rank which of those are this process's: a resumed run neither skips nor repeats any.
             start = (step - 1) * args.prompts_per_step + world.rank * share
-            samples, rewards = draw(
-                [common.pick(len(prompts), start + i, args.seed) for i in range(share)], step
-            )  # rewards [B]
+            picked = [common.pick(len(prompts), start + i, args.seed) for i in range(share)]
+            samples, rewards = draw(picked, step)  # rewards [B]
             drawn, tokens_drawn = [rewards], samples.mask.sum()
 
             # 2. DAPO: groups that would teach nothing make room for those of other prompts, out of a second such row.
@@ -675,11 +683,8 @@ def train(args):
                     break
                 start = (step * REDRAWS + again) * args.prompts_per_step + world.rank * share
                 count = max(int(equal.sum()), 1)  # at least one, so that all processes sample together
-                more, scores = draw(
-                    [common.pick(len(prompts), start + i, common.fold(args.seed, common.AGAIN)) for i in range(count)],
-                    step,
-                    again,
-                )
+                row = common.fold(args.seed, common.AGAIN)
+                more, scores = draw([common.pick(len(prompts), start + i, row) for i in range(count)], step, again)
                 drawn, tokens_drawn = [*drawn, scores], tokens_drawn + more.mask.sum()
                 samples, rewards = fill_in(samples, rewards, more, scores, n)
             mask, sampled = samples.mask, time.perf_counter()
@@ -690,6 +695,10 @@ def train(args):
                 shared = not args.gradient_checkpointing
                 shared = shared and prompts_can_be_shared(policy, samples, n, args.temperature, world.dtype)
                 group = n if common.all_sum(world, shared)[0] == world.size else 1
+                if bar and group < n:
+                    tqdm.write(
+                        "note: each sample's prompt is computed anew (checkpointing, or this family's cache, asks for it)"
+                    )
             order = torch.randperm(
                 share, generator=torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
             )
@@ -707,10 +716,10 @@ def train(args):
             old = rollout_logprobs(policy, samples, every_part, group, args.temperature) if updates > 1 else None  # [B, C]
             ref = rollout_logprobs(reference, samples, every_part, group, args.temperature) if reference else None
 
-            # 5. Advantages.
+            # 5. Advantages, equation (1): a number for each completion.
             advantages = group_advantages(rewards, common.all_gather(world, rewards), n, args.scale, args.keep_max)  # [B]
 
-            # 6. Update.
+            # 6. Update, equations (2) to (5). `weights` hold the division by what the whole optimizer step has.
             rate = common.learning_rate_at(step, args.steps, args.learning_rate, args.schedule, args.warmup)
             for settings in optimizer.param_groups:
                 settings["lr"] = rate

@@ -313,10 +313,14 @@ def reward_model(path, world):
 
 
 def encode_answer(tokenizer, prompt, completion):
-    """A whole conversation as a reward model reads it -> ids: rendered by its template, or prompt and completion, ended by EOS."""
+    """A whole conversation as a reward model reads it -> ids: rendered by its template, or else prompt and completion,
+    ended by EOS."""
     talk = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template([*talk, {"role": "assistant", "content": completion}], tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template([*talk, {"role": "assistant", "content": completion}], tokenize=False)
+        except Exception as error:  # some templates know no system message, or want user and assistant to take turns
+            fail(f"the reward model's chat template refuses the prompt {str(prompt):.200}: {error}")
         return tokenizer(text, add_special_tokens=False).input_ids
     text = "\n".join(m["content"] for m in talk)
     return common.encode(tokenizer, text) + common.encode_completion(tokenizer, completion)
@@ -476,10 +480,10 @@ def token_logprobs(model, prompt_ids, prompt_mask, owner, ids, mask, temperature
 
 
 def prompts_can_be_shared(model, samples, n, temperature, dtype):
-    """Whether a prompt computed once gives what a prompt computed n times gives: log-probabilities and gradient, tried on two
-    samples of two prompts of the first rollout. Attention does; a layer whose cache drops the gradient does not, and
-    transformers drops the whole cache, with wrong results, where it checkpoints gradients. In bfloat16 rounding alone sets the two
-    apart by per cents, so only what is worse than a tenth is found there."""
+    """Whether a prompt computed once gives what a prompt computed n times gives: log-probabilities and gradient, tried on
+    two samples of two prompts of the first rollout. Attention does; a layer whose cache drops the gradient does not, and
+    transformers drops the whole cache, with wrong results, where it checkpoints gradients. In bfloat16 rounding alone sets
+    the two apart by per cents, so only what is worse than a tenth is found there."""
     if n == 1 or "past_key_values" not in inspect.signature(model.forward).parameters:
         return False
     other = n * int((samples.prompt_mask[::n].sum(1) - samples.prompt_mask[0].sum()).abs().argmax())  # of another length
@@ -645,6 +649,10 @@ def train(args):
                 shared = not args.gradient_checkpointing
                 shared = shared and prompts_can_be_shared(policy, samples, n, args.temperature, world.dtype)
                 group = n if common.all_sum(world, shared)[0] == world.size else 1
+                if bar and group < n:
+                    tqdm.write(
+                        "note: each sample's prompt is computed anew (checkpointing, or this family's cache, asks for it)"
+                    )
             order = torch.randperm(
                 share, generator=torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
             )

@@ -16,6 +16,20 @@ def scores(script, out, *flags):
     return [m["eval/exact"] for m in log if "eval/exact" in m]
 
 
+def test_grpo_learns_to_sort(tmp_path):
+    """The README's first command, whole."""
+    curve = scores("grpo", tmp_path / "run")
+    assert curve[0] <= 0.40 and curve[-1] >= 0.90, curve
+
+
+def test_a_reward_model_learns_and_makes_best_of_n(tmp_path):
+    command = [sys.executable, str(ROOT / "reward_model.py"), "--out", str(tmp_path / "run")]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    last = {k: v for m in log for k, v in m.items()}
+    assert last["eval/accuracy"] >= 0.95 and last["best_of/true@16"] >= last["best_of/true@1"] + 0.20
+
+
 def test_reinforce_learns_to_sort(tmp_path):
     """Shortened: from at most 0.40 to at least 0.60 in half the steps."""
     curve = scores("reinforce", tmp_path / "run", "--steps", "125")

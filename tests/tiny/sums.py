@@ -1,4 +1,4 @@
-"""A second task, for a chat model: simple sums, answered by the number and nothing else.
+"""A second task, for a chat model: simple sums, answered by the number and nothing else (half of the reward is for the form).
 
     python tests/tiny/sums.py FOLDER       # writes sums_train.jsonl and sums_test.jsonl there; no sum is in both
     python grpo.py --model CHAT_MODEL --data FOLDER/sums_train.jsonl --eval_data FOLDER/sums_test.jsonl \\
@@ -13,16 +13,15 @@ from pathlib import Path
 
 
 def brief(completion, row):
-    """1 for the answer alone, 0.2 for words with the answer in them, 0 for anything else."""
-    if completion.strip() == row["answer"]:
-        return 1.0
-    return 0.2 * (row["answer"] in re.findall(r"\d+", completion))
+    """Half for a number and nothing else, half for the right one as the last number said."""
+    numbers = re.findall(r"\d+", completion)
+    return 0.5 * completion.strip().isdecimal() + 0.5 * (numbers[-1:] == [row["answer"]])
 
 
 def main(folder):
-    sums = [(a, b) for a in range(1, 31) for b in range(1, 31)]
+    sums = [(a, b) for a in range(1, 21) for b in range(1, 21)]
     random.Random(0).shuffle(sums)
-    for name, part in (("test", sums[:128]), ("train", sums[128:])):
+    for name, part in (("test", sums[:100]), ("train", sums[100:])):
         rows = [{"prompt": f"What is {a} + {b}? Reply with the number only.", "answer": str(a + b)} for a, b in part]
         (Path(folder) / f"sums_{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 

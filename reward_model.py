@@ -1,0 +1,715 @@
+"""A reward model: what people prefer, learnt from pairs as one number a text; and best-of-N, the policy it makes at once.
+
+Nobody can say what a summary is worth, but of two, most people can say which is better. Bradley and Terry's model gives every
+text a score r, and the chance that y wins against z a logistic curve in the difference:
+
+    (1)  P(y > z | x) = sigmoid(r(x, y) - r(x, z))
+    (2)  loss = mean over pairs of  -log sigmoid(r(x, chosen) - r(x, rejected) - margin)                   -> `pair_loss`
+
+That is classification of pairs: log 2 where the model cannot tell, falling as the difference grows. Only differences are
+learnt; r + f(x) fits as well for any f, and r's size is that of how sure the labels let it be. So at the end the scores are
+divided by their spread over the training pairs, folded into the head: a policy trained on it sees rewards of unit scale.
+
+The score is a linear head on the last real token's state, which has seen the whole text; a critic (ppo.py) reads every token.
+
+Best-of-N draws N completions of a prompt and keeps the one of the highest score. It needs no training of the policy, and
+every RL method has to beat it. From one set of M samples all N <= M are estimated without bias, not from the first N
+samples:
+
+    (3)  E[value of the best of N] = sum_i v_(i) C(i - 1, N - 1) / C(M, N),    v_(i) with the i-th smallest score -> `best_of`
+    (4)  KL(best-of-N || policy) <= log N - (N - 1) / N
+
+The measure that matters is not the model's own score, which rises with N by construction, but the true reward beside it.
+
+    python reward_model.py                            # pairs of the embedded task, then best-of-N of the embedded model
+    python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --eval_data held_out_pairs.jsonl python
+    reward_model.py --model runs/reward_model/model --steps 0 --policy MODEL --eval_prompts prompts.jsonl --best_of 1 4 16
+
+Left out: ensembles, several scores at once, rewards for the steps of an answer. The result is an ordinary sequence classifier
+(AutoModelForSequenceClassification with one label), for `--reward FOLDER` here and for other trainers.
+
+Bradley and Terry 1952; Christiano et al. 2017; Stiennon et al. 2020 (reward models and best-of-N for language models);
+Touvron et al. 2023 (the margin); Eisenstein et al. 2023 (centering); Beirami et al. 2024 (the bound on the KL)."""
+
+import dataclasses
+import importlib.util
+import inspect
+import json
+import math
+import re
+import sys
+import time
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch.distributed.tensor import DTensor
+from transformers import DynamicCache
+
+import common
+from common import fail
+
+TINY = Path(__file__).resolve().parent / "tests" / "tiny"  # the embedded model and its task
+
+
+@dataclass
+class Args:
+    # --- task ---
+    model: str = str(TINY / "model")
+    """folder or hub name of the model to start from: a causal language model, or a reward model to go on with"""
+    data: str | None = None
+    """pairs to learn from: JSON lines with "prompt", "chosen", "rejected", and perhaps "margin" (default: the embedded
+    task's)"""
+    eval_data: str | None = None
+    """held-out pairs, as --data; without it the embedded task has its own, and other data none"""
+    chat: bool = True
+    """texts are rendered by the chat template, if the tokenizer has one (--no_chat: raw text, and the result has no
+    template)"""
+    system: str = ""
+    """system message before every prompt of --eval_prompts that has none of its own"""
+    max_tokens: int = 1024
+    """pairs with a longer side are left out, and counted; they are never cut"""
+
+    # --- algorithm ---
+    use_margin: bool = False
+    """the score of chosen should exceed that of rejected by the row's "margin" """
+    center: float = 0.0
+    """weight of the mean squared sum of a pair's scores, which keeps them near 0 (0.01 is usual)"""
+    unit_scale: bool = True
+    """at the end, fold the spread of the scores on the training pairs into the head"""
+
+    # --- best of N ---
+    best_of: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """the N of best-of-N; as many completions as the largest are drawn for each prompt"""
+    policy: str | None = None
+    """the model that draws them (default for the embedded pairs the embedded model, otherwise none)"""
+    eval_prompts: str | None = None
+    """prompts for best-of-N: JSON lines with "prompt" and, for the true reward, "answer" """
+    reward: str = "exact"
+    """the true reward beside the model's: exact | number | FILE.py:function(completion, row) | another reward model"""
+    max_prompt_tokens: int = 512
+    """prompts that are longer are left out, and counted"""
+    max_new_tokens: int = 256
+    """a completion is cut here"""
+    temperature: float = 1.0
+    """of sampling"""
+    sample_rows: int = 512
+    """completions drawn at once: lower it when memory runs out"""
+
+    # --- optimisation ---
+    steps: int = 375
+    """optimizer updates in all; 0 evaluates only"""
+    pairs_per_step: int = 64
+    """pairs in an update"""
+    learning_rate: float | None = None
+    """AdamW's step size (default 1e-5, and 1e-3 for the embedded model, which is small and wants more)"""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """what becomes of the learning rate after the warm-up"""
+    warmup: int = 10
+    """steps over which the learning rate rises"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    tokens_per_micro_batch: int | None = None
+    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 2048 on a CPU): lower it when memory
+    runs out; up to rounding, results do not change"""
+    gradient_checkpointing: bool = False
+    """keep less for the backward pass and compute it twice: less memory, about a third more time"""
+
+    # --- run ---
+    out: str = ""
+    """the run's folder (default runs/reward_model, then runs/reward_model-2, ...)"""
+    resume: bool = False
+    """go on with the run in --out; give it the flags it was started with"""
+    seed: int = 1
+    """of the new head, of the order of pairs and of sampling"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU if there is one"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """what computes on a GPU (auto: bfloat16); the weights that learn are float32 always"""
+    eval_every: int = 75
+    """steps between scores on --eval_data"""
+    save_every: int = 75
+    """steps between checkpoints"""
+
+
+def resolve(args):
+    """Fills in the defaults that depend on other flags, and refuses flags that contradict each other."""
+    at_home = args.data is None and not args.eval_data and not args.policy and not args.eval_prompts
+    defaults = {
+        "data": str(TINY / "pairs_train.jsonl") if at_home else "",
+        "learning_rate": 1e-3 if Path(args.model).resolve() == TINY / "model" else 1e-5,
+        "tokens_per_micro_batch": 2048 if args.device == "cpu" or not torch.cuda.is_available() else 8192,
+        "eval_data": str(TINY / "pairs_test.jsonl") if at_home else "",
+        "policy": str(TINY / "model") if at_home else "",
+        "eval_prompts": str(TINY / "sort_test.jsonl") if at_home else "",
+    }
+    args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
+    counts = (
+        "max_tokens max_prompt_tokens max_new_tokens pairs_per_step tokens_per_micro_batch sample_rows eval_every save_every"
+    )
+    for name in counts.split():
+        if getattr(args, name) < 1:
+            fail(f"--{name} {getattr(args, name)}: must be 1 or more")
+    for name in ("steps", "warmup", "learning_rate", "max_grad_norm", "center"):
+        if getattr(args, name) < 0:
+            fail(f"--{name} {getattr(args, name)}: must be 0 or more")
+    if args.resume and not args.steps:
+        fail(
+            "--steps 0 evaluates a model; to evaluate what a run has made, leave out --resume and give its folder, --model RUN/model"
+        )
+    if args.steps and not args.data:
+        fail("--data: name a file of pairs, or give --steps 0 to evaluate only")
+    if not (args.steps or args.eval_data or args.policy):
+        fail("--steps 0 evaluates; name pairs with --eval_data, or --policy and --eval_prompts")
+    if args.policy and (not args.best_of or min(args.best_of) < 1):
+        fail("--best_of: name one N or more, each 1 or more")
+    if bool(args.policy) != bool(args.eval_prompts):
+        fail("--policy draws completions of --eval_prompts: both are needed for best-of-N")
+    if args.temperature <= 0:
+        fail("--temperature must be above 0: best-of-N needs samples that differ")
+    return args
+
+
+# -- The task: pairs, prompts and true rewards ---------------------------------------------------------------------
+
+
+def read_pairs(path, flag):
+    """The pairs of a JSON-lines file. A side is a text, or a list of messages of which the last is the answer; those before
+    it, if there are any, are the prompt."""
+    rows = []
+    for number, row in read_json(path, flag):
+        row = dict(row) if isinstance(row, dict) else {}
+        before = []  # what stands in the sides before their answers
+        for side in ("chosen", "rejected"):
+            if is_prompt(row.get(side)) and isinstance(row[side], list) and row[side][-1]["role"] == "assistant":
+                before.append(row[side][:-1])
+                row[side] = row[side][-1]["content"]
+        if len(before) == 2 and before[0] != before[1]:
+            fail(f"{flag} {path}, line {number}: chosen and rejected answer two different conversations")
+        if before and before[0]:
+            row["prompt"] = before[0]
+        if not is_prompt(row.get("prompt")) or not all(isinstance(row.get(side), str) for side in ("chosen", "rejected")):
+            fail(f'{flag} {path}, line {number}: needs "prompt", "chosen" and "rejected", each a text or a list of messages')
+        rows.append(row)
+    return rows
+
+
+def encode_pairs(rows, tokenizer, args, flag):
+    """[(chosen's ids, rejected's ids, row), ...] of whole conversations, without pairs of equal sides, which say nothing, and
+    without those too long: cut, a pair may lose the very place where its sides differ. Says how many those were."""
+    pairs = [(*(encode_answer(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")), row) for row in rows]
+    differ = [p for p in pairs if p[0] != p[1]]
+    kept = [p for p in differ if max(len(p[0]), len(p[1])) <= args.max_tokens]
+    if len(kept) < len(pairs):
+        long = len(differ) - len(kept)
+        print(
+            f"{flag}: of {len(pairs)} pairs {len(pairs) - len(differ)} left out as equal, {long} as over --max_tokens {args.max_tokens}"
+        )
+    for _, _, row in kept if args.use_margin and flag == "--data" else ():
+        if not isinstance(row.get("margin"), (int, float)) or not math.isfinite(row["margin"]):
+            fail(f'{flag}: --use_margin needs a "margin", a number; the pair with prompt {row["prompt"]!r:.100} has none')
+    return kept or fail(f"{flag}: no pair is left")
+
+
+def read_json(path, flag):
+    """[(line number, value), ...] of a JSON-lines file; a mistake is named with its line."""
+    try:
+        text = Path(path).read_bytes().decode()
+    except OSError as error:
+        fail(f"{flag} {path}: {error.strerror}")
+    except UnicodeDecodeError:
+        fail(f"{flag} {path}: not a text file in UTF-8")
+    values = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            values += [(number, json.loads(line))] if line.strip() else []
+        except ValueError as error:
+            fail(f"{flag} {path}, line {number}: not JSON ({error})")
+    return values or fail(f"{flag} {path}: no rows in it")
+
+
+def is_prompt(value):
+    """A text, or a list of chat messages."""
+    messages = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    return bool(value) and (isinstance(value, str) or messages)
+
+
+def read_rows(path, flag):
+    """The rows of a JSON-lines file, each with its `prompt`."""
+    rows = []
+    for number, row in read_json(path, flag):
+        prompt = row.get("prompt", row.get("question")) if isinstance(row, dict) else None
+        if not is_prompt(prompt):
+            fail(f'{flag} {path}, line {number}: needs a "prompt" (or "question") that is a text or a list of messages')
+        rows.append({**row, "prompt": prompt})
+    return rows
+
+
+def encode_rows(rows, tokenizer, args, flag):
+    """[(prompt's token ids, row), ...] without the prompts that are too long; says how many those were."""
+    pairs = [(common.encode_prompt(tokenizer, r["prompt"], args.system, args.chat), r) for r in rows]
+    kept = [(ids, r) for ids, r in pairs if 0 < len(ids) <= args.max_prompt_tokens]
+    if len(kept) < len(pairs):
+        print(
+            f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out (--max_prompt_tokens {args.max_prompt_tokens})"
+        )
+    return kept or fail(f"{flag}: every prompt is longer than --max_prompt_tokens {args.max_prompt_tokens}")
+
+
+def need_answers(rows, flag, what):
+    for row in rows:
+        if not isinstance(row.get("answer"), (str, int, float)):
+            fail(f'{flag}: {what} needs an "answer", a text or a number; the row with prompt {row["prompt"]!r:.100} has none')
+
+
+def exact(completion, row):
+    """1 if the completion is the answer, else 0."""
+    return float(completion.strip() == str(row["answer"]).strip())
+
+
+def number(completion, row):
+    """1 if the last number of the completion equals the last of the answer. Commas, $, a final dot and trailing zeros
+    do not matter; compared as decimals, not as floats, which cannot tell long numbers apart."""
+
+    def last(text):
+        found = re.findall(r"(?:(?<![\w.])-)?(?:\d[\d,]*\.?\d*|\.\d+)", str(text).replace("$", ""))
+        return Decimal(found[-1].replace(",", "").rstrip(".")) if found else None
+
+    wanted = last(row["answer"])
+    return float(wanted is not None and last(completion) == wanted)
+
+
+def load_reward(spec, world):
+    """--reward as a function from completions and their rows to scores. Mistakes are found before a policy is loaded."""
+    if spec in ("exact", "number"):
+        return checked({"exact": exact, "number": number}[spec])
+    file, _, name = spec.partition(":")
+    if not file.endswith(".py"):
+        if "/" not in spec and not Path(spec).exists():
+            fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
+        return reward_model(spec, world)
+    if not Path(file).is_file():
+        fail(f"--reward {spec}: no such file {file}")
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file))
+    try:
+        sys.modules[module.__name__] = module  # as an import does: dataclasses in the file look themselves up there
+        module.__spec__.loader.exec_module(module)
+    except Exception as error:
+        fail(f"--reward {spec}: {file} cannot be imported ({type(error).__name__}: {error})")
+    if not callable(getattr(module, name, None)):
+        fail(f"--reward {spec}: {file} has no function {name!r}; write --reward {file}:function")
+    return checked(getattr(module, name))
+
+
+def checked(reward):
+    """A reward for one completion as one for many, which ends the run when it raises or gives no finite number: one NaN
+    among the rewards makes every weight NaN within a step."""
+
+    def scores(completions, rows):
+        values = []
+        for completion, row in zip(completions, rows):
+            try:
+                value = reward(completion, row)
+                value = math.nan if isinstance(value, str) else float(value)
+            except Exception as error:
+                value = f"an error, {type(error).__name__}: {error}"
+            if isinstance(value, str) or not math.isfinite(value):
+                where = f"prompt {row['prompt']!r:.300} and completion {completion!r:.300}"
+                raise common.Stop(f"--reward gave {value if isinstance(value, str) else 'no finite number'} for {where}")
+            values.append(value)
+        return values
+
+    return scores
+
+
+def reward_model(path, world):
+    """A sequence classifier with one label, as a reward. It reads text through its own tokenizer and template, because its
+    ids need not be the policy's."""
+    tokenizer = common.load_tokenizer(path)
+    model = common.load_scalar(path, world, tokenizer).requires_grad_(False).eval()
+    return lambda completions, rows: score_texts(model, tokenizer, completions, rows, world)
+
+
+def encode_answer(tokenizer, prompt, completion):
+    """A whole conversation as a reward model reads it -> ids: rendered by its template, or else prompt and completion,
+    ended by EOS."""
+    talk = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if tokenizer.chat_template:
+        try:
+            text = tokenizer.apply_chat_template([*talk, {"role": "assistant", "content": completion}], tokenize=False)
+        except Exception as error:  # some templates know no system message, or want user and assistant to take turns
+            fail(f"the reward model's chat template refuses the prompt {str(prompt):.200}: {error}")
+        return tokenizer(text, add_special_tokens=False).input_ids
+    text = "\n".join(m["content"] for m in talk)
+    return common.encode(tokenizer, text) + common.encode_completion(tokenizer, completion)
+
+
+@torch.no_grad()
+def score_texts(model, tokenizer, completions, rows, world):
+    """The reward model's scores of completions, a list of floats."""
+    texts = [encode_answer(tokenizer, row["prompt"], c) for c, row in zip(completions, rows)]
+    most, values = int(common.all_gather(world, torch.tensor([len(texts)], device=world.device)).max()), []
+    for i in range(0, most, 64):  # as many forwards on every process: sharded weights are gathered by all or by none
+        part = texts[i : i + 64] or texts[:1]
+        s = common.given([[] for _ in part], part, tokenizer, world)
+        values += model(input_ids=s.ids, attention_mask=s.mask.long()).logits[:, 0].float().tolist()
+    if not all(map(math.isfinite, values)):
+        raise common.Stop("the reward model gave a score that is not finite")
+    return values[: len(texts)]
+
+
+# -- The math ------------------------------------------------------------------------------------------------------
+
+
+def pair_loss(chosen, rejected, margin, pairs, center):
+    """Equation (2): chosen, rejected, margin [b]; `pairs` is the number of pairs of the whole update, over all of its
+    micro-batches and processes. `center` adds the mean of (chosen + rejected)^2: differences leave the level free, and this
+    holds it near 0."""
+    loss = -F.logsigmoid(chosen - rejected - margin) + center * (chosen + rejected) ** 2
+    return loss.sum() / pairs
+
+
+def best_of(scores, values, n):
+    """Equation (3): scores, values [prompts, M] -> [prompts], the expected value of the completion with the highest score
+    among n drawn out of M. It is the i-th of M in order when it is one of the n and the other n - 1 are below it. Equal
+    scores share what their places get."""
+    M = scores.shape[1]
+    chance = [math.comb(i, n - 1) / math.comb(M, n) for i in range(M)]  # of place i, from the lowest score
+    chance = torch.tensor(chance, dtype=torch.float64).cumsum(0)
+    below = (scores[:, None, :] < scores[:, :, None]).sum(2)  # [prompts, M] how many score less than this one
+    equal = (scores[:, None, :] == scores[:, :, None]).sum(2)  # as many as this one, itself counted
+    upto = torch.cat([torch.zeros(1, dtype=torch.float64), chance])
+    return ((upto[below + equal] - upto[below]) / equal * values).sum(1)
+
+
+def pair_metrics(chosen, rejected, difference):
+    """What held-out scores say, [pairs] each; difference is how much longer chosen is, in tokens. -> dict. `accuracy`
+    counts a tie as half. Split by length it shows a model that just likes long answers: high where chosen is longer, low
+    where it is shorter. `calibration` is the mean distance, over ten bins, of the predicted chance of winning from the
+    share of wins."""
+    margin = chosen - rejected
+    won = (margin > 0).double() + 0.5 * (margin == 0).double()
+    out = {"eval/accuracy": won.mean().item(), "eval/margin": margin.mean().item()}
+    out["eval/loss"] = -F.logsigmoid(margin).mean().item()
+    for name, which in (("shorter", difference < 0), ("longer", difference > 0)):
+        if which.any():
+            out[f"eval/accuracy_{name}"] = won[which].mean().item()
+    sure, right = margin.abs().sigmoid(), won  # the side with the higher score, its predicted chance, and whether it won
+    bins, off = (sure * 20 - 10).long().clamp(0, 9), 0.0
+    for b in bins.unique():
+        off += (sure[bins == b].mean() - right[bins == b].mean()).abs().item() * (bins == b).double().mean().item()
+    return out | {"eval/calibration": off}
+
+
+# -- Scores: one forward for both sides ----------------------------------------------------------------------------
+
+
+def split_pairs(pairs, share):
+    """[(what both sides begin with, rest of chosen, rest of rejected), ...] as ids. The prompt, and sometimes more, is
+    computed once for both sides; each keeps one token at least. Without `share` nothing is common."""
+    out = []
+    for chosen, rejected, _ in pairs:
+        same = 0
+        while share and same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
+            same += 1
+        out.append((chosen[:same], chosen[same:], rejected[same:]))
+    return out
+
+
+def micro_batches_of_pairs(pairs, share, tokens, world):
+    """Cuts pairs into parts of at most `tokens` tokens (or one pair) with padding, pairs of like length together -> [pair
+    numbers]. Both sides stay in one part, because the loss is of their difference. Every process gets as many parts, some
+    perhaps empty: sharded weights are gathered by all or by none."""
+    sizes = [(len(p), max(len(c), len(r))) for p, c, r in split_pairs(pairs, share)]
+    parts = [[]]
+    for i in sorted(range(len(pairs)), key=lambda i: (-sizes[i][1], -sizes[i][0])):
+        prompt, answer = (max(sizes[j][k] for j in (*parts[-1], i)) for k in (0, 1))
+        if parts[-1] and (len(parts[-1]) + 1) * (prompt + 2 * answer) > tokens:
+            parts.append([])
+        parts[-1].append(i)
+    most = int(common.all_gather(world, torch.tensor([len(parts)], device=world.device)).max())
+    return parts + [[]] * (most - len(parts))
+
+
+def pair_scores(model, tokenizer, pairs, share, world):
+    """The scores (chosen [b], rejected [b]) of pairs, read at the last real token, in float32. By length, not by looking
+    for the pad id from the right as the model's own pooling does: that finds another place where a text ends in that id."""
+    starts, chosen, rejected = zip(*split_pairs(pairs, share))
+    s, caught = common.given(starts * 2, chosen + rejected, tokenizer, world), []  # rows: all chosen, then all rejected
+    takes = inspect.signature(model.forward).parameters
+
+    def forward(ids, mask, **cache):
+        positions = (mask.long().cumsum(1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
+        inputs = {"position_ids": positions} if "position_ids" in takes else {}
+        model(input_ids=ids, attention_mask=mask.long(), **inputs, **(cache or {"use_cache": False}))
+
+    hook = common.scalar_head(model).register_forward_hook(lambda head, inputs, output: caught.append(output))
+    try:
+        if share:
+            cache, b = DynamicCache(config=model.config), len(pairs)
+            forward(s.prompt_ids[:b], s.prompt_mask[:b], past_key_values=cache, use_cache=True)
+            cache.reorder_cache(torch.arange(b, device=s.ids.device).repeat(2))  # each start for both of its sides
+            forward(s.ids, torch.cat([s.prompt_mask, s.mask], 1), past_key_values=cache, use_cache=True)
+        else:
+            forward(s.ids, s.mask)
+    finally:
+        hook.remove()
+    last = s.mask.sum(1) - 1
+    return caught[-1][torch.arange(len(last), device=last.device), last, 0].float().chunk(2)
+
+
+def starts_can_be_shared(model, tokenizer, pairs, world):
+    """Whether a common start computed once gives the scores and the gradient of one computed twice, tried on two pairs.
+    Attention does; a layer whose cache drops the gradient does not, and transformers drops the whole cache where it
+    checkpoints gradients."""
+    takes = inspect.signature(model.forward).parameters
+    if "past_key_values" not in takes or min(len(p) for p, _, _ in split_pairs(pairs[:2], True)) == 0:
+        return False
+    tried, tolerance = [], 1e-3 if world.dtype == torch.float32 else 0.1
+    try:
+        for share in (False, True):
+            chosen, rejected = pair_scores(model, tokenizer, pairs[:2], share, world)
+            (chosen.sum() - 0.5 * rejected.sum()).backward()
+            tried.append([p.grad for p in model.parameters() if p.grad is not None])
+            model.zero_grad()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a family's cache may say to this use of it
+        model.zero_grad()
+        return False
+    size = torch.nn.utils.get_total_norm(tried[0])
+    norms = (torch.nn.utils.get_total_norm([u.sub_(v) for u, v in zip(*tried)]), size)
+    away, size = (x.full_tensor() if isinstance(x, DTensor) else x for x in norms)
+    return (away / size).item() < tolerance
+
+
+def evaluate(model, tokenizer, held_out, share, args, world):
+    """-> pair_metrics of held-out pairs; each process takes its share."""
+    mine = held_out[world.rank :: world.size] or held_out[:1]
+    found = score_all(model, tokenizer, mine, share, args, world)
+    longer = torch.tensor([len(c) - len(r) for c, r, _ in mine], dtype=torch.float64)
+    table = torch.stack([*found, longer], 1)  # [pairs, 3]
+    if world.size > 1:
+        most = -(-len(held_out) // world.size)
+        table = F.pad(table, (0, 0, 0, most - len(table)), value=math.nan).to(world.device)
+        table = common.all_gather(world, table).cpu()
+        table = table[~table[:, 0].isnan()][: len(held_out)]
+    return pair_metrics(*table.T)
+
+
+@torch.no_grad()
+def score_all(model, tokenizer, pairs, share, args, world):
+    """The scores of many pairs, chosen and rejected, [pairs] each, in float64 on the CPU."""
+    chosen, rejected = torch.zeros(2, len(pairs), dtype=torch.float64)
+    for part in micro_batches_of_pairs(pairs, share, args.tokens_per_micro_batch, world):
+        scores = pair_scores(model, tokenizer, [pairs[i] for i in part or [0]], share, world)
+        if part:
+            chosen[part], rejected[part] = (x.double().cpu() for x in scores)
+    if not (chosen + rejected).isfinite().all():
+        raise common.Stop("the model gave a score that is not finite")
+    return chosen, rejected
+
+
+@torch.no_grad()
+def fold_scale(model, tokenizer, pairs, share, args, world):
+    """Divides the head by the spread of the scores of (at most 2048) training pairs, and takes their mean from its bias, if
+    it has one (decoders' heads have none): accuracy stays what it was, and the scores get unit scale. A difference of
+    scores times the spread is then what equation (1) has inside."""
+    sample = [pairs[common.pick(len(pairs), i, args.seed)] for i in range(min(len(pairs), 2048))]
+    scores = torch.cat(score_all(model, tokenizer, sample[world.rank :: world.size] or sample[:1], share, args, world))
+    total, squares, count = common.all_sum(world, scores.sum(), (scores**2).sum(), len(scores))
+    mean, spread = total / count, math.sqrt(max(squares / count - (total / count) ** 2, 1e-12))
+    head = common.scalar_head(common.at_rest(model))
+    for p in head.parameters():
+        if p.ndim == 1:
+            p.sub_(mean)
+        p.div_(spread)
+    if world.rank == 0:
+        print(f"scores on training pairs: mean {mean:.3f}, spread {spread:.3f}; the head is divided by the spread")
+        if spread < 1e-3:
+            print("warning: all scores are nearly the same; the model has learnt nothing to scale")
+
+
+# -- Best of N -----------------------------------------------------------------------------------------------------
+
+
+def report_best_of(model, tokenizer, policy_tokenizer, prompts, reward, args, world):
+    """Draws max(N) completions of each prompt from the policy and says what the best of N of them is worth: by the model's
+    score, by the true reward, and for how much KL at most. N = 1 is the policy itself, a random choice."""
+    policy, M = common.load_reference(args.policy, world), max(args.best_of)
+    mine, sums = prompts[world.rank :: world.size], [0.0] * (1 + 2 * len(args.best_of))
+    size = max(1, args.sample_rows // M)
+    for i in range(0, -(-len(prompts) // world.size), size):  # as many rounds on every process
+        part = mine[i : i + size]
+        ids, rows = zip(*(part or prompts[:1]))
+        seed = common.fold(args.seed, i, world.rank, common.DRAW)
+        texts = common.sample(
+            policy,
+            policy_tokenizer,
+            list(ids),
+            n=M,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            seed=seed,
+        ).texts
+        rows = [row for row in rows for _ in range(M)]
+        scores = torch.tensor(score_texts(model, tokenizer, texts, rows, world), dtype=torch.float64).view(-1, M)
+        values = torch.tensor(reward(texts, rows), dtype=torch.float64).view(-1, M) if reward else torch.zeros_like(scores)
+        if part:
+            means = [best_of(scores, x, n).sum().item() for n in args.best_of for x in (scores, values)]
+            sums = [a + b for a, b in zip(sums, (len(part), *means))]
+    count, *sums = common.all_sum(world, *sums)
+    metrics = {}
+    if world.rank == 0:
+        print("\nbest of N   score" + "   true reward" * bool(reward) + "   KL at most")
+    for n, score, value in zip(args.best_of, sums[::2], sums[1::2]):
+        metrics[f"best_of/score@{n}"] = score / count
+        if reward:
+            metrics[f"best_of/true@{n}"] = value / count
+        metrics[f"best_of/kl@{n}"] = math.log(n) - (n - 1) / n
+        if world.rank == 0:
+            row = (f"{n:9d}", f"{score / count:8.3f}", *([f"{value / count:14.3f}"] if reward else []))
+            print(*row, f"{metrics[f'best_of/kl@{n}']:13.3f}")
+    return metrics
+
+
+# -- The loop ------------------------------------------------------------------------------------------------------
+
+
+def train(args):
+    args = resolve(args)
+    world = common.start(args.device, args.dtype, args.seed)
+    mine = args.pairs_per_step // world.size
+    if not mine or args.pairs_per_step % world.size:
+        fail(f"--pairs_per_step {args.pairs_per_step} must be a multiple of the number of processes")
+
+    # everything that can be wrong with the user's input is found here, before a weight is loaded or a file written
+    config, tokenizer = common.read_config(args.model), common.load_tokenizer(args.model)
+    finished = any("SequenceClassification" in name for name in config.architectures or ())
+    if not finished and not args.steps:
+        fail(f"--steps 0: {args.model} is no reward model yet, so there is nothing to evaluate")
+    common.own_pad(tokenizer)
+    if not args.chat:
+        tokenizer.chat_template = None  # in model/ too, so that others score texts as they were learnt
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+    args = dataclasses.replace(args, max_tokens=min(args.max_tokens, context))
+    pairs = encode_pairs(read_pairs(args.data, "--data"), tokenizer, args, "--data") if args.steps else []
+    held_out = encode_pairs(read_pairs(args.eval_data, "--eval_data"), tokenizer, args, "--eval_data") if args.eval_data else []
+    prompts, reward, policy_tokenizer = [], None, None
+    if args.policy:
+        policy_config, policy_tokenizer = common.read_config(args.policy), common.load_tokenizer(args.policy)
+        prompts = encode_rows(read_rows(args.eval_prompts, "--eval_prompts"), policy_tokenizer, args, "--eval_prompts")
+        limits = [getattr(c.get_text_config(), "max_position_embeddings", None) or 2**31 for c in (config, policy_config)]
+        room = min(limits) - max(len(ids) for ids, _ in prompts) - 1  # an EOS may be put after a completion that was cut
+        if room < 1:
+            fail("--eval_prompts: a prompt fills the context of the policy or of the reward model; lower --max_prompt_tokens")
+        args = dataclasses.replace(args, max_new_tokens=min(args.max_new_tokens, room))
+        if args.reward in ("exact", "number"):
+            need_answers([r for _, r in prompts], "--eval_prompts", f"--reward {args.reward}, the true reward,")
+        reward = load_reward(args.reward, world)
+    out = common.open_run(args, "reward_model", world)
+    stop_asked = common.catch_signals()
+
+    needed = common.memory_needed(
+        args.model, world, args.tokens_per_micro_batch, frozen=bool(args.policy), learning=bool(args.steps), checkpointing=args.gradient_checkpointing,
+        sample_rows=args.sample_rows * bool(args.policy), sample_tokens=args.max_prompt_tokens + args.max_new_tokens,
+    )  # fmt: skip
+    state = common.read_checkpoint(out) if args.resume else None
+    first = state["step"] if state else 0
+    shown = (pairs or held_out or prompts)[0][0]
+    writer, bar = common.introduce(out, args, world, tokenizer, shown, first, needed)
+
+    width = config.get_text_config().hidden_size
+    head_std = None if finished else 1 / math.sqrt(width + 1)
+    model = common.load_scalar(args.model, world, tokenizer, head_std, args.gradient_checkpointing)
+    optimizer = common.make_optimizer(model, args.learning_rate)
+    share = bool(state["extra"]["share"]) if state else None  # compute what both sides begin with once
+    if state:
+        common.load_checkpoint(state, {"model": model}, {"model": optimizer})
+        del state
+
+    def held_out_scores():
+        return evaluate(model, tokenizer, held_out, share, args, world) if held_out else {}
+
+    with common.guarded(out, args):
+        if share is None:  # decided once a run
+            share = bool(pairs) and not args.gradient_checkpointing and starts_can_be_shared(model, tokenizer, pairs, world)
+            share = common.all_sum(world, share)[0] == world.size
+        if first == 0:
+            common.log(out, writer, 0, held_out_scores())
+
+        for step in range(first + 1, args.steps + 1):
+            began = time.perf_counter()
+
+            # 1. The next pairs of an endless row of shuffled copies, and of those this process's.
+            start = (step - 1) * args.pairs_per_step + world.rank * mine
+            batch = [pairs[common.pick(len(pairs), start + i, args.seed)] for i in range(mine)]
+
+            # 2. One forward for both sides of a pair; the loss is divided by the pairs of the whole step, before the
+            #    first backward: however the step is cut, the gradients add up to the same.
+            rate = common.learning_rate_at(step, args.steps, args.learning_rate, args.schedule, args.warmup)
+            for settings in optimizer.param_groups:
+                settings["lr"] = rate
+            sums = torch.zeros(5, dtype=torch.float64, device=world.device)
+            for part in micro_batches_of_pairs(batch, share, args.tokens_per_micro_batch, world):
+                real, part = bool(part), part or [0]  # an empty part only keeps other processes company
+                chosen, rejected = pair_scores(model, tokenizer, [batch[i] for i in part], share, world)
+                margin = torch.tensor([batch[i][2]["margin"] if args.use_margin else 0.0 for i in part], device=world.device)
+                loss = pair_loss(chosen, rejected, margin, args.pairs_per_step, args.center) * real
+                loss.backward()
+                with torch.no_grad():
+                    seen = (
+                        (chosen > rejected).sum() + 0.5 * (chosen == rejected).sum(),
+                        (chosen - rejected).sum(),
+                        chosen.sum(),
+                        rejected.sum(),
+                    )
+                    sums += torch.stack([loss.detach(), *(x * real for x in seen)])
+            norm = common.clip_gradients(model, args.max_grad_norm)
+            if not math.isfinite(norm):
+                raise common.Stop(f"step {step}: the gradient is {norm}, so no step was taken with it")
+            optimizer.step()
+            optimizer.zero_grad()
+
+            # 3. Log: sums over all processes first, then means.
+            tokens = sum(len(c) + len(r) for c, r, _ in batch)
+            loss, won, margin, chosen, rejected, tokens = common.all_sum(world, *sums, tokens)
+            B, seconds = args.pairs_per_step, time.perf_counter() - began
+            metrics = {
+                "loss": loss, "accuracy": won / B, "margin": margin / B, "chosen": chosen / B, "rejected": rejected / B,
+                "grad_norm": norm, "learning_rate": rate, "time/train": seconds, "tokens_per_second": tokens / seconds,
+                "memory_gib": common.memory_used(world) / 2**30,
+            }  # fmt: skip
+            if step % args.eval_every == 0 or step == args.steps:
+                metrics |= held_out_scores()
+            ending = common.all_sum(world, stop_asked())[0] > 0
+            common.log(out, writer, step, metrics)
+            if bar:
+                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.3f}")
+                bar.update()
+
+            # 4. Save. A signal to end (Ctrl-C, a cluster that wants its machine back) waits for this place.
+            if step % args.save_every == 0 or step == args.steps or ending:
+                common.save_checkpoint(out, world, step, {"model": model}, {"model": optimizer}, {"share": share})
+            if ending and step < args.steps:
+                raise common.Stop(f"stopped by a signal after step {step} of {args.steps}")
+
+        # 5. The end: unit scale (in model/, not in the checkpoint, from which training may go on), and best-of-N.
+        if args.steps:
+            if args.unit_scale:
+                fold_scale(model, tokenizer, pairs, share, args, world)
+            common.save_model(model, tokenizer, out / "model", world)
+        if args.policy:
+            common.log(
+                out, writer, args.steps, report_best_of(model.eval(), tokenizer, policy_tokenizer, prompts, reward, args, world)
+            )
+    use = f'print(pipeline("text-classification", "{out / "model"}")("prompt and answer as the first text above shows them"))'
+    common.conclude(out, args, writer, bar, use)
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, use_underscores=True))

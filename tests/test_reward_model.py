@@ -1,0 +1,367 @@
+"""The reward model: Bradley-Terry's loss, where the score is read, what is saved, and best-of-N against brute force."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from conftest import family, make_tokenizer
+
+import common
+import reward_model
+from common import World
+from reward_model import (
+    best_of,
+    encode_answer,
+    encode_pairs,
+    micro_batches_of_pairs,
+    pair_loss,
+    pair_metrics,
+    pair_scores,
+    read_pairs,
+    split_pairs,
+    starts_can_be_shared,
+)
+
+CPU = World(0, 1, torch.device("cpu"), torch.float32)
+
+
+# --- the loss ---
+
+
+def test_the_loss_is_log_2_where_the_model_cannot_tell_and_falls_with_the_difference():
+    zero = torch.zeros(3)
+    assert abs(pair_loss(zero, zero, zero, 3, 0.0).item() - math.log(2)) < 1e-6
+    c, r, m = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0]), torch.tensor([0.0, 0.5])
+    by_hand = (math.log(1 + math.exp(-1.5)) + math.log(1 + math.exp(4.5))) / 2
+    assert abs(pair_loss(c, r, m, 2, 0.0).item() - by_hand) < 1e-6
+    assert abs(pair_loss(c, r, m, 2, 0.1).item() - by_hand - 0.1 * (2.5**2 + 2.0**2) / 2) < 1e-6
+
+
+def test_the_gradient_raises_chosen_lowers_rejected_and_sees_only_the_difference():
+    c, r = torch.tensor([0.3, 5.0], requires_grad=True), torch.tensor([0.1, -5.0], requires_grad=True)
+    pair_loss(c, r, torch.zeros(2), 2, 0.0).backward()
+    assert (c.grad < 0).all() and torch.equal(c.grad, -r.grad) and c.grad[0] < 100 * c.grad[1], "a sure pair teaches little"
+
+
+def test_scores_beyond_floating_point_stay_finite():
+    c = torch.tensor([-1e4], requires_grad=True)
+    loss = pair_loss(c, torch.tensor([1e4]), torch.zeros(1), 1, 0.0)
+    loss.backward()
+    assert loss.item() == 2e4 and c.grad.item() == -1
+
+
+# --- best of N ---
+
+
+def test_best_of_n_against_every_choice_of_n():
+    """For every subset of n of the M samples the true value of its best; with ties all that tie count alike."""
+    scores = torch.tensor([[0.3, 0.1, 0.9, 0.9, -1.0], [1.0, 1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    values = torch.tensor([[1.0, 5.0, 2.0, 3.0, 7.0], [1.0, 2.0, 3.0, 4.0, 5.0]], dtype=torch.float64)
+    for n in range(1, 6):
+        wanted = []
+        for s, v in zip(scores.tolist(), values.tolist()):
+            picks = []
+            for chosen in itertools.combinations(range(5), n):
+                top = [i for i in chosen if s[i] == max(s[j] for j in chosen)]
+                picks.append(sum(v[i] for i in top) / len(top))
+            wanted.append(sum(picks) / len(picks))
+        torch.testing.assert_close(best_of(scores, values, n), torch.tensor(wanted, dtype=torch.float64))
+
+
+def test_the_best_of_one_is_the_mean_and_the_score_rises_with_n():
+    scores = torch.rand(4, 16, dtype=torch.float64)
+    torch.testing.assert_close(best_of(scores, scores, 1), scores.mean(1))
+    torch.testing.assert_close(best_of(scores, scores, 16), scores.amax(1))
+    rising = torch.stack([best_of(scores, scores, n) for n in range(1, 17)])
+    assert (rising.diff(dim=0) > 0).all()
+
+
+def test_the_bound_on_the_kl_holds_for_a_policy_one_can_enumerate():
+    """Best of n of a uniform policy over k outcomes of distinct scores: P(i) = (i^n - (i-1)^n) / k^n."""
+    for k, n in ((4, 2), (50, 4), (1000, 16)):
+        p = [(i**n - (i - 1) ** n) / k**n for i in range(1, k + 1)]
+        kl = sum(x * math.log(x * k) for x in p if x)
+        assert 0 < kl <= math.log(n) - (n - 1) / n
+
+
+# --- metrics ---
+
+
+def test_metrics_by_hand():
+    chosen = torch.tensor([1.0, 0.0, 2.0, 0.5], dtype=torch.float64)
+    rejected = torch.tensor([0.0, 1.0, 2.0, -0.5], dtype=torch.float64)
+    m = pair_metrics(chosen, rejected, torch.tensor([3, -2, 0, 1]))
+    assert m["eval/accuracy"] == 0.625 and m["eval/margin"] == 0.25, "a tie counts half"
+    assert m["eval/accuracy_longer"] == 1.0 and m["eval/accuracy_shorter"] == 0.0
+    # |margin| 1 three times, predicted 0.731, won twice; |margin| 0 once, predicted 0.5, won half
+    assert abs(m["eval/calibration"] - 0.75 * abs(1 / (1 + math.exp(-1)) - 2 / 3)) < 1e-9
+
+
+def test_a_calibrated_model_is_found_to_be_so():
+    g = torch.Generator().manual_seed(0)
+    margin = 2 * torch.randn(200_000, generator=g, dtype=torch.float64)
+    won = torch.rand(200_000, generator=g, dtype=torch.float64) < margin.sigmoid()
+    sign = torch.where(won, 1.0, -1.0)
+    good = pair_metrics(margin * sign, 0 * margin, margin * 0)["eval/calibration"]
+    sure = pair_metrics(3 * margin * sign, 0 * margin, margin * 0)["eval/calibration"]
+    assert good < 0.01 < 0.05 < sure
+
+
+# --- pairs ---
+
+
+def pairs_file(tmp_path, rows):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(tmp_path / "pairs.jsonl")
+
+
+def test_pairs_may_be_texts_or_messages_with_the_prompt_in_them(tmp_path):
+    user = {"role": "user", "content": "w5"}
+    said = [{"role": "assistant", "content": "w6"}], [{"role": "assistant", "content": "w7"}]
+    rows = [
+        {"prompt": "w5", "chosen": "w6", "rejected": "w7"},
+        {"prompt": [user], "chosen": said[0], "rejected": said[1]},
+        {"chosen": [user, *said[0]], "rejected": [user, *said[1]]},
+        {"prompt": "w5", "chosen": [user, *said[0]], "rejected": [user, *said[1]]},
+    ]
+    read = read_pairs(pairs_file(tmp_path, rows), "--data")
+    tokenizer = make_tokenizer()
+    ids = {tuple(encode_answer(tokenizer, r["prompt"], r["chosen"])) for r in read}
+    assert ids == {(5, 6, 1)} and {r["rejected"] for r in read} == {"w7"}
+
+
+def test_equal_and_long_pairs_are_left_out_and_counted(tmp_path, capsys):
+    rows = [{"prompt": "w5", "chosen": "w6", "rejected": x} for x in ("w7", "w6", "w7 w8 w9 w10")]
+    args = reward_model.Args(max_tokens=4)
+    kept = encode_pairs(read_pairs(pairs_file(tmp_path, rows), "--data"), make_tokenizer(), args, "--data")
+    assert len(kept) == 1 and "of 3 pairs 1 left out as equal, 1 as over --max_tokens 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 60, 10_000])
+def test_micro_batches_hold_every_pair_once_and_keep_to_the_budget(tokens):
+    pairs = [([5, 6, 7] + c, [5, 6, 7] + r, {}) for c, r, _ in pairs_of(20)]
+    for share in (False, True):
+        parts = micro_batches_of_pairs(pairs, share, tokens, CPU)
+        assert sorted(i for p in parts for i in p) == list(range(20))
+        for part in parts:
+            sides = split_pairs([pairs[i] for i in part], share)
+            prompt, answer = max(len(p) for p, _, _ in sides), max(len(x) for _, c, r in sides for x in (c, r))
+            assert len(part) == 1 or len(part) * (prompt + 2 * answer) <= tokens
+
+
+# --- the model ---
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("base")
+    family("llama").save_pretrained(out)
+    make_tokenizer().save_pretrained(out)
+    return out
+
+
+def pairs_of(n=6):
+    g = torch.Generator().manual_seed(0)
+    text = lambda: torch.randint(3, 48, (int(torch.randint(2, 9, (1,), generator=g)),), generator=g).tolist() + [1]  # noqa: E731
+    return [(text(), text(), {}) for _ in range(n)]
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_the_score_is_read_at_the_last_real_token_whatever_the_padding(share, folder):
+    """Alone, in a batch with longer texts, and where a text ends in the pad id itself, which transformers' pooling skips."""
+    tokenizer = make_tokenizer()
+    model = common.load_scalar(folder, CPU, tokenizer, 0.2).eval()
+    pairs = [([5, 6] + c, [5, 6] + r, {}) for c, r, _ in pairs_of()] + [([5, 6, 0], [5, 8, 9, 10, 11, 12, 13, 14, 15], {})]
+    chosen, rejected = pair_scores(model, tokenizer, pairs, share, CPU)
+    for i, pair in enumerate(pairs):
+        alone = pair_scores(model, tokenizer, [pair], share, CPU)
+        assert abs(alone[0].item() - chosen[i].item()) < 1e-5 and abs(alone[1].item() - rejected[i].item()) < 1e-5
+    # by hand: the trunk's last state times the head
+    with torch.no_grad():
+        state = model.model(input_ids=torch.tensor([[5, 6, 0]])).last_hidden_state[0, -1]
+    assert abs((model.score.weight @ state).item() - chosen[-1].item()) < 1e-5
+    pooled = model(input_ids=torch.tensor([[5, 6, 0]])).logits.item()
+    assert abs(pooled - chosen[-1].item()) > 1e-3, "the pooling by pad id would have scored another token"
+
+
+@pytest.mark.parametrize("tokens", [30, 60])
+def test_the_gradient_is_the_same_however_the_step_is_cut(tokens, folder):
+    tokenizer, grads = make_tokenizer(), []
+    pairs = [([5, 6, 7] + c, [5, 6, 7] + r, {}) for c, r, _ in pairs_of()]
+    torch.manual_seed(0)
+    model = common.load_scalar(folder, CPU, tokenizer, 0.2)
+    for budget, share in ((10_000, False), (tokens, False), (tokens, True)):
+        model.zero_grad()
+        for part in micro_batches_of_pairs(pairs, share, budget, CPU):
+            c, r = pair_scores(model, tokenizer, [pairs[i] for i in part], share, CPU)
+            pair_loss(c, r, 0.1 * torch.tensor(part), 6, 0.01).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert all((grads[0] - g).norm() < 1e-5 * grads[0].norm() for g in grads[1:])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "mistral", "gemma2", "phi3"])
+def test_scores_of_every_family_agree_with_transformers_pipeline_saved_and_loaded(name, tmp_path):
+    """To 1e-5, in any company; with a tokenizer whose pad was its EOS."""
+    family(name).save_pretrained(tmp_path / "base")
+    tokenizer = make_tokenizer(pad="<eos>")
+    common.own_pad(tokenizer)
+    torch.manual_seed(0)
+    model = common.load_scalar(tmp_path / "base", CPU, tokenizer, 0.2)
+    pairs = [([5, 6, 7] + c, [5, 6, 7] + r, {}) for c, r, _ in pairs_of()]
+    chosen, rejected = (x.tolist() for x in pair_scores(model, tokenizer, pairs, False, CPU))
+    assert starts_can_be_shared(model, tokenizer, pairs, CPU)
+    shared = [x.tolist() for x in pair_scores(model, tokenizer, pairs, True, CPU)]
+    assert shared[0] == pytest.approx(chosen, abs=1e-5) and shared[1] == pytest.approx(rejected, abs=1e-5)
+    common.save_model(model, tokenizer, tmp_path / "model", CPU)
+    # the class is named, because AutoTokenizer would read these words with the class that goes with the family's own vocabulary
+    read = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
+    assert read.pad_token_id != read.eos_token_id
+    pipe = transformers.pipeline("text-classification", str(tmp_path / "model"), tokenizer=read)
+    texts = [tokenizer.decode(c) for c, _, _ in pairs]
+    assert [x["score"] for x in pipe(texts)] == pytest.approx(chosen, abs=1e-5)
+    assert [x["score"] for x in pipe(texts, batch_size=6)] == pytest.approx(chosen, abs=1e-5)
+
+
+def test_a_family_without_a_classifier_gets_a_sentence(tmp_path, capsys):
+    family("mamba").save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        common.load_scalar(tmp_path, CPU, make_tokenizer(), 0.2)
+    assert "no sequence classifier for the family 'mamba'" in capsys.readouterr().err
+
+
+def test_a_pad_token_that_is_eos_gets_one_of_its_own(tmp_path, folder):
+    """With pad == EOS transformers would score the token before the end."""
+    tokenizer = make_tokenizer(pad="<eos>")
+    common.own_pad(tokenizer)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id and tokenizer.pad_token == "<|pad|>"
+    model = common.load_scalar(folder, CPU, tokenizer, 0.2)
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer) == 49
+    common.save_model(model, tokenizer, tmp_path / "model", CPU)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert again.config.pad_token_id == 48 and again.config.vocab_size == 49
+    kept = make_tokenizer()
+    common.own_pad(kept)
+    assert kept.pad_token == "<pad>"
+
+
+# --- whole runs, on the embedded model ---
+
+
+def run(tmp_path, name="run", **flags):
+    flags = {
+        "out": str(tmp_path / name),
+        "device": "cpu",
+        "eval_data": "",
+        "policy": "",
+        "eval_prompts": "",
+        "data": str(reward_model.TINY / "pairs_train.jsonl"),
+        "pairs_per_step": 8,
+        "seed": 1,
+    } | flags
+    reward_model.train(reward_model.Args(**flags))
+    return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def few(tmp_path, name, count):
+    lines = (reward_model.TINY / name).read_text().splitlines()[:count]
+    (tmp_path / name).write_text("\n".join(lines))
+    return str(tmp_path / name)
+
+
+def test_a_saved_model_scores_the_same_by_every_way(tmp_path):
+    """Field notes, test 11: our scorer on the saved folder, plain transformers, and its pipeline agree with the model trained."""
+    run(tmp_path, steps=2)
+    tokenizer = common.load_tokenizer(str(tmp_path / "run" / "model"))
+    rows = [{"prompt": "52817="}, {"prompt": "31="}, {"prompt": "9074391="}]
+    texts = ["12578", "13", "0134799"]
+    reward = reward_model.reward_model(str(tmp_path / "run" / "model"), CPU)
+    ours = reward(texts, rows)
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model").eval()
+    assert plain.config.num_labels == 1 and plain.config.problem_type == "regression"
+    assert plain.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    pipe = transformers.pipeline("text-classification", str(tmp_path / "run" / "model"))
+    for score, text, row in zip(ours, texts, rows):
+        with torch.no_grad():
+            alone = plain(input_ids=torch.tensor([encode_answer(tokenizer, row["prompt"], text)])).logits.item()
+        piped = pipe(row["prompt"] + text + tokenizer.eos_token)[0]["score"]
+        assert abs(alone - score) < 1e-5 and abs(piped - score) < 1e-5
+
+
+def test_scores_have_unit_spread_at_the_end_and_the_order_they_had(tmp_path):
+    data = few(tmp_path, "pairs_train.jsonl", 64)
+    run(tmp_path, "scaled", steps=4, data=data)
+    run(tmp_path, "raw", steps=4, data=data, unit_scale=False)
+    kept = encode_pairs(
+        read_pairs(data, "--data"), common.load_tokenizer(reward_model.Args.model), reward_model.Args(max_tokens=32), ""
+    )
+    rows = [row for _, _, row in kept]
+    texts = [r[side] for r in rows for side in ("chosen", "rejected")]
+    doubled = [r for r in rows for _ in range(2)]
+    scaled, raw = (
+        torch.tensor(reward_model.reward_model(str(tmp_path / n / "model"), CPU)(texts, doubled)) for n in ("scaled", "raw")
+    )
+    assert abs(scaled.std(unbiased=False).item() - 1) < 1e-3 < abs(raw.std().item() - 1)
+    torch.testing.assert_close(scaled / scaled.std(), raw / raw.std(), atol=1e-3, rtol=1e-3)
+
+
+def test_resuming_equals_never_having_stopped(tmp_path):
+    flags = {"eval_data": few(tmp_path, "pairs_test.jsonl", 40), "eval_every": 2}
+    straight = run(tmp_path, "a", steps=4, **flags)
+    run(tmp_path, "b", steps=2, **flags)
+    resumed = run(tmp_path, "b", steps=4, resume=True, **flags)
+    clocks = ("time/train", "tokens_per_second", "memory_gib")
+    assert [{k: v for k, v in m.items() if k not in clocks} for m in resumed] == [
+        {k: v for k, v in m.items() if k not in clocks} for m in straight
+    ]
+    a, b = (
+        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / n / "model").state_dict() for n in ("a", "b")
+    )
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_finished_model_reports_best_of_n_without_training(tmp_path):
+    run(tmp_path, "rm", steps=1)
+    flags = {"policy": str(reward_model.TINY / "model"), "eval_prompts": few(tmp_path, "sort_test.jsonl", 16)}
+    m = run(tmp_path, "bon", model=str(tmp_path / "rm" / "model"), steps=0, best_of=(1, 4), max_new_tokens=12, **flags)[-1]
+    assert m["best_of/score@1"] < m["best_of/score@4"] and 0 <= m["best_of/true@1"] <= 1
+    assert m["best_of/kl@1"] == 0 and abs(m["best_of/kl@4"] - (math.log(4) - 0.75)) < 1e-12
+    assert not (tmp_path / "bon" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, rows, words",
+    [
+        ({}, [{"prompt": "5=", "chosen": "5"}], 'line 1: needs "prompt", "chosen" and "rejected"'),
+        ({}, [{"prompt": "5=", "chosen": "5", "rejected": "5"}], "no pair is left"),
+        ({"use_margin": True}, [{"prompt": "5=", "chosen": "5", "rejected": "6"}], '--use_margin needs a "margin"'),
+        ({"max_tokens": 2}, [{"prompt": "5=", "chosen": "5", "rejected": "6"}], "no pair is left"),
+        (
+            {},
+            [
+                {
+                    "chosen": [{"role": "user", "content": "5="}, {"role": "assistant", "content": "5"}],
+                    "rejected": [{"role": "user", "content": "6="}, {"role": "assistant", "content": "5"}],
+                }
+            ],
+            "two different conversations",
+        ),
+        ({"temperature": 0.0}, [], "--temperature must be above 0"),
+        ({"steps": 0, "eval_data": "", "data": ""}, [], "--steps 0 evaluates; name pairs"),
+        (
+            {"steps": 0, "eval_data": "tests/tiny/pairs_test.jsonl"},
+            [{"prompt": "5=", "chosen": "5", "rejected": "6"}],
+            "is no reward model yet",
+        ),
+        ({"policy": "tests", "eval_prompts": ""}, [], "both are needed"),
+        ({"pairs_per_step": 0}, [], "must be 1 or more"),
+    ],
+)
+def test_a_mistake_is_one_line(flags, rows, words, tmp_path, capsys):
+    data = pairs_file(tmp_path, rows)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, **{"data": data} | flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
