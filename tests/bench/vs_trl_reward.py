@@ -202,9 +202,8 @@ def main(args):
             t = turns[-1]
             print(who, steps, f"{statistics.median(t['seconds'][1:]):.1f} s a step, {t['gib']:.1f} GiB", flush=True)
     for t in turns:
-        t["configuration"] = {
-            k: v for k, v in t["configuration"].items() if "dir" not in k and k not in ("model", "data", "out")
-        }
+        plain = {k: v for k, v in t["configuration"].items() if "dir" not in k and k not in ("model", "data", "out")}
+        t["configuration"] = {k: Path(v).name if str(v).startswith("/") else v for k, v in plain.items()}
     lines = [
         "| 135M model, 8 real pairs a step | seconds a step | peak memory | held-out accuracy after 40 steps (95 % interval) |",
         "|---|---|---|---|",
