@@ -320,16 +320,24 @@ def load_reference(path, world):
     return shard(load(AutoModelForCausalLM, path, world.dtype)[0].requires_grad_(False).eval(), world)
 
 
+def scalar_config(path):
+    """The config of a model that can have one number for a head; what cannot is refused before anything is loaded."""
+    config = read_config(path)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        fail(f"{path}: transformers has no sequence classifier for the family {config.model_type!r}; choose another")
+    if any("SequenceClassification" in name for name in config.architectures or ()) and config.num_labels != 1:
+        fail(f"{path}: this classifier has {config.num_labels} labels; a reward model has one")
+    return config
+
+
 def load_scalar(path, world, tokenizer, head_std=None, gradient_checkpointing=False):
-    """A model with one number for a head: a critic or a reward model, of any family that transformers has a sequence
+    """A model with one number for a head: a critic or a reward model, of the families that transformers has a sequence
     classifier for. `head_std` starts the head anew: 0 for a critic (its first guess is 0, not noise), 1/sqrt(d + 1)
     for a reward model; None takes the head that the folder has.
 
     transformers scores the last id that is not `config.pad_token_id`; unset, it scores padding. It is set here.
     """
-    config = read_config(path)
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        fail(f"{path}: transformers has no sequence classifier for the family {config.model_type!r}; choose another")
+    scalar_config(path)
     model, missing = load(AutoModelForSequenceClassification, path, torch.float32, num_labels=1)
     if head_std is None and missing:
         fail(f"{path}: this is no reward model with one score: it has no weights for {', '.join(sorted(missing))}")

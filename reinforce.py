@@ -55,6 +55,7 @@ from typing import Literal
 
 import torch
 import tyro
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -497,7 +498,9 @@ def prompts_can_be_shared(model, samples, n, temperature, dtype):
             model.zero_grad()
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # whatever a family's cache may say to this use of it
+    except Exception as error:  # whatever a family's cache may say to this use of it
+        if isinstance(model, FSDPModule):  # left in the middle of a pass, a sharded model would go on without learning
+            raise common.Stop(f"prompts cannot be shared with this family ({error}); add --gradient_checkpointing") from error
         model.zero_grad()
         return False
 

@@ -47,8 +47,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import tyro
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import DynamicCache
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache
 
 import common
 from common import fail
@@ -436,7 +437,8 @@ def micro_batches_of_pairs(pairs, share, tokens, world):
 
 
 def pair_scores(model, tokenizer, pairs, share, world):
-    """The scores (chosen [b], rejected [b]) of pairs, read at the last real token, in float32. By length, not by looking
+    """The scores (chosen [b], rejected [b]) of pairs, read at the last real token; the head computes in float32, because
+    bfloat16 has steps of 0.01 between scores of 1 and 2. By length, not by looking
     for the pad id from the right as the model's own pooling does: that finds another place where a text ends in that id."""
     starts, chosen, rejected = zip(*split_pairs(pairs, share))
     s, caught = common.given(starts * 2, chosen + rejected, tokenizer, world), []  # rows: all chosen, then all rejected
@@ -447,7 +449,8 @@ def pair_scores(model, tokenizer, pairs, share, world):
         inputs = {"position_ids": positions} if "position_ids" in takes else {}
         model(input_ids=ids, attention_mask=mask.long(), **inputs, **(cache or {"use_cache": False}))
 
-    hook = common.scalar_head(model).register_forward_hook(lambda head, inputs, output: caught.append(output))
+    head = common.scalar_head(model)
+    hook = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))  # states of all positions [2b, C, width]
     try:
         if share:
             cache, b = DynamicCache(config=model.config), len(pairs)
@@ -459,7 +462,14 @@ def pair_scores(model, tokenizer, pairs, share, world):
     finally:
         hook.remove()
     last = s.mask.sum(1) - 1
-    return caught[-1][torch.arange(len(last), device=last.device), last, 0].float().chunk(2)
+    states = caught[-1][torch.arange(len(last), device=last.device), last].float()  # [2b, width]
+    bias = None if head.bias is None else head.bias.float()
+    scores = F.linear(states, head.weight.float(), bias)[:, 0]
+    if share:
+        # FSDP2 fetches a block's weights for the backward pass when its output gets a gradient. The last block's output for
+        # the start gets none, its keys and values do: 0 times it is enough.
+        scores = scores + 0.0 * caught[0][:, -1].float().sum()
+    return scores.chunk(2)
 
 
 def starts_can_be_shared(model, tokenizer, pairs, world):
@@ -478,7 +488,11 @@ def starts_can_be_shared(model, tokenizer, pairs, world):
             model.zero_grad()
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # whatever a family's cache may say to this use of it
+    except Exception as error:  # whatever a family's cache may say to this use of it
+        if isinstance(model, FSDPModule):  # left in the middle of a pass, a sharded model would go on without learning
+            raise common.Stop(
+                f"what a pair begins with cannot be shared with this family ({error}); add --gradient_checkpointing"
+            ) from error
         model.zero_grad()
         return False
     size = torch.nn.utils.get_total_norm(tried[0])
@@ -588,7 +602,11 @@ def train(args):
         fail(f"--pairs_per_step {args.pairs_per_step} must be a multiple of the number of processes")
 
     # everything that can be wrong with the user's input is found here, before a weight is loaded or a file written
-    config, tokenizer = common.read_config(args.model), common.load_tokenizer(args.model)
+    config, tokenizer = common.scalar_config(args.model), common.load_tokenizer(args.model)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        fail(
+            f"--model {args.model}: the family {config.model_type!r} reads both ways; a score is read at the last token of one that reads forward"
+        )
     finished = any("SequenceClassification" in name for name in config.architectures or ())
     if not finished and not args.steps:
         fail(f"--steps 0: {args.model} is no reward model yet, so there is nothing to evaluate")

@@ -209,6 +209,12 @@ def train_grpo(flags):
     grpo.train(grpo.Args(device="cpu", **flags))
 
 
+def grpo_model():
+    import grpo
+
+    return grpo.Args.model
+
+
 def test_grpo_on_two_processes_draws_again_moves_its_reference_and_resumes_on_one(tmp_path):
     flags = {
         "prompts_per_step": 4,
@@ -230,5 +236,53 @@ def test_grpo_on_two_processes_draws_again_moves_its_reference_and_resumes_on_on
     assert 0 < log[0]["eval/pass@1"] < log[0]["eval/pass@2"]
     saved = common.read_checkpoint(tmp_path / "two")["models"]
     assert all(torch.equal(saved["reference"][k], saved["policy"][k]) for k in saved["policy"])
+    before = dict(load_policy(grpo_model(), start("cpu")).named_parameters())
+    assert all(not torch.equal(saved["policy"][k], before[k]) for k in before), "two processes learn, too"
     train_grpo(flags | {"resume": True, "steps": 3})
     assert common.read_checkpoint(tmp_path / "two")["step"] == 3
+
+
+def train_reward_model(flags):
+    import reward_model
+
+    reward_model.train(reward_model.Args(device="cpu", **flags))
+
+
+def test_a_reward_model_on_two_processes_is_one_on_one(tmp_path):
+    """The same weights, evaluation and folded head; unequal lengths, parts that one process has and the other not; saved on two,
+    resumed on one; best-of-N with more processes than some have prompts."""
+    import reward_model
+
+    lines = (reward_model.TINY / "pairs_train.jsonl").read_text().splitlines()[:16]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    prompts = (reward_model.TINY / "sort_test.jsonl").read_text().splitlines()[:3]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
+    flags = {
+        "data": str(tmp_path / "pairs.jsonl"),
+        "eval_data": str(tmp_path / "pairs.jsonl"),
+        "policy": str(reward_model.TINY / "model"),
+        "eval_prompts": str(tmp_path / "prompts.jsonl"),
+        "best_of": (1, 2),
+        "max_new_tokens": 8,
+        "pairs_per_step": 8,
+        "steps": 3,
+        "tokens_per_micro_batch": 60,
+        "learning_rate": 1e-4,
+    }
+    train_reward_model(flags | {"out": str(tmp_path / "one")})
+    run(train_reward_model, 2, flags | {"out": str(tmp_path / "two")})
+    one, two = (common.read_checkpoint(tmp_path / n)["models"]["model"] for n in ("one", "two"))
+    for k in one:
+        assert (one[k] - two[k]).abs().max() < 1e-5, k
+    logs = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    for a, b in zip(*logs):
+        for k in ("loss", "accuracy", "margin", "grad_norm", "eval/accuracy", "eval/margin", "eval/calibration"):
+            assert abs(a.get(k, 0) - b.get(k, 0)) < 1e-3 * max(1, abs(a.get(k, 0))), k
+    assert logs[1][-1]["best_of/kl@2"] > 0 and len(logs[0]) == len(logs[1]) == 5
+    scores = [
+        reward_model.reward_model(str(tmp_path / n / "model"), start("cpu"))(["12578"], [{"prompt": "52817="}])
+        for n in ("one", "two")
+    ]
+    assert abs(scores[0][0] - scores[1][0]) < 1e-3, "the folded heads"
+    train_reward_model(flags | {"out": str(tmp_path / "two"), "resume": True, "steps": 4})
+    assert common.read_checkpoint(tmp_path / "two")["step"] == 4

@@ -232,6 +232,45 @@ def test_a_family_without_a_classifier_gets_a_sentence(tmp_path, capsys):
     assert "no sequence classifier for the family 'mamba'" in capsys.readouterr().err
 
 
+TEMPLATE = "{% for m in messages %}w40 {{ m.content }} w41 {% endfor %}{% if add_generation_prompt %}w42{% endif %}"
+
+
+def test_with_a_template_whole_conversations_are_rendered_and_no_second_bos_is_put_before(tmp_path):
+    tokenizer = make_tokenizer(bos="<bos>", template="<bos> " + TEMPLATE)
+    ids = encode_answer(tokenizer, [{"role": "user", "content": "w5"}], "w6")
+    assert ids == [2, 40, 5, 41, 40, 6, 41] and encode_answer(tokenizer, "w5", "w6") == ids
+    raw = make_tokenizer(bos="<bos>")
+    assert encode_answer(raw, "w5", "w6") == [2, 5, 6, 1], "without one: prompt and answer, ended by EOS"
+
+
+def test_without_the_template_the_result_has_none(tmp_path, folder):
+    family("llama").save_pretrained(tmp_path / "base")
+    make_tokenizer(template=TEMPLATE).save_pretrained(tmp_path / "base")
+    data = pairs_file(tmp_path, [{"prompt": "w5", "chosen": "w6", "rejected": "w7"}])
+    for chat, there in ((True, True), (False, False)):
+        run(tmp_path, f"{chat}", model=str(tmp_path / "base"), data=data, steps=1, pairs_per_step=1, chat=chat)
+        assert bool(common.load_tokenizer(str(tmp_path / f"{chat}" / "model")).chat_template) == there
+
+
+def test_a_classifier_with_two_labels_is_refused(tmp_path, capsys):
+    config = transformers.LlamaConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=48, num_labels=2
+    )
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        common.load_scalar(tmp_path, CPU, make_tokenizer())
+    assert "has 2 labels; a reward model has one" in capsys.readouterr().err
+
+
+def test_starts_longer_than_a_sliding_window_are_shared_rightly(tmp_path):
+    family("mistral").save_pretrained(tmp_path)  # its window is 8
+    model, start = common.load_scalar(tmp_path, CPU, make_tokenizer(), 0.2), list(range(3, 23))
+    pairs = [(start + c, start + r, {}) for c, r, _ in pairs_of()]
+    assert starts_can_be_shared(model, make_tokenizer(), pairs, CPU)
+    plain, shared = (torch.cat(pair_scores(model, make_tokenizer(), pairs, share, CPU)) for share in (False, True))
+    torch.testing.assert_close(plain, shared, atol=1e-5, rtol=1e-5)
+
+
 def test_a_pad_token_that_is_eos_gets_one_of_its_own(tmp_path, folder):
     """With pad == EOS transformers would score the token before the end."""
     tokenizer = make_tokenizer(pad="<eos>")
