@@ -130,6 +130,7 @@ def load_tokenizer(path):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError, KeyError) as error:
+        read_config(path)  # where there is no model at all, it says so better
         fail(f"{path}: no tokenizer could be loaded ({str(error).splitlines()[0]})")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -198,7 +199,8 @@ def read_config(path, **changes):
     then not 1, and the KL to a reference of the same weights not 0 but in the thousands."""
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
-            fail(f"{path}: this folder has no config.json, so it holds no model")
+            meant = f"; did you mean {path}/model?" if (Path(path) / "model").is_dir() else ""
+            fail(f"{path}: this folder has no config.json, so it holds no model{meant}")
     elif Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
         fail(f"{path}: no such model folder (and a model's name on a hub looks like owner/name)")
     try:
@@ -252,21 +254,21 @@ def shard(model, world):
 
 
 def hidden_states(model, ids, mask, cache=None):
-    """What the head of a causal model would read, [B, T, width], by an ordinary forward in which the head is shown one
-    position instead of all: logits of every position, [B, T, V], are what runs out of memory first. With a cache, `ids`
-    go on from what is in it, `mask` covers both, and the gradient flows back into the cache."""
-    caught = []
+    """What a model's head reads, [B, T, width], by an ordinary forward. A causal model's head is shown one position instead of
+    all: logits of every position, [B, T, V], are what runs out of memory first. With a cache, `ids` go on from what is in
+    it, `mask` covers both, and the gradient flows back into the cache."""
+    caught, vocabulary = [], model.get_output_embeddings()
 
     def catch(head, inputs):
         caught.append(inputs[0])
-        return (inputs[0][:, -1:],)
+        return inputs if vocabulary is None else (inputs[0][:, -1:],)
 
     inputs = {"position_ids": (mask.long().cumsum(1) - 1).clamp_(min=0)[:, -ids.shape[1] :]}
     if "position_ids" not in inspect.signature(model.forward).parameters:
         inputs = {}
     if cache is not None:
         inputs["past_key_values"] = cache
-    hook = model.get_output_embeddings().register_forward_pre_hook(catch)
+    hook = (scalar_head(model) if vocabulary is None else vocabulary).register_forward_pre_hook(catch)
     try:
         model(input_ids=ids, attention_mask=mask.long(), use_cache=cache is not None, **inputs)
     finally:
@@ -297,6 +299,14 @@ def check_head(model):
         fail(
             f"the family {model.config.model_type!r} changes its logits after the head in a way that common.logits_of does not know"
         )
+
+
+def policy_config(path):
+    """The config of a language model; a reward model is refused, whose head would be a new one that knows no word."""
+    config = read_config(path)
+    if any("SequenceClassification" in name for name in config.architectures or ()):
+        fail(f"{path}: this is a reward model (a sequence classifier) and no language model; it can be a --reward")
+    return config
 
 
 def load_policy(path, world, gradient_checkpointing=False):
@@ -330,15 +340,16 @@ def scalar_config(path):
     return config
 
 
-def load_scalar(path, world, tokenizer, head_std=None, gradient_checkpointing=False):
+def load_scalar(path, world, tokenizer, head_std=None, gradient_checkpointing=False, frozen=False):
     """A model with one number for a head: a critic or a reward model, of the families that transformers has a sequence
     classifier for. `head_std` starts the head anew: 0 for a critic (its first guess is 0, not noise), 1/sqrt(d + 1)
-    for a reward model; None takes the head that the folder has.
+    for a reward model; None takes the head that the folder has. A frozen one has its weights in the computing dtype.
 
     transformers scores the last id that is not `config.pad_token_id`; unset, it scores padding. It is set here.
     """
     scalar_config(path)
-    model, missing = load(AutoModelForSequenceClassification, path, torch.float32, num_labels=1)
+    dtype = world.dtype if frozen else torch.float32
+    model, missing = load(AutoModelForSequenceClassification, path, dtype, num_labels=1)
     if head_std is None and missing:
         fail(f"{path}: this is no reward model with one score: it has no weights for {', '.join(sorted(missing))}")
     if head_std is not None:
@@ -351,6 +362,8 @@ def load_scalar(path, world, tokenizer, head_std=None, gradient_checkpointing=Fa
     for config in (model.config, model.config_to_save):
         config.pad_token_id, config.problem_type = tokenizer.pad_token_id, "regression"
         config.architectures = [type(model).__name__]
+    if frozen:
+        return shard(model.requires_grad_(False).eval(), world)
     return prepare(model, world, gradient_checkpointing)
 
 
@@ -511,14 +524,18 @@ def open_run(args, script, world):
     if world.rank == 0:  # decides alone, before the others could see what it makes
         out, number = Path(args.out or f"runs/{script}"), 1
         if args.resume:
-            if not (args.out and (out / "args.json").is_file()):
-                fail(f"--resume: name the folder of a run by --out; {out} holds none")
+            if not args.out:
+                fail("--resume: name the run's folder by --out")
+            if not (out / "args.json").is_file():
+                fail(f"--resume: --out {out} holds no run")
             before = json.loads((out / "args.json").read_text())
             if before["script"] != script:
                 fail(f"--resume: {out} is a run of {before['script']}.py, not of {script}.py")
             for name, value in flags.items():
                 if name not in MAY_DIFFER and before.get(name, value) != value:
                     fail(f"--resume: --{name} is {value}, but the run in {out} was started with {before[name]}")
+            if before.get("steps", args.steps) != args.steps:
+                print(f"note: --steps was {before['steps']} and is {args.steps}; the learning rate's schedule changes with it")
         elif args.out and out.exists() and (out.is_file() or any(out.iterdir())):
             fail(f"--out {out}: not an empty folder; add --resume to go on with the run in it, or choose another name")
         try:
@@ -655,14 +672,14 @@ def introduce(out, args, world, tokenizer, ids, first, needed):
     print(f"memory: about {needed['peak'] / 2**30:.1f} GiB of {there / 2**30:.1f} will be needed")
     if needed["peak"] > there:
         print("warning: this may not fit; lower --tokens_per_micro_batch, add --gradient_checkpointing, or use more processes")
-    print(
-        f"first prompt: {tokenizer.decode(ids)!r}\n  {ids if len(ids) < 40 else [*ids[:30], '...', *ids[-8:]]}\nwriting to {out}\n"
-    )
+    print(f"first prompt: {tokenizer.decode(ids)!r}\n  {ids if len(ids) < 40 else [*ids[:30], '...', *ids[-8:]]}")
+    print(f"writing to {out}" + (f", going on after step {first} of {args.steps}" if args.resume else "") + "\n")
     for name in ("metrics.jsonl", "samples.jsonl"):
         cut_log(out / name, first or -1)  # what a resumed run will write again
     writer = SummaryWriter(out / "tensorboard", purge_step=first + (first > 0) if args.resume else None)
     writer.add_text("args", f"```\n{json.dumps(dataclasses.asdict(args), indent=1)}\n```")
-    return writer, tqdm(total=args.steps, initial=first, desc=out.name, dynamic_ncols=True)
+    # disable=None: no bar in a log file, where every step would be a line
+    return writer, tqdm(total=args.steps, initial=first, desc=out.name, dynamic_ncols=True, disable=None)
 
 
 def log(out, writer, step, metrics, texts=()):
@@ -694,7 +711,7 @@ def conclude(out, args, writer, bar, use):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = {k: v for line in lines for k, v in line.items()}
     for name in [k for k in lines[0] if k.startswith("eval/")]:
-        print(f"held-out {name[5:]}: {lines[0][name]:.3f} -> {last[name]:.3f}")
+        print(f"held-out {name[5:]}: {lines[0][name]:.3f}" + (f" -> {last[name]:.3f}" if args.steps else ""))
     print(f"\n  tensorboard --logdir {out}")
     if args.steps:
         print("\nand, in Python, to use the model:\n\n  from transformers import pipeline\n  " + use)
@@ -704,8 +721,12 @@ class Stop(Exception):
     """Something in a run that it must not go on from."""
 
 
+class Ended(Stop):
+    """A signal asked for the end; the step is finished and saved."""
+
+
 @contextlib.contextmanager
-def guarded(out, args):
+def guarded(out, args, bar):
     """A run that cannot go on ends with one sentence and the command that resumes it, exit status 1. The checkpoint is
     whole: it is replaced only by a finished one."""
     try:
@@ -714,9 +735,12 @@ def guarded(out, args):
             dist.barrier()
             dist.destroy_process_group()
     except (Stop, OSError, torch.OutOfMemoryError) as error:
-        what = (str(error) or type(error).__name__).splitlines()[0]
+        if bar is not None:
+            bar.close()
+        what = ("" if isinstance(error, Ended) else "error: ") + (str(error) or type(error).__name__).splitlines()[0]
         if isinstance(error, torch.OutOfMemoryError):
-            what += "; lower --tokens_per_micro_batch (training) or --prompts_per_step (sampling)"
+            sampling = [f" or --{name} (sampling)" for name in ("prompts_per_step", "sample_rows") if hasattr(args, name)]
+            what += "; lower --tokens_per_micro_batch (training)" + "".join(sampling)
         words = [a for a in sys.argv if a != "--resume"] + ([] if args.out else ["--out", str(out)])
         saved = (out / "checkpoint" / "state.pt").is_file()
         on = (
@@ -724,7 +748,7 @@ def guarded(out, args):
             if saved
             else "no checkpoint was written yet"
         )
-        raise SystemExit(f"error: {what}\n{on}") from error
+        raise SystemExit(f"{what}\n{on}") from error
 
 
 def catch_signals():

@@ -89,7 +89,7 @@ class Args:
 
     # --- algorithm ---
     prompts_per_step: int = 32
-    """prompts in a rollout; a step is one rollout with all its updates"""
+    """prompts in a rollout, drawn from --data again and again; a step is one rollout with all its updates"""
     samples_per_prompt: int | None = None
     """completions drawn for each prompt (default 8, and 1 with --demos)"""
     max_new_tokens: int = 256
@@ -177,11 +177,11 @@ def resolve(args):
             fail(f"--{name} {getattr(args, name)}: must be 1 or more")
     if args.samples_per_prompt < 2 and args.baseline in ("loo", "prompt"):
         fail(f"--baseline {args.baseline} compares the samples of a prompt, so --samples_per_prompt must be 2 or more")
-    for name in {"steps", "warmup", "learning_rate", "max_grad_norm", "beta", "eval_samples", "ref_update_every"} & vars(
-        args
-    ).keys():
-        if getattr(args, name) < 0:
+    for name in {"steps", "warmup", "learning_rate", "beta", "eval_samples", "ref_update_every"} & vars(args).keys():
+        if not 0 <= getattr(args, name) < math.inf:
             fail(f"--{name} {getattr(args, name)}: must be 0 or more")
+    if not args.max_grad_norm > 0:
+        fail(f"--max_grad_norm {args.max_grad_norm}: must be above 0; inf scales nothing down")
     if args.resume and not args.steps:
         fail(
             "--steps 0 evaluates a model; to evaluate what a run has made, leave out --resume and give its folder, --model RUN/model"
@@ -207,7 +207,8 @@ def read_json(path, flag):
         try:
             values += [(number, json.loads(line))] if line.strip() else []
         except ValueError as error:
-            fail(f"{flag} {path}, line {number}: not JSON ({error})")
+            array = "; this looks like one array: give each object a line of its own" if text.lstrip().startswith("[") else ""
+            fail(f"{flag} {path}, line {number}: not JSON ({error}){array}")
     return values or fail(f"{flag} {path}: no rows in it")
 
 
@@ -262,6 +263,11 @@ def number(completion, row):
     return float(wanted is not None and last(completion) == wanted)
 
 
+def is_a_model(spec):
+    """Whether --reward names a reward model, and not a rule or a function in a file."""
+    return spec not in ("exact", "number") and not spec.partition(":")[0].endswith(".py")
+
+
 def load_reward(spec, world):
     """--reward as a function from completions and their rows to scores. Mistakes are found before a policy is loaded."""
     if spec in ("exact", "number"):
@@ -293,6 +299,8 @@ def checked(reward):
         for completion, row in zip(completions, rows):
             try:
                 value = reward(completion, row)
+                if value is None:
+                    raise ValueError("it returned None")
                 value = math.nan if isinstance(value, str) else float(value)
             except Exception as error:
                 value = f"an error, {type(error).__name__}: {error}"
@@ -309,7 +317,7 @@ def reward_model(path, world):
     """A sequence classifier with one label, as a reward. It reads text through its own tokenizer and template, because its
     ids need not be the policy's."""
     tokenizer = common.load_tokenizer(path)
-    model = common.load_scalar(path, world, tokenizer).requires_grad_(False).eval()
+    model = common.load_scalar(path, world, tokenizer, frozen=True)
     return lambda completions, rows: score_texts(model, tokenizer, completions, rows, world)
 
 
@@ -331,6 +339,12 @@ def encode_answer(tokenizer, prompt, completion):
 def score_texts(model, tokenizer, completions, rows, world):
     """The reward model's scores of completions, a list of floats."""
     texts = [encode_answer(tokenizer, row["prompt"], c) for c, row in zip(completions, rows)]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    longest = max(map(len, texts))
+    if longest > limit:
+        raise common.Stop(
+            f"the reward model reads {limit} tokens, and a prompt with its completion has {longest}; lower --max_new_tokens"
+        )
     most, values = int(common.all_gather(world, torch.tensor([len(texts)], device=world.device)).max()), []
     for i in range(0, most, 64):  # as many forwards on every process: sharded weights are gathered by all or by none
         part = texts[i : i + 64] or texts[:1]
@@ -437,29 +451,33 @@ def trim(samples, rows, n=1):
     return prompt_ids, prompt_mask, None if n == 1 else owner, samples.ids[rows, :C], samples.mask[rows, :C]
 
 
-def token_logprobs(model, prompt_ids, prompt_mask, owner, ids, mask, temperature, chunk=1024):
-    """log pi(a_t | x, a_<t) of given completions and, where a gradient is wanted, the policy's entropy at each of them (in
-    nats, exact, itself without gradient): ids, mask [b, C], and prompts as `trim` gives them -> two times [b, C].
+def completion_states(model, prompt_ids, prompt_mask, owner, ids, mask):
+    """The states from which the tokens of given completions are predicted: ids, mask [b, C], and prompts as `trim` gives them
+    -> [b, C, width]. The state at a position predicts the token after it: those at the last prompt token and at all completion
+    tokens but the last are wanted.
 
     A prompt is computed once for all its samples: its keys and values, with their gradient, are repeated as the sampler
-    repeats them, and the completions go on from there. With a prompt of 100 tokens and 8 samples of 64 that halves the work.
-
-    The state at a position predicts the token after it: those at the last prompt token and at all completion tokens
-    but the last are wanted. The head turns them into logits a chunk at a time and is computed again in backward, so
-    that [b, C, V] never exists; with 150,000 words it would be larger than the model."""
+    repeats them, and the completions go on from there. With a prompt of 100 tokens and 8 samples of 64 that halves the work."""
     if owner is None:
         inputs = torch.cat([prompt_ids, ids[:, :-1]], 1), torch.cat([prompt_mask, mask[:, :-1]], 1)
-        hidden = common.hidden_states(model, *inputs)[:, prompt_ids.shape[1] - 1 :]  # [b, C, width]
-    else:
-        cache = DynamicCache(config=model.config)
-        start = common.hidden_states(model, prompt_ids, prompt_mask, cache)[owner, -1:]  # [b, 1, width]
-        cache.reorder_cache(owner)
-        # also where all completions have one token, and nothing is left to compute: another process may have longer
-        # ones, and sharded weights are gathered in as many forwards by all
-        given = ids[:, : max(ids.shape[1] - 1, 1)]
-        seen = torch.cat([prompt_mask[owner], mask[:, : given.shape[1]]], 1)
-        hidden = torch.cat([start, common.hidden_states(model, given, seen, cache)], 1)[:, : ids.shape[1]]
-    hidden, targets = hidden[mask], ids[mask]  # [tokens, width], [tokens]: no work for padding
+        return common.hidden_states(model, *inputs)[:, prompt_ids.shape[1] - 1 :]
+    cache = DynamicCache(config=model.config)
+    start = common.hidden_states(model, prompt_ids, prompt_mask, cache)[owner, -1:]  # [b, 1, width]
+    cache.reorder_cache(owner)
+    # also where all completions have one token, and nothing is left to compute: another process may have longer
+    # ones, and sharded weights are gathered in as many forwards by all
+    given = ids[:, : max(ids.shape[1] - 1, 1)]
+    seen = torch.cat([prompt_mask[owner], mask[:, : given.shape[1]]], 1)
+    return torch.cat([start, common.hidden_states(model, given, seen, cache)], 1)[:, : ids.shape[1]]
+
+
+def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
+    """log pi(a_t | x, a_<t) of the tokens that `completion_states` leads to and, where a gradient is wanted, the policy's
+    entropy at each of them (in nats, exact, itself without gradient) -> two times [b, C].
+
+    The head turns states into logits a chunk at a time and is computed again in backward, so that [b, C, V] never
+    exists; with 150,000 words it would be larger than the model."""
+    states, targets = states[mask], ids[mask]  # [tokens, width], [tokens]: no work for padding
 
     def head(states, tokens):
         logits = common.logits_of(model, states)
@@ -472,19 +490,25 @@ def token_logprobs(model, prompt_ids, prompt_mask, owner, ids, mask, temperature
         return chosen, entropy
 
     parts = [
-        checkpoint(head, h, t, use_reentrant=False, preserve_rng_state=False)
-        for h, t in zip(hidden.split(chunk), targets.split(chunk))
+        checkpoint(head, s, t, use_reentrant=False, preserve_rng_state=False)
+        for s, t in zip(states.split(chunk), targets.split(chunk))
     ]
     logprobs, entropy = (torch.cat(x) for x in zip(*parts))
     empty = torch.zeros(mask.shape, device=mask.device)
     return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropy)
 
 
-def prompts_can_be_shared(model, samples, n, temperature, dtype):
-    """Whether a prompt computed once gives what a prompt computed n times gives: log-probabilities and gradient, tried on
-    two samples of two prompts of the first rollout. Attention does; a layer whose cache drops the gradient does not, and
-    transformers drops the whole cache, with wrong results, where it checkpoints gradients. In bfloat16 rounding alone sets
-    the two apart by per cents, so only what is worse than a tenth is found there."""
+def token_logprobs(model, prompt_ids, prompt_mask, owner, ids, mask, temperature, chunk=1024):
+    """Both in one: log-probabilities and entropy of given completions, [b, C] each."""
+    states = completion_states(model, prompt_ids, prompt_mask, owner, ids, mask)
+    return logprobs_of(model, states, ids, mask, temperature, chunk)
+
+
+def prompts_can_be_shared(model, samples, n, dtype):
+    """Whether a prompt computed once gives what a prompt computed n times gives: states and gradient, tried on two samples of
+    two prompts of the first rollout. Attention does; a layer whose cache drops the gradient does not, and transformers drops
+    the whole cache, with wrong results, where it checkpoints gradients. In bfloat16 rounding alone sets the two apart by per
+    cents, so only what is worse than a tenth is found there."""
     if n == 1 or "past_key_values" not in inspect.signature(model.forward).parameters:
         return False
     other = n * int((samples.prompt_mask[::n].sum(1) - samples.prompt_mask[0].sum()).abs().argmax())  # of another length
@@ -492,9 +516,10 @@ def prompts_can_be_shared(model, samples, n, temperature, dtype):
     tried = []
     try:
         for group in (1, n):
-            logprobs, _ = token_logprobs(model, *trim(samples, rows, group), temperature)
-            logprobs.sum().backward()
-            tried.append(([logprobs.detach()], [p.grad for p in model.parameters() if p.grad is not None]))
+            part = trim(samples, rows, group)
+            states = completion_states(model, *part)[part[-1]].float()  # [tokens, width]
+            (states * torch.linspace(-1, 1, states.shape[1], device=states.device)).sum().backward()
+            tried.append(([states.detach()], [p.grad for p in model.parameters() if p.grad is not None]))
             model.zero_grad()
     except torch.OutOfMemoryError:
         raise
@@ -549,12 +574,13 @@ def evaluate(model, tokenizer, held_out, reward, args, world):
 def advise(metrics, args, said):
     """What a person watching would want to be told, once each, with the flag that helps."""
     advice = {
-        "truncated": (metrics["truncated"] > 0.5, "most completions are cut off: raise --max_new_tokens, or ask for shorter answers with --system"),
+        "truncated": (metrics["truncated"] > 0.5, "most completions are cut off: raise --max_new_tokens (or lower --max_prompt_tokens, where prompts fill the context), or ask for shorter answers with --system"),
         "reward": (metrics["reward"] == 0 and args.reward == "exact", "no completion was right: `exact` wants the answer and nothing else; --reward number takes a text's last number"),
-        "equal_groups": (metrics["equal_groups"] > 0.8, "most prompts' samples all score the same, so little is learnt: use prompts of middling difficulty, or raise --samples_per_prompt"),
+        "equal_groups": (metrics.get("equal_groups", 0.0) > 0.8, "most prompts' samples all score the same, so little is learnt: use prompts of middling difficulty, or raise --samples_per_prompt"),
         "ratio/first": (metrics.get("ratio/first", 0.0) > 1e-3, "the first ratio is not 1: the same weights gave a sample two probabilities; the model's forward is not deterministic"),
-        "entropy": (metrics["entropy"] < 0.01, "entropy is near 0, the policy has settled: lower --learning_rate or raise --beta to keep it trying"),
+        "entropy": (metrics.get("entropy", 1.0) < 0.01, "entropy is near 0, the policy has settled: lower --learning_rate or raise --beta to keep it trying"),
         "kl/ref": (abs(metrics.get("kl/ref", 0.0)) > 100, "KL to the reference runs away: raise --beta or lower --learning_rate"),
+        "value/explained": (metrics.get("value/explained", 0.0) < -1, "the critic is worse than a constant: lower --critic_learning_rate, or let it learn alone first with --critic_warmup"),
     }  # fmt: skip
     for name, (sounds, words) in advice.items():
         if sounds and name not in said:
@@ -574,17 +600,19 @@ def train(args):
 
     # everything that can be wrong with the user's input is found here, before the policy is loaded or a file written
     flag = "--demos" if args.demos else "--data"
-    config, tokenizer = common.read_config(args.model), common.load_tokenizer(args.model)
+    config, tokenizer = common.policy_config(args.model), common.load_tokenizer(args.model)
     prompts = encode_rows(read_rows(args.demos or args.data, flag), tokenizer, args, flag)
     held_out = encode_rows(read_rows(args.eval_data, "--eval_data"), tokenizer, args, "--eval_data") if args.eval_data else []
     longest = max(len(ids) for ids, _ in prompts + held_out)
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
     if longest >= context:
-        fail(f"a prompt of {longest} tokens fills the model's context of {context}; lower --max_prompt_tokens")
+        fail(
+            f"a prompt of {longest} tokens fills the model's context of {context}; lower --max_prompt_tokens to {context - 1} at most"
+        )
     if longest + args.max_new_tokens > context:
         args = dataclasses.replace(args, max_new_tokens=context - longest)
         print(
-            f"--max_new_tokens {context - longest}: the model's context of {context} tokens, less the longest prompt's {longest}"
+            f"--max_new_tokens {context - longest}: the model's context of {context} tokens, less the longest prompt's {longest} (--max_prompt_tokens leaves long ones out)"
         )
     if args.demos or args.reward in ("exact", "number"):
         need_answers([r for _, r in prompts], flag, flag if args.demos else f"--reward {args.reward}")
@@ -599,7 +627,7 @@ def train(args):
     out = common.open_run(args, "reinforce", world)
     stop_asked = common.catch_signals()
 
-    row, frozen = longest + args.max_new_tokens, (args.beta > 0) + (Path(args.reward).is_dir())
+    row, frozen = longest + args.max_new_tokens, (args.beta > 0) + is_a_model(args.reward)
     needed = common.memory_needed(
         args.model, world, max(args.tokens_per_micro_batch, row), frozen=frozen, checkpointing=args.gradient_checkpointing,
         sample_rows=max(share * n, min(256, len(held_out))), sample_tokens=row,
@@ -619,7 +647,7 @@ def train(args):
     def held_out_scores():
         return evaluate(policy, tokenizer, held_out, reward, args, world) if held_out else {}
 
-    with common.guarded(out, args):
+    with common.guarded(out, args, bar):
         if first == 0:
             common.log(out, writer, 0, held_out_scores())
 
@@ -650,7 +678,7 @@ def train(args):
             #    and reference log-probabilities of a row are to come from the same company of rows.
             if group is None:  # decided once a run
                 shared = not args.gradient_checkpointing
-                shared = shared and prompts_can_be_shared(policy, samples, n, args.temperature, world.dtype)
+                shared = shared and prompts_can_be_shared(policy, samples, n, world.dtype)
                 group = n if common.all_sum(world, shared)[0] == world.size else 1
                 if bar and group < n:
                     tqdm.write(
@@ -755,7 +783,7 @@ def train(args):
             if step % args.save_every == 0 or step == args.steps or ending:
                 common.save_checkpoint(out, world, step, {"policy": policy}, {"policy": optimizer}, {"group": group})
             if ending and step < args.steps:
-                raise common.Stop(f"stopped by a signal after step {step} of {args.steps}")
+                raise common.Ended(f"stopped by a signal after step {step} of {args.steps}, which is saved")
 
         if args.steps:
             common.save_model(policy, tokenizer, out / "model", world)

@@ -22,8 +22,8 @@ samples:
 The measure that matters is not the model's own score, which rises with N by construction, but the true reward beside it.
 
     python reward_model.py                            # pairs of the embedded task, then best-of-N of the embedded model
-    python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --eval_data held_out_pairs.jsonl python
-    reward_model.py --model runs/reward_model/model --steps 0 --policy MODEL --eval_prompts prompts.jsonl --best_of 1 4 16
+    python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --eval_data held_out_pairs.jsonl
+    python reward_model.py --model runs/reward_model/model --steps 0 --policy MODEL --eval_prompts prompts.jsonl
 
 Left out: ensembles, several scores at once, rewards for the steps of an answer. The result is an ordinary sequence classifier
 (AutoModelForSequenceClassification with one label), for `--reward FOLDER` here and for other trainers.
@@ -115,7 +115,7 @@ class Args:
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm"""
     tokens_per_micro_batch: int | None = None
-    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 2048 on a CPU): lower it when memory
+    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 1024 on a CPU): lower it when memory
     runs out; up to rounding, results do not change"""
     gradient_checkpointing: bool = False
     """keep less for the backward pass and compute it twice: less memory, about a third more time"""
@@ -143,7 +143,7 @@ def resolve(args):
     defaults = {
         "data": str(TINY / "pairs_train.jsonl") if at_home else "",
         "learning_rate": 1e-3 if Path(args.model).resolve() == TINY / "model" else 1e-5,
-        "tokens_per_micro_batch": 2048 if args.device == "cpu" or not torch.cuda.is_available() else 8192,
+        "tokens_per_micro_batch": 1024 if args.device == "cpu" or not torch.cuda.is_available() else 8192,
         "eval_data": str(TINY / "pairs_test.jsonl") if at_home else "",
         "policy": str(TINY / "model") if at_home else "",
         "eval_prompts": str(TINY / "sort_test.jsonl") if at_home else "",
@@ -155,9 +155,11 @@ def resolve(args):
     for name in counts.split():
         if getattr(args, name) < 1:
             fail(f"--{name} {getattr(args, name)}: must be 1 or more")
-    for name in ("steps", "warmup", "learning_rate", "max_grad_norm", "center"):
-        if getattr(args, name) < 0:
+    for name in ("steps", "warmup", "learning_rate", "center"):
+        if not 0 <= getattr(args, name) < math.inf:
             fail(f"--{name} {getattr(args, name)}: must be 0 or more")
+    if not args.max_grad_norm > 0:
+        fail(f"--max_grad_norm {args.max_grad_norm}: must be above 0; inf scales nothing down")
     if args.resume and not args.steps:
         fail(
             "--steps 0 evaluates a model; to evaluate what a run has made, leave out --resume and give its folder, --model RUN/model"
@@ -229,7 +231,8 @@ def read_json(path, flag):
         try:
             values += [(number, json.loads(line))] if line.strip() else []
         except ValueError as error:
-            fail(f"{flag} {path}, line {number}: not JSON ({error})")
+            array = "; this looks like one array: give each object a line of its own" if text.lstrip().startswith("[") else ""
+            fail(f"{flag} {path}, line {number}: not JSON ({error}){array}")
     return values or fail(f"{flag} {path}: no rows in it")
 
 
@@ -315,6 +318,8 @@ def checked(reward):
         for completion, row in zip(completions, rows):
             try:
                 value = reward(completion, row)
+                if value is None:
+                    raise ValueError("it returned None")
                 value = math.nan if isinstance(value, str) else float(value)
             except Exception as error:
                 value = f"an error, {type(error).__name__}: {error}"
@@ -331,7 +336,7 @@ def reward_model(path, world):
     """A sequence classifier with one label, as a reward. It reads text through its own tokenizer and template, because its
     ids need not be the policy's."""
     tokenizer = common.load_tokenizer(path)
-    model = common.load_scalar(path, world, tokenizer).requires_grad_(False).eval()
+    model = common.load_scalar(path, world, tokenizer, frozen=True)
     return lambda completions, rows: score_texts(model, tokenizer, completions, rows, world)
 
 
@@ -353,6 +358,12 @@ def encode_answer(tokenizer, prompt, completion):
 def score_texts(model, tokenizer, completions, rows, world):
     """The reward model's scores of completions, a list of floats."""
     texts = [encode_answer(tokenizer, row["prompt"], c) for c, row in zip(completions, rows)]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    longest = max(map(len, texts))
+    if longest > limit:
+        raise common.Stop(
+            f"the reward model reads {limit} tokens, and a prompt with its completion has {longest}; lower --max_new_tokens"
+        )
     most, values = int(common.all_gather(world, torch.tensor([len(texts)], device=world.device)).max()), []
     for i in range(0, most, 64):  # as many forwards on every process: sharded weights are gathered by all or by none
         part = texts[i : i + 64] or texts[:1]
@@ -438,37 +449,24 @@ def micro_batches_of_pairs(pairs, share, tokens, world):
 
 def pair_scores(model, tokenizer, pairs, share, world):
     """The scores (chosen [b], rejected [b]) of pairs, read at the last real token; the head computes in float32, because
-    bfloat16 has steps of 0.01 between scores of 1 and 2. By length, not by looking
-    for the pad id from the right as the model's own pooling does: that finds another place where a text ends in that id."""
+    bfloat16 has steps of 0.01 between scores of 1 and 2. By length, not by looking for the pad id from the right as the
+    model's own pooling does: that finds another place where a text ends in that id."""
     starts, chosen, rejected = zip(*split_pairs(pairs, share))
-    s, caught = common.given(starts * 2, chosen + rejected, tokenizer, world), []  # rows: all chosen, then all rejected
-    takes = inspect.signature(model.forward).parameters
-
-    def forward(ids, mask, **cache):
-        positions = (mask.long().cumsum(1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
-        inputs = {"position_ids": positions} if "position_ids" in takes else {}
-        model(input_ids=ids, attention_mask=mask.long(), **inputs, **(cache or {"use_cache": False}))
-
+    s, b = common.given(starts * 2, chosen + rejected, tokenizer, world), len(pairs)  # rows: all chosen, then all rejected
+    if share:
+        cache = DynamicCache(config=model.config)
+        start = common.hidden_states(model, s.prompt_ids[:b], s.prompt_mask[:b], cache)
+        cache.reorder_cache(torch.arange(b, device=s.ids.device).repeat(2))  # each start for both of its sides
+        states = common.hidden_states(model, s.ids, torch.cat([s.prompt_mask, s.mask], 1), cache)
+    else:
+        states = common.hidden_states(model, s.ids, s.mask)
+    last = states[torch.arange(2 * b, device=s.ids.device), s.mask.sum(1) - 1].float()  # [2b, width]
     head = common.scalar_head(model)
-    hook = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))  # states of all positions [2b, C, width]
-    try:
-        if share:
-            cache, b = DynamicCache(config=model.config), len(pairs)
-            forward(s.prompt_ids[:b], s.prompt_mask[:b], past_key_values=cache, use_cache=True)
-            cache.reorder_cache(torch.arange(b, device=s.ids.device).repeat(2))  # each start for both of its sides
-            forward(s.ids, torch.cat([s.prompt_mask, s.mask], 1), past_key_values=cache, use_cache=True)
-        else:
-            forward(s.ids, s.mask)
-    finally:
-        hook.remove()
-    last = s.mask.sum(1) - 1
-    states = caught[-1][torch.arange(len(last), device=last.device), last].float()  # [2b, width]
-    bias = None if head.bias is None else head.bias.float()
-    scores = F.linear(states, head.weight.float(), bias)[:, 0]
+    scores = F.linear(last, head.weight.float(), None if head.bias is None else head.bias.float())[:, 0]
     if share:
         # FSDP2 fetches a block's weights for the backward pass when its output gets a gradient. The last block's output for
         # the start gets none, its keys and values do: 0 times it is enough.
-        scores = scores + 0.0 * caught[0][:, -1].float().sum()
+        scores = scores + 0.0 * start[:, -1].float().sum()
     return scores.chunk(2)
 
 
@@ -544,6 +542,7 @@ def fold_scale(model, tokenizer, pairs, share, args, world):
         p.div_(spread)
     if world.rank == 0:
         print(f"scores on training pairs: mean {mean:.3f}, spread {spread:.3f}; the head is divided by the spread")
+        print("(accuracy is that of the scores above; margin, loss and calibration were those of the scores before)")
         if spread < 1e-3:
             print("warning: all scores are nearly the same; the model has learnt nothing to scale")
 
@@ -614,12 +613,14 @@ def train(args):
     if not args.chat:
         tokenizer.chat_template = None  # in model/ too, so that others score texts as they were learnt
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
-    args = dataclasses.replace(args, max_tokens=min(args.max_tokens, context))
+    if args.max_tokens > context:
+        print(f"--max_tokens {context}: the model's context")
+        args = dataclasses.replace(args, max_tokens=context)
     pairs = encode_pairs(read_pairs(args.data, "--data"), tokenizer, args, "--data") if args.steps else []
     held_out = encode_pairs(read_pairs(args.eval_data, "--eval_data"), tokenizer, args, "--eval_data") if args.eval_data else []
     prompts, reward, policy_tokenizer = [], None, None
     if args.policy:
-        policy_config, policy_tokenizer = common.read_config(args.policy), common.load_tokenizer(args.policy)
+        policy_config, policy_tokenizer = common.policy_config(args.policy), common.load_tokenizer(args.policy)
         prompts = encode_rows(read_rows(args.eval_prompts, "--eval_prompts"), policy_tokenizer, args, "--eval_prompts")
         limits = [getattr(c.get_text_config(), "max_position_embeddings", None) or 2**31 for c in (config, policy_config)]
         room = min(limits) - max(len(ids) for ids, _ in prompts) - 1  # an EOS may be put after a completion that was cut
@@ -653,7 +654,7 @@ def train(args):
     def held_out_scores():
         return evaluate(model, tokenizer, held_out, share, args, world) if held_out else {}
 
-    with common.guarded(out, args):
+    with common.guarded(out, args, bar):
         if share is None:  # decided once a run
             share = bool(pairs) and not args.gradient_checkpointing and starts_can_be_shared(model, tokenizer, pairs, world)
             share = common.all_sum(world, share)[0] == world.size
@@ -714,7 +715,7 @@ def train(args):
             if step % args.save_every == 0 or step == args.steps or ending:
                 common.save_checkpoint(out, world, step, {"model": model}, {"model": optimizer}, {"share": share})
             if ending and step < args.steps:
-                raise common.Stop(f"stopped by a signal after step {step} of {args.steps}")
+                raise common.Ended(f"stopped by a signal after step {step} of {args.steps}, which is saved")
 
         # 5. The end: unit scale (in model/, not in the checkpoint, from which training may go on), and best-of-N.
         if args.steps:

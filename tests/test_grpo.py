@@ -246,11 +246,11 @@ def test_the_self_check_turns_sharing_off_where_it_would_be_wrong(monkeypatch):
     without their prompt. A cache that forgets the gradient is found too, and a family without such a cache."""
     model = family("llama").train()
     s = rollout(model)
-    assert prompts_can_be_shared(model, s, 4, 1.0, torch.float32)
-    assert prompts_can_be_shared(model, sample(model, make_tokenizer(), [[5, 6]], n=4, max_new_tokens=3), 4, 1.0, torch.float32)
-    assert not prompts_can_be_shared(model, s, 1, 1.0, torch.float32), "nothing to share"
+    assert prompts_can_be_shared(model, s, 4, torch.float32)
+    assert prompts_can_be_shared(model, sample(model, make_tokenizer(), [[5, 6]], n=4, max_new_tokens=3), 4, torch.float32)
+    assert not prompts_can_be_shared(model, s, 1, torch.float32), "nothing to share"
     mamba = family("mamba")
-    assert not prompts_can_be_shared(mamba, rollout(mamba), 4, 1.0, torch.float32)
+    assert not prompts_can_be_shared(mamba, rollout(mamba), 4, torch.float32)
 
     honest = grpo.DynamicCache.reorder_cache
 
@@ -261,16 +261,16 @@ def test_the_self_check_turns_sharing_off_where_it_would_be_wrong(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(grpo.DynamicCache, "reorder_cache", forgetful)
-        assert not prompts_can_be_shared(model, s, 4, 1.0, torch.float32)
+        assert not prompts_can_be_shared(model, s, 4, torch.float32)
     with monkeypatch.context() as patch:  # a cache that mixes up whose prompt is whose: rows of two prompts show it
         patch.setattr(grpo.DynamicCache, "reorder_cache", lambda self, rows: honest(self, rows * 0))
-        assert not prompts_can_be_shared(model, s, 4, 1.0, torch.float32)
+        assert not prompts_can_be_shared(model, s, 4, torch.float32)
     with monkeypatch.context() as patch:  # a cache that cannot do it at all
         patch.setattr(grpo.DynamicCache, "reorder_cache", lambda self, rows: 1 / 0)
-        assert not prompts_can_be_shared(model, s, 4, 1.0, torch.float32)
+        assert not prompts_can_be_shared(model, s, 4, torch.float32)
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    assert not prompts_can_be_shared(model, s, 4, 1.0, torch.float32)
+    assert not prompts_can_be_shared(model, s, 4, torch.float32)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -396,7 +396,7 @@ def test_the_decision_to_share_prompts_is_kept_for_the_resumed_run(tmp_path, mon
         ({"clip_low": 1.5}, "--clip_low must be from 0 to 1"),
         ({"eval_samples": -1}, "--eval_samples -1: must be 0 or more"),
         ({"beta": -0.1}, "--beta -0.1: must be 0 or more"),
-        ({"max_grad_norm": -1.0}, "--max_grad_norm -1.0: must be 0 or more"),
+        ({"max_grad_norm": -1.0}, "--max_grad_norm -1.0: must be above 0"),
         ({"steps": -1}, "--steps -1: must be 0 or more"),
         ({"resume": True, "steps": 0}, "--steps 0 evaluates a model"),
         ({"minibatches": 3}, "must be a multiple of --minibatches"),

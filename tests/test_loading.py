@@ -314,7 +314,7 @@ def test_runs_are_numbered_and_named_ones_never_overwritten(tmp_path, monkeypatc
     [
         (Flags(out="mine", resume=True, learning_rate=0.2), "x", ["--learning_rate", "0.2", "0.1"]),
         (Flags(out="mine", resume=True), "y", ["x.py", "y.py"]),
-        (Flags(out="other", resume=True), "x", ["other", "holds none"]),
+        (Flags(out="other", resume=True), "x", ["other", "holds no run"]),
         (Flags(resume=True), "x", ["--out"]),
     ],
 )

@@ -286,3 +286,61 @@ def test_a_reward_model_on_two_processes_is_one_on_one(tmp_path):
     assert abs(scores[0][0] - scores[1][0]) < 1e-3, "the folded heads"
     train_reward_model(flags | {"out": str(tmp_path / "two"), "resume": True, "steps": 4})
     assert common.read_checkpoint(tmp_path / "two")["step"] == 4
+
+
+def train_ppo(flags):
+    """PPO on completions that do not depend on who draws them, so that one process and two have the same global batch."""
+    import ppo
+
+    def stand_in(model, tokenizer, prompts, *, n=1, **settings):
+        texts = [p[::-1] + p[: 1 + len(p) // 2] + [tokenizer.eos_token_id] for p in prompts for _ in range(n)]
+        return common.given([p for p in prompts for _ in range(n)], texts, tokenizer, start("cpu"))
+
+    honest, common.sample = common.sample, stand_in
+    try:
+        ppo.train(ppo.Args(device="cpu", **flags))
+    finally:
+        common.sample = honest
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_ppo_on_two_processes_is_ppo_on_one(critic, tmp_path):
+    """Actor, critic and both optimizers; whitening, the KL stop and token means are global; parts that one process has and the
+    other not; saved on two, resumed on one."""
+    rows = [{"prompt": f"{'92417'[: 1 + i % 5]}=", "answer": "1"} for i in range(8)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "r.py").write_text(
+        "def reward(completion, row):\n    return len(completion) * 0.3 - len(row['prompt']) ** 0.5\n"
+    )
+    flags = {
+        "data": str(tmp_path / "d.jsonl"),
+        "eval_data": "",
+        "reward": f"{tmp_path}/r.py:reward",
+        "critic": critic,
+        "prompts_per_step": 8,
+        "steps": 4,
+        "epochs": 3,
+        "minibatches": 1,
+        "tokens_per_micro_batch": 40,
+        "warmup": 0,
+        "schedule": "constant",
+        "kl_stop": 1.0,
+        "critic_warmup": 1,
+    }
+    train_ppo(flags | {"out": str(tmp_path / "one")})
+    run(train_ppo, 2, flags | {"out": str(tmp_path / "two")})
+    saved = [common.read_checkpoint(tmp_path / n)["models"] for n in ("one", "two")]
+    before = dict(load_policy(grpo_model(), start("cpu")).named_parameters())
+    assert all(not torch.equal(saved[1]["policy"][k], before[k]) for k in before), "two processes learn, too"
+    for which in ("policy", "critic"):
+        for k, a in saved[0][which].items():
+            # of the way it has come: Adam makes a step of the size of the rate out of a gradient that is 0 but for rounding
+            way = a - before[k] if which == "policy" else a
+            assert (a - saved[1][which][k]).norm() < 1e-3 * way.norm(), (which, k)
+    logs = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    for a, b in zip(*logs, strict=True):
+        for k in ("reward", "loss", "value/loss", "value/explained", "returns", "kl/ref", "kl/old", "updates", "grad_norm"):
+            assert abs(a.get(k, 0) - b.get(k, 0)) < 1e-3 * max(1, abs(a.get(k, 0))), k
+    assert logs[0][-1]["value/explained"] > 0.05, "and the critic has learnt something"
+    train_ppo(flags | {"out": str(tmp_path / "two"), "resume": True, "steps": 5})
+    assert common.read_checkpoint(tmp_path / "two")["step"] == 5

@@ -1,10 +1,14 @@
 """What the README says of first runs: each script with no flags but a seed, as a newcomer starts it.
 
-python tests/bench/learning.py                    # 3 seeds, two to three minutes each on 2 cores; writes learning.json, .md
+python tests/bench/learning.py                                    # all of them, two to three minutes each on 2 cores
+python tests/bench/learning.py --commands "ppo.py --critic shared" --seeds 1       # one of them; the others' results stay
+
+Writes learning.json and learning.md.
 """
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -17,48 +21,58 @@ import transformers
 import tyro
 
 HERE = Path(__file__).resolve().parent
+ORDER = ("grpo.py", "reinforce.py", "ppo.py", "ppo.py --critic shared", "dpo.py", "reward_model.py")
 
 
 @dataclass
 class Args:
-    scripts: tuple[str, ...] = ("grpo", "reinforce")
+    commands: tuple[str, ...] = tuple(c for c in ORDER if (HERE.parents[1] / c.split()[0]).exists())
     seeds: tuple[int, ...] = (1, 2, 3)
 
 
+def score(m):
+    """What a line of metrics.jsonl says of held-out data: tasks are sampled for, a reward model ranks pairs."""
+    return m.get("eval/exact", m.get("eval/accuracy"))
+
+
 def main(args):
-    results = []
-    for script in args.scripts:
+    path = HERE / "learning.json"
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    for command in args.commands:
         for seed in args.seeds:
             with tempfile.TemporaryDirectory() as out:
-                began = time.perf_counter()
-                command = [sys.executable, str(HERE.parents[1] / f"{script}.py"), "--seed", str(seed), "--out", out]
-                subprocess.run(command, check=True, capture_output=True)
+                began, (script, *flags) = time.perf_counter(), shlex.split(command)
+                whole = [sys.executable, str(HERE.parents[1] / script), *flags, "--seed", str(seed), "--out", out]
+                subprocess.run(whole, check=True, capture_output=True)
                 seconds = time.perf_counter() - began
                 metrics = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-            curve = [(m["step"], m["eval/exact"]) for m in metrics if "eval/exact" in m]
+            curve = [(m["step"], score(m)) for m in metrics if score(m) is not None]
+            memory = max(m.get("memory_gib", 0.0) for m in metrics)
             row = {
-                "script": script,
+                "command": command,
                 "seed": seed,
                 "seconds": round(seconds),
-                "eval_exact": curve,
-                "memory_gib": round(metrics[-1]["memory_gib"], 2),
+                "held_out": curve,
+                "memory_gib": round(memory, 2),
             }
+            row |= {k: v for k, v in metrics[-1].items() if k.startswith("best_of/")}
             print(row, flush=True)
-            results.append(row)
-    versions = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-    }
-    path = HERE / "learning.json"
-    before = json.loads(path.read_text())["runs"] if path.exists() else []  # those of other scripts stay
-    results = [r for r in before if r["script"] not in args.scripts] + results
-    results.sort(key=lambda r: (("grpo", "reinforce", "ppo", "dpo", "reward_model").index(r["script"]), r["seed"]))
-    path.write_text(json.dumps({**versions, "runs": results}, indent=1) + "\n")
-    lines = ["| command | seed | held-out greedy exact match | seconds |", "|---|---|---|---|"]
-    for r in results:
-        before, after = r["eval_exact"][0][1], r["eval_exact"][-1][1]
-        lines.append(f"| `python {r['script']}.py` | {r['seed']} | {before:.2f} to {after:.2f} | {r['seconds']} |")
+            runs = [r for r in runs if (r["command"], r["seed"]) != (command, seed)] + [row]
+            runs.sort(key=lambda r: (ORDER.index(r["command"]), r["seed"]))
+            write(path, runs)
+
+
+def write(path, runs):
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": machine}
+    path.write_text(json.dumps({**versions, "runs": runs}, indent=1) + "\n")
+    lines = ["| command | seed | held-out score | seconds |", "|---|---|---|---|"]
+    for r in runs:
+        before, after = r["held_out"][0][1], r["held_out"][-1][1]
+        what = f"exact match {before:.2f} to {after:.2f}"
+        if "best_of/true@1" in r:
+            what = f"pairs right {before:.2f} to {after:.2f}; best of 16 exact {r['best_of/true@1']:.2f} to {r['best_of/true@16']:.2f}"
+        lines.append(f"| `python {r['command']}` | {r['seed']} | {what} | {r['seconds']} |")
     (HERE / "learning.md").write_text("\n".join(lines) + "\n")
 
 

@@ -1,0 +1,70 @@
+"""What each method holds in memory besides activations, from a model's config alone: weights, gradients, Adam's moments.
+
+python tests/bench/held.py                       # the 8 B example of the README; writes held.md, seconds
+python tests/bench/held.py --model FOLDER        # another model's
+
+Two counts. The usual one on slides: everything in 16 bits, Adam's two moments for what learns, no gradients. And this project's:
+float32 masters, gradients and moments for what learns (16 bytes a parameter), bfloat16 for what is frozen (2 bytes) and for the
+whole weights that a GPU computes with (2 bytes more of the policy, while it samples).
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+import tyro
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+import common
+
+#         method: (models that learn, frozen models); the reward is a model, and there is a reference wherever a KL is paid
+METHODS = {
+    "REINFORCE": (1, 2),
+    "actor-critic, PPO with a separate critic": (2, 2),
+    "PPO with a shared critic": (1, 2),
+    "GRPO with its KL": (1, 2),
+    "GRPO without (beta 0)": (1, 1),
+    "DPO, reference scored before": (1, 0),
+}
+
+
+@dataclass
+class Args:
+    model: str = ""
+    """folder of a model (default: a config in the shape of Llama 3 8B)"""
+
+
+def llama_8b():
+    return transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
+    )  # fmt: skip
+
+
+def held(config):
+    """{method: (bytes in 16 bits without gradients, bytes here)}."""
+    with torch.device("meta"):  # a model without memory: its count is exact
+        count = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
+    slides = {name: (3 * learn + frozen) * 2 * count for name, (learn, frozen) in METHODS.items()}
+    here = {name: (16 * learn + 2 * frozen + 2) * count for name, (learn, frozen) in METHODS.items()}
+    return count, {name: (slides[name], here[name]) for name in METHODS}
+
+
+def main(args):
+    count, rows = held(common.read_config(args.model) if args.model else llama_8b())
+    lines = [
+        f"| {count / 1e9:.1f} B parameters | learns + frozen | all in 16 bits, no gradients | here, float32 masters |",
+        "|---|---|---|---|",
+    ]
+    for name, (slides, here) in rows.items():
+        learn, frozen = METHODS[name]
+        lines.append(f"| {name} | {learn} + {frozen} | {slides / 1e9:.0f} GB | {here / 1e9:.0f} GB |")
+    print("\n".join(lines))
+    if not args.model:
+        (HERE / "held.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, use_underscores=True))
