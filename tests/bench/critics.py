@@ -3,7 +3,7 @@
     python tests/bench/critics.py --model SMOLLM2 --data gsm8k_train.jsonl       # 135M chat model (smollm2.py), about 15 minutes
 
 32 completions of 64 tokens a step, KL 0.05, 2 passes of 2 updates, float32 on the CPU; ppo.py draws one of each of 32 prompts,
-grpo.py 8 of each of 4. Each measurement is a process of its own of two steps, of which the second counts; they take turns.
+grpo.py 8 of each of 4. Each measurement is a process of its own of one step; they take turns.
 Writes critics.json and .md.
 """
 
@@ -25,7 +25,7 @@ WHO = {
     "ppo.py, shared critic": ("ppo.py", "--prompts_per_step", "32", "--critic", "shared"),
     "grpo.py": ("grpo.py", "--prompts_per_step", "4", "--samples_per_prompt", "8"),
 }
-SAME = "--beta 0.05 --epochs 2 --minibatches 2 --max_new_tokens 64 --steps 2 --reward number --device cpu --seed 1"
+SAME = "--beta 0.05 --epochs 2 --minibatches 2 --max_new_tokens 64 --steps 1 --reward number --device cpu --seed 1"
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Args:
     """folder of the model"""
     data: str
     """prompts with answers"""
-    rounds: int = 3
+    rounds: int = 2
     """how often each takes its turn"""
 
 
