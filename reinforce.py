@@ -605,6 +605,7 @@ def train(args):
     held_out = encode_rows(read_rows(args.eval_data, "--eval_data"), tokenizer, args, "--eval_data") if args.eval_data else []
     longest = max(len(ids) for ids, _ in prompts + held_out)
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+    context -= is_a_model(args.reward)  # which reads an EOS after a completion that was cut
     if longest >= context:
         fail(
             f"a prompt of {longest} tokens fills the model's context of {context}; lower --max_prompt_tokens to {context - 1} at most"

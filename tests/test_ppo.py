@@ -598,3 +598,12 @@ def test_what_each_method_holds_counted_both_ways():
     needed = common.memory_needed(ppo.Args.model, world, 1, learning=2)
     learnt = needed["weights"] + needed["gradients"] + needed["optimizer"]
     assert needed["parameters"] == count and learnt == 2 * 16 * count, "the estimate at the start of a run counts alike"
+
+
+def test_a_reward_model_of_the_policys_context_reads_cut_completions(tmp_path):
+    """A completion that fills the context has no EOS, and gets one to be read by: the policy leaves room for it."""
+    critic, tokenizer = common.load_scalar(ppo.Args.model, CPU, common.load_tokenizer(ppo.Args.model), 0.5), common.load_tokenizer(ppo.Args.model)  # fmt: skip
+    common.save_model(critic, tokenizer, tmp_path / "judge", CPU)
+    data = prompts_file(tmp_path, [{"prompt": "421357689=", "answer": "1"}])
+    m = run(tmp_path, data=data, reward=str(tmp_path / "judge"), steps=1, prompts_per_step=64, temperature=3.0)
+    assert m[1]["truncated"] > 0
