@@ -344,3 +344,44 @@ def test_ppo_on_two_processes_is_ppo_on_one(critic, tmp_path):
     assert logs[0][-1]["value/explained"] > 0.05, "and the critic has learnt something"
     train_ppo(flags | {"out": str(tmp_path / "two"), "resume": True, "steps": 5})
     assert common.read_checkpoint(tmp_path / "two")["step"] == 5
+
+
+def train_dpo(flags):
+    import dpo
+
+    dpo.train(dpo.Args(device="cpu", **flags))
+
+
+def test_dpo_on_two_processes_is_dpo_on_one(tmp_path):
+    """The same weights and numbers; the reference's scores are shared out and come back in order; saved on two, resumed on one."""
+    import dpo
+
+    lines = (dpo.TINY / "pairs_train.jsonl").read_text().splitlines()[:17]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    prompts = (dpo.TINY / "sort_test.jsonl").read_text().splitlines()[:3]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
+    flags = {
+        "data": str(tmp_path / "pairs.jsonl"),
+        "eval_data": str(tmp_path / "pairs.jsonl"),
+        "eval_prompts": str(tmp_path / "prompts.jsonl"),
+        "pairs_per_step": 8,
+        "steps": 3,
+        "tokens_per_micro_batch": 60,
+        "schedule": "constant",
+        "warmup": 0,
+    }
+    train_dpo(flags | {"out": str(tmp_path / "one")})
+    run(train_dpo, 2, flags | {"out": str(tmp_path / "two")})
+    one, two = (common.read_checkpoint(tmp_path / n)["models"]["policy"] for n in ("one", "two"))
+    before = dict(load_policy(grpo_model(), start("cpu")).named_parameters())
+    for k in one:
+        assert (one[k] - two[k]).norm() < 1e-3 * (one[k] - before[k]).norm(), k
+    logs = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    for a, b in zip(*logs, strict=True):
+        for k in ("loss", "accuracy", "margin", "grad_norm", "eval/accuracy", "eval/margin", "eval/loss", "logprobs/chosen"):
+            assert abs(a.get(k, 0) - b.get(k, 0)) < 1e-3 * max(1, abs(a.get(k, 0))), k
+    tables = [torch.load(tmp_path / n / "reference.pt", weights_only=True) for n in ("one", "two")]
+    for name in ("pairs", "held_out"):
+        torch.testing.assert_close(tables[0][name], tables[1][name], atol=1e-4, rtol=0, equal_nan=True)
+    train_dpo(flags | {"out": str(tmp_path / "two"), "resume": True, "steps": 4})
+    assert common.read_checkpoint(tmp_path / "two")["step"] == 4

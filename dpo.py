@@ -1,0 +1,734 @@
+"""DPO, Direct Preference Optimization: preferences without a reward model and without rollouts.
+
+RLHF fits a reward to preferences and then a policy to the reward. DPO sees that the second step has its solution on paper, and
+puts it into the first:
+
+    (1)  max over pi of  E[r(x, y)] - beta KL(pi || ref)                    the objective of reinforce.py and ppo.py
+    (2)  pi*(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)                     its optimum: (1) is -beta KL(pi || pi*) + beta E[log Z]
+    (3)  r(x, y) = beta log(pi*(y|x) / ref(y|x)) + beta log Z(x)            so every policy is the optimum of some reward
+    (4)  P(y > z | x) = sigmoid(r(x, y) - r(x, z))                          Bradley and Terry, as in reward_model.py
+    (5)  h = beta ( log pi(y)/ref(y) - log pi(z)/ref(z) )                   Z is the same for both, and falls out
+    (6)  loss = mean over pairs of -log sigmoid(h),  y chosen, z rejected   -> `preference_loss`
+
+The reward model is the policy, r = beta log pi / ref its implicit reward; what is left is a classification of pairs. The gradient
+raises log pi(y) and lowers log pi(z), each by beta sigmoid(-h): pairs that are ranked wrong count most.
+
+It is offline RL: the completions are somebody else's, drawn once. Nothing new is tried, nothing that the policy says today is ever
+scored, and (6) holds pi only where there are data. Both log-probabilities may fall while the margin grows, and the mass
+goes to completions nobody has ranked; `--sft_coef` keeps the chosen ones likely. On-policy methods pay for rollouts to see that.
+
+Other losses of the same h (`--loss`), n the length of a completion:
+
+    sigmoid  -log sigmoid(h), or with --label_smoothing e  -(1 - e) log sigmoid(h) - e log sigmoid(-h)    e of the labels are wrong
+    ipo      (d - 1 / (2 beta))^2,   d = log-ratio / n of chosen, less that of rejected    a margin to reach, not to push for ever
+    hinge    max(0, 1 - h)                                                                 nothing once h is 1
+    simpo    -log sigmoid( beta log pi(y) / n_y - beta log pi(z) / n_z - simpo_margin )    no reference; the mean is what decoding shows
+
+    python dpo.py                                                                # the embedded model and pairs; no download
+    python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --eval_data held_out_pairs.jsonl
+    torchrun --nproc_per_node 8 dpo.py --model ... --data ... --eval_prompts prompts.jsonl --reward number
+
+The reference is the policy before its first step. It scores all pairs once, its numbers are kept in the run's folder, and no
+second model is ever held.
+
+Left out: rounds of new pairs from the policy itself (sample, rank, and start again from runs/.../model); several rejected to one chosen.
+
+Rafailov et al. 2023 (DPO); Mitchell 2023 (label noise, cDPO); Azar et al. 2024 (IPO); Zhao et al. 2023 (the hinge, SLiC); Meng et al.
+2024 (SimPO); Pang et al. 2024 (with an SFT term).
+"""
+
+import dataclasses
+import importlib.util
+import inspect
+import json
+import math
+import re
+import sys
+import time
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+
+import common
+from common import fail
+
+TINY = Path(__file__).resolve().parent / "tests" / "tiny"  # the embedded model and its task
+
+
+@dataclass
+class Args:
+    # --- task ---
+    model: str = str(TINY / "model")
+    """folder or hub name of the causal language model to train; as it starts, it is the reference"""
+    data: str | None = None
+    """pairs to learn from: JSON lines with "prompt", "chosen", "rejected" (default: the embedded task's)"""
+    eval_data: str | None = None
+    """held-out pairs, as --data; without it the embedded task has its own, and other data none"""
+    eval_prompts: str | None = None
+    """held-out prompts to sample for: JSON lines with "prompt" and, for most rewards, "answer" (default: the embedded task's)"""
+    reward: str = "exact"
+    """what scores the samples of --eval_prompts: exact | number | FILE.py:function(completion, row) | a reward model"""
+    chat: bool = True
+    """a prompt that is a string goes through the chat template, if the tokenizer has one (--no_chat: raw text)"""
+    system: str = ""
+    """system message before every prompt that has none of its own"""
+    max_tokens: int = 1024
+    """pairs with a longer side, prompt included, are left out, and counted; they are never cut"""
+    max_prompt_tokens: int = 512
+    """of --eval_prompts, those that are longer are left out, and counted"""
+    max_new_tokens: int = 256
+    """of the samples of --eval_prompts"""
+
+    # --- algorithm ---
+    loss: Literal["sigmoid", "ipo", "hinge", "simpo"] = "sigmoid"
+    """DPO's own, or one of its relatives"""
+    beta: float | None = None
+    """how strongly the reference holds, and the scale of the implicit reward (default 0.1, simpo 2.0, the embedded model 0.5)"""
+    label_smoothing: float = 0.0
+    """share of pairs whose labels are thought wrong (with --loss sigmoid)"""
+    simpo_margin: float = 1.0
+    """by how much chosen should be ahead (with --loss simpo)"""
+    sft_coef: float = 0.0
+    """weight of -log pi(chosen) / length, which keeps the chosen completions likely"""
+
+    # --- optimisation ---
+    steps: int = 120
+    """optimizer updates in all; 0 evaluates only"""
+    pairs_per_step: int = 64
+    """pairs in an update"""
+    learning_rate: float | None = None
+    """AdamW's step size (default 5e-7, and 1e-4 for the embedded model, which is small and wants more)"""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """what becomes of the learning rate after the warm-up"""
+    warmup: int = 10
+    """steps over which the learning rate rises"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    tokens_per_micro_batch: int | None = None
+    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 2048 on a CPU): lower it when memory
+    runs out; up to rounding, results do not change"""
+    gradient_checkpointing: bool = False
+    """keep less for the backward pass and compute it twice: less memory, more time (prompts are then not shared)"""
+
+    # --- run ---
+    out: str = ""
+    """the run's folder (default runs/dpo, then runs/dpo-2, ...)"""
+    resume: bool = False
+    """go on with the run in --out; give it the flags it was started with"""
+    seed: int = 1
+    """of the order of pairs"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU if there is one"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """what computes on a GPU (auto: bfloat16); the weights that learn are float32 always"""
+    eval_every: int = 30
+    """steps between scores on --eval_data and --eval_prompts"""
+    save_every: int = 30
+    """steps between checkpoints"""
+
+
+def resolve(args):
+    """Fills in the defaults that depend on other flags, and refuses flags that contradict each other."""
+    tiny, ours = Path(args.model).resolve() == TINY / "model", args.data is None
+    at_home = ours and not args.eval_data and not args.eval_prompts
+    defaults = {
+        "data": str(TINY / "pairs_train.jsonl"),
+        "eval_data": str(TINY / "pairs_test.jsonl") if at_home else "",
+        "eval_prompts": str(TINY / "sort_test.jsonl") if at_home else "",
+        "beta": 2.0 if args.loss == "simpo" else 0.5 if tiny else 0.1,
+        "learning_rate": 1e-4 if tiny else 5e-7,
+        "tokens_per_micro_batch": 2048 if args.device == "cpu" or not torch.cuda.is_available() else 8192,
+    }
+    args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
+    counts = "max_tokens max_prompt_tokens max_new_tokens pairs_per_step tokens_per_micro_batch eval_every save_every"
+    for name in counts.split():
+        if getattr(args, name) < 1:
+            fail(f"--{name} {getattr(args, name)}: must be 1 or more")
+    for name in ("steps", "warmup", "learning_rate", "sft_coef"):
+        if not 0 <= getattr(args, name) < math.inf:
+            fail(f"--{name} {getattr(args, name)}: must be 0 or more")
+    if not args.max_grad_norm > 0:
+        fail(f"--max_grad_norm {args.max_grad_norm}: must be above 0; inf scales nothing down")
+    if not 0 < args.beta < math.inf:
+        fail(f"--beta {args.beta}: must be above 0; at 0 no pair would have a gradient")
+    if not 0 <= args.label_smoothing < 0.5:
+        fail(f"--label_smoothing {args.label_smoothing}: must be from 0 to below 0.5, where labels say nothing any more")
+    if args.label_smoothing and args.loss != "sigmoid":
+        fail(f"--label_smoothing acts with --loss sigmoid only, and --loss is {args.loss}")
+    if args.resume and not args.steps:
+        fail(
+            "--steps 0 evaluates a model; to evaluate what a run has made, leave out --resume and give its folder, --model RUN/model"
+        )
+    return args
+
+
+# -- The task: pairs, prompts and rewards --------------------------------------------------------------------------
+
+
+def read_pairs(path, flag):
+    """The pairs of a JSON-lines file. A side is a text, or a list of messages of which the last is the answer; those before
+    it, if there are any, are the prompt."""
+    rows = []
+    for number, row in read_json(path, flag):
+        row = dict(row) if isinstance(row, dict) else {}
+        before = []  # what stands in the sides before their answers
+        for side in ("chosen", "rejected"):
+            if is_prompt(row.get(side)) and isinstance(row[side], list) and row[side][-1]["role"] == "assistant":
+                before.append(row[side][:-1])
+                row[side] = row[side][-1]["content"]
+        if len(before) == 2 and before[0] != before[1]:
+            fail(f"{flag} {path}, line {number}: chosen and rejected answer two different conversations")
+        if before and before[0]:
+            row["prompt"] = before[0]
+        if not is_prompt(row.get("prompt")) or not all(isinstance(row.get(side), str) for side in ("chosen", "rejected")):
+            fail(f'{flag} {path}, line {number}: needs "prompt", "chosen" and "rejected", each a text or a list of messages')
+        rows.append(row)
+    return rows
+
+
+def encode_preferences(rows, tokenizer, args, flag):
+    """[(prompt's ids, chosen's, rejected's), ...], each side ended by EOS, without pairs of equal sides, which say nothing,
+    and without those too long: cut, a pair may lose the very place where its sides differ. Says how many those were."""
+    pairs = [
+        (common.encode_prompt(tokenizer, row["prompt"], args.system, args.chat),
+         *(common.encode_completion(tokenizer, row[side]) for side in ("chosen", "rejected")))
+        for row in rows
+    ]  # fmt: skip
+    differ = [p for p in pairs if p[1] != p[2] and p[0]]
+    kept = [p for p in differ if len(p[0]) + max(len(p[1]), len(p[2])) <= args.max_tokens]
+    if len(kept) < len(pairs):
+        long = len(differ) - len(kept)
+        print(
+            f"{flag}: of {len(pairs)} pairs {len(pairs) - len(differ)} left out as equal, {long} as over --max_tokens {args.max_tokens}"
+        )
+    return kept or fail(f"{flag}: no pair is left")
+
+
+def read_json(path, flag):
+    """[(line number, value), ...] of a JSON-lines file; a mistake is named with its line."""
+    try:
+        text = Path(path).read_bytes().decode()
+    except OSError as error:
+        fail(f"{flag} {path}: {error.strerror}")
+    except UnicodeDecodeError:
+        fail(f"{flag} {path}: not a text file in UTF-8")
+    values = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            values += [(number, json.loads(line))] if line.strip() else []
+        except ValueError as error:
+            array = "; this looks like one array: give each object a line of its own" if text.lstrip().startswith("[") else ""
+            fail(f"{flag} {path}, line {number}: not JSON ({error}){array}")
+    return values or fail(f"{flag} {path}: no rows in it")
+
+
+def is_prompt(value):
+    """A text, or a list of chat messages."""
+    messages = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    return bool(value) and (isinstance(value, str) or messages)
+
+
+def read_rows(path, flag):
+    """The rows of a JSON-lines file, each with its `prompt`."""
+    rows = []
+    for number, row in read_json(path, flag):
+        prompt = row.get("prompt", row.get("question")) if isinstance(row, dict) else None
+        if not is_prompt(prompt):
+            fail(f'{flag} {path}, line {number}: needs a "prompt" (or "question") that is a text or a list of messages')
+        rows.append({**row, "prompt": prompt})
+    return rows
+
+
+def encode_rows(rows, tokenizer, args, flag):
+    """[(prompt's token ids, row), ...] without the prompts that are too long; says how many those were."""
+    pairs = [(common.encode_prompt(tokenizer, r["prompt"], args.system, args.chat), r) for r in rows]
+    kept = [(ids, r) for ids, r in pairs if 0 < len(ids) <= args.max_prompt_tokens]
+    if len(kept) < len(pairs):
+        print(
+            f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out (--max_prompt_tokens {args.max_prompt_tokens})"
+        )
+    return kept or fail(f"{flag}: every prompt is longer than --max_prompt_tokens {args.max_prompt_tokens}")
+
+
+def need_answers(rows, flag, what):
+    for row in rows:
+        if not isinstance(row.get("answer"), (str, int, float)):
+            fail(f'{flag}: {what} needs an "answer", a text or a number; the row with prompt {row["prompt"]!r:.100} has none')
+
+
+def exact(completion, row):
+    """1 if the completion is the answer, else 0."""
+    return float(completion.strip() == str(row["answer"]).strip())
+
+
+def number(completion, row):
+    """1 if the last number of the completion equals the last of the answer. Commas, $, a final dot and trailing zeros
+    do not matter; compared as decimals, not as floats, which cannot tell long numbers apart."""
+
+    def last(text):
+        found = re.findall(r"(?:(?<![\w.])-)?(?:\d[\d,]*\.?\d*|\.\d+)", str(text).replace("$", ""))
+        return Decimal(found[-1].replace(",", "").rstrip(".")) if found else None
+
+    wanted = last(row["answer"])
+    return float(wanted is not None and last(completion) == wanted)
+
+
+def is_a_model(spec):
+    """Whether --reward names a reward model, and not a rule or a function in a file."""
+    return spec not in ("exact", "number") and not spec.partition(":")[0].endswith(".py")
+
+
+def load_reward(spec, world):
+    """--reward as a function from completions and their rows to scores. Mistakes are found before a policy is loaded."""
+    if spec in ("exact", "number"):
+        return checked({"exact": exact, "number": number}[spec])
+    file, _, name = spec.partition(":")
+    if not file.endswith(".py"):
+        if "/" not in spec and not Path(spec).exists():
+            fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
+        return reward_model(spec, world)
+    if not Path(file).is_file():
+        fail(f"--reward {spec}: no such file {file}")
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file))
+    try:
+        sys.modules[module.__name__] = module  # as an import does: dataclasses in the file look themselves up there
+        module.__spec__.loader.exec_module(module)
+    except Exception as error:
+        fail(f"--reward {spec}: {file} cannot be imported ({type(error).__name__}: {error})")
+    if not callable(getattr(module, name, None)):
+        fail(f"--reward {spec}: {file} has no function {name!r}; write --reward {file}:function")
+    return checked(getattr(module, name))
+
+
+def checked(reward):
+    """A reward for one completion as one for many, which ends the run when it raises or gives no finite number: one NaN
+    among the rewards makes every weight NaN within a step."""
+
+    def scores(completions, rows):
+        values = []
+        for completion, row in zip(completions, rows):
+            try:
+                value = reward(completion, row)
+                if value is None:
+                    raise ValueError("it returned None")
+                value = math.nan if isinstance(value, str) else float(value)
+            except Exception as error:
+                value = f"an error, {type(error).__name__}: {error}"
+            if isinstance(value, str) or not math.isfinite(value):
+                where = f"prompt {row['prompt']!r:.300} and completion {completion!r:.300}"
+                raise common.Stop(f"--reward gave {value if isinstance(value, str) else 'no finite number'} for {where}")
+            values.append(value)
+        return values
+
+    return scores
+
+
+def reward_model(path, world):
+    """A sequence classifier with one label, as a reward. It reads text through its own tokenizer and template, because its
+    ids need not be the policy's."""
+    tokenizer = common.load_tokenizer(path)
+    model = common.load_scalar(path, world, tokenizer, frozen=True)
+    return lambda completions, rows: score_texts(model, tokenizer, completions, rows, world)
+
+
+def encode_answer(tokenizer, prompt, completion):
+    """A whole conversation as a reward model reads it -> ids: rendered by its template, or else prompt and completion,
+    ended by EOS."""
+    talk = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if tokenizer.chat_template:
+        try:
+            text = tokenizer.apply_chat_template([*talk, {"role": "assistant", "content": completion}], tokenize=False)
+        except Exception as error:  # some templates know no system message, or want user and assistant to take turns
+            fail(f"the reward model's chat template refuses the prompt {str(prompt):.200}: {error}")
+        return tokenizer(text, add_special_tokens=False).input_ids
+    text = "\n".join(m["content"] for m in talk)
+    return common.encode(tokenizer, text) + common.encode_completion(tokenizer, completion)
+
+
+@torch.no_grad()
+def score_texts(model, tokenizer, completions, rows, world):
+    """The reward model's scores of completions, a list of floats."""
+    texts = [encode_answer(tokenizer, row["prompt"], c) for c, row in zip(completions, rows)]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    longest = max(map(len, texts))
+    if longest > limit:
+        raise common.Stop(
+            f"the reward model reads {limit} tokens, and a prompt with its completion has {longest}; lower --max_new_tokens"
+        )
+    most, values = int(common.all_gather(world, torch.tensor([len(texts)], device=world.device)).max()), []
+    for i in range(0, most, 64):  # as many forwards on every process: sharded weights are gathered by all or by none
+        part = texts[i : i + 64] or texts[:1]
+        s = common.given([[] for _ in part], part, tokenizer, world)
+        values += model(input_ids=s.ids, attention_mask=s.mask.long()).logits[:, 0].float().tolist()
+    if not all(map(math.isfinite, values)):
+        raise common.Stop("the reward model gave a score that is not finite")
+    return values[: len(texts)]
+
+
+# -- The math ------------------------------------------------------------------------------------------------------
+
+
+def preference_loss(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length, args):
+    """Equations (5) and (6) and their relatives: summed log-probabilities [b] of completions by the policy, with gradient, and by
+    the reference; their lengths in tokens -> a loss for each pair, [b]."""
+    up, down = chosen - ref_chosen, rejected - ref_rejected  # log-ratios; times beta they are the implicit rewards
+    h = args.beta * (up - down)
+    if args.loss == "sigmoid":
+        loss = -(1 - args.label_smoothing) * F.logsigmoid(h) - args.label_smoothing * F.logsigmoid(-h)
+    elif args.loss == "ipo":
+        loss = (up / chosen_length - down / rejected_length - 1 / (2 * args.beta)) ** 2
+    elif args.loss == "hinge":
+        loss = F.relu(1 - h)
+    else:
+        loss = -F.logsigmoid(args.beta * (chosen / chosen_length - rejected / rejected_length) - args.simpo_margin)
+    return loss - args.sft_coef * chosen / chosen_length
+
+
+# -- Log-probabilities: one forward for both sides -----------------------------------------------------------------
+
+
+def samples_of_pairs(pairs, tokenizer, world):
+    """Pairs as rows of one batch: row 2i is chosen of pair i, row 2i + 1 rejected; both have the same prompt."""
+    prompts = [p for p, _, _ in pairs for _ in range(2)]
+    return common.given(prompts, [side for _, *sides in pairs for side in sides], tokenizer, world)
+
+
+def cut_pairs(pairs, share, tokens, world):
+    """Cuts pairs into parts of at most `tokens` tokens (or one pair) with padding, pairs of like length together -> [pair
+    numbers]. Both sides stay in one part, because the loss is of their difference. Every process gets as many parts, some
+    perhaps empty: sharded weights are gathered by all or by none."""
+    sizes = [(len(p) * (1 if share else 2), max(len(c), len(r))) for p, c, r in pairs]
+    parts = [[]]
+    for i in sorted(range(len(pairs)), key=lambda i: (-sizes[i][1], -sizes[i][0])):
+        prompt, answer = (max(sizes[j][k] for j in (*parts[-1], i)) for k in (0, 1))
+        if parts[-1] and (len(parts[-1]) + 1) * (prompt + 2 * answer) > tokens:
+            parts.append([])
+        parts[-1].append(i)
+    most = int(common.all_gather(world, torch.tensor([len(parts)], device=world.device)).max())
+    return parts + [[]] * (most - len(parts))
+
+
+def trim(samples, rows, n=1):
+    """The rows of a micro-batch without the columns in which none of them has a token: (prompt_ids [p, P], prompt_mask [p, P],
+    owner [b], ids [b, C], mask [b, C]). Rows of a group of n > 1 share a prompt, owner[i] is its number in prompt_ids;
+    with n = 1 every row has its own, and owner is None."""
+    prompts, owner = torch.tensor(rows, device=samples.ids.device).div(n, rounding_mode="floor").unique(return_inverse=True)
+    P = int(samples.prompt_mask[rows].sum(1).max())
+    C = int(samples.mask[rows].sum(1).max())
+    first = rows if n == 1 else prompts * n
+    prompt_ids, prompt_mask = samples.prompt_ids[first, -P:], samples.prompt_mask[first, -P:]
+    return prompt_ids, prompt_mask, None if n == 1 else owner, samples.ids[rows, :C], samples.mask[rows, :C]
+
+
+def completion_states(model, prompt_ids, prompt_mask, owner, ids, mask):
+    """The states from which the tokens of given completions are predicted: ids, mask [b, C], and prompts as `trim` gives them
+    -> [b, C, width]. The state at a position predicts the token after it: those at the last prompt token and at all completion
+    tokens but the last are wanted.
+
+    A prompt is computed once for all its samples: its keys and values, with their gradient, are repeated as the sampler
+    repeats them, and the completions go on from there. With a prompt of 100 tokens and 8 samples of 64 that halves the work."""
+    if owner is None:
+        inputs = torch.cat([prompt_ids, ids[:, :-1]], 1), torch.cat([prompt_mask, mask[:, :-1]], 1)
+        return common.hidden_states(model, *inputs)[:, prompt_ids.shape[1] - 1 :]
+    cache = DynamicCache(config=model.config)
+    start = common.hidden_states(model, prompt_ids, prompt_mask, cache)[owner, -1:]  # [b, 1, width]
+    cache.reorder_cache(owner)
+    # also where all completions have one token, and nothing is left to compute: another process may have longer
+    # ones, and sharded weights are gathered in as many forwards by all
+    given = ids[:, : max(ids.shape[1] - 1, 1)]
+    seen = torch.cat([prompt_mask[owner], mask[:, : given.shape[1]]], 1)
+    return torch.cat([start, common.hidden_states(model, given, seen, cache)], 1)[:, : ids.shape[1]]
+
+
+def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
+    """log pi(a_t | x, a_<t) of the tokens that `completion_states` leads to and, where a gradient is wanted, the policy's
+    entropy at each of them (in nats, exact, itself without gradient) -> two times [b, C].
+
+    The head turns states into logits a chunk at a time and is computed again in backward, so that [b, C, V] never
+    exists; with 150,000 words it would be larger than the model."""
+    states, targets = states[mask], ids[mask]  # [tokens, width], [tokens]: no work for padding
+
+    def head(states, tokens):
+        logits = common.logits_of(model, states)
+        if temperature != 1:
+            logits = logits / temperature  # as the sampler did; without it the ratio is not 1
+        logprobs = logits.log_softmax(-1)
+        chosen, entropy = logprobs.gather(-1, tokens[:, None])[:, 0], torch.zeros_like(logprobs[:, 0])
+        if torch.is_grad_enabled():  # after all that backward needs, so that it is not computed again there
+            entropy = -torch.linalg.vecdot(logprobs.detach().exp(), logprobs.detach())
+        return chosen, entropy
+
+    parts = [
+        checkpoint(head, s, t, use_reentrant=False, preserve_rng_state=False)
+        for s, t in zip(states.split(chunk), targets.split(chunk))
+    ]
+    logprobs, entropy = (torch.cat(x) for x in zip(*parts))
+    empty = torch.zeros(mask.shape, device=mask.device)
+    return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropy)
+
+
+def token_logprobs(model, prompt_ids, prompt_mask, owner, ids, mask, temperature, chunk=1024):
+    """Both in one: log-probabilities and entropy of given completions, [b, C] each."""
+    states = completion_states(model, prompt_ids, prompt_mask, owner, ids, mask)
+    return logprobs_of(model, states, ids, mask, temperature, chunk)
+
+
+def prompts_can_be_shared(model, samples, n, dtype):
+    """Whether a prompt computed once gives what a prompt computed n times gives: states and gradient, tried on two samples of
+    two prompts of the first rollout. Attention does; a layer whose cache drops the gradient does not, and transformers drops
+    the whole cache, with wrong results, where it checkpoints gradients. In bfloat16 rounding alone sets the two apart by per
+    cents, so only what is worse than a tenth is found there."""
+    if n == 1 or "past_key_values" not in inspect.signature(model.forward).parameters:
+        return False
+    other = n * int((samples.prompt_mask[::n].sum(1) - samples.prompt_mask[0].sum()).abs().argmax())  # of another length
+    rows, tolerance = sorted({0, 1, other, other + 1}), 1e-3 if dtype == torch.float32 else 0.1
+    tried = []
+    try:
+        for group in (1, n):
+            part = trim(samples, rows, group)
+            states = completion_states(model, *part)[part[-1]].float()  # [tokens, width]
+            (states * torch.linspace(-1, 1, states.shape[1], device=states.device)).sum().backward()
+            tried.append(([states.detach()], [p.grad for p in model.parameters() if p.grad is not None]))
+            model.zero_grad()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a family's cache may say to this use of it
+        if isinstance(model, FSDPModule):  # left in the middle of a pass, a sharded model would go on without learning
+            raise common.Stop(f"prompts cannot be shared with this family ({error}); add --gradient_checkpointing") from error
+        model.zero_grad()
+        return False
+
+    def apart(a, b):
+        size = torch.nn.utils.get_total_norm(a)
+        norms = (torch.nn.utils.get_total_norm([u.sub_(v) for u, v in zip(a, b)]), size)
+        away, size = (x.full_tensor() if isinstance(x, DTensor) else x for x in norms)
+        return (away / size).item()
+
+    far = [apart(a, b) for a, b in zip(*tried)]  # both, on every process: sharded gradients are measured by all together
+    return max(far) < tolerance and len(tried[0][1]) == len(tried[1][1])
+
+
+def pair_logprobs(model, tokenizer, pairs, share, world):
+    """Summed log-probabilities of both sides, EOS included: (chosen [b], rejected [b])."""
+    s = samples_of_pairs(pairs, tokenizer, world)
+    logprobs, _ = token_logprobs(model, *trim(s, list(range(2 * len(pairs))), 2 if share else 1), 1.0)
+    return logprobs.sum(1).view(-1, 2).unbind(1)
+
+
+@torch.no_grad()
+def score_pairs(model, tokenizer, pairs, share, args, world):
+    """pair_logprobs of many pairs, [pairs, 2] on the CPU; each process its share, then all of them on all."""
+    mine = pairs[world.rank :: world.size] or pairs[:1]
+    table = torch.zeros(-(-len(pairs) // world.size), 2)
+    for part in cut_pairs(mine, share, args.tokens_per_micro_batch, world):
+        sums = torch.stack(pair_logprobs(model, tokenizer, [mine[i] for i in part or [0]], share, world), 1)
+        if part:
+            table[part] = sums.cpu()
+    everyone = common.all_gather(world, table.to(world.device)).cpu().view(world.size, -1, 2)
+    return everyone.transpose(0, 1).reshape(-1, 2)[: len(pairs)]  # pair i was scored by process i modulo their number
+
+
+def reference_scores(policy, tokenizer, pairs, held_out, share, args, out, world):
+    """What the reference says of the pairs that the run will visit and of the held-out ones, [pairs, 2] each, NaN where nobody will
+    ask. To be called while the policy still is the reference: before it has made a step, or taken up a checkpoint. Kept in the
+    run's folder, so a resumed run scores only what it lacks."""
+    path = out / "reference.pt"
+    known = torch.load(path, weights_only=True) if args.resume and path.is_file() else {}
+    visited = {common.pick(len(pairs), i, args.seed) for i in range(args.steps * args.pairs_per_step)} if pairs else ()
+    missing = False
+    for name, group, wanted in (("pairs", pairs, visited), ("held_out", held_out, range(len(held_out)))):
+        table = known.setdefault(name, torch.full((len(group), 2), math.nan))
+        rows = [i for i in sorted(wanted) if table[i].isnan().any()]
+        if rows:
+            missing = True
+            table[rows] = score_pairs(policy, tokenizer, [group[i] for i in rows], share, args, world)
+    if missing and world.rank == 0:
+        common.write(path, known)
+    return known["pairs"], known["held_out"]
+
+
+# -- Evaluation and logging ----------------------------------------------------------------------------------------
+
+
+def evaluate_pairs(policy, tokenizer, held_out, reference, share, args, world):
+    """The loss, implicit rewards and their order on held-out pairs."""
+    now = score_pairs(policy, tokenizer, held_out, share, args, world)
+    n = torch.tensor([[len(c), len(r)] for _, c, r in held_out])
+    loss = preference_loss(*now.T, *reference.T, *n.T, args)
+    chosen, rejected = implicit_rewards(now, reference, n, args)
+    won = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+    return {
+        "eval/accuracy": won.mean().item(),
+        "eval/margin": (chosen - rejected).mean().item(),
+        "eval/loss": loss.mean().item(),
+    }
+
+
+def implicit_rewards(logprobs, reference, lengths, args):
+    """Equation (3) without Z, which falls out: beta times the log-ratio [2, b]. Those of ipo and simpo are means over tokens,
+    that of simpo without a reference."""
+    rewards = logprobs - (0.0 if args.loss == "simpo" else reference)
+    return (args.beta * (rewards / lengths if args.loss in ("ipo", "simpo") else rewards)).T
+
+
+def evaluate(model, tokenizer, held_out, reward, args, world):
+    """Greedy completions of held-out prompts -> {"eval/reward", "eval/exact"}; each process takes its share."""
+    right = number if args.reward == "number" else exact
+    mine, sums = held_out[world.rank :: world.size], [0.0] * 4  # sums: rewards, rows, right answers, rows with an answer
+    for i in range(0, -(-len(held_out) // world.size), 256):  # as many rounds on every process
+        part = mine[i : i + 256]
+        ids, rows = zip(*(part or held_out[:1]))
+        texts = common.sample(model, tokenizer, list(ids), max_new_tokens=args.max_new_tokens, temperature=0).texts
+        values = reward(texts, rows)
+        if part:
+            known = [right(t, r) for t, r in zip(texts, rows) if isinstance(r.get("answer"), (str, int, float))]
+            sums = [a + b for a, b in zip(sums, (sum(values), len(rows), sum(known), len(known)))]
+    rewards, count, answered, known = common.all_sum(world, *sums)
+    return {"eval/reward": rewards / count, **({"eval/exact": answered / known} if known else {})}
+
+
+# -- The loop ------------------------------------------------------------------------------------------------------
+
+
+def train(args):
+    args = resolve(args)
+    world = common.start(args.device, args.dtype, args.seed)
+    mine = args.pairs_per_step // world.size
+    if not mine or args.pairs_per_step % world.size:
+        fail(f"--pairs_per_step {args.pairs_per_step} must be a multiple of the number of processes")
+
+    # everything that can be wrong with the user's input is found here, before the policy is loaded or a file written
+    config, tokenizer = common.policy_config(args.model), common.load_tokenizer(args.model)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+    if args.max_tokens > context:
+        print(f"--max_tokens {context}: the model's context")
+        args = dataclasses.replace(args, max_tokens=context)
+    pairs = encode_preferences(read_pairs(args.data, "--data"), tokenizer, args, "--data") if args.steps else []
+    held_out = (
+        encode_preferences(read_pairs(args.eval_data, "--eval_data"), tokenizer, args, "--eval_data") if args.eval_data else []
+    )
+    prompts, reward = [], None
+    if args.eval_prompts:
+        prompts = encode_rows(read_rows(args.eval_prompts, "--eval_prompts"), tokenizer, args, "--eval_prompts")
+        # an EOS is put after a completion that was cut, for a reward model to read
+        room = context - max(len(ids) for ids, _ in prompts) - is_a_model(args.reward)
+        if room < 1:
+            fail(f"--eval_prompts: a prompt fills the model's context of {context}; lower --max_prompt_tokens")
+        args = dataclasses.replace(args, max_new_tokens=min(args.max_new_tokens, room))
+        if args.reward in ("exact", "number"):
+            need_answers([r for _, r in prompts], "--eval_prompts", f"--reward {args.reward}")
+        reward = load_reward(args.reward, world)
+    if not (pairs or held_out or prompts):
+        fail("--steps 0 evaluates; name pairs with --eval_data, or prompts with --eval_prompts")
+    out = common.open_run(args, "dpo", world)
+    stop_asked = common.catch_signals()
+
+    longest = max((len(p) + len(c) + len(r) for p, c, r in pairs + held_out), default=0)
+    needed = common.memory_needed(
+        args.model, world, max(args.tokens_per_micro_batch, longest), frozen=bool(prompts) and is_a_model(args.reward), learning=bool(args.steps),
+        checkpointing=args.gradient_checkpointing, sample_rows=min(256, len(prompts)), sample_tokens=args.max_prompt_tokens + args.max_new_tokens,
+    )  # fmt: skip
+    state = common.read_checkpoint(out) if args.resume else None
+    first = state["step"] if state else 0
+    first_pair = (pairs or held_out or [(prompts[0][0], [])])[0]
+    writer, bar = common.introduce(out, args, world, tokenizer, first_pair[0] + first_pair[1], first, needed)
+
+    policy = common.load_policy(args.model, world, args.gradient_checkpointing)
+
+    with common.guarded(out, args, bar):
+        share = state["extra"]["share"] if state else None  # compute a prompt once for both sides
+        if share is None:  # decided once a run
+            some = (pairs or held_out)[:64]
+            share = bool(some) and not args.gradient_checkpointing
+            share = share and prompts_can_be_shared(policy, samples_of_pairs(some * 2, tokenizer, world), 2, world.dtype)
+            share = common.all_sum(world, share)[0] == world.size
+        reference, held_out_reference = reference_scores(policy, tokenizer, pairs, held_out, share, args, out, world)
+
+        optimizer = common.make_optimizer(policy, args.learning_rate)
+        if state:
+            common.load_checkpoint(state, {"policy": policy}, {"policy": optimizer})
+            del state
+
+        def held_out_scores():
+            scores = {}
+            if held_out:
+                scores |= evaluate_pairs(policy, tokenizer, held_out, held_out_reference, share, args, world)
+            if prompts:
+                scores |= evaluate(policy, tokenizer, prompts, reward, args, world)
+            return scores
+
+        if first == 0:
+            common.log(out, writer, 0, held_out_scores())
+
+        for step in range(first + 1, args.steps + 1):
+            began = time.perf_counter()
+
+            # 1. The next pairs of an endless row of shuffled copies, and of those this process's.
+            start = (step - 1) * args.pairs_per_step + world.rank * mine
+            batch = [common.pick(len(pairs), start + i, args.seed) for i in range(mine)]
+
+            # 2. One forward for both sides of a pair; the loss is divided by the pairs of the whole step, before the
+            #    first backward: however the step is cut, the gradients add up to the same.
+            rate = common.learning_rate_at(step, args.steps, args.learning_rate, args.schedule, args.warmup)
+            for settings in optimizer.param_groups:
+                settings["lr"] = rate
+            sums = torch.zeros(6, dtype=torch.float64, device=world.device)
+            for part in cut_pairs([pairs[i] for i in batch], share, args.tokens_per_micro_batch, world):
+                real, part = bool(part), [batch[i] for i in part or [0]]  # an empty part only keeps other processes company
+                chosen, rejected = pair_logprobs(policy, tokenizer, [pairs[i] for i in part], share, world)
+                ref = reference[part].to(world.device)  # [b, 2]
+                n = torch.tensor([[len(pairs[i][1]), len(pairs[i][2])] for i in part], device=world.device)
+                loss = preference_loss(chosen, rejected, *ref.T, *n.T, args).sum() / args.pairs_per_step * real
+                loss.backward()
+                with torch.no_grad():
+                    now = torch.stack([chosen, rejected], 1)
+                    good, bad = implicit_rewards(now, ref, n, args)
+                    won = (good > bad).sum() + 0.5 * (good == bad).sum()
+                    sums += torch.stack([loss.detach(), *(x * real for x in (won, good.sum(), bad.sum(), *now.sum(0)))])
+            norm = common.clip_gradients(policy, args.max_grad_norm)
+            if not math.isfinite(norm):
+                raise common.Stop(f"step {step}: the gradient is {norm}, so no step was taken with it")
+            optimizer.step()
+            optimizer.zero_grad()
+
+            # 3. Log: sums over all processes first, then means.
+            tokens = sum(len(x) for i in batch for x in pairs[i])
+            loss, won, good, bad, chosen, rejected, tokens = common.all_sum(world, *sums, tokens)
+            B, seconds = args.pairs_per_step, time.perf_counter() - began
+            metrics = {
+                "loss": loss, "accuracy": won / B, "margin": (good - bad) / B, "chosen": good / B, "rejected": bad / B,
+                "logprobs/chosen": chosen / B, "logprobs/rejected": rejected / B, "grad_norm": norm, "learning_rate": rate,
+                "time/train": seconds, "tokens_per_second": tokens / seconds, "memory_gib": common.memory_used(world) / 2**30,
+            }  # fmt: skip
+            if step % args.eval_every == 0 or step == args.steps:
+                metrics |= held_out_scores()
+            common.log(out, writer, step, metrics)
+            if bar:
+                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.3f}")
+                bar.update()
+
+            # 4. Save. A signal to end (Ctrl-C, a cluster that wants its machine back) waits for this place.
+            ending = common.all_sum(world, stop_asked())[0] > 0
+            if step % args.save_every == 0 or step == args.steps or ending:
+                common.save_checkpoint(out, world, step, {"policy": policy}, {"policy": optimizer}, {"share": share})
+            if ending and step < args.steps:
+                raise common.Ended(f"stopped by a signal after step {step} of {args.steps}, which is saved")
+
+        if args.steps:
+            common.save_model(policy, tokenizer, out / "model", world)
+    message = '[{"role": "user", "content": "your prompt"}]' if tokenizer.chat_template and args.chat else '"your prompt"'
+    use = f'print(pipeline("text-generation", "{out / "model"}")({message}, max_new_tokens={args.max_new_tokens}))'
+    common.conclude(out, args, writer, bar, use)
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, use_underscores=True))

@@ -1,0 +1,267 @@
+"""DPO: losses against formulas, the derivation by enumeration, pairs however cut, and runs that resume."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import FAMILIES, family, make_tokenizer
+from test_reinforce import prompts_file, weights
+
+import common
+import dpo
+from common import World
+from dpo import cut_pairs, encode_preferences, pair_logprobs, preference_loss
+
+CPU = World(0, 1, torch.device("cpu"), torch.float32)
+PAIRS = [([7, 12, 3], [5, 9, 1], [6, 1]), ([5, 9, 11, 30, 31, 14], [20, 21, 22, 23, 24, 1], [8, 1]), ([6], [9, 1], [33, 34, 35, 1]), ([33, 21], [4, 1], [4, 5, 1])]  # fmt: skip
+
+
+def args(**flags):
+    return dpo.resolve(dpo.Args(**flags))
+
+
+# --- the losses ---
+
+
+def numbers(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    logprobs = [-20 * torch.rand(5, generator=g, dtype=torch.float64) for _ in range(4)]
+    return logprobs, torch.tensor([3, 9, 1, 4, 7]), torch.tensor([5, 2, 1, 8, 7])
+
+
+FORMULAS = {
+    "sigmoid": lambda c, r, a, b, m, n, beta: -math.log(sigmoid(beta * ((c - a) - (r - b)))),
+    "ipo": lambda c, r, a, b, m, n, beta: ((c - a) / m - (r - b) / n - 1 / (2 * beta)) ** 2,
+    "hinge": lambda c, r, a, b, m, n, beta: max(0.0, 1 - beta * ((c - a) - (r - b))),
+    "simpo": lambda c, r, a, b, m, n, beta: -math.log(sigmoid(beta * (c / m - r / n) - 0.7)),
+}
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+@pytest.mark.parametrize("loss", FORMULAS)
+def test_losses_against_their_formulas(loss, beta):
+    (c, r, a, b), m, n = numbers()
+    got = preference_loss(c, r, a, b, m, n, args(loss=loss, beta=beta, simpo_margin=0.7))
+    for i in range(5):
+        wanted = FORMULAS[loss](*(x[i].item() for x in (c, r, a, b, m, n)), beta)
+        assert got[i].item() == pytest.approx(wanted, rel=1e-10)
+    held = preference_loss(c, r, a, b, m, n, args(loss=loss, beta=beta, simpo_margin=0.7, sft_coef=0.3))
+    torch.testing.assert_close(held - got, -0.3 * c / m)
+
+
+def test_label_smoothing_acts_and_is_the_mean_over_who_is_right():
+    (c, r, a, b), m, n = numbers()
+    plain = preference_loss(c, r, a, b, m, n, args(beta=0.3))
+    turned = preference_loss(r, c, b, a, n, m, args(beta=0.3))
+    smooth = preference_loss(c, r, a, b, m, n, args(beta=0.3, label_smoothing=0.2))
+    torch.testing.assert_close(smooth, 0.8 * plain + 0.2 * turned)
+    assert (smooth - plain).abs().min() > 1e-6
+
+
+def test_the_gradient_raises_chosen_and_lowers_rejected_by_how_wrong_the_pair_is():
+    (c, r, a, b), m, n = numbers()
+    c, r = c.requires_grad_(), r.requires_grad_()
+    preference_loss(c, r, a, b, m, n, args(beta=0.3)).sum().backward()
+    h = 0.3 * ((c - a) - (r - b)).detach()
+    torch.testing.assert_close(c.grad, -0.3 * torch.sigmoid(-h))
+    torch.testing.assert_close(r.grad, 0.3 * torch.sigmoid(-h))
+
+
+def test_the_derivation_by_enumeration():
+    """(2) is the optimum of (1): any other policy has less, by beta KL(pi || pi*); and the differences of (3) are those of r."""
+    g = torch.Generator().manual_seed(0)
+    ref, r, beta = torch.randn(6, generator=g).double().softmax(0), torch.randn(6, generator=g).double(), 0.4
+
+    def objective(p):
+        return (p * r).sum() - beta * (p * (p / ref).log()).sum()
+
+    best = ref * (r / beta).exp()
+    Z = best.sum()
+    best = best / Z
+    for _ in range(50):
+        p = torch.randn(6, generator=g).double().softmax(0)
+        torch.testing.assert_close(objective(best) - objective(p), beta * (p * (p / best).log()).sum())
+    torch.testing.assert_close(objective(best), beta * Z.log())
+    implicit = beta * (best / ref).log()
+    torch.testing.assert_close(implicit - implicit[0], r - r[0])
+
+
+# --- log-probabilities of pairs ---
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_summed_log_probabilities_against_plain_forwards_with_and_without_sharing(name):
+    """EOS included, padding not, both sides in one batch with longer pairs; one prompt for both sides, or one each."""
+    model, tokenizer = family(name), make_tokenizer()
+    for share in (False, True) if name != "mamba" else (False,):
+        with torch.no_grad():
+            got = torch.stack(pair_logprobs(model, tokenizer, PAIRS, share, CPU), 1)
+            for i, (prompt, *sides) in enumerate(PAIRS):
+                for j, side in enumerate(sides):
+                    ids = torch.tensor([prompt + side])
+                    logprobs = model(ids).logits.float().log_softmax(-1)[0, len(prompt) - 1 : -1]
+                    wanted = logprobs.gather(1, torch.tensor(side)[:, None]).sum()
+                    torch.testing.assert_close(got[i, j], wanted, atol=2e-3 if name == "mamba" else 2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("loss", FORMULAS)
+def test_the_gradient_is_the_same_however_the_step_is_cut(loss, share):
+    """Field notes, test 3."""
+    model, tokenizer = family("llama").double(), make_tokenizer()
+    settings = args(loss=loss, beta=0.5, sft_coef=0.1)
+    ref = torch.tensor([[-9.0, -4.0], [-30.0, -3.0], [-5.0, -20.0], [-5.0, -9.0]])
+    grads = []
+    for tokens in (100_000, 40, 1):
+        model.zero_grad()
+        parts = cut_pairs(PAIRS, share, tokens, CPU)
+        assert sorted(i for p in parts for i in p) == [0, 1, 2, 3] and (tokens > 50 or len(parts) > 1)
+        for part in parts:
+            chosen, rejected = pair_logprobs(model, tokenizer, [PAIRS[i] for i in part], share, CPU)
+            n = torch.tensor([[len(PAIRS[i][1]), len(PAIRS[i][2])] for i in part])
+            (preference_loss(chosen, rejected, *ref[part].T, *n.T, settings).sum() / 4).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    for other in grads[1:]:
+        assert (grads[0] - other).norm() < 1e-6 * grads[0].norm() and grads[0].norm() > 0
+
+
+def test_a_part_keeps_to_its_budget():
+    for tokens in (12, 30, 60):
+        for share in (False, True):
+            for part in cut_pairs(PAIRS, share, tokens, CPU):
+                prompt = max(len(PAIRS[i][0]) for i in part) * (1 if share else 2)
+                answer = max(len(x) for i in part for x in PAIRS[i][1:])
+                assert len(part) == 1 or len(part) * (prompt + 2 * answer) <= tokens
+
+
+def test_pairs_equal_or_too_long_are_left_out_and_counted_and_messages_are_pairs_too(tmp_path, capsys):
+    talk = [{"role": "user", "content": "w5"}]
+    rows = [
+        {"prompt": "w5", "chosen": "w6 w7", "rejected": "w8"},
+        {"prompt": "w5", "chosen": "w6", "rejected": "w6"},
+        {"prompt": "w5", "chosen": "w6 " * 30, "rejected": "w8"},
+        {
+            "chosen": [*talk, {"role": "assistant", "content": "w6 w7"}],
+            "rejected": [*talk, {"role": "assistant", "content": "w8"}],
+        },
+    ]
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    pairs = encode_preferences(dpo.read_pairs(prompts_file(tmp_path, rows), "--data"), make_tokenizer(template=template), args(max_tokens=20), "--data")  # fmt: skip
+    assert "1 left out as equal, 1 as over --max_tokens 20" in capsys.readouterr().out
+    assert len(pairs) == 2 and pairs[0] == pairs[1] and pairs[0][1][-1] == pairs[0][2][-1] == 1, "both end with EOS"
+
+
+# --- whole runs, on the embedded model ---
+
+
+def run(tmp_path, name="run", **flags):
+    settings = {"out": str(tmp_path / name), "device": "cpu", "eval_data": "", "eval_prompts": "", "seed": 1}
+    dpo.train(dpo.Args(**settings | flags))
+    return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def few_pairs(tmp_path, n=48):
+    lines = (dpo.TINY / "pairs_train.jsonl").read_text().splitlines()[:n]
+    return prompts_file(tmp_path, [json.loads(line) for line in lines])
+
+
+SMALL = {"pairs_per_step": 8, "warmup": 0}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_at_step_0_the_loss_is_log_2_and_the_margin_0(checkpointing, tmp_path):
+    data = few_pairs(tmp_path)
+    m = run(tmp_path, steps=2, data=data, eval_data=data, gradient_checkpointing=checkpointing, **SMALL)
+    assert (
+        m[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6) and m[0]["eval/margin"] == 0 and m[0]["eval/accuracy"] == 0.5
+    )
+    assert m[1]["loss"] == pytest.approx(math.log(2), abs=1e-4) and abs(m[1]["margin"]) < 1e-4
+    assert m[2]["eval/loss"] < m[0]["eval/loss"] and m[2]["eval/margin"] > 0.01
+
+
+@pytest.mark.parametrize("loss", FORMULAS)
+def test_every_loss_learns_to_rank(loss, tmp_path):
+    m = run(tmp_path, steps=12, data=few_pairs(tmp_path, 16), loss=loss, pairs_per_step=16, learning_rate=3e-4, warmup=0)
+    assert m[-1]["loss"] < m[1]["loss"] and m[-1]["margin"] > m[1]["margin"] and m[-1]["accuracy"] >= m[1]["accuracy"]
+    chosen, rejected = (m[-1][f"logprobs/{k}"] - m[1][f"logprobs/{k}"] for k in ("chosen", "rejected"))
+    assert chosen > rejected
+
+
+def test_an_sft_term_keeps_the_chosen_ones_likely(tmp_path):
+    flags = {"steps": 12, "data": few_pairs(tmp_path, 16), "pairs_per_step": 16, "learning_rate": 3e-4, "warmup": 0}
+    free, held = run(tmp_path, "free", **flags), run(tmp_path, "held", sft_coef=1.0, **flags)
+    assert held[-1]["logprobs/chosen"] > free[-1]["logprobs/chosen"] + 0.1
+
+
+def test_resuming_is_never_having_stopped_and_the_reference_is_the_first_policy(tmp_path, monkeypatch):
+    """Field notes, test 12. The reference's numbers come from the folder: those of the resumed policy would be others."""
+    flags = SMALL | {"data": few_pairs(tmp_path), "save_every": 2, "schedule": "constant"}
+    straight = run(tmp_path, "a", steps=4, **flags)
+    honest = common.save_checkpoint
+
+    def crash(*everything):
+        honest(*everything)
+        raise common.Stop("the machine is wanted back")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(common, "save_checkpoint", crash)
+        run(tmp_path, "b", steps=4, **flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "score_pairs", lambda *a: 1 / 0)
+        resumed = run(tmp_path, "b", steps=4, resume=True, **flags)
+    clocks = ("time/train", "tokens_per_second", "memory_gib")
+    for a, b in zip(straight, resumed, strict=True):
+        assert {k: v for k, v in a.items() if k not in clocks} == {k: v for k, v in b.items() if k not in clocks}
+    a, b = weights(tmp_path, "a"), weights(tmp_path, "b")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    run(tmp_path, "c", steps=2, **flags)
+    (tmp_path / "c" / "reference.pt").unlink()  # lost: made again from the model that the run began with
+    again = run(tmp_path, "c", steps=4, resume=True, **flags)
+    assert again[-1]["loss"] == pytest.approx(straight[-1]["loss"], abs=1e-5)
+
+
+def test_only_pairs_that_the_run_visits_are_scored_by_the_reference(tmp_path, monkeypatch):
+    seen, honest = [], dpo.score_pairs
+
+    def count(model, tokenizer, pairs, *rest):
+        seen.append(len(pairs))
+        return honest(model, tokenizer, pairs, *rest)
+
+    monkeypatch.setattr(dpo, "score_pairs", count)
+    flags = SMALL | {"data": few_pairs(tmp_path), "schedule": "constant", "save_every": 2}
+    run(tmp_path, steps=2, **flags)
+    assert seen == [16]
+    m = run(tmp_path, steps=4, resume=True, **flags)
+    assert seen == [16, 16] and all(math.isfinite(row["loss"]) for row in m[1:])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"beta": 0.0}, "--beta 0.0: must be above 0"),
+        ({"label_smoothing": 0.5}, "--label_smoothing 0.5: must be from 0 to below 0.5"),
+        ({"label_smoothing": 0.1, "loss": "ipo"}, "--label_smoothing acts with --loss sigmoid only"),
+        ({"sft_coef": -1.0}, "--sft_coef -1.0: must be 0 or more"),
+        ({"resume": True, "steps": 0}, "--steps 0 evaluates a model"),
+        ({"steps": 0}, "name pairs with --eval_data"),
+        ({"data": "no_such.jsonl"}, "--data no_such.jsonl"),
+        ({"max_tokens": 3}, "no pair is left"),
+    ],
+)
+def test_mistakes_are_one_line(flags, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, **flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_held_out_prompts_are_sampled_for(tmp_path):
+    prompts = (dpo.TINY / "sort_test.jsonl").read_text().splitlines()[:64]
+    (tmp_path / "p.jsonl").write_text("\n".join(prompts))
+    m = run(tmp_path, steps=1, data=few_pairs(tmp_path), eval_prompts=str(tmp_path / "p.jsonl"), **SMALL)
+    assert 0 < m[0]["eval/exact"] < 1 and "eval/exact" in m[-1] and "eval/accuracy" not in m[-1]
