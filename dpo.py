@@ -17,10 +17,11 @@ It is offline RL: the completions are somebody else's, drawn once. Nothing new i
 scored, and (6) holds pi only where there are data. Both log-probabilities may fall while the margin grows, and the mass
 goes to completions nobody has ranked; `--sft_coef` keeps the chosen ones likely. On-policy methods pay for rollouts to see that.
 
-Other losses of the same h (`--loss`), n the length of a completion:
+Its relatives (`--loss`), n the length of a completion in tokens:
 
     sigmoid  -log sigmoid(h), or with --label_smoothing e  -(1 - e) log sigmoid(h) - e log sigmoid(-h)    e of the labels are wrong
-    ipo      (d - 1 / (2 beta))^2,   d = log-ratio / n of chosen, less that of rejected    a margin to reach, not to push for ever
+    ipo      (d - 1 / (2 beta))^2,   d = log-ratio / n of chosen, less that of rejected    a margin to reach, not to push for ever; in
+             means over tokens, as its authors' later advice is, so beta 0.1 asks for 5 nats a token and wants to be larger
     hinge    max(0, 1 - h)                                                                 nothing once h is 1
     simpo    -log sigmoid( beta log pi(y) / n_y - beta log pi(z) / n_z - simpo_margin )    no reference; the mean is what decoding shows
 
@@ -28,16 +29,17 @@ Other losses of the same h (`--loss`), n the length of a completion:
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --eval_data held_out_pairs.jsonl
     torchrun --nproc_per_node 8 dpo.py --model ... --data ... --eval_prompts prompts.jsonl --reward number
 
-The reference is the policy before its first step. It scores all pairs once, its numbers are kept in the run's folder, and no
-second model is ever held.
+The reference is the policy before its first step (or `--reference`). It scores the pairs that the run will visit once, before
+training; its numbers are kept in the run's folder, and while the policy learns no second model is held.
 
 Left out: rounds of new pairs from the policy itself (sample, rank, and start again from runs/.../model); several rejected to one chosen.
 
-Rafailov et al. 2023 (DPO); Mitchell 2023 (label noise, cDPO); Azar et al. 2024 (IPO); Zhao et al. 2023 (the hinge, SLiC); Meng et al.
+Rafailov et al. 2023 (DPO); Mitchell 2023 (label noise, cDPO); Azar et al. 2024 (IPO); Zhao et al. 2023 and Liu et al. 2024 (the hinge: SLiC, RSO); Meng et al.
 2024 (SimPO); Pang et al. 2024 (with an SFT term).
 """
 
 import dataclasses
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -69,6 +71,8 @@ class Args:
     # --- task ---
     model: str = str(TINY / "model")
     """folder or hub name of the causal language model to train; as it starts, it is the reference"""
+    reference: str = ""
+    """folder or hub name of the model to stay near (default: --model as it starts)"""
     data: str | None = None
     """pairs to learn from: JSON lines with "prompt", "chosen", "rejected" (default: the embedded task's)"""
     eval_data: str | None = None
@@ -138,11 +142,11 @@ class Args:
 
 def resolve(args):
     """Fills in the defaults that depend on other flags, and refuses flags that contradict each other."""
-    tiny, ours = Path(args.model).resolve() == TINY / "model", args.data is None
-    at_home = ours and not args.eval_data and not args.eval_prompts
+    tiny = Path(args.model).resolve() == TINY / "model"
+    at_home = args.data is None and not args.eval_data and not args.eval_prompts
     defaults = {
-        "data": str(TINY / "pairs_train.jsonl"),
-        "eval_data": str(TINY / "pairs_test.jsonl") if at_home else "",
+        "data": str(TINY / "pairs_train.jsonl") if at_home else "",
+        "eval_data": str(TINY / "pairs_test.jsonl") if at_home and (args.steps or args.reference) else "",
         "eval_prompts": str(TINY / "sort_test.jsonl") if at_home else "",
         "beta": 2.0 if args.loss == "simpo" else 0.5 if tiny else 0.1,
         "learning_rate": 1e-4 if tiny else 5e-7,
@@ -164,6 +168,12 @@ def resolve(args):
         fail(f"--label_smoothing {args.label_smoothing}: must be from 0 to below 0.5, where labels say nothing any more")
     if args.label_smoothing and args.loss != "sigmoid":
         fail(f"--label_smoothing acts with --loss sigmoid only, and --loss is {args.loss}")
+    if not math.isfinite(args.simpo_margin):
+        fail(f"--simpo_margin {args.simpo_margin}: must be a number")
+    if args.steps and not args.data:
+        fail("--data: name a file of pairs, or give --steps 0 to evaluate only")
+    if args.eval_data and not args.steps and not args.reference and args.loss != "simpo":
+        fail("--steps 0 compares --model with itself; name the model that it started from by --reference")
     if args.resume and not args.steps:
         fail(
             "--steps 0 evaluates a model; to evaluate what a run has made, leave out --resume and give its folder, --model RUN/model"
@@ -408,7 +418,7 @@ def cut_pairs(pairs, share, tokens, world):
     perhaps empty: sharded weights are gathered by all or by none."""
     sizes = [(len(p) * (1 if share else 2), max(len(c), len(r))) for p, c, r in pairs]
     parts = [[]]
-    for i in sorted(range(len(pairs)), key=lambda i: (-sizes[i][1], -sizes[i][0])):
+    for i in sorted(range(len(pairs)), key=lambda i: -(sizes[i][0] + 2 * sizes[i][1])):
         prompt, answer = (max(sizes[j][k] for j in (*parts[-1], i)) for k in (0, 1))
         if parts[-1] and (len(parts[-1]) + 1) * (prompt + 2 * answer) > tokens:
             parts.append([])
@@ -540,9 +550,13 @@ def score_pairs(model, tokenizer, pairs, share, args, world):
 def reference_scores(policy, tokenizer, pairs, held_out, share, args, out, world):
     """What the reference says of the pairs that the run will visit and of the held-out ones, [pairs, 2] each, NaN where nobody will
     ask. To be called while the policy still is the reference: before it has made a step, or taken up a checkpoint. Kept in the
-    run's folder, so a resumed run scores only what it lacks."""
-    path = out / "reference.pt"
-    known = torch.load(path, weights_only=True) if args.resume and path.is_file() else {}
+    run's folder, so a resumed run scores only what it lacks, and only if its pairs and precision are the same. simpo asks nobody."""
+    if args.loss == "simpo":
+        return torch.zeros(len(pairs), 2), torch.zeros(len(held_out), 2)
+    path, mark = out / "reference.pt", f"{world.dtype} {hashlib.sha256(repr((pairs, held_out)).encode()).hexdigest()}"
+    known = torch.load(path, weights_only=True) if args.resume and path.is_file() else {"mark": mark}
+    if known["mark"] != mark:
+        fail(f"--resume: {path} has scores of other pairs, or of another precision, than this run's")
     visited = {common.pick(len(pairs), i, args.seed) for i in range(args.steps * args.pairs_per_step)} if pairs else ()
     missing = False
     for name, group, wanted in (("pairs", pairs, visited), ("held_out", held_out, range(len(held_out)))):
@@ -612,6 +626,10 @@ def train(args):
     if args.max_tokens > context:
         print(f"--max_tokens {context}: the model's context")
         args = dataclasses.replace(args, max_tokens=context)
+    if args.reference:
+        common.policy_config(args.reference)
+        if common.load_tokenizer(args.reference).get_vocab() != tokenizer.get_vocab():
+            fail(f"--reference {args.reference}: reads other tokens than --model {args.model}")
     pairs = encode_preferences(read_pairs(args.data, "--data"), tokenizer, args, "--data") if args.steps else []
     held_out = (
         encode_preferences(read_pairs(args.eval_data, "--eval_data"), tokenizer, args, "--eval_data") if args.eval_data else []
@@ -634,7 +652,8 @@ def train(args):
 
     longest = max((len(p) + len(c) + len(r) for p, c, r in pairs + held_out), default=0)
     needed = common.memory_needed(
-        args.model, world, max(args.tokens_per_micro_batch, longest), frozen=bool(prompts) and is_a_model(args.reward), learning=bool(args.steps),
+        args.model, world, max(args.tokens_per_micro_batch, longest), learning=bool(args.steps),
+        frozen=(bool(prompts) and is_a_model(args.reward)) + (not args.steps),
         checkpointing=args.gradient_checkpointing, sample_rows=min(256, len(prompts)), sample_tokens=args.max_prompt_tokens + args.max_new_tokens,
     )  # fmt: skip
     state = common.read_checkpoint(out) if args.resume else None
@@ -647,11 +666,13 @@ def train(args):
     with common.guarded(out, args, bar):
         share = state["extra"]["share"] if state else None  # compute a prompt once for both sides
         if share is None:  # decided once a run
-            some = (pairs or held_out)[:64]
+            some = pairs[:64]
             share = bool(some) and not args.gradient_checkpointing
             share = share and prompts_can_be_shared(policy, samples_of_pairs(some * 2, tokenizer, world), 2, world.dtype)
             share = common.all_sum(world, share)[0] == world.size
-        reference, held_out_reference = reference_scores(policy, tokenizer, pairs, held_out, share, args, out, world)
+        scorer = common.load_reference(args.reference, world) if args.reference else policy
+        reference, held_out_reference = reference_scores(scorer, tokenizer, pairs, held_out, share, args, out, world)
+        del scorer
 
         optimizer = common.make_optimizer(policy, args.learning_rate)
         if state:

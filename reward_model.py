@@ -634,7 +634,7 @@ def train(args):
     stop_asked = common.catch_signals()
 
     needed = common.memory_needed(
-        args.model, world, args.tokens_per_micro_batch, frozen=bool(args.policy), learning=bool(args.steps), checkpointing=args.gradient_checkpointing,
+        args.model, world, args.tokens_per_micro_batch, frozen=bool(args.policy) + (not args.steps), learning=bool(args.steps), checkpointing=args.gradient_checkpointing,
         sample_rows=args.sample_rows * bool(args.policy), sample_tokens=args.max_prompt_tokens + args.max_new_tokens,
     )  # fmt: skip
     state = common.read_checkpoint(out) if args.resume else None

@@ -1,5 +1,6 @@
 """DPO: losses against formulas, the derivation by enumeration, pairs however cut, and runs that resume."""
 
+import copy
 import json
 import math
 
@@ -156,6 +157,69 @@ def test_pairs_equal_or_too_long_are_left_out_and_counted_and_messages_are_pairs
     assert len(pairs) == 2 and pairs[0] == pairs[1] and pairs[0][1][-1] == pairs[0][2][-1] == 1, "both end with EOS"
 
 
+# --- a whole step, against one written out in float64 ---
+
+
+@pytest.mark.parametrize("loss", FORMULAS)
+def test_one_step_of_the_script_is_the_step_written_out(loss, tmp_path, monkeypatch):
+    """Every flag in its place: another reference, an SFT term, plain gradient descent, micro-batches; the weights after the step
+    and the numbers logged, against loops over pairs with plain forwards."""
+    start, honest = {}, common.load_reference
+
+    def moved(*everything):
+        model, generator = honest(*everything), torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * p.std() * torch.randn(p.shape, generator=generator))
+        return model
+
+    def sgd(model, rate):
+        start["policy"] = copy.deepcopy(model).double()
+        return torch.optim.SGD(model.parameters(), lr=rate)
+
+    monkeypatch.setattr(common, "load_reference", moved)
+    monkeypatch.setattr(common, "make_optimizer", sgd)
+    data = few_pairs(tmp_path, 6)
+    flags = {"loss": loss, "beta": 0.3, "sft_coef": 0.2, "simpo_margin": 0.7, "learning_rate": 0.05, "max_grad_norm": 1e9}
+    m = run(tmp_path, data=data, eval_data=data, reference=dpo.Args.model, steps=1, pairs_per_step=6, warmup=0, schedule="constant",
+            tokens_per_micro_batch=60, **flags)  # fmt: skip
+    policy, reference = start["policy"], moved(dpo.Args.model, CPU).double()
+    before = {k: p.detach().clone() for k, p in policy.named_parameters()}
+    tokenizer, total, sums = common.load_tokenizer(dpo.Args.model), 0.0, torch.zeros(5)
+    rows = [json.loads(line) for line in open(data)]
+
+    def logprob(model, prompt, side):
+        logits = model(torch.tensor([prompt + side])).logits[0].double()
+        return logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(side)[:, None]).sum()
+
+    for row in rows:
+        prompt = common.encode_prompt(tokenizer, row["prompt"])
+        sides = [
+            tokenizer(row[k], add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for k in ("chosen", "rejected")
+        ]
+        (c, r), (m_c, m_r) = (logprob(policy, prompt, x) for x in sides), map(len, sides)
+        with torch.no_grad():
+            a, b = (logprob(reference, prompt, x) for x in sides)
+        h = {
+            "ipo": (c - a) / m_c - (r - b) / m_r,
+            "simpo": 0.3 * (c / m_c - r / m_r) - 0.7,
+        }.get(loss, 0.3 * ((c - a) - (r - b)))
+        one = {"ipo": (h - 1 / 0.6) ** 2, "hinge": (1 - h).clamp(min=0)}.get(loss, -torch.nn.functional.logsigmoid(h))
+        total = total + (one - 0.2 * c / m_c) / len(rows)
+        good, bad = {"ipo": ((c - a) / m_c, (r - b) / m_r), "simpo": (c / m_c, r / m_r)}.get(loss, (c - a, r - b))
+        sums += torch.tensor([0.3 * good, 0.3 * bad, c, r, float(good > bad)]) / len(rows)
+    total.backward()
+    names = ("chosen", "rejected", "logprobs/chosen", "logprobs/rejected", "accuracy")
+    for name, wanted in zip(names, sums.tolist()):
+        assert m[1][name] == pytest.approx(wanted, rel=1e-3, abs=1e-4), name
+    assert m[1]["loss"] == pytest.approx(total.item(), rel=1e-3) and m[0]["eval/loss"] == pytest.approx(total.item(), rel=1e-3)
+    assert m[0]["eval/margin"] == pytest.approx(sums[0].item() - sums[1].item(), rel=1e-3, abs=1e-4)
+    after = weights(tmp_path, "run")
+    for k, p in policy.named_parameters():
+        way = -0.05 * p.grad
+        assert (after[k] - before[k] - way).norm() <= 2e-3 * way.norm() + 1e-6, k
+
+
 # --- whole runs, on the embedded model ---
 
 
@@ -219,6 +283,10 @@ def test_resuming_is_never_having_stopped_and_the_reference_is_the_first_policy(
         assert {k: v for k, v in a.items() if k not in clocks} == {k: v for k, v in b.items() if k not in clocks}
     a, b = weights(tmp_path, "a"), weights(tmp_path, "b")
     assert all(torch.equal(a[k], b[k]) for k in a)
+    few_pairs(tmp_path, 47)
+    with pytest.raises(SystemExit):
+        run(tmp_path, "b", steps=4, resume=True, **flags)  # other pairs than those that were scored
+    few_pairs(tmp_path)
     run(tmp_path, "c", steps=2, **flags)
     (tmp_path / "c" / "reference.pt").unlink()  # lost: made again from the model that the run began with
     again = run(tmp_path, "c", steps=4, resume=True, **flags)
@@ -249,6 +317,9 @@ def test_only_pairs_that_the_run_visits_are_scored_by_the_reference(tmp_path, mo
         ({"sft_coef": -1.0}, "--sft_coef -1.0: must be 0 or more"),
         ({"resume": True, "steps": 0}, "--steps 0 evaluates a model"),
         ({"steps": 0}, "name pairs with --eval_data"),
+        ({"steps": 0, "eval_data": str(dpo.TINY / "pairs_test.jsonl")}, "compares --model with itself"),
+        ({"eval_data": "held_out.jsonl"}, "--data: name a file of pairs"),
+        ({"simpo_margin": math.inf}, "--simpo_margin inf: must be a number"),
         ({"data": "no_such.jsonl"}, "--data no_such.jsonl"),
         ({"max_tokens": 3}, "no pair is left"),
     ],
