@@ -105,12 +105,12 @@ class Args:
     """weight of -log pi(chosen) / length, which keeps the chosen completions likely"""
 
     # --- optimisation ---
-    steps: int = 120
+    steps: int = 300
     """optimizer updates in all; 0 evaluates only"""
     pairs_per_step: int = 64
     """pairs in an update"""
     learning_rate: float | None = None
-    """AdamW's step size (default 5e-7, and 1e-4 for the embedded model, which is small and wants more)"""
+    """AdamW's step size (default 5e-7, and 3e-4 for the embedded model, which is small and wants more)"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """what becomes of the learning rate after the warm-up"""
     warmup: int = 10
@@ -134,9 +134,9 @@ class Args:
     """auto takes the GPU if there is one"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """what computes on a GPU (auto: bfloat16); the weights that learn are float32 always"""
-    eval_every: int = 30
+    eval_every: int = 50
     """steps between scores on --eval_data and --eval_prompts"""
-    save_every: int = 30
+    save_every: int = 50
     """steps between checkpoints"""
 
 
@@ -149,7 +149,7 @@ def resolve(args):
         "eval_data": str(TINY / "pairs_test.jsonl") if at_home and (args.steps or args.reference) else "",
         "eval_prompts": str(TINY / "sort_test.jsonl") if at_home else "",
         "beta": 2.0 if args.loss == "simpo" else 0.5 if tiny else 0.1,
-        "learning_rate": 1e-4 if tiny else 5e-7,
+        "learning_rate": 3e-4 if tiny else 5e-7,
         "tokens_per_micro_batch": 2048 if args.device == "cpu" or not torch.cuda.is_available() else 8192,
     }
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})

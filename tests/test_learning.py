@@ -37,6 +37,14 @@ def test_ppo_learns_to_sort(critic, tmp_path):
     assert curve[0] <= 0.40 and curve[-1] >= 0.60, curve
 
 
+def test_dpo_learns_to_rank_and_to_sort(tmp_path):
+    """Whole."""
+    out = tmp_path / "run"
+    curve = scores("dpo", out)
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["eval/accuracy"] >= 0.90 and curve[-1] >= curve[0] + 0.15, (curve, last)
+
+
 def test_reinforce_learns_to_sort(tmp_path):
     """Shortened: from at most 0.40 to at least 0.60 in half the steps."""
     curve = scores("reinforce", tmp_path / "run", "--steps", "125")

@@ -55,7 +55,11 @@ def main(args):
                 "held_out": curve,
                 "memory_gib": round(memory, 2),
             }
-            row |= {k: v for k, v in metrics[-1].items() if k.startswith("best_of/")}
+            row |= {
+                k: v
+                for k, v in metrics[-1].items()
+                if k.startswith("best_of/") or (k == "eval/accuracy" and "eval/exact" in metrics[-1])
+            }
             print(row, flush=True)
             runs = [r for r in runs if (r["command"], r["seed"]) != (command, seed)] + [row]
             runs.sort(key=lambda r: (ORDER.index(r["command"]), r["seed"]))
@@ -70,6 +74,8 @@ def write(path, runs):
     for r in runs:
         before, after = r["held_out"][0][1], r["held_out"][-1][1]
         what = f"exact match {before:.2f} to {after:.2f}"
+        if "eval/accuracy" in r:
+            what += f"; pairs right {r['eval/accuracy']:.2f}"
         if "best_of/true@1" in r:
             what = f"pairs right {before:.2f} to {after:.2f}; best of 16 exact {r['best_of/true@1']:.2f} to {r['best_of/true@16']:.2f}"
         lines.append(f"| `python {r['command']}` | {r['seed']} | {what} | {r['seconds']} |")
