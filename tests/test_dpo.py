@@ -240,7 +240,8 @@ SMALL = {"pairs_per_step": 8, "warmup": 0}
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_at_step_0_the_loss_is_log_2_and_the_margin_0(checkpointing, tmp_path):
     data = few_pairs(tmp_path)
-    m = run(tmp_path, steps=2, data=data, eval_data=data, gradient_checkpointing=checkpointing, **SMALL)
+    flags = SMALL | {"learning_rate": 1e-4, "gradient_checkpointing": checkpointing}
+    m = run(tmp_path, steps=2, data=data, eval_data=data, **flags)
     assert (
         m[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6) and m[0]["eval/margin"] == 0 and m[0]["eval/accuracy"] == 0.5
     )
