@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -121,20 +122,83 @@ def all_gather(world, tensor):
     return torch.cat(parts)
 
 
+# -- What the user gives: flags, files, functions ----------------------------------------------------------------------
+
+
+def check_flags(args):
+    """Refuses numbers that no script could work with; what else a flag must not be, its script says."""
+    names = vars(args).keys()
+    counts = (
+        "prompts_per_step samples_per_prompt pairs_per_step max_tokens max_prompt_tokens max_new_tokens epochs minibatches "
+        "tokens_per_micro_batch sample_rows eval_every save_every keep"
+    )
+    for name in [n for n in counts.split() if n in names]:
+        if getattr(args, name) < 1:
+            fail(f"--{name} {getattr(args, name)}: must be 1 or more")
+    for name, value in vars(args).items():  # rates, weights, numbers of steps: nan and inf are refused as well
+        if type(value) in (int, float) and name not in ("max_grad_norm", "simpo_margin") and not value >= 0:
+            fail(f"--{name} {value}: must be 0 or more")
+    if not args.max_grad_norm > 0:
+        fail(f"--max_grad_norm {args.max_grad_norm}: must be above 0; inf scales nothing down")
+    if "temperature" in names and not args.temperature:
+        fail("--temperature must be above 0: a greedy policy tries nothing new, and its samples are all the same")
+    if args.resume and not args.steps:
+        fail("--steps 0 evaluates a model; for what a run has made, leave out --resume and give its folder, --model RUN/model")
+
+
+def read_json(path, flag):
+    """[(line number, value), ...] of a JSON-lines file; a mistake is named with its line."""
+    try:
+        text = Path(path).read_bytes().decode()
+    except OSError as error:
+        fail(f"{flag} {path}: {error.strerror}")
+    except UnicodeDecodeError:
+        fail(f"{flag} {path}: not a text file in UTF-8")
+    values = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if len(line) > 10_000_000:
+            fail(f"{flag} {path}, line {number}: {len(line) / 1e6:.0f} million characters in one line")
+        try:
+            values += [(number, json.loads(line))] if line.strip() else []
+        except ValueError as error:
+            array = "; this looks like one array: give each object a line of its own" if text.lstrip().startswith("[") else ""
+            fail(f"{flag} {path}, line {number}: not JSON ({error}){array}")
+    return values or fail(f"{flag} {path}: no rows in it")
+
+
+def load_function(spec, flag):
+    """The function that FILE.py:function names."""
+    file, _, name = spec.partition(":")
+    if not Path(file).is_file():
+        fail(f"{flag} {spec}: no such file {file}")
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file))
+    try:
+        sys.modules[module.__name__] = module  # as an import does: dataclasses in the file look themselves up there
+        module.__spec__.loader.exec_module(module)
+    except Exception as error:
+        fail(f"{flag} {spec}: {file} cannot be imported ({type(error).__name__}: {error})")
+    if not callable(getattr(module, name, None)):
+        fail(f"{flag} {spec}: {file} has no function {name!r}; write {flag} {file}:function")
+    return getattr(module, name)
+
+
 # -- Tokenizer: pad, stop set, chat template -------------------------------------------------------------------------
 
 
 def load_tokenizer(path):
-    """A tokenizer that has a pad token: its own, or else EOS. Pad may equal EOS here: no mask of this project comes
-    from comparing ids with the pad id (masks that do hide the real EOS too, and the model never learns to stop)."""
+    """A tokenizer that has a pad token: its own, or else EOS. Pad may equal EOS here, because masks are made of lengths in
+    this project. One that compares ids with the pad id hides the real EOS, too, and the model never learns to stop."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError, KeyError) as error:
         read_config(path)  # where there is no model at all, it says so better
         fail(f"{path}: no tokenizer could be loaded ({str(error).splitlines()[0]})")
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            fail(f"{path}: its tokenizer has neither a pad nor an EOS token; set eos_token")
+    words = read_config(path).get_text_config().vocab_size
+    if tokenizer.vocab_size > words:
+        fail(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens and its model {words}; they do not belong together")
+    if tokenizer.eos_token_id is None:
+        fail(f"{path}: its tokenizer has no EOS token, so no completion could end; set eos_token")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= words:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -189,6 +253,19 @@ def encode_completion(tokenizer, text):
     model never to stop. Prompt and answer are tokenised apart and their ids joined, because the sampler joins ids
     too: at the seam, tokenise(a) + tokenise(b) is not tokenise(a + b)."""
     return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+
+
+def encode_answer(tokenizer, prompt, completion):
+    """A whole conversation as a reward model reads it -> ids: rendered by its template, or else prompt and completion,
+    ended by EOS."""
+    talk = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if tokenizer.chat_template:
+        try:
+            text = tokenizer.apply_chat_template([*talk, {"role": "assistant", "content": completion}], tokenize=False)
+        except Exception as error:  # some templates know no system message, or want user and assistant to take turns
+            fail(f"the reward model's chat template refuses the prompt {str(prompt):.200}: {error}")
+        return tokenizer(text, add_special_tokens=False).input_ids
+    return encode(tokenizer, "\n".join(m["content"] for m in talk)) + encode_completion(tokenizer, completion)
 
 
 # -- Models ----------------------------------------------------------------------------------------------------------
@@ -301,6 +378,67 @@ def check_head(model):
         )
 
 
+def prompts_can_be_shared(model, world, gradient_checkpointing):
+    """Whether a prompt that is computed once, its cache repeated for its completions, leads to the states and the gradient
+    of prompts computed again for each: tried on made-up ids, two prompts of two completions each.
+
+    Attention does. A layer whose cache drops the gradient does not, and transformers drops the whole cache, with wrong
+    results, where it checkpoints gradients. In bfloat16 rounding alone sets the two apart by per cents, so only what is
+    worse than a tenth is found there. All processes try the same ids, so they agree."""
+    if gradient_checkpointing or "past_key_values" not in inspect.signature(model.forward).parameters:
+        return False
+    P, owner = 16, torch.tensor([0, 0, 1, 1], device=world.device)
+    many = min(model.config.get_text_config().vocab_size, 1000)
+    ids = torch.randint(many, (4, 24), generator=torch.Generator().manual_seed(0)).to(world.device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    ids[:, :P], mask[2:, :5], mask[1, -2:] = ids[owner * 2, :P], False, False  # lengths differ, on both sides
+    tried = []
+    try:
+        for share in (False, True):
+            if share:
+                cache = DynamicCache(config=model.config)
+                start = hidden_states(model, ids[::2, :P], mask[::2, :P], cache)[owner, -1:]
+                cache.reorder_cache(owner)
+                states = torch.cat([start, hidden_states(model, ids[:, P:], mask, cache)], 1)
+            else:
+                states = hidden_states(model, ids, mask)[:, P - 1 :]
+            states = states[mask[:, P - 1 :]].float()  # [tokens, width]
+            (states * torch.linspace(-1, 1, states.shape[1], device=world.device)).sum().backward()
+            tried.append(([states.detach()], [p.grad for p in model.parameters() if p.grad is not None]))
+            model.zero_grad()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a family's cache may say to this use of it
+        if isinstance(model, FSDPModule):  # left in the middle of a pass, a sharded model would go on without learning
+            fail(f"prompts cannot be shared with this family ({error}); add --gradient_checkpointing")
+        model.zero_grad()
+        return False
+
+    def apart(a, b):
+        size = torch.nn.utils.get_total_norm(a)
+        norms = (torch.nn.utils.get_total_norm([u.sub_(v) for u, v in zip(a, b)]), size)
+        away, size = (x.full_tensor() if isinstance(x, DTensor) else x for x in norms)
+        return (away / size).item()
+
+    far = [apart(a, b) for a, b in zip(*tried)]  # both, on every process: sharded gradients are measured by all together
+    same = max(far) < (1e-3 if world.dtype == torch.float32 else 0.1) and len(tried[0][1]) == len(tried[1][1])
+    if not same and world.rank == 0:
+        tqdm.write("note: this family's cache does not serve the training forward, so each sample's prompt is computed anew")
+    return same
+
+
+def fit_context(args, longest, *configs):
+    """The flags, with --max_new_tokens lowered to what the context of these models has room for after the longest prompt;
+    one place is left for the EOS that a reward model reads after a completion that was cut."""
+    context = min(getattr(c.get_text_config(), "max_position_embeddings", None) or 2**31 for c in configs) - 1
+    if longest >= context:
+        fail(f"a prompt of {longest} tokens fills the model's context of {context + 1}; lower --max_prompt_tokens")
+    if longest + args.max_new_tokens > context:
+        print(f"--max_new_tokens {context - longest}: the model's context of {context + 1}, less the longest prompt's {longest} "
+              "(--max_prompt_tokens leaves long ones out)")  # fmt: skip
+    return dataclasses.replace(args, max_new_tokens=min(args.max_new_tokens, context - longest))
+
+
 def policy_config(path):
     """The config of a language model; a reward model is refused, whose head would be a new one that knows no word."""
     config = read_config(path)
@@ -374,6 +512,32 @@ def scalar_head(model):
     return heads[-1]
 
 
+def load_scorer(path, world):
+    """A reward model as a function from completions and their rows to scores. It reads text through its own tokenizer and
+    template, because its ids need not be the policy's."""
+    tokenizer = load_tokenizer(path)
+    model = load_scalar(path, world, tokenizer, frozen=True)
+    return lambda completions, rows: score_texts(model, tokenizer, completions, rows, world)
+
+
+@torch.no_grad()
+def score_texts(model, tokenizer, completions, rows, world):
+    """The reward model's scores of completions, a list of floats."""
+    texts = [encode_answer(tokenizer, row["prompt"], c) for c, row in zip(completions, rows)]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    longest = max(map(len, texts))
+    if longest > limit:
+        raise Stop(f"the reward model reads {limit} tokens, and one text has {longest}; lower --max_new_tokens")
+    most, values = int(all_gather(world, torch.tensor([len(texts)], device=world.device)).max()), []
+    for i in range(0, most, 64):  # as many forwards on every process: sharded weights are gathered by all or by none
+        part = texts[i : i + 64] or texts[:1]
+        s = given([[] for _ in part], part, tokenizer, world)
+        values += model(input_ids=s.ids, attention_mask=s.mask.long()).logits[:, 0].float().tolist()
+    if not all(map(math.isfinite, values)):
+        raise Stop("the reward model gave a score that is not finite")
+    return values[: len(texts)]
+
+
 def at_rest(model):
     """The model with every weight a shard. After a forward FSDP2's root holds whole weights for a while; what is written
     to those is lost."""
@@ -407,7 +571,11 @@ def save_model(model, tokenizer, folder, world):
     if world.rank == 0:
         folder = Path(folder)
         temporary = folder.with_name(folder.name + ".tmp")
-        model.save_pretrained(temporary, state_dict=state, safe_serialization=True)
+        try:
+            model.save_pretrained(temporary, state_dict=state, safe_serialization=True)
+        except Exception as error:  # a full disk has many names here
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise Stop(f"{folder} could not be written ({error})") from error
         config = copy.deepcopy(model.config_to_save)
         config.dtype = world.dtype
         config.save_pretrained(temporary)
@@ -511,6 +679,7 @@ MAY_DIFFER = (
     "steps",
     "eval_every",
     "save_every",
+    "keep",
     "tokens_per_micro_batch",
     "resume",
     "out",
@@ -558,10 +727,14 @@ def open_run(args, script, world):
 def write(path, data):
     """Writes a file whole or not at all: beside it first, to the disk, then renamed over it."""
     temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(data, file) if isinstance(data, dict) else file.write(data.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(data, file) if isinstance(data, dict) else file.write(data.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk half a file is in the way
+        raise
     os.replace(temporary, path)
 
 
@@ -575,23 +748,30 @@ def replace(temporary, folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_checkpoint(out, world, step, models, optimizers, extra=None):
-    """Everything a run needs to go on, in one file, so that one rename makes it the checkpoint: weights and moments
-    in float32, whole, so that another number of processes can take them up. `extra` is a dict of plain values."""
+def checkpoints(out):
+    """The files of a run's finished checkpoints, the oldest first."""
+    return sorted((Path(out) / "checkpoint").glob("*.pt"))
 
-    def keep(value):
+
+def save_checkpoint(out, world, step, models, optimizers, keep=1):
+    """Everything a run needs to go on, in one file, so that one rename makes it a checkpoint: weights and moments
+    in float32, whole, so that another number of processes can take them up. The last `keep` of them stay."""
+
+    def plain(value):
         value = whole(value)  # every process takes part, in the same order; the first keeps the result
         return value if world.rank == 0 else None
 
-    state = {"step": step, "extra": extra or {}, "world": world.size, "models": {}, "optimizers": {}}
+    state = {"step": step, "world": world.size, "models": {}, "optimizers": {}}
     for name, model in models.items():
         # named_parameters, not state_dict: a head that is tied to the embedding is one weight, written once
-        state["models"][name] = {k: keep(v) for k, v in tensors(model)}
+        state["models"][name] = {k: plain(v) for k, v in tensors(model)}
         moments = optimizers[name].state_dict()["state"] if name in optimizers else {}
-        state["optimizers"][name] = {i: {k: keep(v) for k, v in s.items()} for i, s in moments.items()}
+        state["optimizers"][name] = {i: {k: plain(v) for k, v in s.items()} for i, s in moments.items()}
     if world.rank == 0:
         (out / "checkpoint").mkdir(exist_ok=True)
-        write(out / "checkpoint" / "state.pt", state)
+        write(out / "checkpoint" / f"{step:06d}.pt", state)
+        for old in checkpoints(out)[:-keep]:
+            old.unlink()
     if world.size > 1:
         dist.barrier()
 
@@ -603,14 +783,15 @@ def tensors(model):
 
 
 def read_checkpoint(out):
-    """The checkpoint of a run as a dict, its tensors left on the disk until they are copied, or None."""
-    path = Path(out) / "checkpoint" / "state.pt"
-    if not path.is_file():
+    """The newest checkpoint of a run as a dict, its tensors left on the disk until they are copied, or None."""
+    *older, path = checkpoints(out) or [None]
+    if path is None:
         return None
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
-        fail(f"{path}: this checkpoint cannot be read ({str(error).splitlines()[0]}); it may have been cut short")
+        before = f"; without it --resume goes on from {older[-1]}" if older else ""
+        fail(f"{path}: this checkpoint cannot be read ({str(error).splitlines()[0]}); it may have been cut short{before}")
 
 
 def load_checkpoint(state, models, optimizers):
@@ -742,10 +923,9 @@ def guarded(out, args, bar):
             sampling = [f" or --{name} (sampling)" for name in ("prompts_per_step", "sample_rows") if hasattr(args, name)]
             what += "; lower --tokens_per_micro_batch (training)" + "".join(sampling)
         words = [a for a in sys.argv if a != "--resume"] + ([] if args.out else ["--out", str(out)])
-        saved = (out / "checkpoint" / "state.pt").is_file()
         on = (
             f"go on from the last checkpoint with: python {shlex.join(words)} --resume"
-            if saved
+            if checkpoints(out)
             else "no checkpoint was written yet"
         )
         raise SystemExit(f"{what}\n{on}") from error

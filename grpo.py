@@ -40,13 +40,9 @@ Shao et al. 2024 (GRPO); Schulman et al. 2017 (the clip); Liu et al. 2025 (Dr. G
 """
 
 import dataclasses
-import importlib.util
-import inspect
-import json
 import math
 import random
 import re
-import sys
 import time
 from dataclasses import dataclass
 from decimal import Decimal
@@ -56,8 +52,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -158,6 +152,8 @@ class Args:
     """steps between scores on --eval_data"""
     save_every: int = 50
     """steps between checkpoints"""
+    keep: int = 1
+    """checkpoints that stay on the disk, the newest ones"""
 
 
 def resolve(args):
@@ -172,23 +168,9 @@ def resolve(args):
         "eval_data": str(TINY / "sort_test.jsonl") if Path(args.data).resolve().parent == TINY else "",
     }
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
-    counts = "prompts_per_step max_new_tokens max_prompt_tokens epochs minibatches tokens_per_micro_batch eval_every save_every"
-    for name in counts.split():
-        if getattr(args, name) < 1:
-            fail(f"--{name} {getattr(args, name)}: must be 1 or more")
+    common.check_flags(args)
     if args.samples_per_prompt < 2:
         fail("--samples_per_prompt must be 2 or more: a sample is compared with the others of its prompt")
-    for name in {"steps", "warmup", "learning_rate", "beta", "eval_samples", "ref_update_every"} & vars(args).keys():
-        if not 0 <= getattr(args, name) < math.inf:
-            fail(f"--{name} {getattr(args, name)}: must be 0 or more")
-    if not args.max_grad_norm > 0:
-        fail(f"--max_grad_norm {args.max_grad_norm}: must be above 0; inf scales nothing down")
-    if args.resume and not args.steps:
-        fail(
-            "--steps 0 evaluates a model; to evaluate what a run has made, leave out --resume and give its folder, --model RUN/model"
-        )
-    if args.temperature <= 0:
-        fail("--temperature must be above 0: a greedy policy tries nothing new and has no gradient")
     if gspo and args.aggregate != "sequence":
         fail(f"--ratio sequence is one ratio a completion, so long ones would count for more with --aggregate {args.aggregate}")
     if not 0 <= args.clip_low <= 1 or args.clip_high < 0:
@@ -201,24 +183,6 @@ def resolve(args):
 # -- The task: prompts and rewards ---------------------------------------------------------------------------------
 
 
-def read_json(path, flag):
-    """[(line number, value), ...] of a JSON-lines file; a mistake is named with its line."""
-    try:
-        text = Path(path).read_bytes().decode()
-    except OSError as error:
-        fail(f"{flag} {path}: {error.strerror}")
-    except UnicodeDecodeError:
-        fail(f"{flag} {path}: not a text file in UTF-8")
-    values = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            values += [(number, json.loads(line))] if line.strip() else []
-        except ValueError as error:
-            array = "; this looks like one array: give each object a line of its own" if text.lstrip().startswith("[") else ""
-            fail(f"{flag} {path}, line {number}: not JSON ({error}){array}")
-    return values or fail(f"{flag} {path}: no rows in it")
-
-
 def is_prompt(value):
     """A text, or a list of chat messages."""
     messages = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
@@ -228,7 +192,7 @@ def is_prompt(value):
 def read_rows(path, flag):
     """The rows of a JSON-lines file, each with its `prompt`."""
     rows = []
-    for number, row in read_json(path, flag):
+    for number, row in common.read_json(path, flag):
         prompt = row.get("prompt", row.get("question")) if isinstance(row, dict) else None
         if not is_prompt(prompt):
             fail(f'{flag} {path}, line {number}: needs a "prompt" (or "question") that is a text or a list of messages')
@@ -277,24 +241,12 @@ def is_a_model(spec):
 
 def load_reward(spec, world):
     """--reward as a function from completions and their rows to scores. Mistakes are found before a policy is loaded."""
-    if spec in ("exact", "number"):
-        return checked({"exact": exact, "number": number}[spec])
-    file, _, name = spec.partition(":")
-    if not file.endswith(".py"):
+    if is_a_model(spec):
         if "/" not in spec and not Path(spec).exists():
             fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
-        return reward_model(spec, world)
-    if not Path(file).is_file():
-        fail(f"--reward {spec}: no such file {file}")
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file))
-    try:
-        sys.modules[module.__name__] = module  # as an import does: dataclasses in the file look themselves up there
-        module.__spec__.loader.exec_module(module)
-    except Exception as error:
-        fail(f"--reward {spec}: {file} cannot be imported ({type(error).__name__}: {error})")
-    if not callable(getattr(module, name, None)):
-        fail(f"--reward {spec}: {file} has no function {name!r}; write --reward {file}:function")
-    return checked(getattr(module, name))
+        return common.load_scorer(spec, world)
+    rules = {"exact": exact, "number": number}
+    return checked(rules[spec] if spec in rules else common.load_function(spec, "--reward"))
 
 
 def checked(reward):
@@ -306,60 +258,16 @@ def checked(reward):
         for completion, row in zip(completions, rows):
             try:
                 value = reward(completion, row)
-                if value is None:
-                    raise ValueError("it returned None")
-                value = math.nan if isinstance(value, str) else float(value)
+                values.append(float(value))
+                wrong = "" if math.isfinite(values[-1]) and not isinstance(value, str) else f"{value!r:.100}, no finite number,"
             except Exception as error:
-                value = f"an error, {type(error).__name__}: {error}"
-            if isinstance(value, str) or not math.isfinite(value):
+                wrong = f"an error, {type(error).__name__}: {error}"
+            if wrong:
                 where = f"prompt {row['prompt']!r:.300} and completion {completion!r:.300}"
-                raise common.Stop(f"--reward gave {value if isinstance(value, str) else 'no finite number'} for {where}")
-            values.append(value)
+                raise common.Stop(f"--reward gave {wrong} for {where}")
         return values
 
     return scores
-
-
-def reward_model(path, world):
-    """A sequence classifier with one label, as a reward. It reads text through its own tokenizer and template, because its
-    ids need not be the policy's."""
-    tokenizer = common.load_tokenizer(path)
-    model = common.load_scalar(path, world, tokenizer, frozen=True)
-    return lambda completions, rows: score_texts(model, tokenizer, completions, rows, world)
-
-
-def encode_answer(tokenizer, prompt, completion):
-    """A whole conversation as a reward model reads it -> ids: rendered by its template, or else prompt and completion,
-    ended by EOS."""
-    talk = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    if tokenizer.chat_template:
-        try:
-            text = tokenizer.apply_chat_template([*talk, {"role": "assistant", "content": completion}], tokenize=False)
-        except Exception as error:  # some templates know no system message, or want user and assistant to take turns
-            fail(f"the reward model's chat template refuses the prompt {str(prompt):.200}: {error}")
-        return tokenizer(text, add_special_tokens=False).input_ids
-    text = "\n".join(m["content"] for m in talk)
-    return common.encode(tokenizer, text) + common.encode_completion(tokenizer, completion)
-
-
-@torch.no_grad()
-def score_texts(model, tokenizer, completions, rows, world):
-    """The reward model's scores of completions, a list of floats."""
-    texts = [encode_answer(tokenizer, row["prompt"], c) for c, row in zip(completions, rows)]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-    longest = max(map(len, texts))
-    if longest > limit:
-        raise common.Stop(
-            f"the reward model reads {limit} tokens, and a prompt with its completion has {longest}; lower --max_new_tokens"
-        )
-    most, values = int(common.all_gather(world, torch.tensor([len(texts)], device=world.device)).max()), []
-    for i in range(0, most, 64):  # as many forwards on every process: sharded weights are gathered by all or by none
-        part = texts[i : i + 64] or texts[:1]
-        s = common.given([[] for _ in part], part, tokenizer, world)
-        values += model(input_ids=s.ids, attention_mask=s.mask.long()).logits[:, 0].float().tolist()
-    if not all(map(math.isfinite, values)):
-        raise common.Stop("the reward model gave a score that is not finite")
-    return values[: len(texts)]
 
 
 # -- The math: from rewards to a loss ------------------------------------------------------------------------------
@@ -527,41 +435,6 @@ def token_logprobs(model, prompt_ids, prompt_mask, owner, ids, mask, temperature
     return logprobs_of(model, states, ids, mask, temperature, chunk)
 
 
-def prompts_can_be_shared(model, samples, n, dtype):
-    """Whether a prompt computed once gives what a prompt computed n times gives: states and gradient, tried on two samples of
-    two prompts of the first rollout. Attention does; a layer whose cache drops the gradient does not, and transformers drops
-    the whole cache, with wrong results, where it checkpoints gradients. In bfloat16 rounding alone sets the two apart by per
-    cents, so only what is worse than a tenth is found there."""
-    if n == 1 or "past_key_values" not in inspect.signature(model.forward).parameters:
-        return False
-    other = n * int((samples.prompt_mask[::n].sum(1) - samples.prompt_mask[0].sum()).abs().argmax())  # of another length
-    rows, tolerance = sorted({0, 1, other, other + 1}), 1e-3 if dtype == torch.float32 else 0.1
-    tried = []
-    try:
-        for group in (1, n):
-            part = trim(samples, rows, group)
-            states = completion_states(model, *part)[part[-1]].float()  # [tokens, width]
-            (states * torch.linspace(-1, 1, states.shape[1], device=states.device)).sum().backward()
-            tried.append(([states.detach()], [p.grad for p in model.parameters() if p.grad is not None]))
-            model.zero_grad()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a family's cache may say to this use of it
-        if isinstance(model, FSDPModule):  # left in the middle of a pass, a sharded model would go on without learning
-            raise common.Stop(f"prompts cannot be shared with this family ({error}); add --gradient_checkpointing") from error
-        model.zero_grad()
-        return False
-
-    def apart(a, b):
-        size = torch.nn.utils.get_total_norm(a)
-        norms = (torch.nn.utils.get_total_norm([u.sub_(v) for u, v in zip(a, b)]), size)
-        away, size = (x.full_tensor() if isinstance(x, DTensor) else x for x in norms)
-        return (away / size).item()
-
-    far = [apart(a, b) for a, b in zip(*tried)]  # both, on every process: sharded gradients are measured by all together
-    return max(far) < tolerance and len(tried[0][1]) == len(tried[1][1])
-
-
 @torch.no_grad()
 def rollout_logprobs(model, samples, parts, n, temperature):
     """The log-probabilities [B, C] of a rollout without gradient, in the same micro-batches as the update will use:
@@ -638,17 +511,7 @@ def train(args):
     prompts = encode_rows(read_rows(args.data, "--data"), tokenizer, args, "--data")
     held_out = encode_rows(read_rows(args.eval_data, "--eval_data"), tokenizer, args, "--eval_data") if args.eval_data else []
     longest = max(len(ids) for ids, _ in prompts + held_out)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
-    context -= is_a_model(args.reward)  # which reads an EOS after a completion that was cut
-    if longest >= context:
-        fail(
-            f"a prompt of {longest} tokens fills the model's context of {context}; lower --max_prompt_tokens to {context - 1} at most"
-        )
-    if longest + args.max_new_tokens > context:
-        args = dataclasses.replace(args, max_new_tokens=context - longest)
-        print(
-            f"--max_new_tokens {context - longest}: the model's context of {context} tokens, less the longest prompt's {longest} (--max_prompt_tokens leaves long ones out)"
-        )
+    args = common.fit_context(args, longest, config)
     if args.reward in ("exact", "number"):
         need_answers([r for _, r in prompts], "--data", f"--reward {args.reward}")
         need_answers([r for _, r in held_out], "--eval_data", f"--reward {args.reward}")
@@ -665,7 +528,6 @@ def train(args):
     )  # fmt: skip
     state = common.read_checkpoint(out) if args.resume else None
     first, said = state["step"] if state else 0, set()
-    group = state["extra"]["group"] if state else None  # samples that share a prompt's computation, see stage 3
     writer, bar = common.introduce(out, args, world, tokenizer, prompts[0][0], first, needed)
 
     if bar and args.ratio == "sequence" and args.epochs * args.minibatches == 1:
@@ -674,6 +536,8 @@ def train(args):
         )
 
     policy = common.load_policy(args.model, world, args.gradient_checkpointing)
+    # samples that share the computation of their prompt
+    group = n if n > 1 and common.prompts_can_be_shared(policy, world, args.gradient_checkpointing) else 1
     reference = common.load_reference(args.model, world) if args.beta and args.steps else None
     optimizer = common.make_optimizer(policy, args.learning_rate)
     kept = {"policy": policy}  # what a checkpoint holds
@@ -724,14 +588,6 @@ def train(args):
 
             # 3. Mini-batches (one optimizer step each) and their micro-batches (one forward each), fixed now: old, new
             #    and reference log-probabilities of a row are to come from the same company of rows.
-            if group is None:  # decided once a run
-                shared = not args.gradient_checkpointing
-                shared = shared and prompts_can_be_shared(policy, samples, n, world.dtype)
-                group = n if common.all_sum(world, shared)[0] == world.size else 1
-                if bar and group < n:
-                    tqdm.write(
-                        "note: each sample's prompt is computed anew (checkpointing, or this family's cache, asks for it)"
-                    )
             order = torch.randperm(
                 share, generator=torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
             )
@@ -823,7 +679,7 @@ def train(args):
             # 8. Save. A signal to end (Ctrl-C, a cluster that wants its machine back) waits for this place.
             ending = common.all_sum(world, stop_asked())[0] > 0
             if step % args.save_every == 0 or step == args.steps or ending:
-                common.save_checkpoint(out, world, step, kept, {"policy": optimizer}, {"group": group})
+                common.save_checkpoint(out, world, step, kept, {"policy": optimizer}, args.keep)
             if ending and step < args.steps:
                 raise common.Ended(f"stopped by a signal after step {step} of {args.steps}, which is saved")
 

@@ -32,12 +32,8 @@ Bradley and Terry 1952; Christiano et al. 2017; Stiennon et al. 2020 (reward mod
 Touvron et al. 2023 (the margin); Eisenstein et al. 2023 (centering); Beirami et al. 2024 (the bound on the KL)."""
 
 import dataclasses
-import importlib.util
-import inspect
-import json
 import math
 import re
-import sys
 import time
 from dataclasses import dataclass
 from decimal import Decimal
@@ -47,8 +43,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache
 
 import common
@@ -135,6 +129,8 @@ class Args:
     """steps between scores on --eval_data"""
     save_every: int = 75
     """steps between checkpoints"""
+    keep: int = 1
+    """checkpoints that stay on the disk, the newest ones"""
 
 
 def resolve(args):
@@ -149,21 +145,7 @@ def resolve(args):
         "eval_prompts": str(TINY / "sort_test.jsonl") if at_home else "",
     }
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
-    counts = (
-        "max_tokens max_prompt_tokens max_new_tokens pairs_per_step tokens_per_micro_batch sample_rows eval_every save_every"
-    )
-    for name in counts.split():
-        if getattr(args, name) < 1:
-            fail(f"--{name} {getattr(args, name)}: must be 1 or more")
-    for name in ("steps", "warmup", "learning_rate", "center"):
-        if not 0 <= getattr(args, name) < math.inf:
-            fail(f"--{name} {getattr(args, name)}: must be 0 or more")
-    if not args.max_grad_norm > 0:
-        fail(f"--max_grad_norm {args.max_grad_norm}: must be above 0; inf scales nothing down")
-    if args.resume and not args.steps:
-        fail(
-            "--steps 0 evaluates a model; to evaluate what a run has made, leave out --resume and give its folder, --model RUN/model"
-        )
+    common.check_flags(args)
     if args.steps and not args.data:
         fail("--data: name a file of pairs, or give --steps 0 to evaluate only")
     if not (args.steps or args.eval_data or args.policy):
@@ -172,8 +154,6 @@ def resolve(args):
         fail("--best_of: name one N or more, each 1 or more")
     if bool(args.policy) != bool(args.eval_prompts):
         fail("--policy draws completions of --eval_prompts: both are needed for best-of-N")
-    if args.temperature <= 0:
-        fail("--temperature must be above 0: best-of-N needs samples that differ")
     return args
 
 
@@ -184,7 +164,7 @@ def read_pairs(path, flag):
     """The pairs of a JSON-lines file. A side is a text, or a list of messages of which the last is the answer; those before
     it, if there are any, are the prompt."""
     rows = []
-    for number, row in read_json(path, flag):
+    for number, row in common.read_json(path, flag):
         row = dict(row) if isinstance(row, dict) else {}
         before = []  # what stands in the sides before their answers
         for side in ("chosen", "rejected"):
@@ -204,7 +184,9 @@ def read_pairs(path, flag):
 def encode_pairs(rows, tokenizer, args, flag):
     """[(chosen's ids, rejected's ids, row), ...] of whole conversations, without pairs of equal sides, which say nothing, and
     without those too long: cut, a pair may lose the very place where its sides differ. Says how many those were."""
-    pairs = [(*(encode_answer(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")), row) for row in rows]
+    pairs = [
+        (*(common.encode_answer(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")), row) for row in rows
+    ]
     differ = [p for p in pairs if p[0] != p[1]]
     kept = [p for p in differ if max(len(p[0]), len(p[1])) <= args.max_tokens]
     if len(kept) < len(pairs):
@@ -218,24 +200,6 @@ def encode_pairs(rows, tokenizer, args, flag):
     return kept or fail(f"{flag}: no pair is left")
 
 
-def read_json(path, flag):
-    """[(line number, value), ...] of a JSON-lines file; a mistake is named with its line."""
-    try:
-        text = Path(path).read_bytes().decode()
-    except OSError as error:
-        fail(f"{flag} {path}: {error.strerror}")
-    except UnicodeDecodeError:
-        fail(f"{flag} {path}: not a text file in UTF-8")
-    values = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            values += [(number, json.loads(line))] if line.strip() else []
-        except ValueError as error:
-            array = "; this looks like one array: give each object a line of its own" if text.lstrip().startswith("[") else ""
-            fail(f"{flag} {path}, line {number}: not JSON ({error}){array}")
-    return values or fail(f"{flag} {path}: no rows in it")
-
-
 def is_prompt(value):
     """A text, or a list of chat messages."""
     messages = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
@@ -245,7 +209,7 @@ def is_prompt(value):
 def read_rows(path, flag):
     """The rows of a JSON-lines file, each with its `prompt`."""
     rows = []
-    for number, row in read_json(path, flag):
+    for number, row in common.read_json(path, flag):
         prompt = row.get("prompt", row.get("question")) if isinstance(row, dict) else None
         if not is_prompt(prompt):
             fail(f'{flag} {path}, line {number}: needs a "prompt" (or "question") that is a text or a list of messages')
@@ -287,26 +251,19 @@ def number(completion, row):
     return float(wanted is not None and last(completion) == wanted)
 
 
+def is_a_model(spec):
+    """Whether --reward names a reward model, and not a rule or a function in a file."""
+    return spec not in ("exact", "number") and not spec.partition(":")[0].endswith(".py")
+
+
 def load_reward(spec, world):
     """--reward as a function from completions and their rows to scores. Mistakes are found before a policy is loaded."""
-    if spec in ("exact", "number"):
-        return checked({"exact": exact, "number": number}[spec])
-    file, _, name = spec.partition(":")
-    if not file.endswith(".py"):
+    if is_a_model(spec):
         if "/" not in spec and not Path(spec).exists():
             fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
-        return reward_model(spec, world)
-    if not Path(file).is_file():
-        fail(f"--reward {spec}: no such file {file}")
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file))
-    try:
-        sys.modules[module.__name__] = module  # as an import does: dataclasses in the file look themselves up there
-        module.__spec__.loader.exec_module(module)
-    except Exception as error:
-        fail(f"--reward {spec}: {file} cannot be imported ({type(error).__name__}: {error})")
-    if not callable(getattr(module, name, None)):
-        fail(f"--reward {spec}: {file} has no function {name!r}; write --reward {file}:function")
-    return checked(getattr(module, name))
+        return common.load_scorer(spec, world)
+    rules = {"exact": exact, "number": number}
+    return checked(rules[spec] if spec in rules else common.load_function(spec, "--reward"))
 
 
 def checked(reward):
@@ -318,60 +275,16 @@ def checked(reward):
         for completion, row in zip(completions, rows):
             try:
                 value = reward(completion, row)
-                if value is None:
-                    raise ValueError("it returned None")
-                value = math.nan if isinstance(value, str) else float(value)
+                values.append(float(value))
+                wrong = "" if math.isfinite(values[-1]) and not isinstance(value, str) else f"{value!r:.100}, no finite number,"
             except Exception as error:
-                value = f"an error, {type(error).__name__}: {error}"
-            if isinstance(value, str) or not math.isfinite(value):
+                wrong = f"an error, {type(error).__name__}: {error}"
+            if wrong:
                 where = f"prompt {row['prompt']!r:.300} and completion {completion!r:.300}"
-                raise common.Stop(f"--reward gave {value if isinstance(value, str) else 'no finite number'} for {where}")
-            values.append(value)
+                raise common.Stop(f"--reward gave {wrong} for {where}")
         return values
 
     return scores
-
-
-def reward_model(path, world):
-    """A sequence classifier with one label, as a reward. It reads text through its own tokenizer and template, because its
-    ids need not be the policy's."""
-    tokenizer = common.load_tokenizer(path)
-    model = common.load_scalar(path, world, tokenizer, frozen=True)
-    return lambda completions, rows: score_texts(model, tokenizer, completions, rows, world)
-
-
-def encode_answer(tokenizer, prompt, completion):
-    """A whole conversation as a reward model reads it -> ids: rendered by its template, or else prompt and completion,
-    ended by EOS."""
-    talk = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    if tokenizer.chat_template:
-        try:
-            text = tokenizer.apply_chat_template([*talk, {"role": "assistant", "content": completion}], tokenize=False)
-        except Exception as error:  # some templates know no system message, or want user and assistant to take turns
-            fail(f"the reward model's chat template refuses the prompt {str(prompt):.200}: {error}")
-        return tokenizer(text, add_special_tokens=False).input_ids
-    text = "\n".join(m["content"] for m in talk)
-    return common.encode(tokenizer, text) + common.encode_completion(tokenizer, completion)
-
-
-@torch.no_grad()
-def score_texts(model, tokenizer, completions, rows, world):
-    """The reward model's scores of completions, a list of floats."""
-    texts = [encode_answer(tokenizer, row["prompt"], c) for c, row in zip(completions, rows)]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-    longest = max(map(len, texts))
-    if longest > limit:
-        raise common.Stop(
-            f"the reward model reads {limit} tokens, and a prompt with its completion has {longest}; lower --max_new_tokens"
-        )
-    most, values = int(common.all_gather(world, torch.tensor([len(texts)], device=world.device)).max()), []
-    for i in range(0, most, 64):  # as many forwards on every process: sharded weights are gathered by all or by none
-        part = texts[i : i + 64] or texts[:1]
-        s = common.given([[] for _ in part], part, tokenizer, world)
-        values += model(input_ids=s.ids, attention_mask=s.mask.long()).logits[:, 0].float().tolist()
-    if not all(map(math.isfinite, values)):
-        raise common.Stop("the reward model gave a score that is not finite")
-    return values[: len(texts)]
 
 
 # -- The math ------------------------------------------------------------------------------------------------------
@@ -470,35 +383,6 @@ def pair_scores(model, tokenizer, pairs, share, world):
     return scores.chunk(2)
 
 
-def starts_can_be_shared(model, tokenizer, pairs, world):
-    """Whether a common start computed once gives the scores and the gradient of one computed twice, tried on two pairs.
-    Attention does; a layer whose cache drops the gradient does not, and transformers drops the whole cache where it
-    checkpoints gradients."""
-    takes = inspect.signature(model.forward).parameters
-    if "past_key_values" not in takes or min(len(p) for p, _, _ in split_pairs(pairs[:2], True)) == 0:
-        return False
-    tried, tolerance = [], 1e-3 if world.dtype == torch.float32 else 0.1
-    try:
-        for share in (False, True):
-            chosen, rejected = pair_scores(model, tokenizer, pairs[:2], share, world)
-            (chosen.sum() - 0.5 * rejected.sum()).backward()
-            tried.append([p.grad for p in model.parameters() if p.grad is not None])
-            model.zero_grad()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a family's cache may say to this use of it
-        if isinstance(model, FSDPModule):  # left in the middle of a pass, a sharded model would go on without learning
-            raise common.Stop(
-                f"what a pair begins with cannot be shared with this family ({error}); add --gradient_checkpointing"
-            ) from error
-        model.zero_grad()
-        return False
-    size = torch.nn.utils.get_total_norm(tried[0])
-    norms = (torch.nn.utils.get_total_norm([u.sub_(v) for u, v in zip(*tried)]), size)
-    away, size = (x.full_tensor() if isinstance(x, DTensor) else x for x in norms)
-    return (away / size).item() < tolerance
-
-
 def evaluate(model, tokenizer, held_out, share, args, world):
     """-> pair_metrics of held-out pairs; each process takes its share."""
     mine = held_out[world.rank :: world.size] or held_out[:1]
@@ -570,7 +454,7 @@ def report_best_of(model, tokenizer, policy_tokenizer, prompts, reward, args, wo
             seed=seed,
         ).texts
         rows = [row for row in rows for _ in range(M)]
-        scores = torch.tensor(score_texts(model, tokenizer, texts, rows, world), dtype=torch.float64).view(-1, M)
+        scores = torch.tensor(common.score_texts(model, tokenizer, texts, rows, world), dtype=torch.float64).view(-1, M)
         values = torch.tensor(reward(texts, rows), dtype=torch.float64).view(-1, M) if reward else torch.zeros_like(scores)
         if part:
             means = [best_of(scores, x, n).sum().item() for n in args.best_of for x in (scores, values)]
@@ -622,11 +506,7 @@ def train(args):
     if args.policy:
         policy_config, policy_tokenizer = common.policy_config(args.policy), common.load_tokenizer(args.policy)
         prompts = encode_rows(read_rows(args.eval_prompts, "--eval_prompts"), policy_tokenizer, args, "--eval_prompts")
-        limits = [getattr(c.get_text_config(), "max_position_embeddings", None) or 2**31 for c in (config, policy_config)]
-        room = min(limits) - max(len(ids) for ids, _ in prompts) - 1  # an EOS may be put after a completion that was cut
-        if room < 1:
-            fail("--eval_prompts: a prompt fills the context of the policy or of the reward model; lower --max_prompt_tokens")
-        args = dataclasses.replace(args, max_new_tokens=min(args.max_new_tokens, room))
+        args = common.fit_context(args, max(len(ids) for ids, _ in prompts), config, policy_config)
         if args.reward in ("exact", "number"):
             need_answers([r for _, r in prompts], "--eval_prompts", f"--reward {args.reward}, the true reward,")
         reward = load_reward(args.reward, world)
@@ -646,7 +526,9 @@ def train(args):
     head_std = None if finished else 1 / math.sqrt(width + 1)
     model = common.load_scalar(args.model, world, tokenizer, head_std, args.gradient_checkpointing)
     optimizer = common.make_optimizer(model, args.learning_rate)
-    share = bool(state["extra"]["share"]) if state else None  # compute what both sides begin with once
+    # what both sides of a pair begin with is computed once
+    share = common.prompts_can_be_shared(model, world, args.gradient_checkpointing)
+    share = share and all(start for start, _, _ in split_pairs(pairs + held_out, True))
     if state:
         common.load_checkpoint(state, {"model": model}, {"model": optimizer})
         del state
@@ -655,9 +537,6 @@ def train(args):
         return evaluate(model, tokenizer, held_out, share, args, world) if held_out else {}
 
     with common.guarded(out, args, bar):
-        if share is None:  # decided once a run
-            share = bool(pairs) and not args.gradient_checkpointing and starts_can_be_shared(model, tokenizer, pairs, world)
-            share = common.all_sum(world, share)[0] == world.size
         if first == 0:
             common.log(out, writer, 0, held_out_scores())
 
@@ -713,7 +592,7 @@ def train(args):
 
             # 4. Save. A signal to end (Ctrl-C, a cluster that wants its machine back) waits for this place.
             if step % args.save_every == 0 or step == args.steps or ending:
-                common.save_checkpoint(out, world, step, {"model": model}, {"model": optimizer}, {"share": share})
+                common.save_checkpoint(out, world, step, {"model": model}, {"model": optimizer}, args.keep)
             if ending and step < args.steps:
                 raise common.Ended(f"stopped by a signal after step {step} of {args.steps}, which is saved")
 

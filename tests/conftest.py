@@ -1,5 +1,6 @@
 """Markers, and what several tests need: tiny random models of many families, and a tokenizer of whole words."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 transformers.logging.disable_progress_bar()
 
 WORDS = 48  # of the tiny vocabulary

@@ -19,7 +19,6 @@ from grpo import (
     k3,
     micro_batches,
     pass_at_k,
-    prompts_can_be_shared,
     token_logprobs,
     token_weights,
     trim,
@@ -245,12 +244,9 @@ def test_the_self_check_turns_sharing_off_where_it_would_be_wrong(monkeypatch):
     """Under gradient checkpointing transformers drops the cache: without the fall-back the log-probabilities would be of completions
     without their prompt. A cache that forgets the gradient is found too, and a family without such a cache."""
     model = family("llama").train()
-    s = rollout(model)
-    assert prompts_can_be_shared(model, s, 4, torch.float32)
-    assert prompts_can_be_shared(model, sample(model, make_tokenizer(), [[5, 6]], n=4, max_new_tokens=3), 4, torch.float32)
-    assert not prompts_can_be_shared(model, s, 1, torch.float32), "nothing to share"
-    mamba = family("mamba")
-    assert not prompts_can_be_shared(mamba, rollout(mamba), 4, torch.float32)
+    check = common.prompts_can_be_shared
+    assert check(model, CPU, False)
+    assert not check(family("mamba"), CPU, False)
 
     honest = grpo.DynamicCache.reorder_cache
 
@@ -261,16 +257,16 @@ def test_the_self_check_turns_sharing_off_where_it_would_be_wrong(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(grpo.DynamicCache, "reorder_cache", forgetful)
-        assert not prompts_can_be_shared(model, s, 4, torch.float32)
+        assert not check(model, CPU, False)
     with monkeypatch.context() as patch:  # a cache that mixes up whose prompt is whose: rows of two prompts show it
         patch.setattr(grpo.DynamicCache, "reorder_cache", lambda self, rows: honest(self, rows * 0))
-        assert not prompts_can_be_shared(model, s, 4, torch.float32)
+        assert not check(model, CPU, False)
     with monkeypatch.context() as patch:  # a cache that cannot do it at all
         patch.setattr(grpo.DynamicCache, "reorder_cache", lambda self, rows: 1 / 0)
-        assert not prompts_can_be_shared(model, s, 4, torch.float32)
+        assert not check(model, CPU, False)
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    assert not prompts_can_be_shared(model, s, 4, torch.float32)
+    assert not check(model, CPU, False)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -331,7 +327,7 @@ def test_one_update_per_rollout_computes_every_row_once_forward(tmp_path, monkey
         rows.append(len(ids))
         return honest(model, prompt_ids, prompt_mask, owner, ids, mask, temperature)
 
-    monkeypatch.setattr(grpo, "prompts_can_be_shared", lambda *a: True)
+    monkeypatch.setattr(common, "prompts_can_be_shared", lambda *a: True)
     monkeypatch.setattr(grpo, "token_logprobs", count)
     run(tmp_path, "a", steps=2, **SMALL)
     assert sum(rows) == 2 * 4 * 8
@@ -342,7 +338,7 @@ def test_one_update_per_rollout_computes_every_row_once_forward(tmp_path, monkey
 
 def test_shared_and_plain_prompts_train_the_same_weights(tmp_path, monkeypatch):
     run(tmp_path, "a", steps=2, learning_rate=1e-4, **SMALL)
-    monkeypatch.setattr(grpo, "prompts_can_be_shared", lambda *a: False)
+    monkeypatch.setattr(common, "prompts_can_be_shared", lambda *a: False)
     run(tmp_path, "b", steps=2, learning_rate=1e-4, **SMALL)
     a, b = weights(tmp_path, "a"), weights(tmp_path, "b")
     assert all((a[k] - b[k]).abs().max() < 1e-5 for k in a)
@@ -379,12 +375,6 @@ def test_truncated_completions_do_not_move_the_weights_when_masked(tmp_path):
     masked, plain = run(tmp_path, "m", mask_truncated=True, **flags), run(tmp_path, "p", **flags)
     assert masked[1]["truncated"] == plain[1]["truncated"] == 1
     assert masked[1]["grad_norm"] == 0 and plain[1]["grad_norm"] > 0
-
-
-def test_the_decision_to_share_prompts_is_kept_for_the_resumed_run(tmp_path, monkeypatch):
-    run(tmp_path, steps=1, **SMALL)
-    monkeypatch.setattr(grpo, "prompts_can_be_shared", lambda *a: 1 / 0)
-    run(tmp_path, steps=2, resume=True, **SMALL)
 
 
 @pytest.mark.parametrize(

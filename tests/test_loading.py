@@ -62,12 +62,14 @@ def test_the_stop_set_is_the_union(listed, wanted):
 
 
 def test_a_tokenizer_without_pad_gets_eos_for_it(tmp_path, capsys):
-    make_tokenizer(pad=None).save_pretrained(tmp_path / "a")
-    assert common.load_tokenizer(tmp_path / "a").pad_token_id == 1
-    make_tokenizer(pad=None, eos=None).save_pretrained(tmp_path / "b")
+    for name, tokenizer in (("a", make_tokenizer(pad=None)), ("b", make_tokenizer(pad="<beyond the vocabulary>"))):
+        family("llama").save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        assert common.load_tokenizer(tmp_path / name).pad_token_id == 1
+    make_tokenizer(pad=None, eos=None).save_pretrained(tmp_path / "a")
     with pytest.raises(SystemExit):
-        common.load_tokenizer(tmp_path / "b")
-    says(capsys, "neither a pad nor an EOS")
+        common.load_tokenizer(tmp_path / "a")
+    says(capsys, "no EOS token")
 
 
 # --- models ---
@@ -350,13 +352,13 @@ def test_a_checkpoint_restores_weights_and_moments_bit_for_bit(folder, tmp_path)
 
     models, optimizers = fresh()
     two_steps(models["policy"], optimizers["policy"])
-    common.save_checkpoint(tmp_path, CPU, 2, models, optimizers, {"seen": [1, 2]})
+    common.save_checkpoint(tmp_path, CPU, 2, models, optimizers)
     two_steps(models["policy"], optimizers["policy"])
     state = common.read_checkpoint(tmp_path)
     others, their_optimizers = fresh()
     common.load_checkpoint(state, others, their_optimizers)
     two_steps(others["policy"], their_optimizers["policy"])
-    assert state["step"] == 2 and state["extra"] == {"seen": [1, 2]}
+    assert state["step"] == 2
     for a, b in zip(models["policy"].parameters(), others["policy"].parameters()):
         assert torch.equal(a, b)
 
@@ -380,7 +382,7 @@ def test_a_checkpoint_cut_short_or_of_another_model_gets_a_sentence(folder, tmp_
     with pytest.raises(SystemExit):
         common.load_checkpoint(common.read_checkpoint(tmp_path), {"policy": load_policy(folder, CPU)}, {})
     says(capsys, "another model")
-    path = tmp_path / "checkpoint" / "state.pt"
+    path = tmp_path / "checkpoint" / "000001.pt"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(SystemExit):
         common.read_checkpoint(tmp_path)

@@ -460,7 +460,7 @@ def run(tmp_path, name="run", **flags):
 
 
 def critics(tmp_path, name):
-    return torch.load(tmp_path / name / "checkpoint" / "state.pt", weights_only=True)["models"]["critic"]
+    return common.read_checkpoint(tmp_path / name)["models"]["critic"]
 
 
 SMALL = {"prompts_per_step": 16, "max_new_tokens": 12}
@@ -552,7 +552,7 @@ def test_the_critic_starts_from_a_reward_model_that_has_the_policys_words(tmp_pa
     "flags, words",
     [
         ({"lam": 1.5}, "--lam 1.5: must be from 0 to 1"),
-        ({"gamma": -0.1}, "--gamma -0.1: must be from 0 to 1"),
+        ({"gamma": -0.1}, "--gamma -0.1: must be 0 or more"),
         ({"clip_low": 2.0}, "--clip_low 2.0: must be from 0 to 1"),
         ({"value_clip": -1.0}, "--value_clip -1.0: must be 0 or more"),
         ({"kl_stop": -1.0}, "--kl_stop -1.0: must be 0 or more"),

@@ -34,7 +34,7 @@ def one_step(folder, out, checkpointing):
     norm = common.clip_gradients(model, 0.01)
     optimizer = make_optimizer(model, 1e-2)
     optimizer.step()
-    common.save_checkpoint(out, world, 1, {"policy": model}, {"policy": optimizer}, {"note": "x"})
+    common.save_checkpoint(out, world, 1, {"policy": model}, {"policy": optimizer})
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(out / "tokenizer")
     common.save_model(model, tokenizer, out / "model", world)
@@ -101,7 +101,7 @@ def test_saved_on_two_processes_loaded_on_one(tmp_path):
     model = load_policy(tmp_path / "start", world)
     optimizer = make_optimizer(model, 1.0)
     state = common.read_checkpoint(tmp_path)
-    assert state["step"] == 1 and state["extra"] == {"note": "x"} and state["world"] == 2
+    assert state["step"] == 1 and state["world"] == 2
     common.load_checkpoint(state, {"policy": model}, {"policy": optimizer})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert type(plain).__name__ == "LlamaForCausalLM" and plain.config.architectures == ["LlamaForCausalLM"]
@@ -280,8 +280,7 @@ def test_a_reward_model_on_two_processes_is_one_on_one(tmp_path):
             assert abs(a.get(k, 0) - b.get(k, 0)) < 1e-3 * max(1, abs(a.get(k, 0))), k
     assert logs[1][-1]["best_of/kl@2"] > 0 and len(logs[0]) == len(logs[1]) == 5
     scores = [
-        reward_model.reward_model(str(tmp_path / n / "model"), start("cpu"))(["12578"], [{"prompt": "52817="}])
-        for n in ("one", "two")
+        common.load_scorer(str(tmp_path / n / "model"), start("cpu"))(["12578"], [{"prompt": "52817="}]) for n in ("one", "two")
     ]
     assert abs(scores[0][0] - scores[1][0]) < 1e-3, "the folded heads"
     train_reward_model(flags | {"out": str(tmp_path / "two"), "resume": True, "steps": 4})

@@ -414,7 +414,7 @@ def run(tmp_path, name="run", **flags):
 
 
 def weights(tmp_path, name):
-    return torch.load(tmp_path / name / "checkpoint" / "state.pt", weights_only=True)["models"]["policy"]
+    return common.read_checkpoint(tmp_path / name)["models"]["policy"]
 
 
 def prompts_file(tmp_path, rows):
@@ -554,7 +554,7 @@ def test_a_reward_that_fails_stops_the_run_with_its_checkpoint_whole(tmp_path):
     (tmp_path / "r.py").write_text(
         "calls = []\ndef reward(c, r):\n    calls.append(1)\n    return 1.0 if len(calls) <= 32 else float('nan')\n"
     )
-    with pytest.raises(SystemExit, match="(?s)no finite number for prompt.*completion.*--resume"):
+    with pytest.raises(SystemExit, match="(?s)nan, no finite number, for prompt.*completion.*--resume"):
         run(tmp_path, reward=f"{tmp_path}/r.py:reward", steps=9, prompts_per_step=2, max_new_tokens=4, save_every=1)
     assert common.read_checkpoint(tmp_path / "run")["step"] == 2
 

@@ -14,7 +14,6 @@ import reward_model
 from common import World
 from reward_model import (
     best_of,
-    encode_answer,
     encode_pairs,
     micro_batches_of_pairs,
     pair_loss,
@@ -22,7 +21,6 @@ from reward_model import (
     pair_scores,
     read_pairs,
     split_pairs,
-    starts_can_be_shared,
 )
 
 CPU = World(0, 1, torch.device("cpu"), torch.float32)
@@ -129,7 +127,7 @@ def test_pairs_may_be_texts_or_messages_with_the_prompt_in_them(tmp_path):
     ]
     read = read_pairs(pairs_file(tmp_path, rows), "--data")
     tokenizer = make_tokenizer()
-    ids = {tuple(encode_answer(tokenizer, r["prompt"], r["chosen"])) for r in read}
+    ids = {tuple(common.encode_answer(tokenizer, r["prompt"], r["chosen"])) for r in read}
     assert ids == {(5, 6, 1)} and {r["rejected"] for r in read} == {"w7"}
 
 
@@ -212,7 +210,7 @@ def test_scores_of_every_family_agree_with_transformers_pipeline_saved_and_loade
     model = common.load_scalar(tmp_path / "base", CPU, tokenizer, 0.2)
     pairs = [([5, 6, 7] + c, [5, 6, 7] + r, {}) for c, r, _ in pairs_of()]
     chosen, rejected = (x.tolist() for x in pair_scores(model, tokenizer, pairs, False, CPU))
-    assert starts_can_be_shared(model, tokenizer, pairs, CPU)
+    assert common.prompts_can_be_shared(model, CPU, False)
     shared = [x.tolist() for x in pair_scores(model, tokenizer, pairs, True, CPU)]
     assert shared[0] == pytest.approx(chosen, abs=1e-5) and shared[1] == pytest.approx(rejected, abs=1e-5)
     common.save_model(model, tokenizer, tmp_path / "model", CPU)
@@ -237,10 +235,10 @@ TEMPLATE = "{% for m in messages %}w40 {{ m.content }} w41 {% endfor %}{% if add
 
 def test_with_a_template_whole_conversations_are_rendered_and_no_second_bos_is_put_before(tmp_path):
     tokenizer = make_tokenizer(bos="<bos>", template="<bos> " + TEMPLATE)
-    ids = encode_answer(tokenizer, [{"role": "user", "content": "w5"}], "w6")
-    assert ids == [2, 40, 5, 41, 40, 6, 41] and encode_answer(tokenizer, "w5", "w6") == ids
+    ids = common.encode_answer(tokenizer, [{"role": "user", "content": "w5"}], "w6")
+    assert ids == [2, 40, 5, 41, 40, 6, 41] and common.encode_answer(tokenizer, "w5", "w6") == ids
     raw = make_tokenizer(bos="<bos>")
-    assert encode_answer(raw, "w5", "w6") == [2, 5, 6, 1], "without one: prompt and answer, ended by EOS"
+    assert common.encode_answer(raw, "w5", "w6") == [2, 5, 6, 1], "without one: prompt and answer, ended by EOS"
 
 
 def test_without_the_template_the_result_has_none(tmp_path, folder):
@@ -266,7 +264,7 @@ def test_starts_longer_than_a_sliding_window_are_shared_rightly(tmp_path):
     family("mistral").save_pretrained(tmp_path)  # its window is 8
     model, start = common.load_scalar(tmp_path, CPU, make_tokenizer(), 0.2), list(range(3, 23))
     pairs = [(start + c, start + r, {}) for c, r, _ in pairs_of()]
-    assert starts_can_be_shared(model, make_tokenizer(), pairs, CPU)
+    assert common.prompts_can_be_shared(model, CPU, False)
     plain, shared = (torch.cat(pair_scores(model, make_tokenizer(), pairs, share, CPU)) for share in (False, True))
     torch.testing.assert_close(plain, shared, atol=1e-5, rtol=1e-5)
 
@@ -316,7 +314,7 @@ def test_a_saved_model_scores_the_same_by_every_way(tmp_path):
     tokenizer = common.load_tokenizer(str(tmp_path / "run" / "model"))
     rows = [{"prompt": "52817="}, {"prompt": "31="}, {"prompt": "9074391="}]
     texts = ["12578", "13", "0134799"]
-    reward = reward_model.reward_model(str(tmp_path / "run" / "model"), CPU)
+    reward = common.load_scorer(str(tmp_path / "run" / "model"), CPU)
     ours = reward(texts, rows)
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model").eval()
     assert plain.config.num_labels == 1 and plain.config.problem_type == "regression"
@@ -324,7 +322,7 @@ def test_a_saved_model_scores_the_same_by_every_way(tmp_path):
     pipe = transformers.pipeline("text-classification", str(tmp_path / "run" / "model"))
     for score, text, row in zip(ours, texts, rows):
         with torch.no_grad():
-            alone = plain(input_ids=torch.tensor([encode_answer(tokenizer, row["prompt"], text)])).logits.item()
+            alone = plain(input_ids=torch.tensor([common.encode_answer(tokenizer, row["prompt"], text)])).logits.item()
         piped = pipe(row["prompt"] + text + tokenizer.eos_token)[0]["score"]
         assert abs(alone - score) < 1e-5 and abs(piped - score) < 1e-5
 
@@ -340,7 +338,7 @@ def test_scores_have_unit_spread_at_the_end_and_the_order_they_had(tmp_path):
     texts = [r[side] for r in rows for side in ("chosen", "rejected")]
     doubled = [r for r in rows for _ in range(2)]
     scaled, raw = (
-        torch.tensor(reward_model.reward_model(str(tmp_path / n / "model"), CPU)(texts, doubled)) for n in ("scaled", "raw")
+        torch.tensor(common.load_scorer(str(tmp_path / n / "model"), CPU)(texts, doubled)) for n in ("scaled", "raw")
     )
     assert abs(scaled.std(unbiased=False).item() - 1) < 1e-3 < abs(raw.std().item() - 1)
     torch.testing.assert_close(scaled / scaled.std(), raw / raw.std(), atol=1e-3, rtol=1e-3)

@@ -1,0 +1,302 @@
+"""What users give and machines do wrong, for all five scripts. A mistake of the user's is one line, status 2, and nothing is written;
+what breaks a run ends it with one sentence, status 1, and its checkpoint whole. Never a traceback, never a lost run."""
+
+import importlib
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, family, make_tokenizer
+
+import common
+
+TINY = ROOT / "tests" / "tiny"
+ROLLOUTS, PAIRS = ("reinforce", "ppo", "grpo"), ("dpo", "reward_model")
+ALL = ROLLOUTS + PAIRS
+GOOD = {name: {"prompt": "52=", "answer": "25"} for name in ROLLOUTS} | {
+    name: {"prompt": "52=", "chosen": "25", "rejected": "52"} for name in PAIRS
+}
+SMALL = {
+    "reinforce": {"prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 4},
+    "grpo": {"prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 4},
+    "ppo": {"prompts_per_step": 2, "minibatches": 1, "epochs": 1, "max_new_tokens": 4},
+    "dpo": {"pairs_per_step": 2, "eval_prompts": "", "max_tokens": 32},
+    "reward_model": {"pairs_per_step": 2, "policy": "", "eval_prompts": "", "max_tokens": 32},
+}
+
+
+def start(script, folder, **flags):
+    """A small run of a script in this process, on its good row unless told otherwise."""
+    data = folder / "data.jsonl"
+    if not data.exists():
+        data.write_text((json.dumps(GOOD[script]) + "\n") * 4)
+    module = importlib.import_module(script)
+    settings = SMALL[script] | {"data": str(data), "eval_data": "", "device": "cpu", "steps": 2, "save_every": 1, "warmup": 0}
+    module.train(module.Args(**(settings | {"out": str(folder / "run")} | flags)))
+
+
+def row(**changes):
+    return lambda script: json.dumps({k: v for k, v in (GOOD[script] | changes).items() if v is not ...})
+
+
+def lines(*rows):
+    return lambda script: "\n".join([json.dumps(GOOD[script]), *(r if isinstance(r, str) else r(script) for r in rows)]) + "\n"
+
+
+# --- what the user gives: (scripts, what is in the data file, flags, words of the one line) ---
+
+MISTAKES = [
+    (ALL, None, {"data": "{}/none.jsonl"}, ["--data", "none.jsonl", "No such file"]),
+    (ALL, None, {"data": "{}/folder"}, ["--data", "folder", "directory"]),
+    (ALL, lambda s: "", {}, ["no rows"]),
+    (ALL, lambda s: b"\x7fELF\xff\xfe\x00\x01", {}, ["UTF-8"]),
+    (ALL, lines("{broken"), {}, ["line 2", "not JSON"]),
+    (ALL, lambda s: "[\n" + json.dumps(GOOD[s]) + "\n]\n", {}, ["line 1", "array"]),
+    (ALL, lines("null"), {}, ["line 2", "prompt"]),
+    (ALL, lines("[1, 2]"), {}, ["line 2", "prompt"]),
+    (ALL, lines(row(prompt=None)), {}, ["line 2", "prompt"]),
+    (ALL, lines(row(prompt=5)), {}, ["line 2", "prompt"]),
+    (ALL, lines(row(prompt="")), {}, ["line 2", "prompt"]),
+    (ALL, lines(row(prompt=[{"role": "user"}])), {}, ["line 2", "prompt"]),
+    ((*ROLLOUTS, "dpo"), lines(row(prompt=[{"role": "user", "content": "5"}])), {}, ["template"]),
+    (ROLLOUTS, lines(row(answer=None)), {}, ["--data", "answer", "52="]),
+    (ROLLOUTS, lines(row(answer=...)), {}, ["--data", "answer", "52="]),
+    (ROLLOUTS, lines(row(prompt="5" * 31 + "=")), {}, ["fills the model's context of 32"]),
+    (ROLLOUTS, None, {"max_prompt_tokens": 2}, ["--max_prompt_tokens 2"]),
+    (("grpo",), lines(row(prompt="5" * 100_000_000)), {}, ["line 2", "million characters"]),
+    (("dpo",), lines(row(chosen="5" * 100_000_000)), {}, ["line 2", "million characters"]),
+    (PAIRS, lines(row(chosen=None)), {}, ["line 2", "chosen"]),
+    (PAIRS, lines(row(rejected=...)), {}, ["line 2", "rejected"]),
+    (PAIRS, lines(row(chosen=["25"])), {}, ["line 2", "chosen"]),
+    (PAIRS, row(rejected="25"), {}, ["no pair is left"]),
+    (PAIRS, None, {"max_tokens": 3}, ["no pair is left"]),
+    (ROLLOUTS, None, {"reward": "nice"}, ["--reward nice", "choose"]),
+    (ROLLOUTS, None, {"reward": "{}/none.py:f"}, ["no such file"]),
+    (ROLLOUTS, None, {"reward": "{}/bad.py:f"}, ["cannot be imported", "SyntaxError"]),
+    (ROLLOUTS, None, {"reward": "{}/good.py:g"}, ["no function 'g'"]),
+    (ROLLOUTS, None, {"reward": str(TINY / "model")}, ["no reward model with one score"]),
+    (ALL, None, {"model": "{}/nowhere"}, ["nowhere", "no such model"]),
+    (ALL, None, {"model": "{}/folder"}, ["folder", "config.json"]),
+    (ALL, None, {"model": "{}/unreadable"}, ["unreadable"]),
+    (ALL, None, {"model": "{}/no_eos"}, ["no_eos", "no EOS token"]),
+    (ALL, None, {"model": "{}/two_families"}, ["two_families", "do not belong together"]),
+    (("reinforce", "ppo", "grpo", "dpo"), None, {"model": "{}/judge"}, ["judge", "a reward model"]),
+    (ALL, None, {"out": "{}/full"}, ["--out", "full", "--resume"]),
+    (ALL, None, {"out": "{}/good.py"}, ["--out", "good.py"]),
+    (ALL, None, {"out": "/proc/none/run"}, ["--out", "cannot write there"]),
+    (ALL, None, {"out": "{}/folder", "resume": True}, ["--resume", "holds no run"]),
+    (ALL, None, {"out": "{}/full", "resume": True}, ["--resume", "a run of other.py"]),
+    (ALL, None, {"resume": True}, ["--resume", "--out"]),
+    (ALL, None, {"learning_rate": float("nan")}, ["--learning_rate nan"]),
+    (ALL, None, {"max_grad_norm": 0.0}, ["--max_grad_norm"]),
+    (ALL, None, {"tokens_per_micro_batch": 0}, ["--tokens_per_micro_batch 0"]),
+    (ALL, None, {"keep": 0}, ["--keep 0"]),
+    (ALL, None, {"device": "tpu"}, ["--device tpu"]),
+    (ALL, None, {"dtype": "bfloat16"}, ["--dtype bfloat16"]),
+]
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """What the mistakes name: folders, models and files that are wrong in one way each."""
+    folder = tmp_path_factory.mktemp("shelf")
+    (folder / "folder").mkdir()
+    (folder / "full").mkdir()
+    (folder / "full" / "args.json").write_text(json.dumps({"script": "other"}))
+    (folder / "good.py").write_text("def f(completion, row):\n    return 1.0\n")
+    (folder / "bad.py").write_text("def f(:\n")
+    shutil.copytree(TINY / "model", folder / "unreadable")
+    (folder / "unreadable" / "config.json").write_text('{"model_type": "lla')
+    make_tokenizer(pad="<pad>", eos=None).save_pretrained(folder / "no_eos")
+    family("llama").save_pretrained(folder / "no_eos")
+    family("llama", vocab_size=20).save_pretrained(folder / "two_families")
+    make_tokenizer().save_pretrained(folder / "two_families")
+    tokenizer = common.load_tokenizer(TINY / "model")
+    world = common.start("cpu")
+    judge = common.load_scalar(TINY / "model", world, tokenizer, 0.1)
+    common.save_model(judge, tokenizer, folder / "judge", world)
+    return folder
+
+
+def named(case):
+    scripts, _, flags, words = case
+    return "-".join(str(w) for w in (*flags.keys(), *words)).replace("/", "_")[:60]
+
+
+EVERY = [pytest.param(s, *case[1:], id=f"{s}-{named(case)}") for case in MISTAKES for s in case[0]]
+
+
+@pytest.mark.parametrize("script, content, flags, words", EVERY)
+def test_a_mistake_is_one_line_and_leaves_the_disk_as_it_was(
+    script, content, flags, words, shelf, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        content = content(script)
+        (tmp_path / "data.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    else:
+        (tmp_path / "data.jsonl").write_text((json.dumps(GOOD[script]) + "\n") * 4)
+    flags = {"out": ""} | {k: v.format(shelf) if isinstance(v, str) else v for k, v in flags.items()}
+    before = {p: p.stat().st_mtime_ns for p in itertools.chain(tmp_path.rglob("*"), shelf.rglob("*"))}
+    monkeypatch.setattr(common, "load_policy", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(common, "shard", lambda *a, **k: 1 / 0)
+    with pytest.raises(SystemExit) as stopped:
+        start(script, tmp_path, **flags)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(said) == 1 and said[0].startswith("error: "), said
+    assert all(word in said[0] for word in words), said
+    after = {
+        p: p.stat().st_mtime_ns for p in itertools.chain(tmp_path.rglob("*"), shelf.rglob("*")) if "__pycache__" not in str(p)
+    }
+    assert after == before
+
+
+# --- odd, but right: these run ---
+
+ODD = {
+    "right to left": row(prompt="\u05e9\u05dc\u05d5\u05dd=", answer="\u0645\u0631\u062d\u0628\u0627"),
+    "astral and combining": row(prompt="\U0001f600e\u0301=", answer="\U0001f600"),
+    "line separators inside": row(prompt="5\u20282\u0085=", answer="25"),
+    "an empty answer": row(answer="", chosen="", rejected="5"),
+    "a number for an answer": row(answer=25),
+    "more fields": row(level={"deep": [1, None]}),
+}
+
+
+@pytest.mark.parametrize("script", ALL)
+@pytest.mark.parametrize("what", ODD)
+def test_odd_rows_are_no_mistakes(script, what, tmp_path):
+    (tmp_path / "data.jsonl").write_text((ODD[what](script) + "\n\n") * 3, encoding="utf-8")
+    start(script, tmp_path, steps=1)
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+# --- a run that breaks: one sentence, status 1, the older checkpoint whole ---
+
+
+def broken(script, folder, capsys, words, **flags):
+    """Breaks in its second step: one sentence, the first step's checkpoint, and how to go on."""
+    with pytest.raises(SystemExit) as stopped:
+        start(script, folder, **flags)
+    said = str(stopped.value.code)
+    assert "Traceback" not in said and len(said.splitlines()) == 2 and all(w in said for w in words), said
+    assert common.read_checkpoint(folder / "run")["step"] == 1 and "--resume" in said.splitlines()[1]
+
+
+@pytest.mark.parametrize("script", ROLLOUTS)
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        ("1 / 0", ["ZeroDivisionError", "52="]),
+        ("float('nan')", ["nan", "no finite number", "52="]),
+        ("float('inf')", ["inf", "no finite number"]),
+        ("'high'", ["could not convert string", "high"]),
+        ("'1.0'", ["'1.0'", "no finite number"]),
+        ("None", ["NoneType"]),
+        ("__import__('torch').zeros(3)", ["an error"]),
+    ],
+)
+def test_a_reward_that_fails_stops_the_run(script, what, words, tmp_path, capsys):
+    (tmp_path / "r.py").write_text(
+        f"seen = []\ndef f(c, r):\n    seen.append(c)\n    return 1.0 if len(seen) <= {2 if script == 'ppo' else 4} else {what}\n"
+    )
+    broken(script, tmp_path, capsys, words, reward=f"{tmp_path}/r.py:f")
+    (tmp_path / "r.py").write_text("def f(c, r):\n    return 1.0\n")  # mended, it goes on
+    start(script, tmp_path, reward=f"{tmp_path}/r.py:f", resume=True)
+    assert common.read_checkpoint(tmp_path / "run")["step"] == 2
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_a_gradient_that_is_not_finite_is_not_stepped_on(script, tmp_path, monkeypatch, capsys):
+    honest, calls = common.clip_gradients, []
+
+    def spoil(model, most):
+        calls.append(model)
+        return honest(model, most) if len(calls) <= (2 if script == "ppo" else 1) else float("nan")
+
+    monkeypatch.setattr(common, "clip_gradients", spoil)
+    broken(script, tmp_path, capsys, ["gradient is", "nan"])
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_out_of_memory_names_the_flags_that_help(script, tmp_path, monkeypatch, capsys):
+    honest, calls = common.clip_gradients, []
+
+    def spoil(model, most):
+        calls.append(model)
+        if len(calls) > (2 if script == "ppo" else 1):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return honest(model, most)
+
+    monkeypatch.setattr(common, "clip_gradients", spoil)
+    broken(script, tmp_path, capsys, ["out of memory", "--tokens_per_micro_batch"])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
+@pytest.mark.parametrize("script", ALL)
+@pytest.mark.parametrize("file", ["checkpoint/000002.pt.tmp", "metrics.jsonl"])
+def test_a_full_disk_stops_the_run_and_leaves_the_older_checkpoint(script, file, tmp_path, monkeypatch, capsys):
+    honest = common.save_checkpoint
+
+    def fill(out, *rest):
+        honest(out, *rest)
+        if rest[1] == 1:
+            (out / file).unlink(missing_ok=True)
+            (out / file).symlink_to("/dev/full")
+
+    monkeypatch.setattr(common, "save_checkpoint", fill)
+    broken(script, tmp_path, capsys, ["No space left on device"])
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_a_model_that_cannot_be_written_stops_the_run_after_its_checkpoint(script, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    with pytest.raises(SystemExit, match="(?s)model could not be written.*No space left.*--resume"):
+        start(script, tmp_path)
+    assert common.read_checkpoint(tmp_path / "run")["step"] == 2
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_a_checkpoint_cut_short_or_of_another_model_is_named(script, tmp_path, capsys):
+    start(script, tmp_path, steps=1)
+    saved = tmp_path / "run" / "checkpoint" / "000001.pt"
+    whole = torch.load(saved, weights_only=True)
+    for spoil, words in (
+        (lambda: saved.write_bytes(saved.read_bytes()[:2000]), ["000001.pt", "cut short"]),
+        (lambda: saved.write_bytes(b"not a checkpoint at all"), ["000001.pt", "cannot be read"]),
+        (lambda: torch.save(other(whole), saved), ["another model"]),
+    ):
+        spoil()
+        with pytest.raises(SystemExit) as stopped:
+            start(script, tmp_path, resume=True)
+        said = capsys.readouterr().err.strip().splitlines()
+        assert stopped.value.code == 2 and len(said) == 1 and all(w in said[0] for w in words), said
+
+
+def other(state):
+    """A checkpoint whose weights have other shapes."""
+    models = {name: {k: v[..., :1] for k, v in weights.items()} for name, weights in state["models"].items()}
+    return state | {"models": models}
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_the_newest_checkpoints_are_kept(script, tmp_path):
+    start(script, tmp_path, steps=4, keep=2)
+    assert [p.name for p in common.checkpoints(tmp_path / "run")] == ["000003.pt", "000004.pt"]
+    (tmp_path / "run" / "checkpoint" / "000004.pt").unlink()
+    start(script, tmp_path, steps=4, keep=1, resume=True)  # from the one before
+    assert [p.name for p in common.checkpoints(tmp_path / "run")] == ["000004.pt"]
+    assert [m["step"] for m in map(json.loads, Path(tmp_path / "run" / "metrics.jsonl").read_text().splitlines())] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
