@@ -214,12 +214,26 @@ def own_pad(tokenizer):
 
 
 def stop_ids(model, tokenizer):
-    """All ids that end a completion: the tokenizer's EOS and those of the generation config. A chat model often has
-    two (end of turn, end of text); knowing only one makes good answers look cut off."""
+    """All ids that end a completion: the tokenizer's EOS, those of the generation config, and the template's end of a turn.
+    A chat model often has two (end of turn, end of text); knowing only one makes good answers look cut off."""
     config = getattr(model, "generation_config", None)
     listed = getattr(config, "eos_token_id", None)
     listed = listed if isinstance(listed, (list, tuple)) else [listed]
-    return sorted({i for i in (*listed, tokenizer.eos_token_id) if i is not None})
+    return sorted({i for i in (*listed, tokenizer.eos_token_id, turn_end(tokenizer, tokenizer.chat_template)) if i is not None})
+
+
+@functools.lru_cache
+def turn_end(tokenizer, template):
+    """The id that ends an answer: the special token that the chat template writes after it (that of Gemma or Phi is not their
+    EOS), or else EOS."""
+    try:
+        talk = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "an answer"}]
+        after = tokenizer.apply_chat_template(talk, tokenize=False).rpartition("an answer")[2] if template else ""
+    except Exception:  # of a template that wants more than these two
+        after = ""
+    first = tokenizer(after, add_special_tokens=False).input_ids[:1]
+    special = first and first[0] in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[first[0]].special
+    return first[0] if special else tokenizer.eos_token_id
 
 
 def encode(tokenizer, text):
@@ -248,11 +262,12 @@ def encode_prompt(tokenizer, prompt, system="", chat=True):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def encode_completion(tokenizer, text):
-    """A given answer (a demonstration, one side of a pair) to ids, ended by EOS: an answer without its end teaches the
-    model never to stop. Prompt and answer are tokenised apart and their ids joined, because the sampler joins ids
-    too: at the seam, tokenise(a) + tokenise(b) is not tokenise(a + b)."""
-    return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+def encode_completion(tokenizer, text, chat=False):
+    """A given answer (a demonstration, one side of a pair) to ids, ended by EOS, or, in a chat, by what ends a turn: an
+    answer without its end teaches the model never to stop. Prompt and answer are tokenised apart and their ids joined,
+    because the sampler joins ids too: at the seam, tokenise(a) + tokenise(b) is not tokenise(a + b)."""
+    end = turn_end(tokenizer, tokenizer.chat_template) if chat else tokenizer.eos_token_id
+    return [*tokenizer(text, add_special_tokens=False).input_ids, end]
 
 
 def encode_answer(tokenizer, prompt, completion):
@@ -705,7 +720,7 @@ def open_run(args, script, world):
                     fail(f"--resume: --{name} is {value}, but the run in {out} was started with {before[name]}")
             if before.get("steps", args.steps) != args.steps:
                 print(f"note: --steps was {before['steps']} and is {args.steps}; the learning rate's schedule changes with it")
-        elif args.out and out.exists() and (out.is_file() or any(out.iterdir())):
+        elif args.out and out.exists() and (out.is_file() or any(p.suffix != ".tmp" for p in out.iterdir())):
             fail(f"--out {out}: not an empty folder; add --resume to go on with the run in it, or choose another name")
         try:
             while True:
@@ -923,11 +938,8 @@ def guarded(out, args, bar):
             sampling = [f" or --{name} (sampling)" for name in ("prompts_per_step", "sample_rows") if hasattr(args, name)]
             what += "; lower --tokens_per_micro_batch (training)" + "".join(sampling)
         words = [a for a in sys.argv if a != "--resume"] + ([] if args.out else ["--out", str(out)])
-        on = (
-            f"go on from the last checkpoint with: python {shlex.join(words)} --resume"
-            if checkpoints(out)
-            else "no checkpoint was written yet"
-        )
+        on = "go on from the last checkpoint" if checkpoints(out) else "no checkpoint was written yet; begin again"
+        on += f" with: python {shlex.join(words)} --resume"
         raise SystemExit(f"{what}\n{on}") from error
 
 

@@ -52,6 +52,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 from transformers import DynamicCache
 
 import common
@@ -190,11 +191,11 @@ def read_pairs(path, flag):
 
 
 def encode_preferences(rows, tokenizer, args, flag):
-    """[(prompt's ids, chosen's, rejected's), ...], each side ended by EOS, without pairs of equal sides, which say nothing,
+    """[(prompt's ids, chosen's, rejected's), ...], each side with its end, without pairs of equal sides, which say nothing,
     and without those too long: cut, a pair may lose the very place where its sides differ. Says how many those were."""
     pairs = [
         (common.encode_prompt(tokenizer, row["prompt"], args.system, args.chat),
-         *(common.encode_completion(tokenizer, row[side]) for side in ("chosen", "rejected")))
+         *(common.encode_completion(tokenizer, row[side], args.chat) for side in ("chosen", "rejected")))
         for row in rows
     ]  # fmt: skip
     differ = [p for p in pairs if p[1] != p[2] and p[0]]
@@ -422,7 +423,7 @@ def score_pairs(model, tokenizer, pairs, share, args, world):
     return everyone.transpose(0, 1).reshape(-1, 2)[: len(pairs)]  # pair i was scored by process i modulo their number
 
 
-def reference_scores(policy, tokenizer, pairs, held_out, share, args, out, world):
+def reference_scores(policy, tokenizer, pairs, held_out, share, args, out, world, stop_asked):
     """What the reference says of the pairs that the run will visit and of the held-out ones, [pairs, 2] each, NaN where nobody will
     ask. To be called while the policy still is the reference: before it has made a step, or taken up a checkpoint. Kept in the
     run's folder, so a resumed run scores only what it lacks, and only if its pairs and precision are the same. simpo asks nobody."""
@@ -433,15 +434,16 @@ def reference_scores(policy, tokenizer, pairs, held_out, share, args, out, world
     if known["mark"] != mark:
         fail(f"--resume: {path} has scores of other pairs, or of another precision, than this run's")
     visited = {common.pick(len(pairs), i, args.seed) for i in range(args.steps * args.pairs_per_step)} if pairs else ()
-    missing = False
     for name, group, wanted in (("pairs", pairs, visited), ("held_out", held_out, range(len(held_out)))):
         table = known.setdefault(name, torch.full((len(group), 2), math.nan))
         rows = [i for i in sorted(wanted) if table[i].isnan().any()]
-        if rows:
-            missing = True
-            table[rows] = score_pairs(policy, tokenizer, [group[i] for i in rows], share, args, world)
-    if missing and world.rank == 0:
-        common.write(path, known)
+        for part in (rows[i : i + 1024] for i in range(0, len(rows), 1024)):
+            table[part] = score_pairs(policy, tokenizer, [group[i] for i in part], share, args, world)
+            if world.rank == 0:
+                common.write(path, known)
+                tqdm.write(f"the reference has scored {(~table[:, 0].isnan()).sum()} of {len(wanted)} {name}")
+            if common.all_sum(world, stop_asked())[0]:
+                raise common.Ended("stopped by a signal while the reference scored pairs; what it has scored is kept")
     return known["pairs"], known["held_out"]
 
 
@@ -537,7 +539,9 @@ def train(args):
 
     with common.guarded(out, args, bar):
         scorer = common.load_reference(args.reference, world) if args.reference else policy
-        reference, held_out_reference = reference_scores(scorer, tokenizer, pairs, held_out, share, args, out, world)
+        reference, held_out_reference = reference_scores(
+            scorer, tokenizer, pairs, held_out, share, args, out, world, stop_asked
+        )
         del scorer
 
         optimizer = common.make_optimizer(policy, args.learning_rate)

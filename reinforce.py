@@ -482,7 +482,11 @@ def train(args):
         need_answers([r for _, r in prompts], flag, flag if args.demos else f"--reward {args.reward}")
         need_answers([r for _, r in held_out], "--eval_data", f"--reward {args.reward}")
     if args.demos:
-        short = [p for p in prompts if len(common.encode_completion(tokenizer, str(p[1]["answer"]))) <= args.max_new_tokens]
+        short = [
+            p
+            for p in prompts
+            if len(common.encode_completion(tokenizer, str(p[1]["answer"]), args.chat)) <= args.max_new_tokens
+        ]
         print(
             f"--demos: {len(prompts) - len(short)} of {len(prompts)} left out (answers over --max_new_tokens {args.max_new_tokens})"
         )
@@ -525,7 +529,7 @@ def train(args):
             picked = [common.pick(len(prompts), start + i, args.seed) for i in range(share)]
             ids = [prompts[i][0] for i in picked]
             if args.demos:
-                answers = [common.encode_completion(tokenizer, str(prompts[i][1]["answer"])) for i in picked]
+                answers = [common.encode_completion(tokenizer, str(prompts[i][1]["answer"]), args.chat) for i in picked]
                 samples = common.given(ids, answers, tokenizer, world)
             else:
                 samples = common.sample(

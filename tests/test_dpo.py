@@ -294,6 +294,21 @@ def test_resuming_is_never_having_stopped_and_the_reference_is_the_first_policy(
     assert again[-1]["loss"] == pytest.approx(straight[-1]["loss"], abs=1e-5)
 
 
+def test_a_signal_while_the_reference_scores_keeps_what_it_has_scored(tmp_path, monkeypatch):
+    flags = SMALL | {"data": few_pairs(tmp_path), "schedule": "constant"}
+    straight = run(tmp_path, "a", steps=2, **flags)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(SystemExit, match="(?s)stopped by a signal while.*begin again with.*--resume"),
+    ):
+        patch.setattr(common, "catch_signals", lambda: lambda: True)
+        run(tmp_path, "b", steps=2, **flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "score_pairs", lambda *a: 1 / 0)  # nobody is asked again
+        again = run(tmp_path, "b", steps=2, resume=True, **flags)
+    assert again[-1]["loss"] == straight[-1]["loss"]
+
+
 def test_only_pairs_that_the_run_visits_are_scored_by_the_reference(tmp_path, monkeypatch):
     seen, honest = [], dpo.score_pairs
 

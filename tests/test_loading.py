@@ -47,6 +47,22 @@ def test_a_completion_ends_with_eos_and_begins_with_nothing_extra():
     assert encode_completion(make_tokenizer(bos="<bos>"), "w5 w6") == [5, 6, 1]
 
 
+GEMMA = "{% for m in messages %}<start> {{ m.role }} {{ m.content }} <end> w4 {% endfor %}{% if add_generation_prompt %}<start> w12{% endif %}"
+
+
+def test_in_a_chat_an_answer_ends_as_the_template_ends_a_turn():
+    """Gemma's and Phi's turns do not end with their EOS; a model taught to say EOS would never have seen it there."""
+    tokenizer = make_tokenizer(template=GEMMA)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start>", "<end>"]})
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    assert end > 40 and encode_completion(tokenizer, "w5", True) == [5, end]
+    assert encode_completion(tokenizer, "w5") == [5, 1], "raw text ends with EOS"
+    assert common.stop_ids(family("llama"), tokenizer) == [1, end], "and the sampler knows it"
+    for template in (TEMPLATE, TEMPLATE.replace("<eos>", "w4"), "{{ raise_exception('no') }}", None):
+        tokenizer = make_tokenizer(bos="<bos>", template=template)
+        assert encode_completion(tokenizer, "w5", True) == [5, 1] and common.stop_ids(family("llama"), tokenizer) == [1]
+
+
 def test_messages_without_a_template_are_a_mistake(capsys):
     with pytest.raises(SystemExit, match="2"):
         encode_prompt(make_tokenizer(), [{"role": "user", "content": "w5"}])

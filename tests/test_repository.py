@@ -78,7 +78,9 @@ def test_every_file_and_flag_that_the_readme_names_exists():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
     fields = {f for p in SCRIPTS for f in re.findall(r"^    (\w+): ", p.read_text(), re.M)}
-    known = {"help", "nproc_per_node", "logdir"} | fields | {f"no_{f}" for f in fields}
+    torchrun = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "rdzv_id"}
+    slurm = {"nodes", "ntasks", "gpus", "requeue", "signal"}
+    known = {"help", "logdir"} | torchrun | slurm | fields | {f"no_{f}" for f in fields}
     assert set(re.findall(r"--(\w+)", README)) <= known
 
 

@@ -1,6 +1,8 @@
 """The embedded model and its data have the properties that the scripts and the README count on; not these bytes."""
 
 import json
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -100,3 +102,37 @@ def test_scripts_name_default_files_by_their_own_place(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     assert Path(reinforce.Args().model).is_dir() and Path(reinforce.Args().data).is_file()
+
+
+# --- a reward for code ---
+
+programs = sys.modules[common.load_function(f"{TINY}/programs.py:passes", "--reward").__module__]
+
+ADD = {"tests": ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add('a', 'b') == 'ab'", "assert add(2, 2) == 5"]}
+
+
+@pytest.mark.parametrize(
+    "completion, share",
+    [
+        ("def add(a, b):\n    return a + b\n", 0.75),
+        ("Sure:\n```python\ndef add(a, b): return 0\n```\nNo, this:\n```python\ndef add(a, b):\n    return a + b\n```\n", 0.75),
+        ("def add(a, b):\n    return int(a) + int(b)\n", 0.5),  # a test that raises does not end the others
+        ("def add(a, b): return", 0),
+        ("def add(a, b:\n", 0),
+        ("I would rather not.", 0),
+        ("", 0),
+        ("def add(a, b): return a + b\nimport sys\nsys.exit(0)", 0),
+        ("print('passed\\n' * 100)\nimport os\nos._exit(0)", 0),
+        ("x = [0]\nwhile True:\n    x += x\n", 0),  # memory
+        ("print('y' * (1 << 24))\ndef add(a, b): return a + b", 0),  # more than it may write
+    ],
+)  # fmt: skip
+def test_programs_are_paid_by_the_tests_they_pass(completion, share):
+    assert programs.passes(completion, ADD) == share
+
+
+def test_a_program_that_never_ends_is_ended(monkeypatch):
+    monkeypatch.setattr(programs, "RUNNER", programs.RUNNER.replace('("CPU", 5)', '("CPU", 1)'))
+    began = time.perf_counter()
+    assert programs.passes("while True: pass", ADD) == 0
+    assert time.perf_counter() - began < 8
