@@ -113,8 +113,8 @@ class Args:
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm"""
     tokens_per_micro_batch: int | None = None
-    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 2048 on a CPU): lower it when memory
-    runs out; up to rounding, results do not change"""
+    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 2048 on a CPU).
+    Lower it when memory runs out; up to rounding, results do not change"""
     gradient_checkpointing: bool = False
     """keep less for the backward pass and compute it twice: less memory, more time (prompts are then not shared)"""
 

@@ -73,8 +73,8 @@ class Args:
     eval_data: str | None = None
     """held-out prompts, as --data; without it the embedded task has its own, and other data none"""
     eval_samples: int = 0
-    """also draw this many completions of each held-out prompt and log eval/pass@K, the chance that one of K is right (by
-    the rule of --reward number where that is the reward, else of exact)"""
+    """also draw this many completions of each held-out prompt and log eval/pass@K, the chance that one of K is right
+    (by the rule of --reward number where that is the reward, else of exact)"""
     reward: str = "exact"
     """exact | number | FILE.py:function(completion, row) -> float | folder or hub name of a reward model"""
     chat: bool = True
@@ -108,9 +108,10 @@ class Args:
     clip_high: float | None = None
     """the ratio is clipped above 1 plus this (default 0.2, and 4e-4 with --ratio sequence)"""
     aggregate: Literal["sequence", "token", "constant"] | None = None
-    """what a token's loss is divided by. sequence: its completion's length, and the number of completions (as published);
-    token: the number of all tokens of the optimizer update (DAPO; default); constant: completions x --max_new_tokens (Dr. GRPO).
-    --ratio sequence goes with sequence (GSPO)"""
+    """what a token's loss is divided by.
+    sequence: its completion's length, and the number of completions (as published; the default with --ratio sequence);
+    token: the number of all tokens of the optimizer update (DAPO; the default otherwise);
+    constant: completions x --max_new_tokens (Dr. GRPO)"""
     beta: float = 0.0
     """weight of the KL penalty, k3 in the loss; at 0 no reference model is loaded"""
     ref_update_every: int = 0
@@ -132,8 +133,8 @@ class Args:
     minibatches: int = 1
     """optimizer updates in a pass"""
     tokens_per_micro_batch: int | None = None
-    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 2048 on a CPU): lower it when memory
-    runs out; up to rounding, results do not change"""
+    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 2048 on a CPU).
+    Lower it when memory runs out; up to rounding, results do not change"""
     gradient_checkpointing: bool = False
     """keep less for the backward pass and compute it twice: less memory, more time (prompts are then not shared)"""
 

@@ -106,11 +106,11 @@ class Args:
     missing_eos_penalty: float = 0.0
     """subtracted from the score of a completion that was cut at --max_new_tokens"""
     critic: Literal["separate", "shared"] = "separate"
-    """a model of its own (started from the reward model's trunk if that reads the policy's vocabulary, else from the policy), or
-    one linear head on the policy's states: half the memory, and two losses for one trunk"""
+    """a model of its own (from the reward model's trunk if that reads the policy's vocabulary, else from the policy),
+    or one linear head on the policy's states: half the memory, and two losses for one trunk"""
     critic_learning_rate: float | None = None
-    """of the separate critic (default 1e-5, and 5e-4 for the embedded model), or of the shared one's head, which starts from nothing
-    and may run ahead of its trunk (default 1e-4, and 5e-3)"""
+    """of the separate critic (default 1e-5, and 5e-4 for the embedded model),
+    or of the shared one's head, which starts from nothing and may run ahead of its trunk (default 1e-4, and 5e-3)"""
     critic_warmup: int = 0
     """first steps, in which only the critic learns (a shared one: its head); the policy's own --warmup comes after them"""
     gamma: float = 1.0
@@ -124,8 +124,8 @@ class Args:
     clip_high: float = 0.2
     """the ratio is clipped above 1 plus this"""
     value_clip: float = 0.2
-    """how far, in units of the reward, a rollout's updates may move a value with gain; 0: as far as they like. With scores of 5
-    and more, 0.2 is slow"""
+    """how far, in units of the reward, a rollout's updates may move a value with gain; 0: as far as they like.
+    With scores of 5 and more, 0.2 is slow"""
     value_coef: float = 0.5
     """weight of the value loss beside the policy's (it matters where they share a trunk, and for the gradient's norm)"""
     kl_stop: float = 0.0
@@ -147,8 +147,8 @@ class Args:
     minibatches: int = 2
     """optimizer updates in a pass"""
     tokens_per_micro_batch: int | None = None
-    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 2048 on a CPU): lower it when memory
-    runs out; up to rounding, results do not change"""
+    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 2048 on a CPU).
+    Lower it when memory runs out; up to rounding, results do not change"""
     gradient_checkpointing: bool = False
     """keep less for the backward pass and compute it twice: less memory, more time (prompts are then not shared)"""
 

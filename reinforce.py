@@ -91,8 +91,8 @@ class Args:
     temperature: float = 1.0
     """of sampling, and of every log-probability: the policy is softmax(logits / temperature)"""
     baseline: Literal["none", "batch", "prompt", "loo"] | None = None
-    """subtracted from the reward: nothing, the batch's mean, the prompt's mean, or the mean of the prompt's other samples
-    (loo, leave one out: the default; none with --demos)"""
+    """subtracted from the reward: nothing, the batch's mean, the prompt's, or that of the prompt's other samples.
+    Default: loo, leave one out; none with --demos"""
     normalize: bool = False
     """divide by the standard deviation of the rewards that the baseline is made of"""
     keep_max: bool = False
@@ -108,8 +108,8 @@ class Args:
     learning_rate: float | None = None
     """AdamW's step size (default 1e-6, and 3e-4 for the embedded model, which is small and wants more)"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """what becomes of the learning rate after the warm-up; falling to 0, it takes the noise of single gradients out of the
-    weights again, of which REINFORCE has more than the other algorithms here"""
+    """what becomes of the learning rate after the warm-up.
+    Falling to 0, it takes the noise of single gradients out again, of which REINFORCE has more than the others here"""
     warmup: int = 10
     """steps over which the learning rate rises"""
     max_grad_norm: float = 1.0
@@ -119,8 +119,8 @@ class Args:
     minibatches: int = 1
     """optimizer updates in a pass; more than one update in all weighs samples by pi / pi_old"""
     tokens_per_micro_batch: int | None = None
-    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 2048 on a CPU): lower it when memory
-    runs out; up to rounding, results do not change"""
+    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 2048 on a CPU).
+    Lower it when memory runs out; up to rounding, results do not change"""
     gradient_checkpointing: bool = False
     """keep less for the backward pass and compute it twice: less memory, about a third more time"""
 

@@ -57,13 +57,13 @@ class Args:
     model: str = str(TINY / "model")
     """folder or hub name of the model to start from: a causal language model, or a reward model to go on with"""
     data: str | None = None
-    """pairs to learn from: JSON lines with "prompt", "chosen", "rejected", and perhaps "margin" (default: the embedded
-    task's)"""
+    """pairs to learn from: JSON lines with "prompt", "chosen", "rejected", and perhaps "margin"
+    (default: the embedded task's)"""
     eval_data: str | None = None
     """held-out pairs, as --data; without it the embedded task has its own, and other data none"""
     chat: bool = True
-    """texts are rendered by the chat template, if the tokenizer has one (--no_chat: raw text, and the result has no
-    template)"""
+    """texts are rendered by the chat template, if the tokenizer has one
+    (--no_chat: raw text, and the result has no template)"""
     system: str = ""
     """system message before every prompt of --eval_prompts that has none of its own"""
     max_tokens: int = 1024
@@ -109,8 +109,8 @@ class Args:
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm"""
     tokens_per_micro_batch: int | None = None
-    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 1024 on a CPU): lower it when memory
-    runs out; up to rounding, results do not change"""
+    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 1024 on a CPU).
+    Lower it when memory runs out; up to rounding, results do not change"""
     gradient_checkpointing: bool = False
     """keep less for the backward pass and compute it twice: less memory, about a third more time"""
 
@@ -434,13 +434,15 @@ def fold_scale(model, tokenizer, pairs, share, args, world):
 # -- Best of N -----------------------------------------------------------------------------------------------------
 
 
-def report_best_of(model, tokenizer, policy_tokenizer, prompts, reward, args, world):
+def report_best_of(model, tokenizer, policy_tokenizer, prompts, reward, args, world, stop_asked):
     """Draws max(N) completions of each prompt from the policy and says what the best of N of them is worth: by the model's
     score, by the true reward, and for how much KL at most. N = 1 is the policy itself, a random choice."""
     policy, M = common.load_reference(args.policy, world), max(args.best_of)
     mine, sums = prompts[world.rank :: world.size], [0.0] * (1 + 2 * len(args.best_of))
     size = max(1, args.sample_rows // M)
     for i in range(0, -(-len(prompts) // world.size), size):  # as many rounds on every process
+        if common.all_sum(world, stop_asked())[0]:
+            raise common.Ended("stopped by a signal in best-of-N; the model is saved")
         part = mine[i : i + size]
         ids, rows = zip(*(part or prompts[:1]))
         seed = common.fold(args.seed, i, world.rank, common.DRAW)
@@ -602,9 +604,8 @@ def train(args):
                 fold_scale(model, tokenizer, pairs, share, args, world)
             common.save_model(model, tokenizer, out / "model", world)
         if args.policy:
-            common.log(
-                out, writer, args.steps, report_best_of(model.eval(), tokenizer, policy_tokenizer, prompts, reward, args, world)
-            )
+            found = report_best_of(model.eval(), tokenizer, policy_tokenizer, prompts, reward, args, world, stop_asked)
+            common.log(out, writer, args.steps, found)
     use = f'print(pipeline("text-classification", "{out / "model"}")("prompt and answer as the first text above shows them"))'
     common.conclude(out, args, writer, bar, use)
 

@@ -402,3 +402,13 @@ def test_a_mistake_is_one_line(flags, rows, words, tmp_path, capsys):
         run(tmp_path, **{"data": data} | flags)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_signal_in_best_of_n_leaves_a_saved_model_and_can_be_gone_on_from(tmp_path, monkeypatch):
+    flags = {"policy": str(reward_model.TINY / "model"), "eval_prompts": few(tmp_path, "sort_test.jsonl", 4), "best_of": (1, 2)}
+    flags |= {"steps": 1, "data": few(tmp_path, "pairs_train.jsonl", 8), "pairs_per_step": 8, "max_new_tokens": 6}
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="(?s)stopped by a signal in best-of-N.*--resume"):
+        patch.setattr(common, "catch_signals", lambda: lambda: True)
+        run(tmp_path, **flags)
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+    assert "best_of/true@2" in run(tmp_path, resume=True, **flags)[-1]
