@@ -690,15 +690,8 @@ def clip_gradients(model, max_norm):
 
 # -- A run: its folder, its checkpoint, its end ----------------------------------------------------------------------
 
-MAY_DIFFER = (
-    "steps",
-    "eval_every",
-    "save_every",
-    "keep",
-    "tokens_per_micro_batch",
-    "resume",
-    "out",
-)  # between a run and its resumption
+# between a run and its resumption
+MAY_DIFFER = "steps eval_every save_every keep tokens_per_micro_batch resume out".split()
 
 
 def open_run(args, script, world):

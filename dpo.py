@@ -1,41 +1,45 @@
 """DPO, Direct Preference Optimization: preferences without a reward model and without rollouts.
 
-RLHF fits a reward to preferences and then a policy to the reward. DPO sees that the second step has its solution on paper, and
-puts it into the first:
+RLHF fits a reward to preferences and then a policy to the reward. DPO sees that the second step has its solution on
+paper, and puts it into the first:
 
-    (1)  max over pi of  E[r(x, y)] - beta KL(pi || ref)                    the objective of reinforce.py and ppo.py
-    (2)  pi*(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)                     its optimum: (1) is -beta KL(pi || pi*) + beta E[log Z]
-    (3)  r(x, y) = beta log(pi*(y|x) / ref(y|x)) + beta log Z(x)            so every policy is the optimum of some reward
-    (4)  P(y > z | x) = sigmoid(r(x, y) - r(x, z))                          Bradley and Terry, as in reward_model.py
-    (5)  h = beta ( log pi(y)/ref(y) - log pi(z)/ref(z) )                   Z is the same for both, and falls out
-    (6)  loss = mean over pairs of -log sigmoid(h),  y chosen, z rejected   -> `preference_loss`
+    (1)  max over pi of  E[r(x, y)] - beta KL(pi || ref)           the objective of reinforce.py and ppo.py
+    (2)  pi*(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)            its optimum, (1) being -beta KL(pi || pi*) + const
+    (3)  r(x, y) = beta log(pi*(y|x) / ref(y|x)) + beta log Z(x)   so every policy is the optimum of some reward
+    (4)  P(y > z | x) = sigmoid(r(x, y) - r(x, z))                 Bradley and Terry, as in reward_model.py
+    (5)  h = beta ( log pi(y)/ref(y) - log pi(z)/ref(z) )          Z is the same for both, and falls out
+    (6)  loss = mean over pairs of -log sigmoid(h)                 y chosen, z rejected -> `preference_loss`
 
-The reward model is the policy, r = beta log pi / ref its implicit reward; what is left is a classification of pairs. The gradient
-raises log pi(y) and lowers log pi(z), each by beta sigmoid(-h): pairs that are ranked wrong count most.
+The reward model is the policy, r = beta log pi / ref its implicit reward; what is left is a classification of pairs.
+The gradient raises log pi(y) and lowers log pi(z), each by beta sigmoid(-h): pairs that are ranked wrong count most.
 
-It is offline RL: the completions are somebody else's, drawn once. Nothing new is tried, nothing that the policy says today is ever
-scored, and (6) holds pi only where there are data. Both log-probabilities may fall while the margin grows, and the mass
-goes to completions nobody has ranked; `--sft_coef` keeps the chosen ones likely. On-policy methods pay for rollouts to see that.
+It is offline RL: the completions are somebody else's, drawn once. Nothing new is tried, nothing that the policy says
+today is ever scored, and (6) holds pi only where there are data. Both log-probabilities may fall while the margin grows,
+and the mass goes to completions nobody has ranked; `--sft_coef` keeps the chosen ones likely. On-policy methods pay
+for rollouts to see that.
 
-Its relatives (`--loss`), n the length of a completion in tokens:
+Its relatives (`--loss`), n the length of a completion in tokens, d = log-ratio / n of chosen, less that of rejected:
 
-    sigmoid  -log sigmoid(h), or with --label_smoothing e  -(1 - e) log sigmoid(h) - e log sigmoid(-h)    e of the labels are wrong
-    ipo      (d - 1 / (2 beta))^2,   d = log-ratio / n of chosen, less that of rejected    a margin to reach, not to push for ever; in
-             means over tokens, as its authors' later advice is, so beta 0.1 asks for 5 nats a token and wants to be larger
-    hinge    max(0, 1 - h)                                                                 nothing once h is 1
-    simpo    -log sigmoid( beta log pi(y) / n_y - beta log pi(z) / n_z - simpo_margin )    no reference; the mean is what decoding shows
+    sigmoid  -log sigmoid(h); with --label_smoothing e, the share of labels that are wrong,
+             -(1 - e) log sigmoid(h) - e log sigmoid(-h)
+    ipo      (d - 1 / (2 beta))^2: a margin to reach, not to push for ever. In means over tokens, as its authors later
+             advised, so beta 0.1 asks for 5 nats a token and wants to be larger
+    hinge    max(0, 1 - h): nothing once h is 1
+    simpo    -log sigmoid( beta log pi(y) / n_y - beta log pi(z) / n_z - simpo_margin ): no reference, and the mean over
+             tokens, because that is what decoding goes by
 
-    python dpo.py                                                                # the embedded model and pairs; no download
+    python dpo.py                                              # the embedded model and pairs; no download
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --eval_data held_out_pairs.jsonl
     torchrun --nproc_per_node 8 dpo.py --model ... --data ... --eval_prompts prompts.jsonl --reward number
 
-The reference is the policy before its first step (or `--reference`). It scores the pairs that the run will visit once, before
-training; its numbers are kept in the run's folder, and while the policy learns no second model is held.
+The reference is the policy before its first step (or `--reference`). It scores the pairs that the run will visit once,
+before training; its numbers are kept in the run's folder, and while the policy learns no second model is held.
 
-Left out: rounds of new pairs from the policy itself (sample, rank, and start again from runs/.../model); several rejected to one chosen.
+Left out: rounds of new pairs from the policy itself (sample, rank, and start again from runs/.../model); several
+rejected to one chosen.
 
-Rafailov et al. 2023 (DPO); Mitchell 2023 (label noise, cDPO); Azar et al. 2024 (IPO); Zhao et al. 2023 and Liu et al. 2024 (the hinge: SLiC, RSO); Meng et al.
-2024 (SimPO); Pang et al. 2024 (with an SFT term).
+Rafailov et al. 2023 (DPO); Mitchell 2023 (label noise, cDPO); Azar et al. 2024 (IPO); Zhao et al. 2023 and Liu et al.
+2024 (the hinge: SLiC, RSO); Meng et al. 2024 (SimPO); Pang et al. 2024 (with an SFT term).
 """
 
 import dataclasses
