@@ -10,6 +10,7 @@ completion starts in the same column; completions are padded on the right.
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib.util
@@ -23,6 +24,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +47,12 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
 # -- Processes, device, precision, seeds -----------------------------------------------------------------------------
+
+
+def say(message):
+    """A line on the console, once and not for each process."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(message)
 
 
 def fail(message):
@@ -88,7 +96,7 @@ def start(device="auto", dtype="auto", seed=0):
     if not dist.is_initialized() and (size > 1 or device == "cuda"):
         # FSDP2 (see `shard`) wants a process group, even if it holds this process alone
         lone = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", **lone)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=1), **lone)
     torch.manual_seed(seed)
     transformers_logging.disable_progress_bar()  # ours is the only one; theirs are many and short
     transformers_logging.set_verbosity_error()
@@ -135,7 +143,7 @@ def check_flags(args):
     for name in [n for n in counts.split() if n in names]:
         if getattr(args, name) < 1:
             fail(f"--{name} {getattr(args, name)}: must be 1 or more")
-    for name, value in vars(args).items():  # rates, weights, numbers of steps: nan and inf are refused as well
+    for name, value in vars(args).items():  # rates, weights, numbers of steps; nan is refused as well
         if type(value) in (int, float) and name not in ("max_grad_norm", "simpo_margin") and not value >= 0:
             fail(f"--{name} {value}: must be 0 or more")
     if not args.max_grad_norm > 0:
@@ -219,19 +227,21 @@ def stop_ids(model, tokenizer):
     config = getattr(model, "generation_config", None)
     listed = getattr(config, "eos_token_id", None)
     listed = listed if isinstance(listed, (list, tuple)) else [listed]
-    return sorted({i for i in (*listed, tokenizer.eos_token_id, turn_end(tokenizer, tokenizer.chat_template)) if i is not None})
+    return sorted(
+        {i for i in (*listed, tokenizer.eos_token_id, turn_end(tokenizer, str(tokenizer.chat_template))) if i is not None}
+    )
 
 
 @functools.lru_cache
 def turn_end(tokenizer, template):
-    """The id that ends an answer: the special token that the chat template writes after it (that of Gemma or Phi is not their
-    EOS), or else EOS."""
+    """The id that ends an answer: the special token that the chat template (here as a text, to remember by) writes after
+    it (that of Gemma or Phi is not their EOS), or else EOS."""
     try:
         talk = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "an answer"}]
-        after = tokenizer.apply_chat_template(talk, tokenize=False).rpartition("an answer")[2] if template else ""
-    except Exception:  # of a template that wants more than these two
-        after = ""
-    first = tokenizer(after, add_special_tokens=False).input_ids[:1]
+        _, found, after = tokenizer.apply_chat_template(talk, tokenize=False).rpartition("an answer")
+    except Exception:  # there is no template, or it wants more than these two
+        found, after = "", ""
+    first = tokenizer(after if found else "", add_special_tokens=False).input_ids[:1]
     special = first and first[0] in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[first[0]].special
     return first[0] if special else tokenizer.eos_token_id
 
@@ -266,8 +276,9 @@ def encode_completion(tokenizer, text, chat=False):
     """A given answer (a demonstration, one side of a pair) to ids, ended by EOS, or, in a chat, by what ends a turn: an
     answer without its end teaches the model never to stop. Prompt and answer are tokenised apart and their ids joined,
     because the sampler joins ids too: at the seam, tokenise(a) + tokenise(b) is not tokenise(a + b)."""
-    end = turn_end(tokenizer, tokenizer.chat_template) if chat else tokenizer.eos_token_id
-    return [*tokenizer(text, add_special_tokens=False).input_ids, end]
+    end = turn_end(tokenizer, str(tokenizer.chat_template)) if chat else tokenizer.eos_token_id
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return ids if ids[-1:] == [end] else [*ids, end]
 
 
 def encode_answer(tokenizer, prompt, completion):
@@ -399,7 +410,7 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
 
     Attention does. A layer whose cache drops the gradient does not, and transformers drops the whole cache, with wrong
     results, where it checkpoints gradients. In bfloat16 rounding alone sets the two apart by per cents, so only what is
-    worse than a tenth is found there. All processes try the same ids, so they agree."""
+    worse than a tenth is found there."""
     if gradient_checkpointing or "past_key_values" not in inspect.signature(model.forward).parameters:
         return False
     P, owner = 16, torch.tensor([0, 0, 1, 1], device=world.device)
@@ -407,38 +418,33 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
     ids = torch.randint(many, (4, 24), generator=torch.Generator().manual_seed(0)).to(world.device)
     mask = torch.ones_like(ids, dtype=torch.bool)
     ids[:, :P], mask[2:, :5], mask[1, -2:] = ids[owner * 2, :P], False, False  # lengths differ, on both sides
-    tried = []
+
+    def norm(tensors):
+        size = torch.nn.utils.get_total_norm(tensors)
+        return (size.full_tensor() if isinstance(size, DTensor) else size).item()
+
     try:
-        for share in (False, True):
-            if share:
-                cache = DynamicCache(config=model.config)
-                start = hidden_states(model, ids[::2, :P], mask[::2, :P], cache)[owner, -1:]
-                cache.reorder_cache(owner)
-                states = torch.cat([start, hidden_states(model, ids[:, P:], mask, cache)], 1)
-            else:
-                states = hidden_states(model, ids, mask)[:, P - 1 :]
-            states = states[mask[:, P - 1 :]].float()  # [tokens, width]
-            (states * torch.linspace(-1, 1, states.shape[1], device=world.device)).sum().backward()
-            tried.append(([states.detach()], [p.grad for p in model.parameters() if p.grad is not None]))
-            model.zero_grad()
+        plain = hidden_states(model, ids, mask)[:, P - 1 :][mask[:, P - 1 :]].float()  # [tokens, width]
+        weight = torch.linspace(-1, 1, plain.shape[1], device=world.device)
+        (plain * weight).sum().backward()
+        size = norm([p.grad for p in model.parameters() if p.grad is not None])
+        cache = DynamicCache(config=model.config)
+        start = hidden_states(model, ids[::2, :P], mask[::2, :P], cache)[owner, -1:]
+        cache.reorder_cache(owner)
+        shared = torch.cat([start, hidden_states(model, ids[:, P:], mask, cache)], 1)[mask[:, P - 1 :]].float()
+        (shared * -weight).sum().backward()  # on top of the other gradient: what is left is how far they are apart
+        far = [norm([p.grad for p in model.parameters() if p.grad is not None]) / size, norm([plain - shared]) / norm([plain])]
+        same = all(x < (1e-3 if world.dtype == torch.float32 else 0.1) for x in far)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a family's cache may say to this use of it
         if isinstance(model, FSDPModule):  # left in the middle of a pass, a sharded model would go on without learning
-            fail(f"prompts cannot be shared with this family ({error}); add --gradient_checkpointing")
-        model.zero_grad()
-        return False
-
-    def apart(a, b):
-        size = torch.nn.utils.get_total_norm(a)
-        norms = (torch.nn.utils.get_total_norm([u.sub_(v) for u, v in zip(a, b)]), size)
-        away, size = (x.full_tensor() if isinstance(x, DTensor) else x for x in norms)
-        return (away / size).item()
-
-    far = [apart(a, b) for a, b in zip(*tried)]  # both, on every process: sharded gradients are measured by all together
-    same = max(far) < (1e-3 if world.dtype == torch.float32 else 0.1) and len(tried[0][1]) == len(tried[1][1])
-    if not same and world.rank == 0:
-        tqdm.write("note: this family's cache does not serve the training forward, so each sample's prompt is computed anew")
+            raise Stop(f"prompts cannot be shared with this family ({error}); add --gradient_checkpointing") from error
+        same = False
+    model.zero_grad()
+    same = all_sum(world, same)[0] == world.size
+    if not same:
+        say("note: this family's cache does not serve the training forward, so each sample's prompt is computed anew")
     return same
 
 
@@ -449,8 +455,8 @@ def fit_context(args, longest, *configs):
     if longest >= context:
         fail(f"a prompt of {longest} tokens fills the model's context of {context + 1}; lower --max_prompt_tokens")
     if longest + args.max_new_tokens > context:
-        print(f"--max_new_tokens {context - longest}: the model's context of {context + 1}, less the longest prompt's {longest} "
-              "(--max_prompt_tokens leaves long ones out)")  # fmt: skip
+        say(f"--max_new_tokens {args.max_new_tokens} is lowered to {context - longest}: the model's context is {context + 1}, and "
+              f"the longest prompt has {longest} (--max_prompt_tokens leaves long ones out)")  # fmt: skip
     return dataclasses.replace(args, max_new_tokens=min(args.max_new_tokens, context - longest))
 
 
@@ -527,6 +533,23 @@ def scalar_head(model):
     return heads[-1]
 
 
+def together(reward, world):
+    """A reward that fails in one process stops all of them; otherwise the others would wait for it in their next sum."""
+
+    def scores(completions, rows):
+        values = problem = None
+        try:
+            values = reward(completions, rows)
+        except Stop as error:
+            problem = error
+            problem.own = True  # said by this process, whichever it is
+        if all_sum(world, problem is not None)[0]:
+            raise problem or Stop("the reward failed in another process")
+        return values
+
+    return scores
+
+
 def load_scorer(path, world):
     """A reward model as a function from completions and their rows to scores. It reads text through its own tokenizer and
     template, because its ids need not be the policy's."""
@@ -540,14 +563,15 @@ def score_texts(model, tokenizer, completions, rows, world):
     """The reward model's scores of completions, a list of floats."""
     texts = [encode_answer(tokenizer, row["prompt"], c) for c, row in zip(completions, rows)]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-    longest = max(map(len, texts))
+    sizes = torch.tensor([[len(texts), max(map(len, texts))]], device=world.device)
+    most, longest = all_gather(world, sizes).amax(0).tolist()  # over all processes
     if longest > limit:
         raise Stop(f"the reward model reads {limit} tokens, and one text has {longest}; lower --max_new_tokens")
-    most, values = int(all_gather(world, torch.tensor([len(texts)], device=world.device)).max()), []
+    values = []
     for i in range(0, most, 64):  # as many forwards on every process: sharded weights are gathered by all or by none
         part = texts[i : i + 64] or texts[:1]
         s = given([[] for _ in part], part, tokenizer, world)
-        values += model(input_ids=s.ids, attention_mask=s.mask.long()).logits[:, 0].float().tolist()
+        values += model(input_ids=s.ids, attention_mask=s.mask.long(), use_cache=False).logits[:, 0].float().tolist()
     if not all(map(math.isfinite, values)):
         raise Stop("the reward model gave a score that is not finite")
     return values[: len(texts)]
@@ -591,6 +615,10 @@ def save_model(model, tokenizer, folder, world):
         except Exception as error:  # a full disk has many names here
             shutil.rmtree(temporary, ignore_errors=True)
             raise Stop(f"{folder} could not be written ({error})") from error
+        if model.get_output_embeddings() is not None:  # whoever samples from it is to know all that ends its answers
+            generation, ends = copy.deepcopy(model.generation_config), stop_ids(model, tokenizer)
+            generation.eos_token_id = ends if len(ends) > 1 else ends[0]
+            generation.save_pretrained(temporary)
         config = copy.deepcopy(model.config_to_save)
         config.dtype = world.dtype
         config.save_pretrained(temporary)
@@ -691,7 +719,7 @@ def clip_gradients(model, max_norm):
 # -- A run: its folder, its checkpoint, its end ----------------------------------------------------------------------
 
 # between a run and its resumption
-MAY_DIFFER = "steps eval_every save_every keep tokens_per_micro_batch resume out".split()
+MAY_DIFFER = "steps eval_every save_every keep tokens_per_micro_batch gradient_checkpointing sample_rows resume out".split()
 
 
 def open_run(args, script, world):
@@ -711,6 +739,9 @@ def open_run(args, script, world):
             for name, value in flags.items():
                 if name not in MAY_DIFFER and before.get(name, value) != value:
                     fail(f"--resume: --{name} is {value}, but the run in {out} was started with {before[name]}")
+            at = int(checkpoints(out)[-1].stem) if checkpoints(out) else 0
+            if args.steps < at:
+                fail(f"--resume: --steps {args.steps}, and the run in {out} has made {at}")
             if before.get("steps", args.steps) != args.steps:
                 print(f"note: --steps was {before['steps']} and is {args.steps}; the learning rate's schedule changes with it")
         elif args.out and out.exists() and (out.is_file() or any(p.suffix != ".tmp" for p in out.iterdir())):
@@ -758,7 +789,7 @@ def replace(temporary, folder):
 
 def checkpoints(out):
     """The files of a run's finished checkpoints, the oldest first."""
-    return sorted((Path(out) / "checkpoint").glob("*.pt"))
+    return sorted((Path(out) / "checkpoint").glob("[0-9]*.pt"), key=lambda p: int(p.stem))
 
 
 def save_checkpoint(out, world, step, models, optimizers, keep=1):
@@ -777,6 +808,8 @@ def save_checkpoint(out, world, step, models, optimizers, keep=1):
         state["optimizers"][name] = {i: {k: plain(v) for k, v in s.items()} for i, s in moments.items()}
     if world.rank == 0:
         (out / "checkpoint").mkdir(exist_ok=True)
+        for torn in (out / "checkpoint").glob("*.tmp"):  # of a process that was killed
+            torn.unlink()
         write(out / "checkpoint" / f"{step:06d}.pt", state)
         for old in checkpoints(out)[:-keep]:
             old.unlink()
@@ -861,7 +894,12 @@ def introduce(out, args, world, tokenizer, ids, first, needed):
     print(f"memory: about {needed['peak'] / 2**30:.1f} GiB of {there / 2**30:.1f} will be needed")
     if needed["peak"] > there:
         print("warning: this may not fit; lower --tokens_per_micro_batch, add --gradient_checkpointing, or use more processes")
-    print(f"first prompt: {tokenizer.decode(ids)!r}\n  {ids if len(ids) < 40 else [*ids[:30], '...', *ids[-8:]]}")
+    left = {
+        f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.default is None
+    }  # whose default depends on others
+    print("flags left open: " + ", ".join(f"{k} {v:g}" for k, v in left.items() if isinstance(v, (int, float))))
+    what = "first text, a chosen side" if hasattr(args, "pairs_per_step") else "first prompt"
+    print(f"{what}: {tokenizer.decode(ids)!r}\n  {ids if len(ids) < 40 else [*ids[:30], '...', *ids[-8:]]}")
     print(f"writing to {out}" + (f", going on after step {first} of {args.steps}" if args.resume else "") + "\n")
     for name in ("metrics.jsonl", "samples.jsonl"):
         cut_log(out / name, first or -1)  # what a resumed run will write again
@@ -889,6 +927,10 @@ def log(out, writer, step, metrics, texts=()):
     scores = ", ".join(f"{k[5:]} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/"))
     if scores:
         tqdm.write(f"step {step}: held-out {scores}")
+    elif not sys.stderr.isatty() and time.monotonic() > getattr(writer, "quiet_until", 0):  # no bar: a line a minute
+        writer.quiet_until = time.monotonic() + 60
+        names = [k for k in ("reward", "accuracy", "loss", "kl/ref", "tokens_per_second") if k in metrics]
+        tqdm.write(f"step {step}: " + ", ".join(f"{k} {metrics[k]:.3g}" for k in names))
 
 
 def conclude(out, args, writer, bar, use):
@@ -901,6 +943,8 @@ def conclude(out, args, writer, bar, use):
     last = {k: v for line in lines for k, v in line.items()}
     for name in [k for k in lines[0] if k.startswith("eval/")]:
         print(f"held-out {name[5:]}: {lines[0][name]:.3f}" + (f" -> {last[name]:.3f}" if args.steps else ""))
+    if not any(k.startswith("eval/") for k in last):
+        print("nothing was held out; --eval_data gives a score that training has not seen")
     print(f"\n  tensorboard --logdir {out}")
     if args.steps:
         print("\nand, in Python, to use the model:\n\n  from transformers import pipeline\n  " + use)
@@ -911,7 +955,7 @@ class Stop(Exception):
 
 
 class Ended(Stop):
-    """A signal asked for the end; the step is finished and saved."""
+    """A signal asked for the end, and what was done is saved."""
 
 
 @contextlib.contextmanager
@@ -923,26 +967,33 @@ def guarded(out, args, bar):
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
-    except (Stop, OSError, torch.OutOfMemoryError) as error:
+    except (Stop, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         if bar is not None:
             bar.close()
-        what = ("" if isinstance(error, Ended) else "error: ") + (str(error) or type(error).__name__).splitlines()[0]
+        if int(os.environ.get("RANK", 0)) and not getattr(error, "own", isinstance(error, (OSError, torch.OutOfMemoryError))):
+            raise SystemExit(1) from error  # the first process says it
+        what = "" if isinstance(error, (Ended, KeyboardInterrupt)) else "error: "
+        what += (
+            "stopped at once" if isinstance(error, KeyboardInterrupt) else (str(error) or type(error).__name__).splitlines()[0]
+        )
         if isinstance(error, torch.OutOfMemoryError):
-            sampling = [f" or --{name} (sampling)" for name in ("prompts_per_step", "sample_rows") if hasattr(args, name)]
-            what += "; lower --tokens_per_micro_batch (training)" + "".join(sampling)
-        words = [a for a in sys.argv if a != "--resume"] + ([] if args.out else ["--out", str(out)])
+            sampling = [f", or --{name} (sampling)" for name in ("sample_rows",) if hasattr(args, name)]
+            sampling += [", or, in a new run, --prompts_per_step (sampling)"] * hasattr(args, "prompts_per_step")
+            what += "; lower --tokens_per_micro_batch or add --gradient_checkpointing (training)" + "".join(sampling)
+        words = shlex.join([a for a in sys.argv if a != "--resume"] + ([] if args.out else ["--out", str(out)]) + ["--resume"])
         on = "go on from the last checkpoint" if checkpoints(out) else "no checkpoint was written yet; begin again"
-        on += f" with: python {shlex.join(words)} --resume"
-        raise SystemExit(f"{what}\n{on}") from error
+        command = "torchrun ..." if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "python"
+        raise SystemExit(f"{what}\n{on} with: {command} {words}" if args.steps else what) from error
 
 
-def catch_signals():
+def catch_signals(steps):
     """SIGTERM (a cluster takes its machine back) and SIGINT (Ctrl-C) only set a flag; the loop finishes its step,
-    saves, and stops. A second Ctrl-C stops at once. Returns the function that tells whether one has come."""
+    saves, and stops. A second one stops at once, and so does the first where there are no steps to finish. Returns the
+    function that tells whether one has come."""
     caught = []
 
     def handler(number, frame):
-        if caught and number == signal.SIGINT:
+        if caught or not steps:
             raise KeyboardInterrupt
         caught.append(number)
 

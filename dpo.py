@@ -1,7 +1,7 @@
 """DPO, Direct Preference Optimization: preferences without a reward model and without rollouts.
 
-RLHF fits a reward to preferences and then a policy to the reward. DPO sees that the second step has its solution on
-paper, and puts it into the first:
+RLHF fits a reward r to preferences and then a policy pi to the reward, held near a reference ref. DPO sees that the second
+step has its solution pi* on paper, and puts it into the first; Z(x) makes its probabilities sum to 1:
 
     (1)  max over pi of  E[r(x, y)] - beta KL(pi || ref)           the objective of reinforce.py and ppo.py
     (2)  pi*(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)            its optimum, (1) being -beta KL(pi || pi*) + const
@@ -18,12 +18,12 @@ today is ever scored, and (6) holds pi only where there are data. Both log-proba
 and the mass goes to completions nobody has ranked; `--sft_coef` keeps the chosen ones likely. On-policy methods pay
 for rollouts to see that.
 
-Its relatives (`--loss`), n the length of a completion in tokens, d = log-ratio / n of chosen, less that of rejected:
+Its relatives (`--loss`), n the length of a completion in tokens, its end included, d = log-ratio / n of chosen, less that of rejected:
 
     sigmoid  -log sigmoid(h); with --label_smoothing e, the share of labels that are wrong,
              -(1 - e) log sigmoid(h) - e log sigmoid(-h)
     ipo      (d - 1 / (2 beta))^2: a margin to reach, not to push for ever. In means over tokens, as its authors later
-             advised, so beta 0.1 asks for 5 nats a token and wants to be larger
+             advised, so beta 1, its default here, asks for half a nat a token
     hinge    max(0, 1 - h): nothing once h is 1
     simpo    -log sigmoid( beta log pi(y) / n_y - beta log pi(z) / n_z - simpo_margin ): no reference, and the mean over
              tokens, because that is what decoding goes by
@@ -73,11 +73,12 @@ class Args:
     reference: str = ""
     """folder or hub name of the model to stay near (default: --model as it starts)"""
     data: str | None = None
-    """pairs to learn from: JSON lines with "prompt", "chosen", "rejected" (default: the embedded task's)"""
+    """pairs to learn from: JSON lines with "prompt", "chosen", "rejected" (default: the embedded task's, where no other
+    file is named)"""
     eval_data: str | None = None
     """held-out pairs, as --data; without it the embedded task has its own, and other data none"""
     eval_prompts: str | None = None
-    """held-out prompts to sample for: JSON lines with "prompt" and, for most rewards, "answer" (default: the embedded task's)"""
+    """held-out prompts to sample for: JSON lines with "prompt" and, for most rewards, "answer" """
     reward: str = "exact"
     """what scores the samples of --eval_prompts: exact | number | FILE.py:function(completion, row) | a reward model"""
     chat: bool = True
@@ -95,7 +96,7 @@ class Args:
     loss: Literal["sigmoid", "ipo", "hinge", "simpo"] = "sigmoid"
     """DPO's own, or one of its relatives"""
     beta: float | None = None
-    """how strongly the reference holds, and the scale of the implicit reward (default 0.1, simpo 2.0, the embedded model 0.5)"""
+    """how strongly the reference holds, and the scale of the implicit reward (default 0.1, simpo 2, ipo 1, the embedded model 0.5)"""
     label_smoothing: float = 0.0
     """share of pairs whose labels are thought wrong (with --loss sigmoid)"""
     simpo_margin: float = 1.0
@@ -149,7 +150,7 @@ def resolve(args):
         "data": str(TINY / "pairs_train.jsonl") if at_home else "",
         "eval_data": str(TINY / "pairs_test.jsonl") if at_home and (args.steps or args.reference) else "",
         "eval_prompts": str(TINY / "sort_test.jsonl") if at_home else "",
-        "beta": 2.0 if args.loss == "simpo" else 0.5 if tiny else 0.1,
+        "beta": {"simpo": 2.0, "ipo": 1.0}.get(args.loss, 0.5 if tiny else 0.1),
         "learning_rate": 3e-4 if tiny else 5e-7,
         "tokens_per_micro_batch": 2048 if args.device == "cpu" or not torch.cuda.is_available() else 8192,
     }
@@ -161,6 +162,8 @@ def resolve(args):
         fail(f"--label_smoothing {args.label_smoothing}: must be from 0 to below 0.5, where labels say nothing any more")
     if args.label_smoothing and args.loss != "sigmoid":
         fail(f"--label_smoothing acts with --loss sigmoid only, and --loss is {args.loss}")
+    if args.reference and args.loss == "simpo":
+        fail("--reference: --loss simpo has none")
     if not math.isfinite(args.simpo_margin):
         fail(f"--simpo_margin {args.simpo_margin}: must be a number")
     if args.steps and not args.data:
@@ -178,18 +181,22 @@ def read_pairs(path, flag):
     it, if there are any, are the prompt."""
     rows = []
     for number, row in common.read_json(path, flag):
-        row = dict(row) if isinstance(row, dict) else {}
-        before = []  # what stands in the sides before their answers
+        where, row = f"{flag} {path}, line {number}", dict(row) if isinstance(row, dict) else {}
+        row["prompt"] = row.get("prompt", row.get("question"))
+        before = [row["prompt"]] if row["prompt"] is not None else []  # what is asked: by the row, and by each side
         for side in ("chosen", "rejected"):
             if is_prompt(row.get(side)) and isinstance(row[side], list) and row[side][-1]["role"] == "assistant":
-                before.append(row[side][:-1])
-                row[side] = row[side][-1]["content"]
-        if len(before) == 2 and before[0] != before[1]:
-            fail(f"{flag} {path}, line {number}: chosen and rejected answer two different conversations")
-        if before and before[0]:
-            row["prompt"] = before[0]
-        if not is_prompt(row.get("prompt")) or not all(isinstance(row.get(side), str) for side in ("chosen", "rejected")):
-            fail(f'{flag} {path}, line {number}: needs "prompt", "chosen" and "rejected", each a text or a list of messages')
+                *asked, answer = row[side]
+                before += [asked] if asked else []
+                row[side] = answer["content"]
+            if not isinstance(row.get(side), str):
+                fail(f'{where}: needs "{side}", a text or a list of messages of which the last is the assistant\'s')
+        before = [[{"role": "user", "content": p}] if isinstance(p, str) and before[-1] != p else p for p in before]
+        if any(p != before[-1] for p in before):
+            fail(f"{where}: the prompt, chosen and rejected do not ask the same")
+        row["prompt"] = before[-1] if before else None
+        if not is_prompt(row["prompt"]):
+            fail(f'{where}: needs a "prompt" (or "question") that is a text or a list of messages')
         rows.append(row)
     return rows
 
@@ -199,22 +206,24 @@ def encode_preferences(rows, tokenizer, args, flag):
     and without those too long: cut, a pair may lose the very place where its sides differ. Says how many those were."""
     pairs = [
         (common.encode_prompt(tokenizer, row["prompt"], args.system, args.chat),
-         *(common.encode_completion(tokenizer, row[side], args.chat) for side in ("chosen", "rejected")))
+         *(common.encode_completion(tokenizer, row[side], args.chat or isinstance(row["prompt"], list)) for side in ("chosen", "rejected")))
         for row in rows
     ]  # fmt: skip
     differ = [p for p in pairs if p[1] != p[2] and p[0]]
     kept = [p for p in differ if len(p[0]) + max(len(p[1]), len(p[2])) <= args.max_tokens]
     if len(kept) < len(pairs):
         long = len(differ) - len(kept)
-        print(
-            f"{flag}: of {len(pairs)} pairs {len(pairs) - len(differ)} left out as equal, {long} as over --max_tokens {args.max_tokens}"
+        common.say(
+            f"{flag}: of {len(pairs)} pairs {len(pairs) - len(differ)} left out as equal or empty, {long} as over --max_tokens {args.max_tokens}"
         )
     return kept or fail(f"{flag}: no pair is left")
 
 
 def is_prompt(value):
     """A text, or a list of chat messages."""
-    messages = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    messages = isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("content"), (str, list)) and "role" in m for m in value
+    )
     return bool(value) and (isinstance(value, str) or messages)
 
 
@@ -234,7 +243,7 @@ def encode_rows(rows, tokenizer, args, flag):
     pairs = [(common.encode_prompt(tokenizer, r["prompt"], args.system, args.chat), r) for r in rows]
     kept = [(ids, r) for ids, r in pairs if 0 < len(ids) <= args.max_prompt_tokens]
     if len(kept) < len(pairs):
-        print(
+        common.say(
             f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out (--max_prompt_tokens {args.max_prompt_tokens})"
         )
     return kept or fail(f"{flag}: every prompt is longer than --max_prompt_tokens {args.max_prompt_tokens}")
@@ -273,9 +282,9 @@ def load_reward(spec, world):
     if is_a_model(spec):
         if "/" not in spec and not Path(spec).exists():
             fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
-        return common.load_scorer(spec, world)
+        return common.together(common.load_scorer(spec, world), world)
     rules = {"exact": exact, "number": number}
-    return checked(rules[spec] if spec in rules else common.load_function(spec, "--reward"))
+    return common.together(checked(rules[spec] if spec in rules else common.load_function(spec, "--reward")), world)
 
 
 def checked(reward):
@@ -321,12 +330,6 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected, chosen_length, r
 # -- Log-probabilities: one forward for both sides -----------------------------------------------------------------
 
 
-def samples_of_pairs(pairs, tokenizer, world):
-    """Pairs as rows of one batch: row 2i is chosen of pair i, row 2i + 1 rejected; both have the same prompt."""
-    prompts = [p for p, _, _ in pairs for _ in range(2)]
-    return common.given(prompts, [side for _, *sides in pairs for side in sides], tokenizer, world)
-
-
 def cut_pairs(pairs, share, tokens, world):
     """Cuts pairs into parts of at most `tokens` tokens (or one pair) with padding, pairs of like length together -> [pair
     numbers]. Both sides stay in one part, because the loss is of their difference. Every process gets as many parts, some
@@ -340,18 +343,6 @@ def cut_pairs(pairs, share, tokens, world):
         parts[-1].append(i)
     most = int(common.all_gather(world, torch.tensor([len(parts)], device=world.device)).max())
     return parts + [[]] * (most - len(parts))
-
-
-def trim(samples, rows, n=1):
-    """The rows of a micro-batch without the columns in which none of them has a token: (prompt_ids [p, P], prompt_mask [p, P],
-    owner [b], ids [b, C], mask [b, C]). Rows of a group of n > 1 share a prompt, owner[i] is its number in prompt_ids;
-    with n = 1 every row has its own, and owner is None."""
-    prompts, owner = torch.tensor(rows, device=samples.ids.device).div(n, rounding_mode="floor").unique(return_inverse=True)
-    P = int(samples.prompt_mask[rows].sum(1).max())
-    C = int(samples.mask[rows].sum(1).max())
-    first = rows if n == 1 else prompts * n
-    prompt_ids, prompt_mask = samples.prompt_ids[first, -P:], samples.prompt_mask[first, -P:]
-    return prompt_ids, prompt_mask, None if n == 1 else owner, samples.ids[rows, :C], samples.mask[rows, :C]
 
 
 def completion_states(model, prompt_ids, prompt_mask, owner, ids, mask):
@@ -408,9 +399,14 @@ def token_logprobs(model, prompt_ids, prompt_mask, owner, ids, mask, temperature
 
 
 def pair_logprobs(model, tokenizer, pairs, share, world):
-    """Summed log-probabilities of both sides, EOS included: (chosen [b], rejected [b])."""
-    s = samples_of_pairs(pairs, tokenizer, world)
-    logprobs, _ = token_logprobs(model, *trim(s, list(range(2 * len(pairs))), 2 if share else 1), 1.0)
+    """Summed log-probabilities of both sides, their ends included: (chosen [b], rejected [b]). Row 2i of the batch is chosen of
+    pair i, row 2i + 1 rejected; both have the same prompt, which is computed once where it can be shared."""
+    prompts = [prompt for prompt, _, _ in pairs for _ in range(2)]
+    s = common.given(prompts, [side for _, *sides in pairs for side in sides], tokenizer, world)
+    start = s.prompt_ids, s.prompt_mask, None
+    if share:
+        start = s.prompt_ids[::2], s.prompt_mask[::2], torch.arange(len(pairs), device=world.device).repeat_interleave(2)
+    logprobs, _ = token_logprobs(model, *start, s.ids, s.mask, 1.0)
     return logprobs.sum(1).view(-1, 2).unbind(1)
 
 
@@ -427,14 +423,18 @@ def score_pairs(model, tokenizer, pairs, share, args, world):
     return everyone.transpose(0, 1).reshape(-1, 2)[: len(pairs)]  # pair i was scored by process i modulo their number
 
 
-def reference_scores(policy, tokenizer, pairs, held_out, share, args, out, world, stop_asked):
+def reference_scores(policy, share, tokenizer, pairs, held_out, args, out, world, stop_asked):
     """What the reference says of the pairs that the run will visit and of the held-out ones, [pairs, 2] each, NaN where nobody will
     ask. To be called while the policy still is the reference: before it has made a step, or taken up a checkpoint. Kept in the
-    run's folder, so a resumed run scores only what it lacks, and only if its pairs and precision are the same. simpo asks nobody."""
+    run's folder, so a resumed run scores only what it lacks, and only if its pairs and precision are the same. simpo asks nobody.
+    A pair is scored in other company than it is trained in, which in bfloat16 moves its log-ratio by hundredths, also in step 1."""
     if args.loss == "simpo":
         return torch.zeros(len(pairs), 2), torch.zeros(len(held_out), 2)
     path, mark = out / "reference.pt", f"{world.dtype} {hashlib.sha256(repr((pairs, held_out)).encode()).hexdigest()}"
-    known = torch.load(path, weights_only=True) if args.resume and path.is_file() else {"mark": mark}
+    try:
+        known = torch.load(path, weights_only=True) if args.resume and path.is_file() else {"mark": mark}
+    except Exception as error:
+        fail(f"--resume: {path} cannot be read ({str(error).splitlines()[0]}); without it the reference scores again")
     if known["mark"] != mark:
         fail(f"--resume: {path} has scores of other pairs, or of another precision, than this run's")
     visited = {common.pick(len(pairs), i, args.seed) for i in range(args.steps * args.pairs_per_step)} if pairs else ()
@@ -476,19 +476,24 @@ def implicit_rewards(logprobs, reference, lengths, args):
 
 
 def evaluate(model, tokenizer, held_out, reward, args, world):
-    """Greedy completions of held-out prompts -> {"eval/reward", "eval/exact"}; each process takes its share."""
+    """Greedy completions of held-out prompts -> {"eval/reward", "eval/exact"}, and the first few to be read; each process
+    takes its share."""
     right = number if args.reward == "number" else exact
     mine, sums = held_out[world.rank :: world.size], [0.0] * 4  # sums: rewards, rows, right answers, rows with an answer
+    shown = []
     for i in range(0, -(-len(held_out) // world.size), 256):  # as many rounds on every process
         part = mine[i : i + 256]
         ids, rows = zip(*(part or held_out[:1]))
         texts = common.sample(model, tokenizer, list(ids), max_new_tokens=args.max_new_tokens, temperature=0).texts
         values = reward(texts, rows)
         if part:
+            shown += [{"prompt": r["prompt"], "completion": t, "reward": v} for r, t, v in zip(rows, texts, values)][
+                : 8 - len(shown)
+            ]
             known = [right(t, r) for t, r in zip(texts, rows) if isinstance(r.get("answer"), (str, int, float))]
             sums = [a + b for a, b in zip(sums, (sum(values), len(rows), sum(known), len(known)))]
     rewards, count, answered, known = common.all_sum(world, *sums)
-    return {"eval/reward": rewards / count, **({"eval/exact": answered / known} if known else {})}
+    return {"eval/reward": rewards / count, **({"eval/exact": answered / known} if known else {})}, shown
 
 
 # -- The loop ------------------------------------------------------------------------------------------------------
@@ -504,13 +509,14 @@ def train(args):
     # everything that can be wrong with the user's input is found here, before the policy is loaded or a file written
     config, tokenizer = common.policy_config(args.model), common.load_tokenizer(args.model)
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
-    if args.max_tokens > context:
-        print(f"--max_tokens {context}: the model's context")
-        args = dataclasses.replace(args, max_tokens=context)
     if args.reference:
-        common.policy_config(args.reference)
+        read = getattr(common.policy_config(args.reference).get_text_config(), "max_position_embeddings", None) or 2**31
+        context = min(context, read)
         if common.load_tokenizer(args.reference).get_vocab() != tokenizer.get_vocab():
             fail(f"--reference {args.reference}: reads other tokens than --model {args.model}")
+    if args.max_tokens > context:
+        common.say(f"--max_tokens {args.max_tokens} is lowered to {context}, the model's context")
+        args = dataclasses.replace(args, max_tokens=context)
     pairs = encode_preferences(read_pairs(args.data, "--data"), tokenizer, args, "--data") if args.steps else []
     held_out = (
         encode_preferences(read_pairs(args.eval_data, "--eval_data"), tokenizer, args, "--eval_data") if args.eval_data else []
@@ -525,7 +531,7 @@ def train(args):
     if not (pairs or held_out or prompts):
         fail("--steps 0 evaluates; name pairs with --eval_data, or prompts with --eval_prompts")
     out = common.open_run(args, "dpo", world)
-    stop_asked = common.catch_signals()
+    stop_asked = common.catch_signals(args.steps)
 
     longest = max((len(p) + len(c) + len(r) for p, c, r in pairs + held_out), default=0)
     needed = common.memory_needed(
@@ -534,19 +540,20 @@ def train(args):
         checkpointing=args.gradient_checkpointing, sample_rows=min(256, len(prompts)), sample_tokens=args.max_prompt_tokens + args.max_new_tokens,
     )  # fmt: skip
     state = common.read_checkpoint(out) if args.resume else None
-    first = state["step"] if state else 0
+    first, warned = state["step"] if state else 0, False
     first_pair = (pairs or held_out or [(prompts[0][0], [])])[0]
     writer, bar = common.introduce(out, args, world, tokenizer, first_pair[0] + first_pair[1], first, needed)
 
-    policy = common.load_policy(args.model, world, args.gradient_checkpointing)
-    share = common.prompts_can_be_shared(policy, world, args.gradient_checkpointing)  # a prompt once for both its sides
-
     with common.guarded(out, args, bar):
-        scorer = common.load_reference(args.reference, world) if args.reference else policy
-        reference, held_out_reference = reference_scores(
-            scorer, tokenizer, pairs, held_out, share, args, out, world, stop_asked
-        )
-        del scorer
+        policy = common.load_policy(args.model, world, args.gradient_checkpointing)
+        # a prompt once for both its sides
+        share = args.steps > 0 and common.prompts_can_be_shared(policy, world, args.gradient_checkpointing)
+        if args.reference:
+            scorer = common.load_reference(args.reference, world)
+            common.check_head(scorer)
+        asked = (scorer, False) if args.reference else (policy, share)  # sharing was tried with the policy only
+        reference, held_out_reference = reference_scores(*asked, tokenizer, pairs, held_out, args, out, world, stop_asked)
+        scorer = asked = None  # its memory is free again
 
         optimizer = common.make_optimizer(policy, args.learning_rate)
         if state:
@@ -554,15 +561,13 @@ def train(args):
             del state
 
         def held_out_scores():
-            scores = {}
+            scores, shown = evaluate(policy, tokenizer, prompts, reward, args, world) if prompts else ({}, [])
             if held_out:
-                scores |= evaluate_pairs(policy, tokenizer, held_out, held_out_reference, share, args, world)
-            if prompts:
-                scores |= evaluate(policy, tokenizer, prompts, reward, args, world)
-            return scores
+                scores = evaluate_pairs(policy, tokenizer, held_out, held_out_reference, share, args, world) | scores
+            return scores, shown
 
         if first == 0:
-            common.log(out, writer, 0, held_out_scores())
+            common.log(out, writer, 0, *held_out_scores())
 
         for step in range(first + 1, args.steps + 1):
             began = time.perf_counter()
@@ -576,7 +581,7 @@ def train(args):
             rate = common.learning_rate_at(step, args.steps, args.learning_rate, args.schedule, args.warmup)
             for settings in optimizer.param_groups:
                 settings["lr"] = rate
-            sums = torch.zeros(6, dtype=torch.float64, device=world.device)
+            sums = torch.zeros(7, dtype=torch.float64, device=world.device)
             for part in cut_pairs([pairs[i] for i in batch], share, args.tokens_per_micro_batch, world):
                 real, part = bool(part), [batch[i] for i in part or [0]]  # an empty part only keeps other processes company
                 chosen, rejected = pair_logprobs(policy, tokenizer, [pairs[i] for i in part], share, world)
@@ -588,7 +593,8 @@ def train(args):
                     now = torch.stack([chosen, rejected], 1)
                     good, bad = implicit_rewards(now, ref, n, args)
                     won = (good > bad).sum() + 0.5 * (good == bad).sum()
-                    sums += torch.stack([loss.detach(), *(x * real for x in (won, good.sum(), bad.sum(), *now.sum(0)))])
+                    fell = ((ref - now) / n)[:, 0].sum()  # chosen, by how much a token; simpo has no reference to compare with
+                    sums += torch.stack([loss.detach(), *(x * real for x in (won, good.sum(), bad.sum(), *now.sum(0), fell))])
             norm = common.clip_gradients(policy, args.max_grad_norm)
             if not math.isfinite(norm):
                 raise common.Stop(f"step {step}: the gradient is {norm}, so no step was taken with it")
@@ -597,17 +603,23 @@ def train(args):
 
             # 3. Log: sums over all processes first, then means.
             tokens = sum(len(x) for i in batch for x in pairs[i])
-            loss, won, good, bad, chosen, rejected, tokens = common.all_sum(world, *sums, tokens)
+            loss, won, good, bad, chosen, rejected, fell, tokens = common.all_sum(world, *sums, tokens)
             B, seconds = args.pairs_per_step, time.perf_counter() - began
             metrics = {
                 "loss": loss, "accuracy": won / B, "margin": (good - bad) / B, "chosen": good / B, "rejected": bad / B,
                 "logprobs/chosen": chosen / B, "logprobs/rejected": rejected / B, "grad_norm": norm, "learning_rate": rate,
                 "time/train": seconds, "tokens_per_second": tokens / seconds, "memory_gib": common.memory_used(world) / 2**30,
             }  # fmt: skip
+            shown = []
             if step % args.eval_every == 0 or step == args.steps:
-                metrics |= held_out_scores()
-            common.log(out, writer, step, metrics)
+                scores, shown = held_out_scores()
+                metrics |= scores
+            common.log(out, writer, step, metrics, shown)
             if bar:
+                if fell / B > 1 and args.loss != "simpo" and not warned:
+                    warned = True
+                    tqdm.write(f"warning: even chosen answers have lost {fell / B:.1f} nats a token, to answers nobody has ranked: "
+                               "lower --learning_rate, or raise --beta or --sft_coef")  # fmt: skip
                 bar.set_postfix_str(f"loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.3f}")
                 bar.update()
 

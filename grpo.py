@@ -186,7 +186,9 @@ def resolve(args):
 
 def is_prompt(value):
     """A text, or a list of chat messages."""
-    messages = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    messages = isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("content"), (str, list)) and "role" in m for m in value
+    )
     return bool(value) and (isinstance(value, str) or messages)
 
 
@@ -206,7 +208,7 @@ def encode_rows(rows, tokenizer, args, flag):
     pairs = [(common.encode_prompt(tokenizer, r["prompt"], args.system, args.chat), r) for r in rows]
     kept = [(ids, r) for ids, r in pairs if 0 < len(ids) <= args.max_prompt_tokens]
     if len(kept) < len(pairs):
-        print(
+        common.say(
             f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out (--max_prompt_tokens {args.max_prompt_tokens})"
         )
     return kept or fail(f"{flag}: every prompt is longer than --max_prompt_tokens {args.max_prompt_tokens}")
@@ -245,9 +247,9 @@ def load_reward(spec, world):
     if is_a_model(spec):
         if "/" not in spec and not Path(spec).exists():
             fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
-        return common.load_scorer(spec, world)
+        return common.together(common.load_scorer(spec, world), world)
     rules = {"exact": exact, "number": number}
-    return checked(rules[spec] if spec in rules else common.load_function(spec, "--reward"))
+    return common.together(checked(rules[spec] if spec in rules else common.load_function(spec, "--reward")), world)
 
 
 def checked(reward):
@@ -520,7 +522,7 @@ def train(args):
         need_answers([r for _, r in held_out], "--eval_data", "--eval_samples")
     reward = load_reward(args.reward, world)
     out = common.open_run(args, "grpo", world)
-    stop_asked = common.catch_signals()
+    stop_asked = common.catch_signals(args.steps)
 
     row, frozen = longest + args.max_new_tokens, (args.beta > 0) + is_a_model(args.reward)
     needed = common.memory_needed(
@@ -536,31 +538,32 @@ def train(args):
             "note: with one update per rollout every ratio is 1, and this is --aggregate sequence; for GSPO add --minibatches 4"
         )
 
-    policy = common.load_policy(args.model, world, args.gradient_checkpointing)
-    # samples that share the computation of their prompt
-    group = n if n > 1 and common.prompts_can_be_shared(policy, world, args.gradient_checkpointing) else 1
-    reference = common.load_reference(args.model, world) if args.beta and args.steps else None
-    optimizer = common.make_optimizer(policy, args.learning_rate)
-    kept = {"policy": policy}  # what a checkpoint holds
-    if reference and args.ref_update_every:
-        kept["reference"] = reference
-    if state:
-        common.load_checkpoint(state, kept, {"policy": optimizer})
-        del state
-
-    def held_out_scores():
-        return evaluate(policy, tokenizer, held_out, reward, args, world) if held_out else {}
-
-    def draw(picked, *stream):
-        """n completions of each of these prompts, and their scores."""
-        samples = common.sample(
-            policy, tokenizer, [prompts[i][0] for i in picked], n=n, max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature, seed=common.fold(args.seed, *stream, world.rank, common.DRAW),
-        )  # fmt: skip
-        scores = reward(samples.texts, [prompts[i][1] for i in picked for _ in range(n)])
-        return samples, torch.tensor(scores, device=world.device)
-
     with common.guarded(out, args, bar):
+        policy = common.load_policy(args.model, world, args.gradient_checkpointing)
+        # samples that share the computation of their prompt
+        shared = n > 1 and args.steps and common.prompts_can_be_shared(policy, world, args.gradient_checkpointing)
+        group = n if shared else 1
+        reference = common.load_reference(args.model, world) if args.beta and args.steps else None
+        optimizer = common.make_optimizer(policy, args.learning_rate)
+        kept = {"policy": policy}  # what a checkpoint holds
+        if reference and args.ref_update_every:
+            kept["reference"] = reference
+        if state:
+            common.load_checkpoint(state, kept, {"policy": optimizer})
+            del state
+
+        def held_out_scores():
+            return evaluate(policy, tokenizer, held_out, reward, args, world) if held_out else {}
+
+        def draw(picked, *stream):
+            """n completions of each of these prompts, and their scores."""
+            samples = common.sample(
+                policy, tokenizer, [prompts[i][0] for i in picked], n=n, max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature, seed=common.fold(args.seed, *stream, world.rank, common.DRAW),
+            )  # fmt: skip
+            scores = reward(samples.texts, [prompts[i][1] for i in picked for _ in range(n)])
+            return samples, torch.tensor(scores, device=world.device)
+
         if first == 0:
             common.log(out, writer, 0, held_out_scores())
 

@@ -195,7 +195,9 @@ def resolve(args):
 
 def is_prompt(value):
     """A text, or a list of chat messages."""
-    messages = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    messages = isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("content"), (str, list)) and "role" in m for m in value
+    )
     return bool(value) and (isinstance(value, str) or messages)
 
 
@@ -215,7 +217,7 @@ def encode_rows(rows, tokenizer, args, flag):
     pairs = [(common.encode_prompt(tokenizer, r["prompt"], args.system, args.chat), r) for r in rows]
     kept = [(ids, r) for ids, r in pairs if 0 < len(ids) <= args.max_prompt_tokens]
     if len(kept) < len(pairs):
-        print(
+        common.say(
             f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out (--max_prompt_tokens {args.max_prompt_tokens})"
         )
     return kept or fail(f"{flag}: every prompt is longer than --max_prompt_tokens {args.max_prompt_tokens}")
@@ -254,9 +256,9 @@ def load_reward(spec, world):
     if is_a_model(spec):
         if "/" not in spec and not Path(spec).exists():
             fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
-        return common.load_scorer(spec, world)
+        return common.together(common.load_scorer(spec, world), world)
     rules = {"exact": exact, "number": number}
-    return checked(rules[spec] if spec in rules else common.load_function(spec, "--reward"))
+    return common.together(checked(rules[spec] if spec in rules else common.load_function(spec, "--reward")), world)
 
 
 def checked(reward):
@@ -549,7 +551,7 @@ def train(args):
         if tokenizer.get_vocab().items() <= words.items() and room >= longest + args.max_new_tokens:
             critic_path = args.reward  # it can read what the policy reads and writes, by its ids
     out = common.open_run(args, "ppo", world)
-    stop_asked = common.catch_signals()
+    stop_asked = common.catch_signals(args.steps)
 
     row, frozen = longest + args.max_new_tokens, (args.beta > 0) + is_a_model(args.reward)  # sized as the policy
     needed = common.memory_needed(
@@ -562,30 +564,33 @@ def train(args):
 
     if bar is not None:
         print(f"critic: {args.critic}" + f", from {critic_path}" * separate)
-    policy = common.load_policy(args.model, world, args.gradient_checkpointing)
-    reference = common.load_reference(args.model, world) if args.beta and args.steps else None
-    if separate:  # a head of 0, no opinion, to start: a reward model's own judges finished texts, and would be far off before
-        critic = common.load_scalar(critic_path, world, tokenizer, 0.0, args.gradient_checkpointing)
-        trunk, head = critic, common.scalar_head(critic)
-    else:
-        critic = torch.nn.Linear(policy.get_output_embeddings().weight.shape[1], 1, device=world.device)
-        torch.nn.init.zeros_(critic.weight), torch.nn.init.zeros_(critic.bias)
-        trunk, head = policy, critic
-    # samples that share the computation of their prompt, in every model that learns
-    learning, shared = (policy, critic) if separate else (policy,), n > 1 and type(trunk.config) is type(policy.config)
-    shared = shared and all(common.prompts_can_be_shared(m, world, args.gradient_checkpointing) for m in learning)
-    group = n if shared else 1
-    optimizer = common.make_optimizer(policy, args.learning_rate)
-    critic_optimizer = common.make_optimizer(critic, args.critic_learning_rate)
-    models, optimizers = {"policy": policy, "critic": critic}, {"policy": optimizer, "critic": critic_optimizer}
-    if state:
-        common.load_checkpoint(state, models, optimizers)
-        del state
-
-    def held_out_scores():
-        return evaluate(policy, tokenizer, held_out, reward, args, world) if held_out else {}
-
     with common.guarded(out, args, bar):
+        policy = common.load_policy(args.model, world, args.gradient_checkpointing)
+        reference = common.load_reference(args.model, world) if args.beta and args.steps else None
+        if (
+            separate
+        ):  # a head of 0, no opinion, to start: a reward model's own judges finished texts, and would be far off before
+            critic = common.load_scalar(critic_path, world, tokenizer, 0.0, args.gradient_checkpointing)
+            trunk, head = critic, common.scalar_head(critic)
+        else:
+            critic = torch.nn.Linear(policy.get_output_embeddings().weight.shape[1], 1, device=world.device)
+            torch.nn.init.zeros_(critic.weight), torch.nn.init.zeros_(critic.bias)
+            trunk, head = policy, critic
+        # samples that share the computation of their prompt, in every model that learns
+        learning = (policy, critic) if separate else (policy,)
+        shared = n > 1 and args.steps and type(trunk.config) is type(policy.config)
+        shared = shared and all(common.prompts_can_be_shared(m, world, args.gradient_checkpointing) for m in learning)
+        group = n if shared else 1
+        optimizer = common.make_optimizer(policy, args.learning_rate)
+        critic_optimizer = common.make_optimizer(critic, args.critic_learning_rate)
+        models, optimizers = {"policy": policy, "critic": critic}, {"policy": optimizer, "critic": critic_optimizer}
+        if state:
+            common.load_checkpoint(state, models, optimizers)
+            del state
+
+        def held_out_scores():
+            return evaluate(policy, tokenizer, held_out, reward, args, world) if held_out else {}
+
         if first == 0:
             common.log(out, writer, 0, held_out_scores())
 
@@ -637,6 +642,7 @@ def train(args):
                 common.learning_rate_at(step - waited, args.steps - waited, peak, args.schedule, args.warmup)
                 for peak, waited in ((args.learning_rate, args.critic_warmup), (args.critic_learning_rate, 0))
             )
+            rate = rate if step > args.critic_warmup else 0.0
             for settings, now in ((optimizer, rate), (critic_optimizer, critic_rate)):
                 settings.param_groups[0]["lr"] = now
             norms, critic_norms, first_ratio = [], [], torch.zeros(1, device=world.device)

@@ -178,7 +178,9 @@ def resolve(args):
 
 def is_prompt(value):
     """A text, or a list of chat messages."""
-    messages = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    messages = isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("content"), (str, list)) and "role" in m for m in value
+    )
     return bool(value) and (isinstance(value, str) or messages)
 
 
@@ -198,7 +200,7 @@ def encode_rows(rows, tokenizer, args, flag):
     pairs = [(common.encode_prompt(tokenizer, r["prompt"], args.system, args.chat), r) for r in rows]
     kept = [(ids, r) for ids, r in pairs if 0 < len(ids) <= args.max_prompt_tokens]
     if len(kept) < len(pairs):
-        print(
+        common.say(
             f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out (--max_prompt_tokens {args.max_prompt_tokens})"
         )
     return kept or fail(f"{flag}: every prompt is longer than --max_prompt_tokens {args.max_prompt_tokens}")
@@ -208,6 +210,11 @@ def need_answers(rows, flag, what):
     for row in rows:
         if not isinstance(row.get("answer"), (str, int, float)):
             fail(f'{flag}: {what} needs an "answer", a text or a number; the row with prompt {row["prompt"]!r:.100} has none')
+
+
+def demonstration(tokenizer, row, args):
+    """A row's answer as ids, ended as its prompt's format ends an answer."""
+    return common.encode_completion(tokenizer, str(row["answer"]), args.chat or isinstance(row["prompt"], list))
 
 
 def exact(completion, row):
@@ -237,9 +244,9 @@ def load_reward(spec, world):
     if is_a_model(spec):
         if "/" not in spec and not Path(spec).exists():
             fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
-        return common.load_scorer(spec, world)
+        return common.together(common.load_scorer(spec, world), world)
     rules = {"exact": exact, "number": number}
-    return checked(rules[spec] if spec in rules else common.load_function(spec, "--reward"))
+    return common.together(checked(rules[spec] if spec in rules else common.load_function(spec, "--reward")), world)
 
 
 def checked(reward):
@@ -479,21 +486,17 @@ def train(args):
     longest = max(len(ids) for ids, _ in prompts + held_out)
     args = common.fit_context(args, longest, config)
     if args.demos or args.reward in ("exact", "number"):
-        need_answers([r for _, r in prompts], flag, flag if args.demos else f"--reward {args.reward}")
+        need_answers([r for _, r in prompts], flag, "a demonstration" if args.demos else f"--reward {args.reward}")
         need_answers([r for _, r in held_out], "--eval_data", f"--reward {args.reward}")
     if args.demos:
-        short = [
-            p
-            for p in prompts
-            if len(common.encode_completion(tokenizer, str(p[1]["answer"]), args.chat)) <= args.max_new_tokens
-        ]
-        print(
+        short = [p for p in prompts if len(demonstration(tokenizer, p[1], args)) <= args.max_new_tokens]
+        common.say(
             f"--demos: {len(prompts) - len(short)} of {len(prompts)} left out (answers over --max_new_tokens {args.max_new_tokens})"
         )
         prompts = short or fail(f"--demos: every answer is longer than --max_new_tokens {args.max_new_tokens}")
     reward = load_reward(args.reward, world)
     out = common.open_run(args, "reinforce", world)
-    stop_asked = common.catch_signals()
+    stop_asked = common.catch_signals(args.steps)
 
     row, frozen = longest + args.max_new_tokens, (args.beta > 0) + is_a_model(args.reward)
     needed = common.memory_needed(
@@ -504,19 +507,20 @@ def train(args):
     first, said = state["step"] if state else 0, set()
     writer, bar = common.introduce(out, args, world, tokenizer, prompts[0][0], first, needed)
 
-    policy = common.load_policy(args.model, world, args.gradient_checkpointing)
-    # samples that share the computation of their prompt
-    group = n if n > 1 and common.prompts_can_be_shared(policy, world, args.gradient_checkpointing) else 1
-    reference = common.load_reference(args.model, world) if args.beta and args.steps else None
-    optimizer = common.make_optimizer(policy, args.learning_rate)
-    if state:
-        common.load_checkpoint(state, {"policy": policy}, {"policy": optimizer})
-        del state
-
-    def held_out_scores():
-        return evaluate(policy, tokenizer, held_out, reward, args, world) if held_out else {}
-
     with common.guarded(out, args, bar):
+        policy = common.load_policy(args.model, world, args.gradient_checkpointing)
+        # samples that share the computation of their prompt
+        shared = n > 1 and args.steps and common.prompts_can_be_shared(policy, world, args.gradient_checkpointing)
+        group = n if shared else 1
+        reference = common.load_reference(args.model, world) if args.beta and args.steps else None
+        optimizer = common.make_optimizer(policy, args.learning_rate)
+        if state:
+            common.load_checkpoint(state, {"policy": policy}, {"policy": optimizer})
+            del state
+
+        def held_out_scores():
+            return evaluate(policy, tokenizer, held_out, reward, args, world) if held_out else {}
+
         if first == 0:
             common.log(out, writer, 0, held_out_scores())
 
@@ -529,7 +533,7 @@ def train(args):
             picked = [common.pick(len(prompts), start + i, args.seed) for i in range(share)]
             ids = [prompts[i][0] for i in picked]
             if args.demos:
-                answers = [common.encode_completion(tokenizer, str(prompts[i][1]["answer"]), args.chat) for i in picked]
+                answers = [demonstration(tokenizer, prompts[i][1], args) for i in picked]
                 samples = common.given(ids, answers, tokenizer, world)
             else:
                 samples = common.sample(

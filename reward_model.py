@@ -165,18 +165,22 @@ def read_pairs(path, flag):
     it, if there are any, are the prompt."""
     rows = []
     for number, row in common.read_json(path, flag):
-        row = dict(row) if isinstance(row, dict) else {}
-        before = []  # what stands in the sides before their answers
+        where, row = f"{flag} {path}, line {number}", dict(row) if isinstance(row, dict) else {}
+        row["prompt"] = row.get("prompt", row.get("question"))
+        before = [row["prompt"]] if row["prompt"] is not None else []  # what is asked: by the row, and by each side
         for side in ("chosen", "rejected"):
             if is_prompt(row.get(side)) and isinstance(row[side], list) and row[side][-1]["role"] == "assistant":
-                before.append(row[side][:-1])
-                row[side] = row[side][-1]["content"]
-        if len(before) == 2 and before[0] != before[1]:
-            fail(f"{flag} {path}, line {number}: chosen and rejected answer two different conversations")
-        if before and before[0]:
-            row["prompt"] = before[0]
-        if not is_prompt(row.get("prompt")) or not all(isinstance(row.get(side), str) for side in ("chosen", "rejected")):
-            fail(f'{flag} {path}, line {number}: needs "prompt", "chosen" and "rejected", each a text or a list of messages')
+                *asked, answer = row[side]
+                before += [asked] if asked else []
+                row[side] = answer["content"]
+            if not isinstance(row.get(side), str):
+                fail(f'{where}: needs "{side}", a text or a list of messages of which the last is the assistant\'s')
+        before = [[{"role": "user", "content": p}] if isinstance(p, str) and before[-1] != p else p for p in before]
+        if any(p != before[-1] for p in before):
+            fail(f"{where}: the prompt, chosen and rejected do not ask the same")
+        row["prompt"] = before[-1] if before else None
+        if not is_prompt(row["prompt"]):
+            fail(f'{where}: needs a "prompt" (or "question") that is a text or a list of messages')
         rows.append(row)
     return rows
 
@@ -191,7 +195,7 @@ def encode_pairs(rows, tokenizer, args, flag):
     kept = [p for p in differ if max(len(p[0]), len(p[1])) <= args.max_tokens]
     if len(kept) < len(pairs):
         long = len(differ) - len(kept)
-        print(
+        common.say(
             f"{flag}: of {len(pairs)} pairs {len(pairs) - len(differ)} left out as equal, {long} as over --max_tokens {args.max_tokens}"
         )
     for _, _, row in kept if args.use_margin and flag == "--data" else ():
@@ -202,7 +206,9 @@ def encode_pairs(rows, tokenizer, args, flag):
 
 def is_prompt(value):
     """A text, or a list of chat messages."""
-    messages = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    messages = isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("content"), (str, list)) and "role" in m for m in value
+    )
     return bool(value) and (isinstance(value, str) or messages)
 
 
@@ -222,7 +228,7 @@ def encode_rows(rows, tokenizer, args, flag):
     pairs = [(common.encode_prompt(tokenizer, r["prompt"], args.system, args.chat), r) for r in rows]
     kept = [(ids, r) for ids, r in pairs if 0 < len(ids) <= args.max_prompt_tokens]
     if len(kept) < len(pairs):
-        print(
+        common.say(
             f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out (--max_prompt_tokens {args.max_prompt_tokens})"
         )
     return kept or fail(f"{flag}: every prompt is longer than --max_prompt_tokens {args.max_prompt_tokens}")
@@ -261,9 +267,9 @@ def load_reward(spec, world):
     if is_a_model(spec):
         if "/" not in spec and not Path(spec).exists():
             fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
-        return common.load_scorer(spec, world)
+        return common.together(common.load_scorer(spec, world), world)
     rules = {"exact": exact, "number": number}
-    return checked(rules[spec] if spec in rules else common.load_function(spec, "--reward"))
+    return common.together(checked(rules[spec] if spec in rules else common.load_function(spec, "--reward")), world)
 
 
 def checked(reward):
@@ -405,7 +411,7 @@ def score_all(model, tokenizer, pairs, share, args, world):
         scores = pair_scores(model, tokenizer, [pairs[i] for i in part or [0]], share, world)
         if part:
             chosen[part], rejected[part] = (x.double().cpu() for x in scores)
-    if not (chosen + rejected).isfinite().all():
+    if common.all_sum(world, not (chosen + rejected).isfinite().all())[0]:  # asked of all, so that all stop
         raise common.Stop("the model gave a score that is not finite")
     return chosen, rejected
 
@@ -500,7 +506,7 @@ def train(args):
         tokenizer.chat_template = None  # in model/ too, so that others score texts as they were learnt
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
     if args.max_tokens > context:
-        print(f"--max_tokens {context}: the model's context")
+        common.say(f"--max_tokens {args.max_tokens} is lowered to {context}, the model's context")
         args = dataclasses.replace(args, max_tokens=context)
     pairs = encode_pairs(read_pairs(args.data, "--data"), tokenizer, args, "--data") if args.steps else []
     held_out = encode_pairs(read_pairs(args.eval_data, "--eval_data"), tokenizer, args, "--eval_data") if args.eval_data else []
@@ -513,10 +519,11 @@ def train(args):
             need_answers([r for _, r in prompts], "--eval_prompts", f"--reward {args.reward}, the true reward,")
         reward = load_reward(args.reward, world)
     out = common.open_run(args, "reward_model", world)
-    stop_asked = common.catch_signals()
+    stop_asked = common.catch_signals(args.steps)
 
+    longest = max((len(c) + len(r) for c, r, _ in pairs + held_out), default=0)
     needed = common.memory_needed(
-        args.model, world, args.tokens_per_micro_batch, frozen=bool(args.policy) + (not args.steps), learning=bool(args.steps), checkpointing=args.gradient_checkpointing,
+        args.model, world, max(args.tokens_per_micro_batch, longest), frozen=bool(args.policy) + (not args.steps), learning=bool(args.steps), checkpointing=args.gradient_checkpointing,
         sample_rows=args.sample_rows * bool(args.policy), sample_tokens=args.max_prompt_tokens + args.max_new_tokens,
     )  # fmt: skip
     state = common.read_checkpoint(out) if args.resume else None
@@ -524,21 +531,21 @@ def train(args):
     shown = (pairs or held_out or prompts)[0][0]
     writer, bar = common.introduce(out, args, world, tokenizer, shown, first, needed)
 
-    width = config.get_text_config().hidden_size
-    head_std = None if finished else 1 / math.sqrt(width + 1)
-    model = common.load_scalar(args.model, world, tokenizer, head_std, args.gradient_checkpointing)
-    optimizer = common.make_optimizer(model, args.learning_rate)
-    # what both sides of a pair begin with is computed once
-    share = common.prompts_can_be_shared(model, world, args.gradient_checkpointing)
-    share = share and all(start for start, _, _ in split_pairs(pairs + held_out, True))
-    if state:
-        common.load_checkpoint(state, {"model": model}, {"model": optimizer})
-        del state
-
-    def held_out_scores():
-        return evaluate(model, tokenizer, held_out, share, args, world) if held_out else {}
-
     with common.guarded(out, args, bar):
+        width = config.get_text_config().hidden_size
+        head_std = None if finished else 1 / math.sqrt(width + 1)
+        model = common.load_scalar(args.model, world, tokenizer, head_std, args.gradient_checkpointing)
+        optimizer = common.make_optimizer(model, args.learning_rate)
+        # what both sides of a pair begin with is computed once
+        share = args.steps > 0 and common.prompts_can_be_shared(model, world, args.gradient_checkpointing)
+        share = share and all(start for start, _, _ in split_pairs(pairs + held_out, True))
+        if state:
+            common.load_checkpoint(state, {"model": model}, {"model": optimizer})
+            del state
+
+        def held_out_scores():
+            return evaluate(model, tokenizer, held_out, share, args, world) if held_out else {}
+
         if first == 0:
             common.log(out, writer, 0, held_out_scores())
 
@@ -603,6 +610,7 @@ def train(args):
             if args.unit_scale:
                 fold_scale(model, tokenizer, pairs, share, args, world)
             common.save_model(model, tokenizer, out / "model", world)
+        del optimizer
         if args.policy:
             found = report_best_of(model.eval(), tokenizer, policy_tokenizer, prompts, reward, args, world, stop_asked)
             common.log(out, writer, args.steps, found)

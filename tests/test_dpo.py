@@ -153,7 +153,7 @@ def test_pairs_equal_or_too_long_are_left_out_and_counted_and_messages_are_pairs
     ]
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     pairs = encode_preferences(dpo.read_pairs(prompts_file(tmp_path, rows), "--data"), make_tokenizer(template=template), args(max_tokens=20), "--data")  # fmt: skip
-    assert "1 left out as equal, 1 as over --max_tokens 20" in capsys.readouterr().out
+    assert "1 left out as equal or empty, 1 as over --max_tokens 20" in capsys.readouterr().out
     assert len(pairs) == 2 and pairs[0] == pairs[1] and pairs[0][1][-1] == pairs[0][2][-1] == 1, "both end with EOS"
 
 
@@ -181,7 +181,7 @@ def test_one_step_of_the_script_is_the_step_written_out(loss, tmp_path, monkeypa
     monkeypatch.setattr(common, "make_optimizer", sgd)
     data = few_pairs(tmp_path, 6)
     flags = {"loss": loss, "beta": 0.3, "sft_coef": 0.2, "simpo_margin": 0.7, "learning_rate": 0.05, "max_grad_norm": 1e9}
-    m = run(tmp_path, data=data, eval_data=data, reference=dpo.Args.model, steps=1, pairs_per_step=6, warmup=0, schedule="constant",
+    m = run(tmp_path, data=data, eval_data=data, reference="" if loss == "simpo" else dpo.Args.model, steps=1, pairs_per_step=6, warmup=0, schedule="constant",
             tokens_per_micro_batch=60, **flags)  # fmt: skip
     policy, reference = start["policy"], moved(dpo.Args.model, CPU).double()
     before = {k: p.detach().clone() for k, p in policy.named_parameters()}
@@ -301,12 +301,30 @@ def test_a_signal_while_the_reference_scores_keeps_what_it_has_scored(tmp_path, 
         monkeypatch.context() as patch,
         pytest.raises(SystemExit, match="(?s)stopped by a signal while.*begin again with.*--resume"),
     ):
-        patch.setattr(common, "catch_signals", lambda: lambda: True)
+        patch.setattr(common, "catch_signals", lambda steps: lambda: True)
         run(tmp_path, "b", steps=2, **flags)
     with monkeypatch.context() as patch:
         patch.setattr(dpo, "score_pairs", lambda *a: 1 / 0)  # nobody is asked again
         again = run(tmp_path, "b", steps=2, resume=True, **flags)
     assert again[-1]["loss"] == straight[-1]["loss"]
+
+
+@pytest.mark.parametrize("rate, loud", [(3e-3, True), (1e-5, False)])
+def test_chosen_answers_that_become_unlikely_are_told_of(rate, loud, tmp_path, monkeypatch, capsys):
+    """The pairs' loss looks perfect meanwhile."""
+    monkeypatch.setattr(common.tqdm, "write", print)
+    run(tmp_path, steps=30, data=few_pairs(tmp_path, 16), pairs_per_step=16, learning_rate=rate, warmup=0)
+    assert capsys.readouterr().out.count("even chosen answers have lost") == loud
+
+
+def test_samples_of_held_out_prompts_can_be_read(tmp_path):
+    rows = [{"prompt": "52817=", "answer": "12578"}, {"prompt": "31=", "answer": "13"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    flags = {"eval_prompts": f"{tmp_path}/prompts.jsonl", "eval_every": 1}
+    run(tmp_path, steps=1, data=few_pairs(tmp_path, 16), pairs_per_step=16, **flags)
+    shown = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [(x["step"], x["prompt"]) for x in shown] == [(s, p) for s in (0, 1) for p in ("52817=", "31=")]
+    assert all(x["reward"] in (0.0, 1.0) and x["completion"] for x in shown)
 
 
 def test_only_pairs_that_the_run_visits_are_scored_by_the_reference(tmp_path, monkeypatch):

@@ -56,8 +56,8 @@ MISTAKES = [
     (ALL, lambda s: b"\x7fELF\xff\xfe\x00\x01", {}, ["UTF-8"]),
     (ALL, lines("{broken"), {}, ["line 2", "not JSON"]),
     (ALL, lambda s: "[\n" + json.dumps(GOOD[s]) + "\n]\n", {}, ["line 1", "array"]),
-    (ALL, lines("null"), {}, ["line 2", "prompt"]),
-    (ALL, lines("[1, 2]"), {}, ["line 2", "prompt"]),
+    (ALL, lines("null"), {}, ["line 2", "needs"]),
+    (ALL, lines("[1, 2]"), {}, ["line 2", "needs"]),
     (ALL, lines(row(prompt=None)), {}, ["line 2", "prompt"]),
     (ALL, lines(row(prompt=5)), {}, ["line 2", "prompt"]),
     (ALL, lines(row(prompt="")), {}, ["line 2", "prompt"]),
@@ -72,6 +72,13 @@ MISTAKES = [
     (PAIRS, lines(row(chosen=None)), {}, ["line 2", "chosen"]),
     (PAIRS, lines(row(rejected=...)), {}, ["line 2", "rejected"]),
     (PAIRS, lines(row(chosen=["25"])), {}, ["line 2", "chosen"]),
+    (PAIRS, lines(row(chosen=[{"role": "user", "content": "25"}])), {}, ["line 2", "chosen"]),
+    (
+        PAIRS,
+        lines(row(chosen=[{"role": "user", "content": "9="}, {"role": "assistant", "content": "9"}])),
+        {},
+        ["ask the same"],
+    ),
     (PAIRS, row(rejected="25"), {}, ["no pair is left"]),
     (PAIRS, None, {"max_tokens": 3}, ["no pair is left"]),
     (ROLLOUTS, None, {"reward": "nice"}, ["--reward nice", "choose"]),
@@ -238,18 +245,31 @@ def test_out_of_memory_names_the_flags_that_help(script, tmp_path, monkeypatch, 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
 @pytest.mark.parametrize("script", ALL)
-@pytest.mark.parametrize("file", ["checkpoint/000002.pt.tmp", "metrics.jsonl"])
-def test_a_full_disk_stops_the_run_and_leaves_the_older_checkpoint(script, file, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_stops_the_run_and_leaves_the_older_checkpoint(script, tmp_path, monkeypatch, capsys):
     honest = common.save_checkpoint
 
     def fill(out, *rest):
         honest(out, *rest)
-        if rest[1] == 1:
-            (out / file).unlink(missing_ok=True)
-            (out / file).symlink_to("/dev/full")
+        (out / "metrics.jsonl").unlink()
+        (out / "metrics.jsonl").symlink_to("/dev/full")
 
     monkeypatch.setattr(common, "save_checkpoint", fill)
     broken(script, tmp_path, capsys, ["No space left on device"])
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_a_disk_that_fills_up_while_saving_leaves_the_older_checkpoint(script, tmp_path, monkeypatch, capsys):
+    honest = torch.save
+
+    def fill(state, file):
+        if state.get("step") == 2:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        honest(state, file)
+
+    monkeypatch.setattr(torch, "save", fill)
+    broken(script, tmp_path, capsys, ["No space left on device"])
+    assert [p.name for p in (tmp_path / "run" / "checkpoint").iterdir()] == ["000001.pt"], "half a file would be in the way"
 
 
 @pytest.mark.parametrize("script", ALL)
@@ -284,6 +304,22 @@ def other(state):
     """A checkpoint whose weights have other shapes."""
     models = {name: {k: v[..., :1] for k, v in weights.items()} for name, weights in state["models"].items()}
     return state | {"models": models}
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_a_run_does_not_go_back(script, tmp_path, capsys):
+    start(script, tmp_path, steps=2)
+    with pytest.raises(SystemExit):
+        start(script, tmp_path, steps=1, resume=True)
+    assert "--steps 1, and the run in" in capsys.readouterr().err
+
+
+def test_scores_of_a_reference_that_cannot_be_read_are_named(tmp_path, capsys):
+    start("dpo", tmp_path, steps=1)
+    (tmp_path / "run" / "reference.pt").write_bytes(b"PK\x03\x04 no")
+    with pytest.raises(SystemExit):
+        start("dpo", tmp_path, steps=2, resume=True)
+    assert "reference.pt cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ALL)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from argparse import Namespace
 from dataclasses import dataclass
 
 import pytest
@@ -58,9 +59,21 @@ def test_in_a_chat_an_answer_ends_as_the_template_ends_a_turn():
     assert end > 40 and encode_completion(tokenizer, "w5", True) == [5, end]
     assert encode_completion(tokenizer, "w5") == [5, 1], "raw text ends with EOS"
     assert common.stop_ids(family("llama"), tokenizer) == [1, end], "and the sampler knows it"
-    for template in (TEMPLATE, TEMPLATE.replace("<eos>", "w4"), "{{ raise_exception('no') }}", None):
+    named = {"default": GEMMA, "tool_use": TEMPLATE}  # several templates, as some models have them
+    tokenizer.chat_template = named
+    assert common.stop_ids(family("llama"), tokenizer) == [1, end]
+    for template in (TEMPLATE, TEMPLATE.replace("<eos>", "w4"), "<bos> said", "{{ raise_exception('no') }}", None):
         tokenizer = make_tokenizer(bos="<bos>", template=template)
         assert encode_completion(tokenizer, "w5", True) == [5, 1] and common.stop_ids(family("llama"), tokenizer) == [1]
+
+
+def test_a_saved_model_knows_what_ends_its_answers(tmp_path):
+    tokenizer = make_tokenizer(template=GEMMA)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start>", "<end>"]})
+    family("llama", vocab_size=60).save_pretrained(tmp_path / "m")
+    common.save_model(load_policy(tmp_path / "m", CPU), tokenizer, tmp_path / "saved", CPU)
+    ends = transformers.GenerationConfig.from_pretrained(tmp_path / "saved").eos_token_id
+    assert ends == [1, tokenizer.convert_tokens_to_ids("<end>")]
 
 
 def test_messages_without_a_template_are_a_mistake(capsys):
@@ -418,12 +431,23 @@ def test_a_log_is_cut_to_its_checkpoint(tmp_path):
 def test_signals_ask_for_an_end_and_a_second_ctrl_c_makes_one():
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        asked = common.catch_signals()
+        asked = common.catch_signals(1)
         assert not asked()
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+
+
+def test_where_there_are_no_steps_to_finish_the_first_signal_ends_the_run(tmp_path):
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        common.catch_signals(0)
+        with pytest.raises(SystemExit, match="^stopped at once$"), common.guarded(tmp_path, Namespace(steps=0, out="x"), None):
+            os.kill(os.getpid(), signal.SIGTERM)
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)

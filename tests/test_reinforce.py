@@ -536,11 +536,11 @@ def test_demonstrations_are_fine_tuning(tmp_path):
 
 
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "catch_signals", lambda: lambda: True)
+    monkeypatch.setattr(common, "catch_signals", lambda steps: lambda: True)
     with pytest.raises(SystemExit, match="(?s)stopped by a signal after step 1 of 5.*--resume"):
         run(tmp_path, steps=5, prompts_per_step=2, max_new_tokens=4)
     assert common.read_checkpoint(tmp_path / "run")["step"] == 1
-    monkeypatch.setattr(common, "catch_signals", lambda: lambda: False)
+    monkeypatch.setattr(common, "catch_signals", lambda steps: lambda: False)
     assert len(run(tmp_path, steps=5, resume=True, prompts_per_step=2, max_new_tokens=4)) == 6
 
 

@@ -371,7 +371,7 @@ def test_a_finished_model_reports_best_of_n_without_training(tmp_path):
 @pytest.mark.parametrize(
     "flags, rows, words",
     [
-        ({}, [{"prompt": "5=", "chosen": "5"}], 'line 1: needs "prompt", "chosen" and "rejected"'),
+        ({}, [{"prompt": "5=", "chosen": "5"}], 'line 1: needs "rejected"'),
         ({}, [{"prompt": "5=", "chosen": "5", "rejected": "5"}], "no pair is left"),
         ({"use_margin": True}, [{"prompt": "5=", "chosen": "5", "rejected": "6"}], '--use_margin needs a "margin"'),
         ({"max_tokens": 2}, [{"prompt": "5=", "chosen": "5", "rejected": "6"}], "no pair is left"),
@@ -383,7 +383,7 @@ def test_a_finished_model_reports_best_of_n_without_training(tmp_path):
                     "rejected": [{"role": "user", "content": "6="}, {"role": "assistant", "content": "5"}],
                 }
             ],
-            "two different conversations",
+            "do not ask the same",
         ),
         ({"temperature": 0.0}, [], "--temperature must be above 0"),
         ({"steps": 0, "eval_data": "", "data": ""}, [], "--steps 0 evaluates; name pairs"),
@@ -408,7 +408,7 @@ def test_a_signal_in_best_of_n_leaves_a_saved_model_and_can_be_gone_on_from(tmp_
     flags = {"policy": str(reward_model.TINY / "model"), "eval_prompts": few(tmp_path, "sort_test.jsonl", 4), "best_of": (1, 2)}
     flags |= {"steps": 1, "data": few(tmp_path, "pairs_train.jsonl", 8), "pairs_per_step": 8, "max_new_tokens": 6}
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="(?s)stopped by a signal in best-of-N.*--resume"):
-        patch.setattr(common, "catch_signals", lambda: lambda: True)
+        patch.setattr(common, "catch_signals", lambda steps: lambda: True)
         run(tmp_path, **flags)
     assert (tmp_path / "run" / "model" / "config.json").is_file()
     assert "best_of/true@2" in run(tmp_path, resume=True, **flags)[-1]

@@ -201,7 +201,7 @@ def main(args):
 
     args = dataclasses.replace(args, **{k: str(Path(getattr(args, k)).resolve()) for k in ("model", "train", "test")})
     turns, both = [], ("dpo.py", "TRL")
-    for steps, final in [(3, False)] * args.rounds + [(args.steps, True)]:
+    for steps, final in [(args.steps, True), *[(3, False)] * args.rounds]:
         for who in both:
             turns.append(turn(args, who, steps, final))
             t = turns[-1]

@@ -1,0 +1,160 @@
+"""The methods beside each other: the sorting task, one start, as many completions for each, five seeds.
+
+    pip install -r requirements.txt matplotlib
+    python tests/bench/results.py                      # about four hours on 2 cores, one run on each; goes on where it was stopped
+    python tests/bench/results.py --seeds 1 --methods "GRPO" "PPO, separate critic"
+
+Each online method draws 51,200 completions of training prompts; fine-tuning sees as many demonstrations, DPO as many sides of
+pairs. Every other flag is the script's default, and the schedule fits the number of steps. A seed that fails or collapses counts. Best-of-N
+draws from the start, by the score of a reward model trained on the embedded pairs. Writes results.json, results.md, results.png.
+"""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+import tyro
+
+HERE = Path(__file__).resolve().parent
+TINY = HERE.parent / "tiny"
+DRAWN = 51_200
+METHODS = {
+    "fine-tuning on right answers": (
+        "reinforce.py",
+        256,
+        "--demos",
+        str(TINY / "sort_train.jsonl"),
+        "--prompts_per_step",
+        "256",
+    ),
+    "DPO": ("dpo.py", 128),
+    "REINFORCE, no baseline": ("reinforce.py", 256, "--baseline", "none"),
+    "REINFORCE, leave one out": ("reinforce.py", 256),
+    "PPO, separate critic": ("ppo.py", 128),
+    "PPO, shared critic": ("ppo.py", 128, "--critic", "shared"),
+    "GRPO": ("grpo.py", 256),
+    "GRPO as published": ("grpo.py", 256, "--aggregate", "sequence", "--beta", "0.04"),
+    "Dr. GRPO": ("grpo.py", 256, "--scale", "none", "--aggregate", "constant"),
+    "reward model": ("reward_model.py", None),  # for best-of-N
+}
+REACHED = 0.8
+
+
+@dataclass
+class Args:
+    methods: tuple[str, ...] = tuple(METHODS)
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    jobs: int = 2
+    """runs at once, each on one thread"""
+
+
+def one(method, seed):
+    script, drawn, *flags = METHODS[method]
+    if drawn:
+        steps = DRAWN // drawn
+        flags += ["--steps", str(steps), "--eval_every", str(max(steps // 20, 1)), "--save_every", str(steps)]
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, str(HERE.parents[1] / script), *flags, "--seed", str(seed), "--out", out, "--device", "cpu"]
+        began = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        seconds = time.perf_counter() - began
+        lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    row = {"method": method, "seed": seed, "seconds": round(seconds), "status": done.returncode}
+    row["memory_gib"] = round(max(m.get("memory_gib", 0.0) for m in lines), 2)
+    clock, curve = 0.0, []
+    for m in lines:
+        clock += m.get("time/sample", 0.0) + m.get("time/train", 0.0)
+        if "eval/exact" in m:
+            curve.append((m["step"] * (drawn or 0), round(clock, 1), m["eval/exact"]))
+    return row | {"curve": curve} | {k: v for k, v in lines[-1].items() if k.startswith("best_of/")}
+
+
+def interval(values):
+    """Mean and half of its 95 % interval, by Student's t."""
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), math.nan)
+    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def table(runs):
+    lines = [
+        "| method | exact match, mean and 95 % interval | lowest seed | completions to 0.8 | seconds to 0.8 | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method in METHODS:
+        mine = [r for r in runs if r["method"] == method]
+        if not mine:
+            continue
+        if method == "reward model":
+            for n in (1, 4, 16):
+                mean, half = interval([r[f"best_of/true@{n}"] for r in mine])
+                lowest = min(r[f"best_of/true@{n}"] for r in mine)
+                lines.append(
+                    f"| best of {n} samples of the start, by a reward model | {mean:.3f} ± {half:.3f} | {lowest:.3f} | | | |"
+                )
+            continue
+        mean, half = interval([r["curve"][-1][2] for r in mine])
+        reached = [next(((x, s) for x, s, y in r["curve"] if y >= REACHED), None) for r in mine]
+        times = [x for x in reached if x]
+        words = ["", ""]
+        if times:
+            some = "" if len(times) == len(mine) else f" ({len(times)} of {len(mine)} seeds)"
+            words = [f"{statistics.median(x for x, _ in times):,.0f}{some}", f"{statistics.median(s for _, s in times):.0f}"]
+        lowest, memory = min(r["curve"][-1][2] for r in mine), max(r["memory_gib"] for r in mine)
+        lines.append(f"| {method} | {mean:.3f} ± {half:.3f} | {lowest:.3f} | {words[0]} | {words[1]} | {memory:.2f} GiB |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(runs):
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(7.5, 4.5), facecolor="white")
+    for color, method in zip(plt.get_cmap("tab10").colors, [m for m in METHODS if m != "reward model"]):
+        curves = [r["curve"] for r in runs if r["method"] == method]
+        if curves:
+            values = torch.tensor([[y for *_, y in c] for c in curves])
+            drawn = [x for x, *_ in curves[0]]
+            ax.plot(drawn, values.mean(0), color=color, label=method)
+            ax.fill_between(drawn, values.amin(0), values.amax(0), color=color, alpha=0.12)
+    ax.set(
+        xlabel="completions seen",
+        ylabel="held-out exact match, greedy",
+        ylim=(0, 1),
+        title="Sorting: mean and range of five seeds",
+    )
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8, loc="lower right")
+    fig.savefig(HERE / "results.png", dpi=120, bbox_inches="tight")
+
+
+def main(args):
+    path = HERE / "results.json"
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    done = {(r["method"], r["seed"]) for r in runs}
+    todo = [(m, s) for s in args.seeds for m in args.methods if (m, s) not in done]
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "completions": DRAWN}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for row in pool.map(lambda job: one(*job), todo):
+            print({k: v for k, v in row.items() if k != "curve"}, row["curve"][-1:], flush=True)
+            runs.append(row)
+            runs.sort(key=lambda r: (list(METHODS).index(r["method"]), r["seed"]))
+            path.write_text(json.dumps({**versions, "runs": runs}, indent=1) + "\n")
+    (HERE / "results.md").write_text(table(runs))
+    picture(runs)
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, use_underscores=True))
