@@ -1,7 +1,9 @@
-"""What the five scripts share: loading models, and sampling from them. No algorithm lives here.
+"""What the five scripts share: loading (models, and whatever else a run begins and goes on with), and sampling. No
+algorithm lives here.
 
 Read an algorithm's script first; come here to see how a model is prepared or how a completion is drawn. In order:
-processes and seeds, text to ids, models, memory, optimizer, a run's folder and checkpoint; then `sample`.
+processes and seeds; flags, files and functions that the user gives; text to ids; models; memory; optimizer; a run's
+folder, checkpoint and end; then `sample`.
 
 Shapes: B rows, P prompt columns, C completion columns, V vocabulary. Prompts are padded on the left, so that every
 completion starts in the same column; completions are padded on the right.
@@ -336,7 +338,7 @@ def shard(model, world):
 
     FSDP2 keeps each weight as a float32 shard (the master that AdamW steps) and, for the time of a forward or
     backward, makes the whole weight in `world.dtype`. So one mechanism serves one GPU and many, and policy, rollout
-    and reference all compute with the same bfloat16 numbers: KL and log-ratio start at exactly 0.
+    and reference all compute with the same bfloat16 numbers: KL and log-ratio start at exactly 0 (given the same batches).
     """
     if world.device.type == "cpu" and world.size == 1:
         return model
@@ -485,7 +487,7 @@ def prepare(model, world, gradient_checkpointing=False):
 
 
 def load_reference(path, world):
-    """The frozen model that a KL penalty holds on to: weights in the computing dtype, no gradients."""
+    """A frozen model, for a KL penalty to hold on to or to draw best-of-N from: weights in the computing dtype."""
     return shard(load(AutoModelForCausalLM, path, world.dtype)[0].requires_grad_(False).eval(), world)
 
 

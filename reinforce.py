@@ -122,7 +122,7 @@ class Args:
     """tokens, padding included, in one forward and backward (default 8192 on a GPU, 2048 on a CPU).
     Lower it when memory runs out; up to rounding, results do not change"""
     gradient_checkpointing: bool = False
-    """keep less for the backward pass and compute it twice: less memory, about a third more time"""
+    """keep less for the backward pass and compute it twice: less memory, more time (prompts are then not shared)"""
 
     # --- run ---
     out: str = ""

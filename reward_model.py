@@ -112,7 +112,7 @@ class Args:
     """tokens, padding included, in one forward and backward (default 8192 on a GPU, 1024 on a CPU).
     Lower it when memory runs out; up to rounding, results do not change"""
     gradient_checkpointing: bool = False
-    """keep less for the backward pass and compute it twice: less memory, about a third more time"""
+    """keep less for the backward pass and compute it twice: less memory, more time (starts are then not shared)"""
 
     # --- run ---
     out: str = ""
@@ -492,7 +492,7 @@ def train(args):
     if not mine or args.pairs_per_step % world.size:
         fail(f"--pairs_per_step {args.pairs_per_step} must be a multiple of the number of processes")
 
-    # everything that can be wrong with the user's input is found here, before a weight is loaded or a file written
+    # everything that can be wrong with the user's input is found here, before the model is loaded or a file written
     config, tokenizer = common.scalar_config(args.model), common.load_tokenizer(args.model)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         fail(

@@ -94,3 +94,11 @@ def test_the_repository_speaks_of_itself_alone():
         ):
             text = path.read_text(errors="replace")
             assert not re.search(r"/(work|root|home)/\w|/tmp/\w+/(main|v)\b", text), path
+
+
+def test_every_place_of_an_idea_exists():
+    table = README[README.index("## Where an idea is") : README.index("## Your own model")]
+    places = re.findall(r"\| \[(.+?)\]\(.+?\) \| `(\w+)` \|", table)
+    assert len(places) > 20
+    for file, name in places:
+        assert re.search(rf"^(def {name}\(|    {name}: |{name} = )", (ROOT / file).read_text(), re.M), (file, name)

@@ -46,7 +46,7 @@ class Args:
     steps: int = 40
     """of the runs whose accuracy is measured"""
     rounds: int = 3
-    """how often each takes its turn of three steps, the first of which is not timed"""
+    """how often each takes its turn of three steps, the first of which is not timed; 0: only the runs whose accuracy is measured"""
     agree: bool = False
     """only compare loss and gradient, on the embedded model"""
     child: str = ""
@@ -200,12 +200,17 @@ def main(args):
     import trl
 
     args = dataclasses.replace(args, **{k: str(Path(getattr(args, k)).resolve()) for k in ("model", "train", "test")})
-    turns, both = [], ("dpo.py", "TRL")
-    for steps, final in [(args.steps, True), *[(3, False)] * args.rounds]:
-        for who in both:
-            turns.append(turn(args, who, steps, final))
-            t = turns[-1]
-            print(who, steps, f"{statistics.median(t['seconds'][1:]):.1f} s a step, {t['gib']:.1f} GiB", flush=True)
+    # the runs whose accuracy is measured, then those that are timed; what an interrupted run has done is not done again
+    progress, both = HERE / "vs_trl_dpo.part.json", ("dpo.py", "TRL")
+    turns = json.loads(progress.read_text()) if progress.exists() else []
+    todo = [(who, steps, final) for steps, final in [(args.steps, True), *[(3, False)] * args.rounds] for who in both]
+    for who, steps, final in todo[len(turns) :]:
+        turns.append(turn(args, who, steps, final))
+        t = turns[-1]
+        progress.write_text(json.dumps(turns))
+        print(who, steps, f"{statistics.median(t['seconds'][1:]):.1f} s a step, {t['gib']:.1f} GiB", flush=True)
+    if not args.rounds:
+        return
     for t in turns:
         plain = {k: v for k, v in t["configuration"].items() if "dir" not in k and k not in ("model", "data", "out")}
         t["configuration"] = {k: Path(v).name if str(v).startswith("/") else v for k, v in plain.items()}
@@ -229,6 +234,7 @@ def main(args):
             t["right"] = [(number[q], r) for q, r in t["right"]]
     (HERE / "vs_trl_dpo.json").write_text(json.dumps({**versions, "turns": turns}, indent=1) + "\n")
     (HERE / "vs_trl_dpo.md").write_text("\n".join(lines) + "\n")
+    progress.unlink()
     print("\n".join(lines))
 
 
