@@ -54,6 +54,7 @@ def main(args):
                 "seconds": round(seconds),
                 "held_out": curve,
                 "memory_gib": round(memory, 2),
+                "threads": torch.get_num_threads(),
             }
             row |= {
                 k: v
@@ -67,8 +68,7 @@ def main(args):
 
 
 def write(path, runs):
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": machine}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
     path.write_text(json.dumps({**versions, "runs": runs}, indent=1) + "\n")
     lines = ["| command | seed | held-out score | seconds |", "|---|---|---|---|"]
     for r in runs:
