@@ -300,9 +300,10 @@ def baselines(totals, scores, everyone, n, baseline, normalize, keep_max):
     A shrunken gradient points the right way, and Adam hardly notices; it is the variance that differs. `normalize` and
     `keep_max` change what is maximised: the first makes rare successes weigh more, the second forgets all but the best."""
     groups = totals.view(-1, n)  # [prompts, n]
+    spread_of_all = everyone.std() if len(everyone) > 1 else everyone[0] * 0
     b, spread = {
-        "none": lambda: (torch.zeros_like(totals), everyone.std()),
-        "batch": lambda: (everyone.mean().expand_as(totals), everyone.std()),
+        "none": lambda: (torch.zeros_like(totals), spread_of_all),
+        "batch": lambda: (everyone.mean().expand_as(totals), spread_of_all),
         "prompt": lambda: (groups.mean(1).repeat_interleave(n), groups.std(1).repeat_interleave(n)),
         "loo": lambda: ((groups.sum(1, keepdim=True) - groups).flatten() / (n - 1), groups.std(1).repeat_interleave(n)),
     }[baseline]()

@@ -207,7 +207,7 @@ def test_one_step_of_the_script_is_the_step_written_out(loss, tmp_path, monkeypa
         one = {"ipo": (h - 1 / 0.6) ** 2, "hinge": (1 - h).clamp(min=0)}.get(loss, -torch.nn.functional.logsigmoid(h))
         total = total + (one - 0.2 * c / m_c) / len(rows)
         good, bad = {"ipo": ((c - a) / m_c, (r - b) / m_r), "simpo": (c / m_c, r / m_r)}.get(loss, (c - a, r - b))
-        sums += torch.tensor([0.3 * good, 0.3 * bad, c, r, float(good > bad)]) / len(rows)
+        sums += torch.tensor([x.item() for x in (0.3 * good, 0.3 * bad, c, r, good > bad)]) / len(rows)
     total.backward()
     names = ("chosen", "rejected", "logprobs/chosen", "logprobs/rejected", "accuracy")
     for name, wanted in zip(names, sums.tolist()):

@@ -129,18 +129,20 @@ def grown(script, folder, args):
 
 
 def main(args):
-    results = []
+    path = HERE / "soak.json"
+    results = json.loads(path.read_text())["results"] if path.exists() else []  # of other scripts, which stay
     for script in args.scripts:
         with tempfile.TemporaryDirectory() as folder:
             row = survive(script, Path(folder), args) | {"memory": round(grown(script, Path(folder), args), 3)}
-        results.append(row)
+        results = [r for r in results if r["script"] != script] + [row]
+        results.sort(key=lambda r: list(RUNS).index(r["script"]))
         print(row, flush=True)
     versions = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "threads": os.environ.get("OMP_NUM_THREADS"),
     }
-    (HERE / "soak.json").write_text(json.dumps({**versions, "results": results}, indent=1) + "\n")
+    path.write_text(json.dumps({**versions, "results": results}, indent=1) + "\n")
     lines = [
         "| script | kills, of those while saving | weights and moments | log | memory, step 1000 / step 100 |",
         "|---|---|---|---|---|",
