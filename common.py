@@ -457,8 +457,8 @@ def fit_context(args, longest, *configs):
     if longest >= context:
         fail(f"a prompt of {longest} tokens fills the model's context of {context + 1}; lower --max_prompt_tokens")
     if longest + args.max_new_tokens > context:
-        say(f"--max_new_tokens {args.max_new_tokens} is lowered to {context - longest}: the model's context is {context + 1}, and "
-              f"the longest prompt has {longest} (--max_prompt_tokens leaves long ones out)")  # fmt: skip
+        why = f"the model's context is {context + 1}, and the longest prompt has {longest} (--max_prompt_tokens leaves long ones out)"
+        say(f"--max_new_tokens {args.max_new_tokens} is lowered to {context - longest}: {why}")
     return dataclasses.replace(args, max_new_tokens=min(args.max_new_tokens, context - longest))
 
 
@@ -699,10 +699,10 @@ def make_optimizer(model, learning_rate):
 
 
 def learning_rate_at(step, steps, peak, schedule="constant", warmup=0):
-    """The rate of step 1, 2, ..., steps: a linear rise over `warmup` steps, then constant, or down to 0 after the last
-    step in a line or half a cosine. A function of the step alone, so there is no scheduler to save."""
+    """The rate of step 1, 2, ..., steps (0 before them): a linear rise over `warmup` steps, then constant, or down to 0
+    after the last step in a line or half a cosine. A function of the step alone, so there is no scheduler to save."""
     if step <= warmup:
-        return peak * step / (warmup + 1)
+        return peak * max(step, 0) / (warmup + 1)
     done = (step - warmup - 1) / max(steps - warmup, 1)
     return peak * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[schedule]
 
@@ -896,10 +896,9 @@ def introduce(out, args, world, tokenizer, ids, first, needed):
     print(f"memory: about {needed['peak'] / 2**30:.1f} GiB of {there / 2**30:.1f} will be needed")
     if needed["peak"] > there:
         print("warning: this may not fit; lower --tokens_per_micro_batch, add --gradient_checkpointing, or use more processes")
-    left = {
-        f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.default is None
-    }  # whose default depends on others
-    print("flags left open: " + ", ".join(f"{k} {v:g}" for k, v in left.items() if isinstance(v, (int, float))))
+    # flags whose default depends on others
+    open_flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.default is None}
+    print("flags left open: " + ", ".join(f"{k} {v:g}" for k, v in open_flags.items() if isinstance(v, (int, float))))
     what = "first text, a chosen side" if hasattr(args, "pairs_per_step") else "first prompt"
     print(f"{what}: {tokenizer.decode(ids)!r}\n  {ids if len(ids) < 40 else [*ids[:30], '...', *ids[-8:]]}")
     print(f"writing to {out}" + (f", going on after step {first} of {args.steps}" if args.resume else "") + "\n")
@@ -979,9 +978,9 @@ def guarded(out, args, bar):
             "stopped at once" if isinstance(error, KeyboardInterrupt) else (str(error) or type(error).__name__).splitlines()[0]
         )
         if isinstance(error, torch.OutOfMemoryError):
-            sampling = [f", or --{name} (sampling)" for name in ("sample_rows",) if hasattr(args, name)]
-            sampling += [", or, in a new run, --prompts_per_step (sampling)"] * hasattr(args, "prompts_per_step")
-            what += "; lower --tokens_per_micro_batch or add --gradient_checkpointing (training)" + "".join(sampling)
+            what += "; lower --tokens_per_micro_batch or add --gradient_checkpointing (training)"
+            what += ", or lower --sample_rows (sampling)" if hasattr(args, "sample_rows") else ""
+            what += ", or, in a new run, --prompts_per_step (sampling)" if hasattr(args, "prompts_per_step") else ""
         words = shlex.join([a for a in sys.argv if a != "--resume"] + ([] if args.out else ["--out", str(out)]) + ["--resume"])
         on = "go on from the last checkpoint" if checkpoints(out) else "no checkpoint was written yet; begin again"
         command = "torchrun ..." if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "python"

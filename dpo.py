@@ -18,7 +18,8 @@ today is ever scored, and (6) holds pi only where there are data. Both log-proba
 and the mass goes to completions nobody has ranked; `--sft_coef` keeps the chosen ones likely. On-policy methods pay
 for rollouts to see that.
 
-Its relatives (`--loss`), n the length of a completion in tokens, its end included, d = log-ratio / n of chosen, less that of rejected:
+Its relatives (`--loss`), n the length of a completion in tokens, its end included, d = log-ratio / n of chosen, less that
+of rejected:
 
     sigmoid  -log sigmoid(h); with --label_smoothing e, the share of labels that are wrong,
              -(1 - e) log sigmoid(h) - e log sigmoid(-h)
@@ -183,18 +184,16 @@ def read_pairs(path, flag):
     for number, row in common.read_json(path, flag):
         where, row = f"{flag} {path}, line {number}", dict(row) if isinstance(row, dict) else {}
         row["prompt"] = row.get("prompt", row.get("question"))
-        before = [row["prompt"]] if row["prompt"] is not None else []  # what is asked: by the row, and by each side
         for side in ("chosen", "rejected"):
             if is_prompt(row.get(side)) and isinstance(row[side], list) and row[side][-1]["role"] == "assistant":
                 *asked, answer = row[side]
-                before += [asked] if asked else []
                 row[side] = answer["content"]
+                known = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
+                if asked and known not in (None, asked):
+                    fail(f"{where}: the prompt, chosen and rejected do not ask the same")
+                row["prompt"] = row["prompt"] or asked
             if not isinstance(row.get(side), str):
                 fail(f'{where}: needs "{side}", a text or a list of messages of which the last is the assistant\'s')
-        before = [[{"role": "user", "content": p}] if isinstance(p, str) and before[-1] != p else p for p in before]
-        if any(p != before[-1] for p in before):
-            fail(f"{where}: the prompt, chosen and rejected do not ask the same")
-        row["prompt"] = before[-1] if before else None
         if not is_prompt(row["prompt"]):
             fail(f'{where}: needs a "prompt" (or "question") that is a text or a list of messages')
         rows.append(row)
@@ -487,13 +486,12 @@ def evaluate(model, tokenizer, held_out, reward, args, world):
         texts = common.sample(model, tokenizer, list(ids), max_new_tokens=args.max_new_tokens, temperature=0).texts
         values = reward(texts, rows)
         if part:
-            shown += [{"prompt": r["prompt"], "completion": t, "reward": v} for r, t, v in zip(rows, texts, values)][
-                : 8 - len(shown)
-            ]
+            if len(shown) < 8:
+                shown += [{"prompt": r["prompt"], "completion": t, "reward": v} for r, t, v in zip(rows[:8], texts, values)]
             known = [right(t, r) for t, r in zip(texts, rows) if isinstance(r.get("answer"), (str, int, float))]
             sums = [a + b for a, b in zip(sums, (sum(values), len(rows), sum(known), len(known)))]
     rewards, count, answered, known = common.all_sum(world, *sums)
-    return {"eval/reward": rewards / count, **({"eval/exact": answered / known} if known else {})}, shown
+    return {"eval/reward": rewards / count, **({"eval/exact": answered / known} if known else {})}, shown[:8]
 
 
 # -- The loop ------------------------------------------------------------------------------------------------------
@@ -548,12 +546,14 @@ def train(args):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing)
         # a prompt once for both its sides
         share = args.steps > 0 and common.prompts_can_be_shared(policy, world, args.gradient_checkpointing)
+        scorer, scorer_shares = policy, share
         if args.reference:
-            scorer = common.load_reference(args.reference, world)
+            scorer, scorer_shares = common.load_reference(args.reference, world), False  # sharing was tried with the policy
             common.check_head(scorer)
-        asked = (scorer, False) if args.reference else (policy, share)  # sharing was tried with the policy only
-        reference, held_out_reference = reference_scores(*asked, tokenizer, pairs, held_out, args, out, world, stop_asked)
-        scorer = asked = None  # its memory is free again
+        reference, held_out_reference = reference_scores(
+            scorer, scorer_shares, tokenizer, pairs, held_out, args, out, world, stop_asked
+        )
+        del scorer  # a model of its own is not held while the policy learns
 
         optimizer = common.make_optimizer(policy, args.learning_rate)
         if state:

@@ -567,9 +567,8 @@ def train(args):
     with common.guarded(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing)
         reference = common.load_reference(args.model, world) if args.beta and args.steps else None
-        if (
-            separate
-        ):  # a head of 0, no opinion, to start: a reward model's own judges finished texts, and would be far off before
+        if separate:
+            # a head of 0, no opinion, to start: a reward model's own judges finished texts, and would be far off before
             critic = common.load_scalar(critic_path, world, tokenizer, 0.0, args.gradient_checkpointing)
             trunk, head = critic, common.scalar_head(critic)
         else:
@@ -642,7 +641,6 @@ def train(args):
                 common.learning_rate_at(step - waited, args.steps - waited, peak, args.schedule, args.warmup)
                 for peak, waited in ((args.learning_rate, args.critic_warmup), (args.critic_learning_rate, 0))
             )
-            rate = rate if step > args.critic_warmup else 0.0
             for settings, now in ((optimizer, rate), (critic_optimizer, critic_rate)):
                 settings.param_groups[0]["lr"] = now
             norms, critic_norms, first_ratio = [], [], torch.zeros(1, device=world.device)

@@ -167,18 +167,16 @@ def read_pairs(path, flag):
     for number, row in common.read_json(path, flag):
         where, row = f"{flag} {path}, line {number}", dict(row) if isinstance(row, dict) else {}
         row["prompt"] = row.get("prompt", row.get("question"))
-        before = [row["prompt"]] if row["prompt"] is not None else []  # what is asked: by the row, and by each side
         for side in ("chosen", "rejected"):
             if is_prompt(row.get(side)) and isinstance(row[side], list) and row[side][-1]["role"] == "assistant":
                 *asked, answer = row[side]
-                before += [asked] if asked else []
                 row[side] = answer["content"]
+                known = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
+                if asked and known not in (None, asked):
+                    fail(f"{where}: the prompt, chosen and rejected do not ask the same")
+                row["prompt"] = row["prompt"] or asked
             if not isinstance(row.get(side), str):
                 fail(f'{where}: needs "{side}", a text or a list of messages of which the last is the assistant\'s')
-        before = [[{"role": "user", "content": p}] if isinstance(p, str) and before[-1] != p else p for p in before]
-        if any(p != before[-1] for p in before):
-            fail(f"{where}: the prompt, chosen and rejected do not ask the same")
-        row["prompt"] = before[-1] if before else None
         if not is_prompt(row["prompt"]):
             fail(f'{where}: needs a "prompt" (or "question") that is a text or a list of messages')
         rows.append(row)

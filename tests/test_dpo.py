@@ -294,6 +294,21 @@ def test_resuming_is_never_having_stopped_and_the_reference_is_the_first_policy(
     assert again[-1]["loss"] == pytest.approx(straight[-1]["loss"], abs=1e-5)
 
 
+def test_prompts_are_shared_with_the_policy_only_where_only_it_was_tried(tmp_path, monkeypatch):
+    """Another family's cache may not serve, and its scores would be wrong in silence."""
+    asked, honest = [], dpo.score_pairs
+
+    def spy(model, tokenizer, pairs, share, *rest):
+        asked.append(share)
+        return honest(model, tokenizer, pairs, share, *rest)
+
+    monkeypatch.setattr(dpo, "score_pairs", spy)
+    flags = {"steps": 1, "data": few_pairs(tmp_path, 16), "pairs_per_step": 16}
+    run(tmp_path, "own", **flags)
+    run(tmp_path, "other", reference=dpo.Args.model, **flags)
+    assert asked == [True, False]
+
+
 def test_a_signal_while_the_reference_scores_keeps_what_it_has_scored(tmp_path, monkeypatch):
     flags = SMALL | {"data": few_pairs(tmp_path), "schedule": "constant"}
     straight = run(tmp_path, "a", steps=2, **flags)

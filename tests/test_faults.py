@@ -62,6 +62,7 @@ MISTAKES = [
     (ALL, lines(row(prompt=5)), {}, ["line 2", "prompt"]),
     (ALL, lines(row(prompt="")), {}, ["line 2", "prompt"]),
     (ALL, lines(row(prompt=[{"role": "user"}])), {}, ["line 2", "prompt"]),
+    (ALL, lines(row(prompt=[{"role": "user", "content": None}])), {}, ["line 2", "prompt"]),
     ((*ROLLOUTS, "dpo"), lines(row(prompt=[{"role": "user", "content": "5"}])), {}, ["template"]),
     (ROLLOUTS, lines(row(answer=None)), {}, ["--data", "answer", "52="]),
     (ROLLOUTS, lines(row(answer=...)), {}, ["--data", "answer", "52="]),
@@ -170,6 +171,10 @@ ODD = {
     "line separators inside": row(prompt="5\u20282\u0085=", answer="25"),
     "an empty answer": row(answer="", chosen="", rejected="5"),
     "a number for an answer": row(answer=25),
+    "the prompt twice": row(
+        chosen=[{"role": "user", "content": "52="}, {"role": "assistant", "content": "25"}],
+        rejected=[{"role": "user", "content": "52="}, {"role": "assistant", "content": "52"}],
+    ),
     "more fields": row(level={"deep": [1, None]}),
 }
 
@@ -304,6 +309,13 @@ def other(state):
     """A checkpoint whose weights have other shapes."""
     models = {name: {k: v[..., :1] for k, v in weights.items()} for name, weights in state["models"].items()}
     return state | {"models": models}
+
+
+def test_a_folder_in_which_a_killed_run_has_left_half_a_file_is_taken(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json.tmp").write_text("{")
+    start("grpo", tmp_path, steps=1)
+    assert common.read_checkpoint(tmp_path / "run")["step"] == 1
 
 
 @pytest.mark.parametrize("script", ALL)

@@ -58,6 +58,7 @@ def test_in_a_chat_an_answer_ends_as_the_template_ends_a_turn():
     end = tokenizer.convert_tokens_to_ids("<end>")
     assert end > 40 and encode_completion(tokenizer, "w5", True) == [5, end]
     assert encode_completion(tokenizer, "w5") == [5, 1], "raw text ends with EOS"
+    assert encode_completion(tokenizer, "w5 <eos>") == [5, 1], "and once, where it does already"
     assert common.stop_ids(family("llama"), tokenizer) == [1, end], "and the sampler knows it"
     named = {"default": GEMMA, "tool_use": TEMPLATE}  # several templates, as some models have them
     tokenizer.chat_template = named
@@ -440,6 +441,20 @@ def test_signals_ask_for_an_end_and_a_second_ctrl_c_makes_one():
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
+
+
+def test_checkpoints_are_in_the_order_of_their_steps_and_torn_ones_go(folder, tmp_path):
+    model = load_policy(folder, CPU)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "000007.pt.tmp").write_bytes(b"of a process that was killed")
+    for step in (999_999, 1_000_000):
+        common.save_checkpoint(tmp_path, CPU, step, {"policy": model}, {}, 1)
+    assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == ["1000000.pt"]
+    assert common.read_checkpoint(tmp_path)["step"] == 1_000_000
+
+
+def test_there_is_no_rate_before_the_first_step():
+    assert [common.learning_rate_at(s, 9, 1.0, "linear", w) for s in (-3, 0) for w in (0, 5)] == [0, 0, 0, 0]
 
 
 def test_where_there_are_no_steps_to_finish_the_first_signal_ends_the_run(tmp_path):

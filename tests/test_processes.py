@@ -435,12 +435,21 @@ def test_one_two_and_four_processes_make_the_same_weights(tmp_path):
         assert all((policy[k] - w).abs().max() > 1e-4 for k, w in before.items() if k in policy), f"{script} has learnt nothing"
 
 
-def test_a_reward_that_fails_in_one_process_stops_both_with_a_sentence(tmp_path, capfd):
-    rows = [{"prompt": f"{i}{i}=", "answer": "1"} for i in range(4)]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "r.py").write_text("def f(completion, row):\n    return 1 / (row['prompt'] != '22=')\n")
-    flags = {"data": f"{tmp_path}/d.jsonl", "reward": f"{tmp_path}/r.py:f", "prompts_per_step": 4, "eval_data": "", "steps": 2}
-    with pytest.raises(Exception, match="exit code 1"):
-        run(train_grpo, 2, flags | {"max_new_tokens": 4, "out": str(tmp_path / "run")})
-    said = capfd.readouterr().err
-    assert "ZeroDivisionError" in said and "22=" in said and "Traceback" not in said
+def fail_in_one(folder):
+    world = start("cpu")
+
+    def reward(completions, rows):
+        if world.rank == 1:
+            raise common.Stop("the reward of the second process failed")
+        return [1.0]
+
+    try:
+        common.together(reward, world)(["c"], [{}])
+    except common.Stop as error:
+        (folder / f"{world.rank}").write_text(str(error))
+
+
+def test_a_reward_that_fails_in_one_process_stops_both(tmp_path):
+    run(fail_in_one, 2, tmp_path)
+    said = [(tmp_path / n).read_text() for n in "01"]
+    assert said == ["the reward failed in another process", "the reward of the second process failed"]

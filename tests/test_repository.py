@@ -3,6 +3,7 @@
 import ast
 import itertools
 import re
+import subprocess
 import sys
 
 import pytest
@@ -72,6 +73,12 @@ def test_every_logged_number_and_only_those_is_in_the_readme(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "tests" / "bench").glob("*.md")), ids=lambda p: p.name)
 def test_every_benchs_table_stands_in_the_readme_as_it_was_written(path):
     assert path.read_text() in README
+
+
+def test_the_readme_counts_the_cases_of_faults():
+    command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "test_faults.py"), "--collect-only", "-q"]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
+    assert re.search(r"holds (\d+) cases", README).group(1) == re.search(r"(\d+) tests collected", said).group(1)
 
 
 def test_every_file_and_flag_that_the_readme_names_exists():

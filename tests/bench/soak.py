@@ -1,7 +1,7 @@
 """Are long runs safe? Each script is killed (SIGKILL) at random moments, some of them while it saves, and resumed each time; at the end
 its weights, moments and logged numbers must be those of a run that was never touched, bit for bit. And memory must not grow.
 
-    python tests/bench/soak.py                         # half an hour on 2 cores
+    python tests/bench/soak.py                         # most of an hour on one core
     python tests/bench/soak.py --scripts grpo.py --kills 5
 
 Exit status 1 if anything differs. Writes soak.json and soak.md.

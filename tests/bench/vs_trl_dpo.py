@@ -5,7 +5,7 @@ In an environment of its own, because TRL is no dependency of this project:
     pip install -r requirements.txt trl==1.16.0 datasets
     python tests/bench/vs_trl_dpo.py --agree                          # loss and gradient, seconds; fails above 1e-5
     python tests/bench/vs_trl_dpo.py --model SMOLLM2 --train gsm8k_pairs_train.jsonl --test gsm8k_pairs_test.jsonl
-                                                                      # about an hour on 2 cores
+                                                                      # about two hours on 2 cores
 
 Both get the same token ids (no chat template), the same 8 pairs in each step, beta 0.1, optimizer, rate, float32, no gradient checkpointing, and a linear
 schedule with 10 steps of warm-up (TRL's first step has rate 0). dpo.py scores the
