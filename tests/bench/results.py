@@ -2,11 +2,12 @@
 
     pip install -r requirements.txt matplotlib
     python tests/bench/results.py                      # about four hours on 2 cores, one run on each; goes on where it was stopped
-    python tests/bench/results.py --seeds 1 --methods "GRPO" "PPO, separate critic"
+    python tests/bench/results.py --seeds 1 --methods "GRPO" "PPO, separate critic" --completions 2560 --out /tmp/few
 
 Each online method draws 51,200 completions of training prompts; fine-tuning sees as many demonstrations, DPO as many sides of
 pairs. Every other flag is the script's default, and the schedule fits the number of steps. A seed that fails or collapses counts. Best-of-N
-draws from the start, by the score of a reward model trained on the embedded pairs. Writes results.json, results.md, results.png.
+draws from the start, by the score of a reward model trained on the embedded pairs. Seconds are those of sampling and training,
+on one thread, beside another run. Writes results.json, results.md, results.png.
 """
 
 import json
@@ -27,7 +28,6 @@ import tyro
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parent / "tiny"
-DRAWN = 51_200
 METHODS = {
     "fine-tuning on right answers": (
         "reinforce.py",
@@ -56,12 +56,14 @@ class Args:
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     jobs: int = 2
     """runs at once, each on one thread"""
+    completions: int = 51_200
+    out: str = str(HERE)
 
 
-def one(method, seed):
+def one(method, seed, completions):
     script, drawn, *flags = METHODS[method]
     if drawn:
-        steps = DRAWN // drawn
+        steps = completions // drawn
         flags += ["--steps", str(steps), "--eval_every", str(max(steps // 20, 1)), "--save_every", str(steps)]
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, str(HERE.parents[1] / script), *flags, "--seed", str(seed), "--out", out, "--device", "cpu"]
@@ -114,7 +116,7 @@ def table(runs):
     return "\n".join(lines) + "\n"
 
 
-def picture(runs):
+def picture(runs, path):
     import matplotlib
 
     matplotlib.use("agg")
@@ -136,23 +138,28 @@ def picture(runs):
     )
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8, loc="lower right")
-    fig.savefig(HERE / "results.png", dpi=120, bbox_inches="tight")
+    fig.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def main(args):
-    path = HERE / "results.json"
-    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    known = {"torch": torch.__version__, "transformers": transformers.__version__, "completions": args.completions, "runs": []}
+    if (out / "results.json").exists():
+        known = json.loads((out / "results.json").read_text())
+        if known["completions"] != args.completions:
+            sys.exit(f"{out / 'results.json'} is of {known['completions']} completions")
+    runs = known["runs"]
     done = {(r["method"], r["seed"]) for r in runs}
     todo = [(m, s) for s in args.seeds for m in args.methods if (m, s) not in done]
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "completions": DRAWN}
     with ThreadPoolExecutor(args.jobs) as pool:
-        for row in pool.map(lambda job: one(*job), todo):
+        for row in pool.map(lambda job: one(*job, args.completions), todo):
             print({k: v for k, v in row.items() if k != "curve"}, row["curve"][-1:], flush=True)
             runs.append(row)
             runs.sort(key=lambda r: (list(METHODS).index(r["method"]), r["seed"]))
-            path.write_text(json.dumps({**versions, "runs": runs}, indent=1) + "\n")
-    (HERE / "results.md").write_text(table(runs))
-    picture(runs)
+            (out / "results.json").write_text(json.dumps(known, indent=1) + "\n")
+    (out / "results.md").write_text(table(runs))
+    picture(runs, out / "results.png")
     print(table(runs))
 
 
