@@ -521,7 +521,8 @@ def load_scalar(path, world, tokenizer, head_std=None, gradient_checkpointing=Fa
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         model.config_to_save.get_text_config().vocab_size = len(tokenizer)
     for config in (model.config, model.config_to_save):
-        config.pad_token_id, config.problem_type = tokenizer.pad_token_id, "regression"
+        config.get_text_config().pad_token_id = config.pad_token_id = tokenizer.pad_token_id
+        config.problem_type = "regression"
         config.architectures = [type(model).__name__]
     if frozen:
         return shard(model.requires_grad_(False).eval(), world)

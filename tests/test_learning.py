@@ -16,6 +16,23 @@ def scores(script, out, *flags):
     return [m["eval/exact"] for m in log if "eval/exact" in m]
 
 
+def test_the_first_numbers_are_those_of_the_readme():
+    """What is drawn may differ by a completion or two elsewhere; what is 0, 1 or log 2 may not."""
+    sys.path.insert(0, str(ROOT / "tests" / "bench"))
+    import first
+
+    known = json.loads((ROOT / "tests" / "bench" / "first.json").read_text())
+    for script in first.SCRIPTS:
+        for when, numbers in first.measure(script).items():
+            assert numbers.keys() == known[script][when].keys()
+            for name, value in known[script][when].items():
+                firm = value in (0.0, 1.0) or name == "kl/sample" or (script == "dpo" and not name.startswith("eval/exact"))
+                assert numbers[name] == pytest.approx(value, rel=1e-3 if firm else 0.2, abs=1e-5 if firm else 0.02), (
+                    script,
+                    name,
+                )
+
+
 def test_grpo_learns_to_sort(tmp_path):
     """The README's first command, whole."""
     curve = scores("grpo", tmp_path / "run")

@@ -457,6 +457,15 @@ def test_there_is_no_rate_before_the_first_step():
     assert [common.learning_rate_at(s, 9, 1.0, "linear", w) for s in (-3, 0) for w in (0, 5)] == [0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("steps", [0, 5])
+def test_only_a_run_with_steps_is_told_how_to_go_on(steps, tmp_path):
+    import types
+
+    with pytest.raises(SystemExit) as stopped, common.guarded(tmp_path, types.SimpleNamespace(steps=steps, out="o"), None):
+        raise common.Stop("no more")
+    assert str(stopped.value.code).startswith("error: no more") and ("--resume" in str(stopped.value.code)) == bool(steps)
+
+
 def test_where_there_are_no_steps_to_finish_the_first_signal_ends_the_run(tmp_path):
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -103,9 +103,34 @@ def test_the_repository_speaks_of_itself_alone():
             assert not re.search(r"/(work|root|home)/\w|/tmp/\w+/(main|v)\b", text), path
 
 
-def test_every_place_of_an_idea_exists():
-    table = README[README.index("## Where an idea is") : README.index("## Your own model")]
-    places = re.findall(r"\| \[(.+?)\]\(.+?\) \| `(\w+)` \|", table)
-    assert len(places) > 20
-    for file, name in places:
-        assert re.search(rf"^(def {name}\(|    {name}: |{name} = )", (ROOT / file).read_text(), re.M), (file, name)
+def places(readme):
+    """Every link of the README to a line: (what the line says, file, the line's number, the number that it should be)."""
+    for text, file, number in re.findall(r"\[`([^`]+)`\]\(([\w/]+\.py)#L(\d+)\)", readme):
+        lines = (ROOT / file).read_text().splitlines()
+        forms = (rf"def {text}\(", rf"    {text}: ", rf"{text} = ") if text.isidentifier() else (rf".*{re.escape(text)}",)
+        hits = ([i for i, line in enumerate(lines, 1) if re.match(form, line)] for form in forms)
+        here = next(filter(None, hits), [])
+        yield text, file, int(number), here
+
+
+def test_every_line_that_the_readme_names_is_there():
+    """`python tests/test_repository.py` writes the numbers anew."""
+    found = list(places(README))
+    assert len(found) > 80
+    for text, file, number, here in found:
+        assert here == [number], (text, file, here)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_the_readme_has_every_flag_in_its_group(path):
+    section = README[README.index("## The flags") : README.index("## A run's folder")]
+    args = next(n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args")
+    for field in (n.target.id for n in args.body if isinstance(n, ast.AnnAssign)):
+        assert f"`{field}`" in section, field
+
+
+if __name__ == "__main__":
+    for text, file, number, here in places(README):
+        if len(here) == 1:
+            README = README.replace(f"[`{text}`]({file}#L{number})", f"[`{text}`]({file}#L{here[0]})")
+    (ROOT / "README.md").write_text(README)
