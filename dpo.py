@@ -72,12 +72,12 @@ class Args:
     model: str = str(TINY / "model")
     """folder or hub name of the causal language model to train; as it starts, it is the reference"""
     reference: str = ""
-    """folder or hub name of the model to stay near (default: --model as it starts)"""
+    """folder or hub name of the model to stay near (empty: --model as it starts)"""
     data: str | None = None
-    """pairs to learn from: JSON lines with "prompt", "chosen", "rejected" (default: the embedded task's, where no other
+    """pairs to learn from: JSON lines with "prompt", "chosen", "rejected" (None: the embedded task's, where no other
     file is named)"""
     eval_data: str | None = None
-    """held-out pairs, as --data; without it the embedded task has its own, and other data none"""
+    """held-out pairs, as --data; None: the embedded task has its own, other data none"""
     eval_prompts: str | None = None
     """held-out prompts to sample for: JSON lines with "prompt" and, for most rewards, "answer" """
     reward: str = "exact"
@@ -97,7 +97,7 @@ class Args:
     loss: Literal["sigmoid", "ipo", "hinge", "simpo"] = "sigmoid"
     """DPO's own, or one of its relatives"""
     beta: float | None = None
-    """how strongly the reference holds, and the scale of the implicit reward (default 0.1, simpo 2, ipo 1, the embedded model 0.5)"""
+    """how strongly the reference holds, and the scale of the implicit reward (None: 0.1, simpo 2, ipo 1, the embedded model 0.5)"""
     label_smoothing: float = 0.0
     """share of pairs whose labels are thought wrong (with --loss sigmoid)"""
     simpo_margin: float = 1.0
@@ -111,7 +111,7 @@ class Args:
     pairs_per_step: int = 64
     """pairs in an update"""
     learning_rate: float | None = None
-    """AdamW's step size (default 5e-7, and 3e-4 for the embedded model, which is small and wants more)"""
+    """AdamW's step size (None: 5e-7, and 3e-4 for the embedded model, which is small and wants more)"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """what becomes of the learning rate after the warm-up"""
     warmup: int = 10
@@ -119,14 +119,14 @@ class Args:
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm"""
     tokens_per_micro_batch: int | None = None
-    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 2048 on a CPU).
+    """tokens, padding included, in one forward and backward (None: 8192 on a GPU, 2048 on a CPU).
     Lower it when memory runs out; up to rounding, results do not change"""
     gradient_checkpointing: bool = False
     """keep less for the backward pass and compute it twice: less memory, more time (prompts are then not shared)"""
 
     # --- run ---
     out: str = ""
-    """the run's folder (default runs/dpo, then runs/dpo-2, ...)"""
+    """the run's folder (empty: runs/dpo, then runs/dpo-2, ...)"""
     resume: bool = False
     """go on with the run in --out; give it the flags it was started with"""
     seed: int = 1

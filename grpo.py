@@ -71,7 +71,7 @@ class Args:
     data: str = str(TINY / "sort_train.jsonl")
     """prompts to learn from: JSON lines with "prompt" (or "question") and, for most rewards, "answer" """
     eval_data: str | None = None
-    """held-out prompts, as --data; without it the embedded task has its own, and other data none"""
+    """held-out prompts, as --data; None: the embedded task has its own, other data none"""
     eval_samples: int = 0
     """also draw this many completions of each held-out prompt and log eval/pass@K, the chance that one of K is right
     (by the rule of --reward number where that is the reward, else of exact)"""
@@ -104,13 +104,13 @@ class Args:
     ratio: Literal["token", "sequence"] = "token"
     """importance ratio of each token, or their geometric mean over the completion"""
     clip_low: float | None = None
-    """the ratio is clipped below 1 minus this (default 0.2, and 3e-4 with --ratio sequence)"""
+    """the ratio is clipped below 1 minus this (None: 0.2, and 3e-4 with --ratio sequence)"""
     clip_high: float | None = None
-    """the ratio is clipped above 1 plus this (default 0.2, and 4e-4 with --ratio sequence)"""
+    """the ratio is clipped above 1 plus this (None: 0.2, and 4e-4 with --ratio sequence)"""
     aggregate: Literal["sequence", "token", "constant"] | None = None
     """what a token's loss is divided by.
-    sequence: its completion's length, and the number of completions (as published; the default with --ratio sequence);
-    token: the number of all tokens of the optimizer update (DAPO; the default otherwise);
+    sequence: its completion's length, and the number of completions (as published; None means this with --ratio sequence);
+    token: the number of all tokens of the optimizer update (DAPO; None means this otherwise);
     constant: completions x --max_new_tokens (Dr. GRPO)"""
     beta: float = 0.0
     """weight of the KL penalty, k3 in the loss; at 0 no reference model is loaded"""
@@ -121,7 +121,7 @@ class Args:
     steps: int = 400
     """rollouts in all; 0 evaluates only"""
     learning_rate: float | None = None
-    """AdamW's step size (default 1e-6, and 2e-4 for the embedded model, which is small and wants more)"""
+    """AdamW's step size (None: 1e-6, and 2e-4 for the embedded model, which is small and wants more)"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """what becomes of the learning rate after the warm-up"""
     warmup: int = 10
@@ -133,14 +133,14 @@ class Args:
     minibatches: int = 1
     """optimizer updates in a pass"""
     tokens_per_micro_batch: int | None = None
-    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 2048 on a CPU).
+    """tokens, padding included, in one forward and backward (None: 8192 on a GPU, 2048 on a CPU).
     Lower it when memory runs out; up to rounding, results do not change"""
     gradient_checkpointing: bool = False
     """keep less for the backward pass and compute it twice: less memory, more time (prompts are then not shared)"""
 
     # --- run ---
     out: str = ""
-    """the run's folder (default runs/grpo, then runs/grpo-2, ...)"""
+    """the run's folder (empty: runs/grpo, then runs/grpo-2, ...)"""
     resume: bool = False
     """go on with the run in --out; give it the flags it was started with"""
     seed: int = 1

@@ -82,7 +82,7 @@ class Args:
     data: str = str(TINY / "sort_train.jsonl")
     """prompts to learn from: JSON lines with "prompt" (or "question") and, for most rewards, "answer" """
     eval_data: str | None = None
-    """held-out prompts, as --data; without it the embedded task has its own, and other data none"""
+    """held-out prompts, as --data; None: the embedded task has its own, other data none"""
     reward: str = "exact"
     """exact | number | FILE.py:function(completion, row) -> float | folder or hub name of a reward model"""
     chat: bool = True
@@ -109,8 +109,8 @@ class Args:
     """a model of its own (from the reward model's trunk if that reads the policy's vocabulary, else from the policy),
     or one linear head on the policy's states: half the memory, and two losses for one trunk"""
     critic_learning_rate: float | None = None
-    """of the separate critic (default 1e-5, and 5e-4 for the embedded model),
-    or of the shared one's head, which starts from nothing and may run ahead of its trunk (default 1e-4, and 5e-3)"""
+    """of the separate critic (None: 1e-5, and 5e-4 for the embedded model),
+    or of the shared one's head, which starts from nothing and may run ahead of its trunk (None: 1e-4, and 5e-3)"""
     critic_warmup: int = 0
     """first steps, in which only the critic learns (a shared one: its head); the policy's own --warmup comes after them"""
     gamma: float = 1.0
@@ -135,7 +135,7 @@ class Args:
     steps: int = 150
     """rollouts in all; 0 evaluates only"""
     learning_rate: float | None = None
-    """AdamW's step size (default 1e-6, and 3e-4 for the embedded model, which is small and wants more)"""
+    """AdamW's step size (None: 1e-6, and 3e-4 for the embedded model, which is small and wants more)"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """what becomes of the learning rate after the warm-up"""
     warmup: int = 10
@@ -147,14 +147,14 @@ class Args:
     minibatches: int = 2
     """optimizer updates in a pass"""
     tokens_per_micro_batch: int | None = None
-    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 2048 on a CPU).
+    """tokens, padding included, in one forward and backward (None: 8192 on a GPU, 2048 on a CPU).
     Lower it when memory runs out; up to rounding, results do not change"""
     gradient_checkpointing: bool = False
     """keep less for the backward pass and compute it twice: less memory, more time (prompts are then not shared)"""
 
     # --- run ---
     out: str = ""
-    """the run's folder (default runs/ppo, then runs/ppo-2, ...)"""
+    """the run's folder (empty: runs/ppo, then runs/ppo-2, ...)"""
     resume: bool = False
     """go on with the run in --out; give it the flags it was started with"""
     seed: int = 1

@@ -69,7 +69,7 @@ class Args:
     data: str = str(TINY / "sort_train.jsonl")
     """prompts to learn from: JSON lines with "prompt" (or "question") and, for most rewards, "answer" """
     eval_data: str | None = None
-    """held-out prompts, as --data; without it the embedded task has its own, and other data none"""
+    """held-out prompts, as --data; None: the embedded task has its own, other data none"""
     reward: str = "exact"
     """exact | number | FILE.py:function(completion, row) -> float | folder or hub name of a reward model"""
     demos: str = ""
@@ -85,14 +85,14 @@ class Args:
     prompts_per_step: int = 32
     """prompts in a rollout, drawn from --data again and again; a step is one rollout with all its updates"""
     samples_per_prompt: int | None = None
-    """completions drawn for each prompt (default 8, and 1 with --demos)"""
+    """completions drawn for each prompt (None: 8, and 1 with --demos)"""
     max_new_tokens: int = 256
     """a completion is cut here; at most what the model's context has room for"""
     temperature: float = 1.0
     """of sampling, and of every log-probability: the policy is softmax(logits / temperature)"""
     baseline: Literal["none", "batch", "prompt", "loo"] | None = None
     """subtracted from the reward: nothing, the batch's mean, the prompt's, or that of the prompt's other samples.
-    Default: loo, leave one out; none with --demos"""
+    None: loo, leave one out; none with --demos"""
     normalize: bool = False
     """divide by the standard deviation of the rewards that the baseline is made of"""
     keep_max: bool = False
@@ -100,13 +100,13 @@ class Args:
     gamma: float = 1.0
     """discount of a reward per token of delay; 1 is usual, a text has no clock"""
     beta: float | None = None
-    """weight of the KL penalty (default 0.05, and 0 with --demos); at 0 no reference model is loaded"""
+    """weight of the KL penalty (None: 0.05, and 0 with --demos); at 0 no reference model is loaded"""
 
     # --- optimisation ---
     steps: int = 250
     """rollouts in all; 0 evaluates only"""
     learning_rate: float | None = None
-    """AdamW's step size (default 1e-6, and 3e-4 for the embedded model, which is small and wants more)"""
+    """AdamW's step size (None: 1e-6, and 3e-4 for the embedded model, which is small and wants more)"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """what becomes of the learning rate after the warm-up.
     Falling to 0, it takes the noise of single gradients out again, of which REINFORCE has more than the others here"""
@@ -119,14 +119,14 @@ class Args:
     minibatches: int = 1
     """optimizer updates in a pass; more than one update in all weighs samples by pi / pi_old"""
     tokens_per_micro_batch: int | None = None
-    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 2048 on a CPU).
+    """tokens, padding included, in one forward and backward (None: 8192 on a GPU, 2048 on a CPU).
     Lower it when memory runs out; up to rounding, results do not change"""
     gradient_checkpointing: bool = False
     """keep less for the backward pass and compute it twice: less memory, more time (prompts are then not shared)"""
 
     # --- run ---
     out: str = ""
-    """the run's folder (default runs/reinforce, then runs/reinforce-2, ...)"""
+    """the run's folder (empty: runs/reinforce, then runs/reinforce-2, ...)"""
     resume: bool = False
     """go on with the run in --out; give it the flags it was started with"""
     seed: int = 1

@@ -58,9 +58,9 @@ class Args:
     """folder or hub name of the model to start from: a causal language model, or a reward model to go on with"""
     data: str | None = None
     """pairs to learn from: JSON lines with "prompt", "chosen", "rejected", and perhaps "margin"
-    (default: the embedded task's)"""
+    (None: the embedded task's)"""
     eval_data: str | None = None
-    """held-out pairs, as --data; without it the embedded task has its own, and other data none"""
+    """held-out pairs, as --data; None: the embedded task has its own, other data none"""
     chat: bool = True
     """texts are rendered by the chat template, if the tokenizer has one
     (--no_chat: raw text, and the result has no template)"""
@@ -81,7 +81,7 @@ class Args:
     best_of: tuple[int, ...] = (1, 2, 4, 8, 16)
     """the N of best-of-N; as many completions as the largest are drawn for each prompt"""
     policy: str | None = None
-    """the model that draws them (default for the embedded pairs the embedded model, otherwise none)"""
+    """the model that draws them (None: for the embedded pairs the embedded model, otherwise nobody)"""
     eval_prompts: str | None = None
     """prompts for best-of-N: JSON lines with "prompt" and, for the true reward, "answer" """
     reward: str = "exact"
@@ -101,7 +101,7 @@ class Args:
     pairs_per_step: int = 64
     """pairs in an update"""
     learning_rate: float | None = None
-    """AdamW's step size (default 1e-5, and 1e-3 for the embedded model, which is small and wants more)"""
+    """AdamW's step size (None: 1e-5, and 1e-3 for the embedded model, which is small and wants more)"""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """what becomes of the learning rate after the warm-up"""
     warmup: int = 10
@@ -109,14 +109,14 @@ class Args:
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm"""
     tokens_per_micro_batch: int | None = None
-    """tokens, padding included, in one forward and backward (default 8192 on a GPU, 1024 on a CPU).
+    """tokens, padding included, in one forward and backward (None: 8192 on a GPU, 1024 on a CPU).
     Lower it when memory runs out; up to rounding, results do not change"""
     gradient_checkpointing: bool = False
     """keep less for the backward pass and compute it twice: less memory, more time (starts are then not shared)"""
 
     # --- run ---
     out: str = ""
-    """the run's folder (default runs/reward_model, then runs/reward_model-2, ...)"""
+    """the run's folder (empty: runs/reward_model, then runs/reward_model-2, ...)"""
     resume: bool = False
     """go on with the run in --out; give it the flags it was started with"""
     seed: int = 1
