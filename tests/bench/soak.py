@@ -7,6 +7,7 @@ its weights, moments and logged numbers must be those of a run that was never to
 Exit status 1 if anything differs. Writes soak.json and soak.md.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -67,11 +68,21 @@ def finish(process):
         sys.exit(f"a run ended with {process.returncode}: {error[-2000:]}")
 
 
-def kill(process, out, moment):
-    """After `moment` seconds, or, with None, when a checkpoint is being written. -> whether one was being written."""
-    saving, end = out / "checkpoint", time.monotonic() + (60 if moment is None else moment)
+def half_written(out):
+    """The checkpoints that are being written, or were when their process was killed; each with the time of its last write."""
+    found = set()
+    for path in (out / "checkpoint").glob("*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # it is finished by now
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
+
+
+def kill(process, out, moment, old):
+    """After `moment` seconds, or, with None, when a checkpoint is being written; `old` are those that were left half written
+    before. -> whether one was being written."""
+    end = time.monotonic() + (60 if moment is None else moment)
     while process.poll() is None and time.monotonic() < end:
-        if moment is None and any(saving.glob("*.tmp")):
+        if moment is None and half_written(out) - old:
             break
         time.sleep(0.0005 if moment is None else 0.01)
     if process.poll() is not None:
@@ -79,7 +90,7 @@ def kill(process, out, moment):
         return None  # too late
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    return any(saving.glob("*.tmp"))
+    return bool(half_written(out) - old)
 
 
 def survive(script, folder, args):
@@ -95,10 +106,11 @@ def survive(script, folder, args):
     whole, rng = time.monotonic() - began, random.Random(args.seed)
     out, kills, saving = folder / "killed", 0, 0
     while kills < args.kills:
+        old = half_written(out)
         process = start(script, out, steps, resume=(out / "args.json").exists())
         # a life is long enough to come forward, and too short to come to the end before the last kill
         moment = None if kills % 4 == 3 else first + rng.uniform(-0.5, 1.0) * (whole - first) / args.kills
-        torn = kill(process, out, moment)
+        torn = kill(process, out, moment, old)
         if torn is None:
             sys.exit(f"{script}: the run was over after {kills} kills; give it more --steps")
         kills, saving = kills + 1, saving + torn
@@ -134,7 +146,9 @@ def main(args):
     results = json.loads(path.read_text())["results"] if path.exists() else []  # of other scripts, which stay
     for script in args.scripts:
         with tempfile.TemporaryDirectory() as folder:
-            row = survive(script, Path(folder), args) | {"memory": round(grown(script, Path(folder), args), 3)}
+            row = next((r for r in results if r["script"] == script), {}) | survive(script, Path(folder), args)
+            if args.long:
+                row["memory"] = round(grown(script, Path(folder), args), 3)
         results = [r for r in results if r["script"] != script] + [row]
         results.sort(key=lambda r: list(RUNS).index(r["script"]))
         print(row, flush=True)
