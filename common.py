@@ -899,7 +899,8 @@ def introduce(out, args, world, tokenizer, ids, first, needed):
         print("warning: this may not fit; lower --tokens_per_micro_batch, add --gradient_checkpointing, or use more processes")
     # flags whose default depends on others
     open_flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.default is None}
-    print("flags left open: " + ", ".join(f"{k} {v:g}" for k, v in open_flags.items() if isinstance(v, (int, float))))
+    shown = [f"{k} {v if isinstance(v, str) else f'{v:g}'}" for k, v in open_flags.items() if v not in (None, "")]
+    print("flags left open: " + ", ".join(shown))
     what = "first text, a chosen side" if hasattr(args, "pairs_per_step") else "first prompt"
     print(f"{what}: {tokenizer.decode(ids)!r}\n  {ids if len(ids) < 40 else [*ids[:30], '...', *ids[-8:]]}")
     print(f"writing to {out}" + (f", going on after step {first} of {args.steps}" if args.resume else "") + "\n")

@@ -587,11 +587,11 @@ def test_what_each_method_holds_counted_both_ways():
 
     count, rows = held(llama_8b())
     assert abs(count / 8e9 - 1) < 0.005
-    slides = {name: a / count * 8 for name, (a, _) in rows.items()}
-    here = {name: b / count for name, (_, b) in rows.items()}
-    ppo_name = "actor-critic, PPO with a separate critic"
-    assert slides[ppo_name] == 128 and slides["GRPO with its KL"] == 80
-    assert here[ppo_name] == 2 * (4 + 4 + 8) + 2 * 2 + 2 and here["GRPO without (beta 0)"] == 16 + 2 + 2
+    slides, here = ({name: [x / count for x in of[i::2]] for name, of in rows.items()} for i in (0, 1))
+    ppo_name = "PPO with its KL, a separate critic"
+    assert slides[ppo_name][1] * 8 == 128 and slides["GRPO with its KL"][1] * 8 == 80
+    assert here[ppo_name] == [2 * (4 + 4 + 8) + 2 + 2, 2 * (4 + 4 + 8) + 2 * 2 + 2]
+    assert here["GRPO without (beta 0)"][1] == 16 + 2 + 2 and here["DPO, reference scored before"] == [16]
     config = common.read_config(ppo.Args.model)
     count, rows = held(config)
     world = World(0, 1, torch.device("cpu"), torch.float32)

@@ -49,8 +49,9 @@ def desk(tmp_path_factory):
         (folder / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
 
     sums = [{"question": f"{i}{j}=", "answer": f"Sorted they are\n#### {i}{j}"} for i in range(1, 5) for j in range(5, 9)]
-    for name in ("train.jsonl", "test.jsonl", "prompts.jsonl", "answers.jsonl"):
+    for name in ("gsm8k_train.jsonl", "gsm8k_test.jsonl", "answers.jsonl"):
         write(name, sums)
+    write("prompts.jsonl", [{"prompt": r["question"]} for r in sums])
     forms = next(b for b in BLOCKS if b.startswith('{"prompt": "What is'))
     *_, messages = re.findall(r'"chosen": (\[.*?\])', forms)
     forms = forms.replace('[the same with "5"]', messages.replace('"4"', '"5"'))
@@ -101,7 +102,7 @@ def test_a_command_of_the_readme_runs(command, desk, monkeypatch, capsys):
 
 def test_the_reward_of_the_readme_runs(desk, monkeypatch):
     assert "`--reward my_reward.py:brief`" in README
-    flags = "--data train.jsonl --reward my_reward.py:brief --out runs/brief --device cpu"
+    flags = "--data gsm8k_train.jsonl --reward my_reward.py:brief --out runs/brief --device cpu"
     run(["grpo.py", *flags.split(), *SHORT["grpo.py"].split()], desk, monkeypatch)
 
 

@@ -82,12 +82,16 @@ def test_the_readme_counts_the_cases_of_faults():
 
 
 def test_every_file_and_flag_that_the_readme_names_exists():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    titles = {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in re.findall(r"^## (.+)$", README, re.M)}
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if target.startswith("#"):
+            assert target[1:] in titles, target
+        elif not target.startswith("https://"):
+            assert (ROOT / target.partition("#")[0]).exists(), target
     fields = {f for p in SCRIPTS for f in re.findall(r"^    (\w+): ", p.read_text(), re.M)}
     torchrun = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "rdzv_id"}
     slurm = {"nodes", "ntasks", "gpus", "requeue", "signal"}
-    known = {"help", "logdir", "agree"} | torchrun | slurm | fields | {f"no_{f}" for f in fields}
+    known = {"help", "logdir", "agree", "learn"} | torchrun | slurm | fields | {f"no_{f}" for f in fields}
     assert set(re.findall(r"--(\w+)", README)) <= known
 
 

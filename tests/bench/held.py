@@ -20,14 +20,15 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 import common
 
-#         method: (models that learn, frozen models); the reward is a model, and there is a reference wherever a KL is paid
+#         method: (models that learn, frozen models besides a reward model, does it draw samples)
 METHODS = {
-    "REINFORCE": (1, 2),
-    "actor-critic, PPO with a separate critic": (2, 2),
-    "PPO with a shared critic": (1, 2),
-    "GRPO with its KL": (1, 2),
-    "GRPO without (beta 0)": (1, 1),
-    "DPO, reference scored before": (1, 0),
+    "REINFORCE with its KL": (1, 1, True),
+    "PPO with its KL, a separate critic": (2, 1, True),
+    "PPO with its KL, a shared critic": (1, 1, True),
+    "GRPO with its KL": (1, 1, True),
+    "GRPO without (beta 0)": (1, 0, True),
+    "DPO, reference scored before": (1, 0, False),
+    "fine-tuning, or a reward model from pairs": (1, 0, False),
 }
 
 
@@ -44,23 +45,29 @@ def llama_8b():
 
 
 def held(config):
-    """{method: (bytes in 16 bits without gradients, bytes here)}."""
+    """{method: bytes (in 16 bits without gradients, here, and both with a reward model that scores the samples)}."""
     with torch.device("meta"):  # a model without memory: its count is exact
         count = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
-    slides = {name: (3 * learn + frozen) * 2 * count for name, (learn, frozen) in METHODS.items()}
-    here = {name: (16 * learn + 2 * frozen + 2) * count for name, (learn, frozen) in METHODS.items()}
-    return count, {name: (slides[name], here[name]) for name in METHODS}
+
+    def both(learn, frozen, samples):
+        return (3 * learn + frozen) * 2 * count, (16 * learn + 2 * frozen + 2 * samples) * count
+
+    return count, {
+        name: (*both(learn, frozen, samples), *(both(learn, frozen + 1, samples) if samples else ()))
+        for name, (learn, frozen, samples) in METHODS.items()
+    }
 
 
 def main(args):
     count, rows = held(common.read_config(args.model) if args.model else llama_8b())
     lines = [
-        f"| {count / 1e9:.1f} B parameters | learns + frozen | all in 16 bits, no gradients | here, float32 masters |",
-        "|---|---|---|---|",
+        f"| {count / 1e9:.1f} B parameters | learns + frozen | 16 bits, no gradients | here | both with a reward model |",
+        "|---|---|---|---|---|",
     ]
-    for name, (slides, here) in rows.items():
-        learn, frozen = METHODS[name]
-        lines.append(f"| {name} | {learn} + {frozen} | {slides / 1e9:.0f} GB | {here / 1e9:.0f} GB |")
+    for name, (slides, here, *scored) in rows.items():
+        learn, frozen, _ = METHODS[name]
+        more = f"{scored[0] / 1e9:.0f} and {scored[1] / 1e9:.0f} GB" if scored else ""
+        lines.append(f"| {name} | {learn} + {frozen} | {slides / 1e9:.0f} GB | {here / 1e9:.0f} GB | {more} |")
     print("\n".join(lines))
     if not args.model:
         (HERE / "held.md").write_text("\n".join(lines) + "\n")

@@ -70,15 +70,24 @@ def main(args):
 def write(path, runs):
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
     path.write_text(json.dumps({**versions, "runs": runs}, indent=1) + "\n")
-    lines = ["| command | seed | held-out score | seconds |", "|---|---|---|---|"]
-    for r in runs:
-        before, after = r["held_out"][0][1], r["held_out"][-1][1]
-        what = f"exact match {before:.2f} to {after:.2f}"
-        if "eval/accuracy" in r:
-            what += f"; pairs right {r['eval/accuracy']:.2f}"
-        if "best_of/true@1" in r:
-            what = f"pairs right {before:.2f} to {after:.2f}; best of 16 exact {r['best_of/true@1']:.2f} to {r['best_of/true@16']:.2f}"
-        lines.append(f"| `python {r['command']}` | {r['seed']} | {what} | {r['seconds']} |")
+    lines = ["| command | held out | at the start | at the end, by seed | seconds |", "|---|---|---|---|---|"]
+    for command in dict.fromkeys(r["command"] for r in runs):
+        mine = [r for r in runs if r["command"] == command]
+        ranks = "best_of/true@1" in mine[0]
+        found = {"pairs right" if ranks else "exact match": [(r["held_out"][0][1], r["held_out"][-1][1]) for r in mine]}
+        if "eval/accuracy" in mine[0]:
+            found["pairs right"] = [(None, r["eval/accuracy"]) for r in mine]
+        if ranks:
+            found["exact match of one sample, and of the best of 16"] = [
+                (r["best_of/true@1"], r["best_of/true@16"]) for r in mine
+            ]
+        for i, (what, scores) in enumerate(found.items()):
+            begun = sorted({f"{x:.2f}" for x, _ in scores if x is not None})
+            ends, seconds = ", ".join(f"{x:.2f}" for _, x in scores), ", ".join(str(r["seconds"]) for r in mine)
+            first = f"| `python {command}` " if i == 0 else "| "
+            lines.append(
+                f"{first}| {what} | {' to '.join(begun[:: max(len(begun) - 1, 1)])} | {ends} | {seconds if i == 0 else ''} |"
+            )
     (HERE / "learning.md").write_text("\n".join(lines) + "\n")
 
 
