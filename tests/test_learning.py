@@ -1,6 +1,7 @@
 """Scripts as a newcomer starts them, until they have learnt (pytest tests -m learning)."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -73,3 +74,25 @@ def test_fine_tuning_on_demonstrations_learns_to_sort(tmp_path):
         "reinforce", tmp_path / "run", "--demos", str(ROOT / "tests" / "tiny" / "sort_train.jsonl"), "--steps", "150"
     )
     assert curve[0] <= 0.40 and curve[-1] >= 0.80, curve
+
+
+@pytest.mark.parametrize(
+    "command, least",
+    [
+        ("grpo.py", {"eval/exact": 0.90}),
+        ("ppo.py --steps 50 --eval_every 50", {"eval/exact": 0.60}),
+        ("reinforce.py --steps 125", {"eval/exact": 0.60}),
+        ("dpo.py", {"eval/exact": 0.46, "eval/accuracy": 0.90}),
+        ("reward_model.py --policy", {"eval/accuracy": 0.95}),
+    ],
+)
+def test_two_processes_learn_as_one_does(command, least, tmp_path):
+    """The runs above, or shorter ones, with their thresholds, by torchrun."""
+    script, *flags = command.split()
+    flags += [""] * (script == "reward_model.py")  # nobody to draw from
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, *flags, "--device", "cpu", "--out", str(tmp_path / "run")], check=True, env=environment)
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    last = {k: v for m in log for k, v in m.items()}
+    assert all(last[name] >= value for name, value in least.items()), last
