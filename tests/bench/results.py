@@ -2,12 +2,14 @@
 
     pip install -r requirements.txt matplotlib
     python tests/bench/results.py                      # about four hours on 2 cores, one run on each; goes on where it was stopped
+    python tests/bench/results.py --time               # two minutes, on a quiet machine, before or after
     python tests/bench/results.py --seeds 1 --methods "GRPO" "PPO, separate critic" --completions 2560 --out /tmp/few
 
 Each online method draws 51,200 completions of training prompts; fine-tuning sees as many demonstrations, DPO as many sides of
 pairs. Every other flag is the script's default, and the schedule fits the number of steps. A seed that fails or collapses counts. Best-of-N
-draws from the start, by the score of a reward model trained on the embedded pairs. Seconds are those of sampling and training,
-on one thread, beside another run. Writes results.json, results.md, results.png.
+draws from the start, by the score of a reward model trained on the embedded pairs. Seconds are steps times the median seconds of a
+step, measured apart (--time: a few steps of each method, in turns, alone on all cores), because the runs keep each other company.
+Writes results.json, results.md, results.png.
 """
 
 import json
@@ -17,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,27 +59,39 @@ class Args:
     """runs at once, each on one thread"""
     completions: int = 51_200
     out: str = str(HERE)
+    time: bool = False
+
+
+def call(method, seed, steps, out, threads, *more):
+    """-> (the lines of a run's metrics.jsonl, its exit status)."""
+    script, _, *flags = METHODS[method]
+    flags += ["--steps", str(steps), "--save_every", str(steps)] if steps else []
+    command = [sys.executable, str(HERE.parents[1] / script), *flags, *more]
+    command += ["--seed", str(seed), "--out", out, "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()], done.returncode
 
 
 def one(method, seed, completions):
-    script, drawn, *flags = METHODS[method]
-    if drawn:
-        steps = completions // drawn
-        flags += ["--steps", str(steps), "--eval_every", str(max(steps // 20, 1)), "--save_every", str(steps)]
+    drawn = METHODS[method][1]
+    steps = completions // drawn if drawn else 0
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, str(HERE.parents[1] / script), *flags, "--seed", str(seed), "--out", out, "--device", "cpu"]
-        began = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        seconds = time.perf_counter() - began
-        lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    row = {"method": method, "seed": seed, "seconds": round(seconds), "status": done.returncode}
+        lines, status = call(method, seed, steps, out, 1, *(["--eval_every", str(max(steps // 20, 1))] if drawn else []))
+    row = {"method": method, "seed": seed, "status": status}
     row["memory_gib"] = round(max(m.get("memory_gib", 0.0) for m in lines), 2)
-    clock, curve = 0.0, []
-    for m in lines:
-        clock += m.get("time/sample", 0.0) + m.get("time/train", 0.0)
-        if "eval/exact" in m:
-            curve.append((m["step"] * (drawn or 0), round(clock, 1), m["eval/exact"]))
-    return row | {"curve": curve} | {k: v for k, v in lines[-1].items() if k.startswith("best_of/")}
+    row["curve"] = [(m["step"] * (drawn or 0), m["eval/exact"]) for m in lines if "eval/exact" in m]
+    return row | {k: v for k, v in lines[-1].items() if k.startswith("best_of/")}
+
+
+def seconds_of_steps(turns=2, steps=12):
+    """{method: median seconds of a step, the first two of a run left out}."""
+    found = {method: [] for method in METHODS if METHODS[method][1]}
+    for _ in range(turns):
+        for method, seconds in found.items():
+            with tempfile.TemporaryDirectory() as out:
+                lines, _ = call(method, 1, steps, out, os.cpu_count(), "--eval_data", "", "--warmup", "0")
+            seconds += [m.get("time/sample", 0.0) + m["time/train"] for m in lines if m["step"] > 2]
+    return {method: statistics.median(seconds) for method, seconds in found.items()}
 
 
 def interval(values):
@@ -87,7 +100,7 @@ def interval(values):
     return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def table(runs):
+def table(runs, seconds):
     lines = [
         "| method | exact match, mean and 95 % interval | lowest seed | completions to 0.8 | seconds to 0.8 | peak memory |",
         "|---|---|---|---|---|---|",
@@ -104,14 +117,16 @@ def table(runs):
                     f"| best of {n} samples of the start, by a reward model | {mean:.3f} ± {half:.3f} | {lowest:.3f} | | | |"
                 )
             continue
-        mean, half = interval([r["curve"][-1][2] for r in mine])
-        reached = [next(((x, s) for x, s, y in r["curve"] if y >= REACHED), None) for r in mine]
+        mean, half = interval([r["curve"][-1][1] for r in mine])
+        reached = [next((x for x, y in r["curve"] if y >= REACHED), None) for r in mine]
         times = [x for x in reached if x]
         words = ["", ""]
         if times:
             some = "" if len(times) == len(mine) else f" ({len(times)} of {len(mine)} seeds)"
-            words = [f"{statistics.median(x for x, _ in times):,.0f}{some}", f"{statistics.median(s for _, s in times):.0f}"]
-        lowest, memory = min(r["curve"][-1][2] for r in mine), max(r["memory_gib"] for r in mine)
+            words = [f"{statistics.median(times):,.0f}{some}", ""]
+            if method in seconds:
+                words[1] = f"{statistics.median(times) / METHODS[method][1] * seconds[method]:.0f}"
+        lowest, memory = min(r["curve"][-1][1] for r in mine), max(r["memory_gib"] for r in mine)
         lines.append(f"| {method} | {mean:.3f} ± {half:.3f} | {lowest:.3f} | {words[0]} | {words[1]} | {memory:.2f} GiB |")
     return "\n".join(lines) + "\n"
 
@@ -126,8 +141,8 @@ def picture(runs, path):
     for color, method in zip(plt.get_cmap("tab10").colors, [m for m in METHODS if m != "reward model"]):
         curves = [r["curve"] for r in runs if r["method"] == method]
         if curves:
-            values = torch.tensor([[y for *_, y in c] for c in curves])
-            drawn = [x for x, *_ in curves[0]]
+            values = torch.tensor([[y for _, y in c] for c in curves])
+            drawn = [x for x, _ in curves[0]]
             ax.plot(drawn, values.mean(0), color=color, label=method)
             ax.fill_between(drawn, values.amin(0), values.amax(0), color=color, alpha=0.12)
     ax.set(
@@ -150,17 +165,24 @@ def main(args):
         if known["completions"] != args.completions:
             sys.exit(f"{out / 'results.json'} is of {known['completions']} completions")
     runs = known["runs"]
+
+    def save():
+        runs.sort(key=lambda r: (list(METHODS).index(r["method"]), r["seed"]))
+        (out / "results.json").write_text(json.dumps(known, indent=1) + "\n")
+
+    if args.time:
+        known["seconds_a_step"] = seconds_of_steps()
+        save()
     done = {(r["method"], r["seed"]) for r in runs}
-    todo = [(m, s) for s in args.seeds for m in args.methods if (m, s) not in done]
+    todo = [(m, s) for s in args.seeds for m in args.methods if (m, s) not in done and not args.time]
     with ThreadPoolExecutor(args.jobs) as pool:
         for row in pool.map(lambda job: one(*job, args.completions), todo):
             print({k: v for k, v in row.items() if k != "curve"}, row["curve"][-1:], flush=True)
             runs.append(row)
-            runs.sort(key=lambda r: (list(METHODS).index(r["method"]), r["seed"]))
-            (out / "results.json").write_text(json.dumps(known, indent=1) + "\n")
-    (out / "results.md").write_text(table(runs))
+            save()
+    (out / "results.md").write_text(table(runs, known.get("seconds_a_step", {})))
     picture(runs, out / "results.png")
-    print(table(runs))
+    print((out / "results.md").read_text())
 
 
 if __name__ == "__main__":
