@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import FAMILIES, WORDS, family, make_tokenizer
+from conftest import FAMILIES, ROOT, WORDS, family, make_tokenizer
 
 import common
 from common import draw, sample
@@ -263,3 +263,12 @@ def test_a_model_whose_cache_would_be_ignored_is_refused(tokenizer):
 def test_an_empty_prompt_is_refused(tokenizer):
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         sample(family("llama"), tokenizer, [[3], []], max_new_tokens=2)
+
+
+def test_the_bench_asks_sample_as_it_is(monkeypatch):
+    """Its tokenizer is a stand-in, and has to have what `sample` wants of one."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
+    from sampling import Ids
+
+    s = sample(family("llama"), Ids(), [[5, 6], [7, 8, 9]], n=2, max_new_tokens=4, seed=0)
+    assert s.ids.shape[0] == 4 and s.texts == [""] * 4

@@ -13,6 +13,7 @@ import random
 import statistics
 import sys
 import time
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,10 +45,13 @@ class Args:
 class Ids:
     """All that `sample` asks of a tokenizer when prompts are ids."""
 
-    pad_token_id, eos_token_id = 0, 1
+    pad_token_id, eos_token_id, chat_template = 0, 1, None
 
     def decode(self, ids, **kwargs):
         return ""
+
+    def __call__(self, text, **kwargs):
+        return types.SimpleNamespace(input_ids=[])
 
 
 def build(layers, width, words):
