@@ -102,8 +102,8 @@ def interval(values):
 
 def table(runs, seconds):
     lines = [
-        "| method | exact match, mean and 95 % interval | lowest seed | completions to 0.8 | seconds to 0.8 | peak memory |",
-        "|---|---|---|---|---|---|",
+        "| method | seeds | exact match, mean and 95 % interval | lowest | completions to 0.8 | seconds to 0.8 | peak memory |",
+        "|---|---|---|---|---|---|---|",
     ]
     for method in METHODS:
         mine = [r for r in runs if r["method"] == method]
@@ -114,7 +114,7 @@ def table(runs, seconds):
                 mean, half = interval([r[f"best_of/true@{n}"] for r in mine])
                 lowest = min(r[f"best_of/true@{n}"] for r in mine)
                 lines.append(
-                    f"| best of {n} samples of the start, by a reward model | {mean:.3f} ± {half:.3f} | {lowest:.3f} | | | |"
+                    f"| best of {n} samples of the start, by a reward model | {len(mine)} | {mean:.3f} ± {half:.3f} | {lowest:.3f} | | | |"
                 )
             continue
         mean, half = interval([r["curve"][-1][1] for r in mine])
@@ -127,7 +127,8 @@ def table(runs, seconds):
             if method in seconds:
                 words[1] = f"{statistics.median(times) / METHODS[method][1] * seconds[method]:.0f}"
         lowest, memory = min(r["curve"][-1][1] for r in mine), max(r["memory_gib"] for r in mine)
-        lines.append(f"| {method} | {mean:.3f} ± {half:.3f} | {lowest:.3f} | {words[0]} | {words[1]} | {memory:.2f} GiB |")
+        score = f"{mean:.3f} ± {half:.3f} | {lowest:.3f}"
+        lines.append(f"| {method} | {len(mine)} | {score} | {words[0]} | {words[1]} | {memory:.2f} GiB |")
     return "\n".join(lines) + "\n"
 
 
