@@ -224,7 +224,8 @@ def pictures(known, out):
                 ax.tick_params(labelsize=8)
                 ax.grid(alpha=0.3)
         axes[0].set_ylim(0, 1)
-        axes[0].legend(fontsize=7)
+        if axes[0].lines:
+            axes[0].legend(fontsize=7)
         if any(r["arm"] in arms for r in known["runs"]):
             finish(fig, title)
     if GRADIENTS[0] in known:
