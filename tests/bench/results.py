@@ -150,10 +150,10 @@ def picture(runs, path):
         xlabel="completions seen",
         ylabel="held-out exact match, greedy",
         ylim=(0, 1),
-        title=f"Sorting: mean and range of {len({r['seed'] for r in runs})} seeds",
+        title="Sorting: mean and range of the seeds",
     )
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, loc="lower right")
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     fig.savefig(path, dpi=120, bbox_inches="tight")
 
 
