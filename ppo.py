@@ -526,7 +526,7 @@ def train(args):
     args = resolve(args)
     world = common.start(args.device, args.dtype, args.seed)
     n, share = args.samples_per_prompt, args.prompts_per_step // world.size
-    B = args.prompts_per_step * n
+    B = args.prompts_per_step * n  # completions of a step, over all processes
     if share % args.minibatches or not share or args.prompts_per_step % world.size:
         fail(f"--prompts_per_step {args.prompts_per_step} must be a multiple of --minibatches times the number of processes")
 
@@ -629,10 +629,9 @@ def train(args):
 
             # 4. Advantages and returns, equations (1) to (3). Returns first: the critic learns rewards, not whitened numbers.
             paid = scores - args.missing_eos_penalty * ~samples.finished
-            advantages, returns = gae(token_rewards(paid, kl, mask, args.beta), values, mask, args.gamma, args.lam)
-            knows = explained(
-                values, gae(token_rewards(paid, kl, mask, args.beta), values, mask, args.gamma, 1.0)[1], mask, world
-            )
+            paid = token_rewards(paid, kl, mask, args.beta)  # [B, C]
+            advantages, returns = gae(paid, values, mask, args.gamma, args.lam)
+            knows = explained(values, gae(paid, values, mask, args.gamma, 1.0)[1], mask, world)  # lam 1: what really came
             if args.whiten:
                 advantages = whiten(advantages, mask, world)
 
@@ -684,9 +683,8 @@ def train(args):
                             torch.distributed.all_reduce(p.grad)
                     critic_norms.append(common.clip_gradients(critic, args.max_grad_norm))
                     if not math.isfinite(norms[-1] + critic_norms[-1]):
-                        raise common.Stop(
-                            f"step {step}: a gradient is not finite (policy {norms[-1]}, critic {critic_norms[-1]}), so no step was taken with it"
-                        )
+                        both = f"policy {norms[-1]}, critic {critic_norms[-1]}"
+                        raise common.Stop(f"step {step}: a gradient is not finite ({both}), so no step was taken with it")
                     if not warming:
                         optimizer.step()
                     critic_optimizer.step()
@@ -708,13 +706,8 @@ def train(args):
                 "time/train": now - sampled, "tokens_per_second": length / (now - began),
                 "memory_gib": common.memory_used(world) / 2**30,
             }  # fmt: skip
-            absent = {
-                "kl/ref": not reference,
-                "kl/penalty": not reference,
-                "value/explained": knows is None,
-                "entropy": warming,
-            }
-            metrics = {name: value for name, value in metrics.items() if not absent.get(name)}  # nothing was compared
+            there = {"kl/ref": reference, "kl/penalty": reference, "value/explained": knows is not None, "entropy": not warming}
+            metrics = {name: value for name, value in metrics.items() if there.get(name, True)}  # the rest was not measured
             if step % args.eval_every == 0 or step == args.steps:
                 metrics |= held_out_scores()
             asked = tokenizer.decode(samples.prompt_ids[0][samples.prompt_mask[0]])
@@ -722,9 +715,8 @@ def train(args):
             common.log(out, writer, step, metrics, shown)
             if bar:
                 advise(metrics, args, said)
-                bar.set_postfix_str(
-                    f"reward {metrics['reward']:.3f}, kl {metrics.get('kl/ref', 0.0):.2f}, {metrics['tokens_per_second']:,.0f} tokens/s"
-                )
+                kl = f", kl {metrics['kl/ref']:.2f}" if reference else ""
+                bar.set_postfix_str(f"reward {metrics['reward']:.3f}{kl}, {metrics['tokens_per_second']:,.0f} tokens/s")
                 bar.update()
 
             # 7. Save. A signal to end (Ctrl-C, a cluster that wants its machine back) waits for this place.

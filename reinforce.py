@@ -476,6 +476,7 @@ def train(args):
     args = resolve(args)
     world = common.start(args.device, args.dtype, args.seed)
     n, share = args.samples_per_prompt, args.prompts_per_step // world.size
+    B = args.prompts_per_step * n  # completions of a step, over all processes
     if share % args.minibatches or not share or args.prompts_per_step % world.size:
         fail(f"--prompts_per_step {args.prompts_per_step} must be a multiple of --minibatches times the number of processes")
 
@@ -581,32 +582,25 @@ def train(args):
             rate = common.learning_rate_at(step, args.steps, args.learning_rate, args.schedule, args.warmup)
             for settings in optimizer.param_groups:
                 settings["lr"] = rate
-            N, norms, first_ratio = (
-                args.prompts_per_step * n / args.minibatches,
-                [],
-                torch.zeros(1, device=world.device),
-            )
+            norms, first_ratio = [], torch.zeros(1, device=world.device)
             sums = torch.zeros(6, dtype=torch.float64, device=world.device)
             for epoch in range(args.epochs):
-                for m in random.Random(common.fold(args.seed, step, epoch, common.PASS)).sample(
-                    range(args.minibatches), args.minibatches
-                ):
+                shuffle = random.Random(common.fold(args.seed, step, epoch, common.PASS))
+                for m in shuffle.sample(range(args.minibatches), args.minibatches):
                     for part in minibatches[m]:
                         real, part = bool(part), part or [0]  # an empty part only keeps other processes company
                         inputs = trim(samples, part, group)
                         logprobs, entropy = token_logprobs(policy, *inputs, args.temperature)  # [b, C]
-                        C, weight = logprobs.shape[1], inputs[-1] * real
+                        C, part_mask = logprobs.shape[1], inputs[-1] * real
                         before = logprobs.detach() if old is None else old[part, :C]
-                        loss, ratio = policy_loss(logprobs, before, advantages[part, :C], weight, N)
+                        loss, ratio = policy_loss(logprobs, before, advantages[part, :C], part_mask, B / args.minibatches)
                         loss.backward()
                         with torch.no_grad():
                             if not norms:
-                                first_ratio = torch.maximum(first_ratio, ((ratio - 1).abs() * weight).max())
+                                first_ratio = torch.maximum(first_ratio, ((ratio - 1).abs() * part_mask).max())
                             apart = (before - samples.logprobs[part, :C]).abs()
-                            seen = [
-                                (x * weight).sum() for x in (torch.ones_like(ratio), entropy, ratio, before - logprobs, apart)
-                            ]
-                            sums += torch.stack([loss.detach(), *seen])
+                            seen = (torch.ones_like(ratio), entropy, ratio, before - logprobs, apart)
+                            sums += torch.stack([loss.detach(), *((x * part_mask).sum() for x in seen)])
                     norms.append(common.clip_gradients(policy, args.max_grad_norm))
                     if not math.isfinite(norms[-1]):
                         raise common.Stop(f"step {step}: the gradient is {norms[-1]}, so no step was taken with it")
@@ -618,7 +612,6 @@ def train(args):
             equal = (grouped.amax(1) == grouped.amin(1)).sum() * (n > 1)
             numbers = (*sums, rewards.sum(), kl.sum(), mask.sum(), (~samples.finished).sum(), equal)
             loss, tokens, entropy, ratio, moved, apart, total, kl_ref, length, cut, equal = common.all_sum(world, *numbers)
-            B = args.prompts_per_step * n
             metrics = {
                 "reward": total / B, "loss": loss / updates, "kl/ref": kl_ref / B, "kl/old": moved / args.epochs / B,
                 "kl/sample": apart / tokens, "ratio/first": common.all_gather(world, first_ratio).max().item(),
@@ -632,16 +625,13 @@ def train(args):
                     del metrics[name]  # nothing was compared
             if step % args.eval_every == 0 or step == args.steps:
                 metrics |= held_out_scores()
-            shown = [
-                {"prompt": tokenizer.decode(ids[0]), "completion": samples.texts[j], "reward": rewards[j].item()}
-                for j in range(n)
-            ]
+            asked = tokenizer.decode(ids[0])
+            shown = [{"prompt": asked, "completion": samples.texts[j], "reward": rewards[j].item()} for j in range(n)]
             common.log(out, writer, step, metrics, shown)
             if bar:
                 advise(metrics, args, said)
-                bar.set_postfix_str(
-                    f"reward {metrics['reward']:.3f}, kl {metrics.get('kl/ref', 0.0):.2f}, {metrics['tokens_per_second']:,.0f} tokens/s"
-                )
+                kl = f", kl {metrics['kl/ref']:.2f}" if reference else ""
+                bar.set_postfix_str(f"reward {metrics['reward']:.3f}{kl}, {metrics['tokens_per_second']:,.0f} tokens/s")
                 bar.update()
 
             # 8. Save. A signal to end (Ctrl-C, a cluster that wants its machine back) waits for this place.

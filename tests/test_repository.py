@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -73,6 +74,15 @@ def test_every_logged_number_and_only_those_is_in_the_readme(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "tests" / "bench").glob("*.md")), ids=lambda p: p.name)
 def test_every_benchs_table_stands_in_the_readme_as_it_was_written(path):
     assert path.read_text() in README
+
+
+def test_the_rounding_that_the_readme_names_is_the_measured_one():
+    row = next(line for line in README.splitlines() if line.startswith("| `kl/sample` | RPG"))
+    known = json.loads((ROOT / "tests" / "bench" / "first.json").read_text())["kl/sample"]
+    assert len(known) == 4
+    for value in known.values():
+        shown = f"{value:.0e}".replace("e-0", "e-") if value < 1e-4 else f"{value:.1g}"
+        assert re.search(rf"\b{shown}\b", row), shown
 
 
 def test_the_readme_counts_the_cases_of_faults():

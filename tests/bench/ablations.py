@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -268,7 +268,8 @@ def main(args):
     wanted = dict.fromkeys(arm for title in PICTURES if title in args.only for arm in PICTURES[title][0])
     todo = [(arm, seed) for seed in args.seeds for arm in wanted if (arm, seed) not in done]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for row in pool.map(lambda job: train(*job, args.completions), todo):
+        for ended in as_completed([pool.submit(train, *job, args.completions) for job in todo]):
+            row = ended.result()
             print(row["arm"], row["seed"], last(row["log"], "eval/exact"), flush=True)
             known["runs"].append(row)
             known["runs"].sort(key=lambda r: (list(ARMS).index(r["arm"]), r["seed"]))

@@ -2,8 +2,10 @@
 started without flags (but for --steps 1: a first step does not know how many follow).
 
     python tests/bench/first.py                        # a minute; writes first.json and first.md
+    python tests/bench/first.py MODEL                  # and how far sampler and trainer are apart for a model of your own
 
-Another machine rounds otherwise, and a completion drawn from 256 may differ; what is 0 or 1 here is so everywhere.
+Another machine rounds otherwise, and a completion drawn from 256 may differ; on a CPU what is 0 or 1 here is so everywhere.
+How far apart sampler and trainer are in bfloat16 (`kl/sample`) is measured on a CPU, too: the rounding is that of the format.
 """
 
 import json
@@ -12,7 +14,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+import common
+import grpo
+
 SCRIPTS = ("reinforce", "ppo", "grpo", "dpo", "reward_model")
 BEFORE = ("eval/exact", "eval/accuracy", "eval/loss")
 NAMES = (
@@ -28,6 +36,18 @@ def measure(script):
         subprocess.run(command, check=True, capture_output=True)
         before, first = (json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()[:2])
     return {"before": {k: before[k] for k in BEFORE if k in before}, "first": {k: first[k] for k in NAMES if k in first}}
+
+
+def apart(path, dtype):
+    """`kl/sample` of the first 64 completions (of at most 22 tokens) that a model draws for the sorting task's prompts."""
+    world = common.World(0, 1, torch.device("cpu"), dtype)
+    model, tokenizer = common.load_reference(path, world), common.load_tokenizer(path)
+    rows = grpo.read_rows(str(grpo.TINY / "sort_test.jsonl"), "--data")[:8]
+    prompts = [common.encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    samples = common.sample(model, tokenizer, prompts, n=8, max_new_tokens=22, seed=0)
+    with torch.no_grad():
+        logprobs, _ = grpo.token_logprobs(model, *grpo.trim(samples, list(range(64)), 8), 1.0)
+    return (((logprobs - samples.logprobs).abs() * samples.mask).sum() / samples.mask.sum()).item()
 
 
 def shown(value):
@@ -48,6 +68,11 @@ def table(found):
 
 if __name__ == "__main__":
     found = {script: measure(script) for script in SCRIPTS}
-    (HERE / "first.json").write_text(json.dumps(found, indent=1) + "\n")
     (HERE / "first.md").write_text(table(found))
-    print(table(found))
+    found["kl/sample"] = {
+        f"{name}, {str(dtype)[6:]}": apart(path, dtype)
+        for name, path in (("embedded model", str(grpo.TINY / "model")), *((Path(p).name, p) for p in sys.argv[1:]))
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    (HERE / "first.json").write_text(json.dumps(found, indent=1) + "\n")
+    print((HERE / "first.md").read_text(), found["kl/sample"])

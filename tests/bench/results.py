@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,7 +177,8 @@ def main(args):
     done = {(r["method"], r["seed"]) for r in runs}
     todo = [(m, s) for s in args.seeds for m in args.methods if (m, s) not in done and not args.time]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for row in pool.map(lambda job: one(*job, args.completions), todo):
+        for ended in as_completed([pool.submit(one, *job, args.completions) for job in todo]):
+            row = ended.result()
             print({k: v for k, v in row.items() if k != "curve"}, row["curve"][-1:], flush=True)
             runs.append(row)
             save()

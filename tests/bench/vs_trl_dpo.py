@@ -185,6 +185,25 @@ def agree():
     sys.exit(worst > 1e-5)
 
 
+def table(turns):
+    lines = [
+        "| 135M model, 8 real pairs a step | seconds a step | with the reference's | peak memory | held-out accuracy after 40 steps (95 % interval) |",
+        "|---|---|---|---|---|",
+    ]
+    for who in ("dpo.py", "TRL"):
+        short = [t for t in turns if t["who"] == who and "right" not in t]
+        mean, low, high, questions = interval(next(t["right"] for t in turns if t["who"] == who and "right" in t))
+        seconds = statistics.median(x for t in short for x in t["seconds"][1:])
+        scoring = statistics.median(t.get("reference_seconds", 0.0) for t in short)
+        memory = statistics.median(t["gib"] for t in short)
+        lines.append(
+            f"| {who} | {seconds:.1f} | {seconds + scoring:.1f} | {memory:.1f} GiB | {mean:.3f} ({low:.3f} to {high:.3f}, {questions} questions) |"
+        )
+    one, two = (t["loss"] for t in turns if "right" in t)
+    apart = max(abs(a - b) for a, b in zip(one, two))
+    return "\n".join([*lines, "", f"The losses of the {len(one)} steps are at most {apart:.4f} apart."]) + "\n"
+
+
 def main(args):
     if args.agree:
         return agree()
@@ -214,28 +233,15 @@ def main(args):
     for t in turns:
         plain = {k: v for k, v in t["configuration"].items() if "dir" not in k and k not in ("model", "data", "out")}
         t["configuration"] = {k: Path(v).name if str(v).startswith("/") else v for k, v in plain.items()}
-    lines = [
-        "| 135M model, 8 real pairs a step | seconds a step | with the reference's | peak memory | held-out accuracy after 40 steps (95 % interval) |",
-        "|---|---|---|---|---|",
-    ]
-    for who in both:
-        short = [t for t in turns if t["who"] == who and "right" not in t]
-        mean, low, high, questions = interval(next(t["right"] for t in turns if t["who"] == who and "right" in t))
-        seconds = statistics.median(x for t in short for x in t["seconds"][1:])
-        scoring = statistics.median(t.get("reference_seconds", 0.0) for t in short)
-        memory = statistics.median(t["gib"] for t in short)
-        lines.append(
-            f"| {who} | {seconds:.1f} | {seconds + scoring:.1f} | {memory:.1f} GiB | {mean:.3f} ({low:.3f} to {high:.3f}, {questions} questions) |"
-        )
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
     for t in turns:  # the questions themselves are not ours to copy
         if "right" in t:
             number = {q: i for i, q in enumerate(dict.fromkeys(q for q, _ in t["right"]))}
             t["right"] = [(number[q], r) for q, r in t["right"]]
     (HERE / "vs_trl_dpo.json").write_text(json.dumps({**versions, "turns": turns}, indent=1) + "\n")
-    (HERE / "vs_trl_dpo.md").write_text("\n".join(lines) + "\n")
+    (HERE / "vs_trl_dpo.md").write_text(table(turns))
     progress.unlink()
-    print("\n".join(lines))
+    print(table(turns))
 
 
 if __name__ == "__main__":
