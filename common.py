@@ -27,6 +27,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -214,9 +215,10 @@ def load_tokenizer(path):
 
 
 def own_pad(tokenizer):
-    """A pad token that is not EOS, for sequence classifiers: transformers' score the last id that is not pad, and where pad
+    """A pad token that ends no text, for sequence classifiers: transformers' score the last id that is not pad, and where pad
     is EOS that is the token before the end. One that the vocabulary has, or else a new one."""
-    taken = (tokenizer.eos_token, tokenizer.bos_token)
+    end = tokenizer.convert_ids_to_tokens(turn_end(tokenizer, str(tokenizer.chat_template)))
+    taken = (tokenizer.eos_token, tokenizer.bos_token, end)
     names = [t.content for t in tokenizer.added_tokens_decoder.values() if "pad" in t.content.lower()]
     spare = [name for name in (*names, tokenizer.unk_token) if name and name not in taken]
     if tokenizer.pad_token in taken:
@@ -293,6 +295,8 @@ def encode_answer(tokenizer, prompt, completion):
         except Exception as error:  # some templates know no system message, or want user and assistant to take turns
             fail(f"the reward model's chat template refuses the prompt {str(prompt):.200}: {error}")
         return tokenizer(text, add_special_tokens=False).input_ids
+    if any(not isinstance(m["content"], str) for m in talk):
+        fail(f"a message's content is no text, and the tokenizer has no chat template to render it: {str(prompt):.200}")
     return encode(tokenizer, "\n".join(m["content"] for m in talk)) + encode_completion(tokenizer, completion)
 
 
@@ -321,8 +325,9 @@ def read_config(path, **changes):
 
 def load(auto, path, dtype, **changes):
     """from_pretrained, the careful way: the dtype is always given (the default is the file's, and a policy left in
-    bfloat16 learns nothing at small rates), weights come from safetensors only, and no code from the hub is run.
-    Returns the model and the names of the weights that the folder does not have."""
+    bfloat16 learns nothing at small rates), weights come from safetensors only, and no code from the hub is run. A weight that
+    the folder lacks would be drawn at random, and trained in silence: only a scalar head may be new. Returns the model and the
+    names of what is new."""
     settings = {"config": read_config(path, **changes), "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     try:
         model, info = auto.from_pretrained(path, **settings, output_loading_info=True)
@@ -330,7 +335,13 @@ def load(auto, path, dtype, **changes):
         fail(f"{path}: no model could be loaded ({str(error).splitlines()[0]})")
     # what `save_model` writes: the config as it came, with its dropout, so that others find what they know
     model.config_to_save = AutoConfig.from_pretrained(path, **changes)
-    return model, set(info["missing_keys"])
+    may_lack = set(scalar_head(model).parameters()) if auto is AutoModelForSequenceClassification else set()
+    weights = dict(model.named_parameters())
+    missing = sorted(info["missing_keys"])
+    lacking = [k for k in missing if weights.get(k) not in may_lack]
+    if lacking:
+        fail(f"{path}: the folder has no weights for {len(lacking)} parts of the model, among them {lacking[0]}")
+    return model, missing
 
 
 def shard(model, world):
@@ -446,19 +457,26 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
     model.zero_grad()
     same = all_sum(world, same)[0] == world.size
     if not same:
-        say("note: this family's cache does not serve the training forward, so each sample's prompt is computed anew")
+        say("note: this family's cache does not serve the training forward, so a prompt is computed anew for each text")
     return same
+
+
+def context_of(*configs):
+    """How many tokens the models of these configs can read: the least of them, or a very large number."""
+    return min(getattr(c.get_text_config(), "max_position_embeddings", None) or 2**31 for c in configs)
 
 
 def fit_context(args, longest, *configs):
     """The flags, with --max_new_tokens lowered to what the context of these models has room for after the longest prompt;
     one place is left for the EOS that a reward model reads after a completion that was cut."""
-    context = min(getattr(c.get_text_config(), "max_position_embeddings", None) or 2**31 for c in configs) - 1
+    context = context_of(*configs) - 1
     if longest >= context:
-        fail(f"a prompt of {longest} tokens fills the model's context of {context + 1}; lower --max_prompt_tokens")
+        half = f"--max_prompt_tokens {context // 2} would leave such prompts out"
+        fail(f"a prompt of {longest} tokens fills the model's context of {context + 1} (one is kept for the end); {half}")
     if longest + args.max_new_tokens > context:
-        why = f"the model's context is {context + 1}, and the longest prompt has {longest} (--max_prompt_tokens leaves long ones out)"
-        say(f"--max_new_tokens {args.max_new_tokens} is lowered to {context - longest}: {why}")
+        why = f"the model's context is {context + 1}, and the longest prompt has {longest}"
+        half = f"; --max_prompt_tokens {context // 2} would leave such prompts out" if longest > context // 2 else ""
+        say(f"--max_new_tokens {args.max_new_tokens} is lowered to {context - longest}: {why}{half}")
     return dataclasses.replace(args, max_new_tokens=min(args.max_new_tokens, context - longest))
 
 
@@ -512,7 +530,7 @@ def load_scalar(path, world, tokenizer, head_std=None, gradient_checkpointing=Fa
     dtype = world.dtype if frozen else torch.float32
     model, missing = load(AutoModelForSequenceClassification, path, dtype, num_labels=1)
     if head_std is None and missing:
-        fail(f"{path}: this is no reward model with one score: it has no weights for {', '.join(sorted(missing))}")
+        fail(f"{path}: this is no reward model with one score: it has no weights for {', '.join(missing)}")
     if head_std is not None:
         with torch.no_grad():
             for p in scalar_head(model).parameters():
@@ -534,6 +552,24 @@ def scalar_head(model):
     Called on all positions by the model's forward, so a hook on it sees a value for every token."""
     heads = [m for name, m in model.named_children() if name != model.base_model_prefix and list(m.parameters())]
     return heads[-1]
+
+
+def checked(reward):
+    """A reward for one completion as one for many, which ends the run when it raises or gives no finite number: one NaN
+    among the rewards makes every weight NaN within a step."""
+
+    def score(completion, row):
+        try:
+            value = reward(completion, row)
+            if math.isfinite(float(value)) and not isinstance(value, str):
+                return float(value)
+            wrong = f"{value!r:.100}, no finite number,"
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            wrong = f"an error in {Path(at.filename).name}, line {at.lineno} ({type(error).__name__}: {error}),"
+        raise Stop(f"--reward gave {wrong} for prompt {row['prompt']!r:.300} and completion {completion!r:.300}")
+
+    return lambda completions, rows: [score(c, r) for c, r in zip(completions, rows)]
 
 
 def together(reward, world):
@@ -561,17 +597,21 @@ def load_scorer(path, world):
     return lambda completions, rows: score_texts(model, tokenizer, completions, rows, world)
 
 
-@torch.no_grad()
 def score_texts(model, tokenizer, completions, rows, world):
     """The reward model's scores of completions, a list of floats."""
-    texts = [encode_answer(tokenizer, row["prompt"], c) for c, row in zip(completions, rows)]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    return score_ids(model, tokenizer, [encode_answer(tokenizer, row["prompt"], c) for c, row in zip(completions, rows)], world)
+
+
+@torch.no_grad()
+def score_ids(model, tokenizer, texts, world):
+    """The scores of texts as ids, by the model's own forward: as transformers' pipeline reads any classifier, ours or not."""
+    limit = context_of(model.config)
     sizes = torch.tensor([[len(texts), max(map(len, texts))]], device=world.device)
     most, longest = all_gather(world, sizes).amax(0).tolist()  # over all processes
     if longest > limit:
         raise Stop(f"the reward model reads {limit} tokens, and one text has {longest}; lower --max_new_tokens")
     values = []
-    for i in range(0, most, 64):  # as many forwards on every process: sharded weights are gathered by all or by none
+    for i in range(0, most, 64):  # the same number of forwards on every process: sharded weights are gathered by all or by none
         part = texts[i : i + 64] or texts[:1]
         s = given([[] for _ in part], part, tokenizer, world)
         values += model(input_ids=s.ids, attention_mask=s.mask.long(), use_cache=False).logits[:, 0].float().tolist()
@@ -739,7 +779,7 @@ def open_run(args, script, world):
             before = json.loads((out / "args.json").read_text())
             if before["script"] != script:
                 fail(f"--resume: {out} is a run of {before['script']}.py, not of {script}.py")
-            for name, value in flags.items():
+            for name, value in flags.items() if checkpoints(out) else ():  # before the first there is nothing to be true to
                 if name not in MAY_DIFFER and before.get(name, value) != value:
                     fail(f"--resume: --{name} is {value}, but the run in {out} was started with {before[name]}")
             at = int(checkpoints(out)[-1].stem) if checkpoints(out) else 0
@@ -748,7 +788,9 @@ def open_run(args, script, world):
             if before.get("steps", args.steps) != args.steps:
                 print(f"note: --steps was {before['steps']} and is {args.steps}; the learning rate's schedule changes with it")
         elif args.out and out.exists() and (out.is_file() or any(p.suffix != ".tmp" for p in out.iterdir())):
-            fail(f"--out {out}: not an empty folder; add --resume to go on with the run in it, or choose another name")
+            fail(
+                f"--out {out}: not an empty folder; add --resume to go on with the run in it, delete it, or choose another name"
+            )
         try:
             while True:
                 try:
@@ -869,15 +911,22 @@ def cut_log(path, step):
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
-            if row["step"] <= step and not any(k.startswith("best_of/") for k in row):  # those come after the last step
+            if row["step"] <= step and not any(k.startswith(("best_of/", "scale/")) for k in row):  # those come after the end
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
     write(path, "".join(kept))
 
 
+def picked(count, step, rows, world, seed):
+    """This process's part of the `rows` row numbers of a step. The data is one endless sequence of shuffled copies: step and rank
+    alone say which come next, so a resumed run neither skips nor repeats any."""
+    mine = rows // world.size
+    return [pick(count, (step - 1) * rows + world.rank * mine + i, seed) for i in range(mine)]
+
+
 def pick(count, i, seed):
-    """Element i of an endless row of shuffled copies of range(count)."""
+    """Element i of the endless sequence of shuffled copies of range(count)."""
     return shuffled(count, fold(seed, i // count, ORDER))[i % count]
 
 
@@ -901,8 +950,9 @@ def introduce(out, args, world, tokenizer, ids, first, needed):
     open_flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.default is None}
     shown = [f"{k} {v if isinstance(v, str) else f'{v:g}'}" for k, v in open_flags.items() if v not in (None, "")]
     print("flags left open: " + ", ".join(shown))
-    what = "first text, a chosen side" if hasattr(args, "pairs_per_step") else "first prompt"
-    print(f"{what}: {tokenizer.decode(ids)!r}\n  {ids if len(ids) < 40 else [*ids[:30], '...', *ids[-8:]]}")
+    pairs = hasattr(args, "pairs_per_step") and (args.data or args.eval_data)
+    what = "first text, a chosen side" if pairs else "first prompt"
+    print(f"{what}: {tokenizer.decode(ids)!r}\n  as ids: {ids if len(ids) < 40 else [*ids[:30], '...', *ids[-8:]]}")
     print(f"writing to {out}" + (f", going on after step {first} of {args.steps}" if args.resume else "") + "\n")
     for name in ("metrics.jsonl", "samples.jsonl"):
         cut_log(out / name, first or -1)  # what a resumed run will write again
@@ -919,8 +969,9 @@ def log(out, writer, step, metrics, texts=()):
         return
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, **metrics}) + "\n")
-    with open(out / "samples.jsonl", "a", encoding="utf-8") as file:
-        file.writelines(json.dumps({"step": step, **t}, ensure_ascii=False) + "\n" for t in texts)
+    if texts:
+        with open(out / "samples.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **t}, ensure_ascii=False) + "\n" for t in texts)
     for name, value in metrics.items():
         writer.add_scalar(name, value, step)
     if texts:
@@ -931,9 +982,10 @@ def log(out, writer, step, metrics, texts=()):
     if scores:
         tqdm.write(f"step {step}: held-out {scores}")
     elif not sys.stderr.isatty() and time.monotonic() > getattr(writer, "quiet_until", 0):  # no bar: a line a minute
-        writer.quiet_until = time.monotonic() + 60
         names = [k for k in ("reward", "accuracy", "loss", "kl/ref", "tokens_per_second") if k in metrics]
-        tqdm.write(f"step {step}: " + ", ".join(f"{k} {metrics[k]:.3g}" for k in names))
+        if names:
+            writer.quiet_until = time.monotonic() + 60
+            tqdm.write(f"step {step}: " + ", ".join(f"{k} {metrics[k]:.3g}" for k in names))
 
 
 def conclude(out, args, writer, bar, use):
@@ -946,11 +998,21 @@ def conclude(out, args, writer, bar, use):
     last = {k: v for line in lines for k, v in line.items()}
     for name in [k for k in lines[0] if k.startswith("eval/")]:
         print(f"held-out {name[5:]}: {lines[0][name]:.3f}" + (f" -> {last[name]:.3f}" if args.steps else ""))
-    if not any(k.startswith("eval/") for k in last):
+    if args.steps and not any(k.startswith("eval/") for k in last):
+        for name in [k for k in ("reward", "accuracy") if k in last]:
+            print(f"{name} of the first step: {next(m[name] for m in lines if name in m):.3f}, of the last: {last[name]:.3f}")
         print("nothing was held out; --eval_data gives a score that training has not seen")
     print(f"\n  tensorboard --logdir {out}")
     if args.steps:
         print("\nand, in Python, to use the model:\n\n  from transformers import pipeline\n  " + use)
+
+
+def usage(out, tokenizer, prompt, args):
+    """The line of Python that samples from the model that a run has made, with a prompt of its own."""
+    prompt = prompt if prompt and len(str(prompt)) < 200 else "your prompt"
+    if tokenizer.chat_template and args.chat and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    return f'print(pipeline("text-generation", "{out / "model"}")({prompt!r}, max_new_tokens={args.max_new_tokens}))'
 
 
 class Stop(Exception):
@@ -984,7 +1046,7 @@ def guarded(out, args, bar):
             what += ", or lower --sample_rows (sampling)" if hasattr(args, "sample_rows") else ""
             what += ", or, in a new run, --prompts_per_step (sampling)" if hasattr(args, "prompts_per_step") else ""
         words = shlex.join([a for a in sys.argv if a != "--resume"] + ([] if args.out else ["--out", str(out)]) + ["--resume"])
-        on = "go on from the last checkpoint" if checkpoints(out) else "no checkpoint was written yet; begin again"
+        on = "go on from the last checkpoint" if checkpoints(out) else "no checkpoint was written yet; begin from the start"
         command = "torchrun ..." if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "python"
         raise SystemExit(f"{what}\n{on} with: {command} {words}" if args.steps else what) from error
 
@@ -999,6 +1061,8 @@ def catch_signals(steps):
         if caught or not steps:
             raise KeyboardInterrupt
         caught.append(number)
+        if int(os.environ.get("RANK", 0)) == 0:  # not by print, which the signal may have interrupted
+            os.write(2, b"\nfinishing this step, then saving it; a second signal stops at once, and loses it\n")
 
     signal.signal(signal.SIGTERM, handler)
     signal.signal(signal.SIGINT, handler)

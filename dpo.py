@@ -145,14 +145,14 @@ class Args:
 
 def resolve(args):
     """Fills in the defaults that depend on other flags, and refuses flags that contradict each other."""
-    tiny = Path(args.model).resolve() == TINY / "model"
-    at_home = args.data is None and not args.eval_data and not args.eval_prompts
+    tiny_model = Path(args.model).resolve() == TINY / "model"
+    tiny_data = args.data is None and not args.eval_data and not args.eval_prompts
     defaults = {
-        "data": str(TINY / "pairs_train.jsonl") if at_home else "",
-        "eval_data": str(TINY / "pairs_test.jsonl") if at_home and (args.steps or args.reference) else "",
-        "eval_prompts": str(TINY / "sort_test.jsonl") if at_home else "",
-        "beta": {"simpo": 2.0, "ipo": 1.0}.get(args.loss, 0.5 if tiny else 0.1),
-        "learning_rate": 3e-4 if tiny else 5e-7,
+        "data": str(TINY / "pairs_train.jsonl") if tiny_data else "",
+        "eval_data": str(TINY / "pairs_test.jsonl") if tiny_data and (args.steps or args.reference) else "",
+        "eval_prompts": str(TINY / "sort_test.jsonl") if tiny_data else "",
+        "beta": {"simpo": 2.0, "ipo": 1.0}.get(args.loss, 0.5 if tiny_model else 0.1),
+        "learning_rate": 3e-4 if tiny_model else 5e-7,
         "tokens_per_micro_batch": 2048 if args.device == "cpu" or not torch.cuda.is_available() else 8192,
     }
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
@@ -189,7 +189,7 @@ def read_pairs(path, flag):
                 *asked, answer = row[side]
                 row[side] = answer["content"]
                 known = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
-                if asked and known not in (None, asked):
+                if asked and row["prompt"] and known != asked:
                     fail(f"{where}: the prompt, chosen and rejected do not ask the same")
                 row["prompt"] = row["prompt"] or asked
             if not isinstance(row.get(side), str):
@@ -226,32 +226,24 @@ def is_prompt(value):
     return bool(value) and (isinstance(value, str) or messages)
 
 
-def read_rows(path, flag):
-    """The rows of a JSON-lines file, each with its `prompt`."""
-    rows = []
-    for number, row in common.read_json(path, flag):
-        prompt = row.get("prompt", row.get("question")) if isinstance(row, dict) else None
-        if not is_prompt(prompt):
-            fail(f'{flag} {path}, line {number}: needs a "prompt" (or "question") that is a text or a list of messages')
-        rows.append({**row, "prompt": prompt})
-    return rows
-
-
-def encode_rows(rows, tokenizer, args, flag):
-    """[(prompt's token ids, row), ...] without the prompts that are too long; says how many those were."""
-    pairs = [(common.encode_prompt(tokenizer, r["prompt"], args.system, args.chat), r) for r in rows]
-    kept = [(ids, r) for ids, r in pairs if 0 < len(ids) <= args.max_prompt_tokens]
+def load_prompts(path, flag, tokenizer, args, needs=""):
+    """[(prompt's token ids, row), ...] of a JSON-lines file, each row with its `prompt`, without prompts that are too long; says
+    how many those were. `needs` is what wants an answer of every row, if anything does."""
+    pairs = []
+    for number, row in common.read_json(path, flag) if path else ():
+        where, row = f"{flag} {path}, line {number}", row if isinstance(row, dict) else {}
+        row = {**row, "prompt": row.get("prompt", row.get("question"))}
+        if not is_prompt(row["prompt"]):
+            fail(f'{where}: needs a "prompt" (or "question") that is a text or a list of messages')
+        if needs and not isinstance(row.get("answer"), (str, int, float)):
+            fail(f'{where}: {needs} needs an "answer", a text or a number; the row with prompt {row["prompt"]!r:.100} has none')
+        pairs.append((common.encode_prompt(tokenizer, row["prompt"], args.system, args.chat), row))
+    kept = [(ids, row) for ids, row in pairs if 0 < len(ids) <= args.max_prompt_tokens]
     if len(kept) < len(pairs):
-        common.say(
-            f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out (--max_prompt_tokens {args.max_prompt_tokens})"
-        )
-    return kept or fail(f"{flag}: every prompt is longer than --max_prompt_tokens {args.max_prompt_tokens}")
-
-
-def need_answers(rows, flag, what):
-    for row in rows:
-        if not isinstance(row.get("answer"), (str, int, float)):
-            fail(f'{flag}: {what} needs an "answer", a text or a number; the row with prompt {row["prompt"]!r:.100} has none')
+        limit = f"--max_prompt_tokens {args.max_prompt_tokens}"
+        common.say(f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out ({limit})")
+        kept = kept or fail(f"{flag}: every prompt is longer than {limit}")
+    return kept
 
 
 def exact(completion, row):
@@ -283,28 +275,7 @@ def load_reward(spec, world):
             fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
         return common.together(common.load_scorer(spec, world), world)
     rules = {"exact": exact, "number": number}
-    return common.together(checked(rules[spec] if spec in rules else common.load_function(spec, "--reward")), world)
-
-
-def checked(reward):
-    """A reward for one completion as one for many, which ends the run when it raises or gives no finite number: one NaN
-    among the rewards makes every weight NaN within a step."""
-
-    def scores(completions, rows):
-        values = []
-        for completion, row in zip(completions, rows):
-            try:
-                value = reward(completion, row)
-                values.append(float(value))
-                wrong = "" if math.isfinite(values[-1]) and not isinstance(value, str) else f"{value!r:.100}, no finite number,"
-            except Exception as error:
-                wrong = f"an error, {type(error).__name__}: {error}"
-            if wrong:
-                where = f"prompt {row['prompt']!r:.300} and completion {completion!r:.300}"
-                raise common.Stop(f"--reward gave {wrong} for {where}")
-        return values
-
-    return scores
+    return common.together(common.checked(rules.get(spec) or common.load_function(spec, "--reward")), world)
 
 
 # -- The math ------------------------------------------------------------------------------------------------------
@@ -329,11 +300,11 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected, chosen_length, r
 # -- Log-probabilities: one forward for both sides -----------------------------------------------------------------
 
 
-def cut_pairs(pairs, share, tokens, world):
+def cut_pairs(pairs, shared, tokens, world):
     """Cuts pairs into parts of at most `tokens` tokens (or one pair) with padding, pairs of like length together -> [pair
-    numbers]. Both sides stay in one part, because the loss is of their difference. Every process gets as many parts, some
-    perhaps empty: sharded weights are gathered by all or by none."""
-    sizes = [(len(p) * (1 if share else 2), max(len(c), len(r))) for p, c, r in pairs]
+    numbers]. Both sides stay in one part, because the loss is of their difference. Every process gets the same number of
+    parts, some perhaps empty: sharded weights are gathered by all or by none."""
+    sizes = [(len(p) * (1 if shared else 2), max(len(c), len(r))) for p, c, r in pairs]
     parts = [[]]
     for i in sorted(range(len(pairs)), key=lambda i: -(sizes[i][0] + 2 * sizes[i][1])):
         prompt, answer = (max(sizes[j][k] for j in (*parts[-1], i)) for k in (0, 1))
@@ -378,7 +349,7 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
             logits = logits / temperature  # as the sampler did; without it the ratio is not 1
         logprobs = logits.log_softmax(-1)
         chosen, entropy = logprobs.gather(-1, tokens[:, None])[:, 0], torch.zeros_like(logprobs[:, 0])
-        if torch.is_grad_enabled():  # after all that backward needs, so that it is not computed again there
+        if torch.is_grad_enabled():  # last: what backward computes again ends with what it needs
             entropy = -torch.linalg.vecdot(logprobs.detach().exp(), logprobs.detach())
         return chosen, entropy
 
@@ -397,36 +368,37 @@ def token_logprobs(model, prompt_ids, prompt_mask, owner, ids, mask, temperature
     return logprobs_of(model, states, ids, mask, temperature, chunk)
 
 
-def pair_logprobs(model, tokenizer, pairs, share, world):
+def pair_logprobs(model, tokenizer, pairs, shared, world):
     """Summed log-probabilities of both sides, their ends included: (chosen [b], rejected [b]). Row 2i of the batch is chosen of
     pair i, row 2i + 1 rejected; both have the same prompt, which is computed once where it can be shared."""
     prompts = [prompt for prompt, _, _ in pairs for _ in range(2)]
     s = common.given(prompts, [side for _, *sides in pairs for side in sides], tokenizer, world)
     start = s.prompt_ids, s.prompt_mask, None
-    if share:
+    if shared:
         start = s.prompt_ids[::2], s.prompt_mask[::2], torch.arange(len(pairs), device=world.device).repeat_interleave(2)
     logprobs, _ = token_logprobs(model, *start, s.ids, s.mask, 1.0)
     return logprobs.sum(1).view(-1, 2).unbind(1)
 
 
 @torch.no_grad()
-def score_pairs(model, tokenizer, pairs, share, args, world):
+def score_pairs(model, tokenizer, pairs, shared, args, world):
     """pair_logprobs of many pairs, [pairs, 2] on the CPU; each process its share, then all of them on all."""
     mine = pairs[world.rank :: world.size] or pairs[:1]
     table = torch.zeros(-(-len(pairs) // world.size), 2)
-    for part in cut_pairs(mine, share, args.tokens_per_micro_batch, world):
-        sums = torch.stack(pair_logprobs(model, tokenizer, [mine[i] for i in part or [0]], share, world), 1)
+    for part in cut_pairs(mine, shared, args.tokens_per_micro_batch, world):
+        sums = torch.stack(pair_logprobs(model, tokenizer, [mine[i] for i in part or [0]], shared, world), 1)
         if part:
             table[part] = sums.cpu()
     everyone = common.all_gather(world, table.to(world.device)).cpu().view(world.size, -1, 2)
     return everyone.transpose(0, 1).reshape(-1, 2)[: len(pairs)]  # pair i was scored by process i modulo their number
 
 
-def reference_scores(policy, share, tokenizer, pairs, held_out, args, out, world, stop_asked):
+def reference_scores(policy, shared, tokenizer, pairs, held_out, args, out, world, stop_asked):
     """What the reference says of the pairs that the run will visit and of the held-out ones, [pairs, 2] each, NaN where nobody will
     ask. To be called while the policy still is the reference: before it has made a step, or taken up a checkpoint. Kept in the
     run's folder, so a resumed run scores only what it lacks, and only if its pairs and precision are the same. simpo asks nobody.
-    A pair is scored in other company than it is trained in, which in bfloat16 moves its log-ratio by hundredths, also in step 1."""
+    The reference scores a pair in another micro-batch than training does; in bfloat16 that moves its log-ratio by hundredths, in
+    step 1 too."""
     if args.loss == "simpo":
         return torch.zeros(len(pairs), 2), torch.zeros(len(held_out), 2)
     path, mark = out / "reference.pt", f"{world.dtype} {hashlib.sha256(repr((pairs, held_out)).encode()).hexdigest()}"
@@ -441,7 +413,7 @@ def reference_scores(policy, share, tokenizer, pairs, held_out, args, out, world
         table = known.setdefault(name, torch.full((len(group), 2), math.nan))
         rows = [i for i in sorted(wanted) if table[i].isnan().any()]
         for part in (rows[i : i + 1024] for i in range(0, len(rows), 1024)):
-            table[part] = score_pairs(policy, tokenizer, [group[i] for i in part], share, args, world)
+            table[part] = score_pairs(policy, tokenizer, [group[i] for i in part], shared, args, world)
             if world.rank == 0:
                 common.write(path, known)
                 tqdm.write(f"the reference has scored {(~table[:, 0].isnan()).sum()} of {len(wanted)} {name}")
@@ -453,9 +425,9 @@ def reference_scores(policy, share, tokenizer, pairs, held_out, args, out, world
 # -- Evaluation and logging ----------------------------------------------------------------------------------------
 
 
-def evaluate_pairs(policy, tokenizer, held_out, reference, share, args, world):
+def evaluate_pairs(policy, tokenizer, held_out, reference, shared, args, world):
     """The loss, implicit rewards and their order on held-out pairs."""
-    now = score_pairs(policy, tokenizer, held_out, share, args, world)
+    now = score_pairs(policy, tokenizer, held_out, shared, args, world)
     n = torch.tensor([[len(c), len(r)] for _, c, r in held_out])
     loss = preference_loss(*now.T, *reference.T, *n.T, args)
     chosen, rejected = implicit_rewards(now, reference, n, args)
@@ -480,7 +452,7 @@ def evaluate(model, tokenizer, held_out, reward, args, world):
     right = number if args.reward == "number" else exact
     mine, sums = held_out[world.rank :: world.size], [0.0] * 4  # sums: rewards, rows, right answers, rows with an answer
     shown = []
-    for i in range(0, -(-len(held_out) // world.size), 256):  # as many rounds on every process
+    for i in range(0, -(-len(held_out) // world.size), 256):  # the same number of rounds on every process
         part = mine[i : i + 256]
         ids, rows = zip(*(part or held_out[:1]))
         texts = common.sample(model, tokenizer, list(ids), max_new_tokens=args.max_new_tokens, temperature=0).texts
@@ -500,16 +472,14 @@ def evaluate(model, tokenizer, held_out, reward, args, world):
 def train(args):
     args = resolve(args)
     world = common.start(args.device, args.dtype, args.seed)
-    mine = args.pairs_per_step // world.size
-    if not mine or args.pairs_per_step % world.size:
+    if args.pairs_per_step % world.size:
         fail(f"--pairs_per_step {args.pairs_per_step} must be a multiple of the number of processes")
 
     # everything that can be wrong with the user's input is found here, before the policy is loaded or a file written
     config, tokenizer = common.policy_config(args.model), common.load_tokenizer(args.model)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+    context = common.context_of(config)
     if args.reference:
-        read = getattr(common.policy_config(args.reference).get_text_config(), "max_position_embeddings", None) or 2**31
-        context = min(context, read)
+        context = common.context_of(config, common.policy_config(args.reference))
         if common.load_tokenizer(args.reference).get_vocab() != tokenizer.get_vocab():
             fail(f"--reference {args.reference}: reads other tokens than --model {args.model}")
     if args.max_tokens > context:
@@ -521,10 +491,9 @@ def train(args):
     )
     prompts, reward = [], None
     if args.eval_prompts:
-        prompts = encode_rows(read_rows(args.eval_prompts, "--eval_prompts"), tokenizer, args, "--eval_prompts")
+        needs = f"--reward {args.reward}" if args.reward in ("exact", "number") else ""
+        prompts = load_prompts(args.eval_prompts, "--eval_prompts", tokenizer, args, needs)
         args = common.fit_context(args, max(len(ids) for ids, _ in prompts), config)
-        if args.reward in ("exact", "number"):
-            need_answers([r for _, r in prompts], "--eval_prompts", f"--reward {args.reward}")
         reward = load_reward(args.reward, world)
     if not (pairs or held_out or prompts):
         fail("--steps 0 evaluates; name pairs with --eval_data, or prompts with --eval_prompts")
@@ -541,12 +510,15 @@ def train(args):
     first, warned = state["step"] if state else 0, False
     first_pair = (pairs or held_out or [(prompts[0][0], [])])[0]
     writer, bar = common.introduce(out, args, world, tokenizer, first_pair[0] + first_pair[1], first, needed)
+    if pairs:
+        drawn = args.steps * args.pairs_per_step
+        common.say(f"{drawn} pairs will be drawn from {len(pairs)}, {drawn / len(pairs):.1f} passes")
 
     with common.guarded(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing)
         # a prompt once for both its sides
-        share = args.steps > 0 and common.prompts_can_be_shared(policy, world, args.gradient_checkpointing)
-        scorer, scorer_shares = policy, share
+        shared = args.steps > 0 and common.prompts_can_be_shared(policy, world, args.gradient_checkpointing)
+        scorer, scorer_shares = policy, shared
         if args.reference:
             scorer, scorer_shares = common.load_reference(args.reference, world), False  # sharing was tried with the policy
             common.check_head(scorer)
@@ -563,7 +535,7 @@ def train(args):
         def held_out_scores():
             scores, shown = evaluate(policy, tokenizer, prompts, reward, args, world) if prompts else ({}, [])
             if held_out:
-                scores = evaluate_pairs(policy, tokenizer, held_out, held_out_reference, share, args, world) | scores
+                scores = evaluate_pairs(policy, tokenizer, held_out, held_out_reference, shared, args, world) | scores
             return scores, shown
 
         if first == 0:
@@ -572,19 +544,17 @@ def train(args):
         for step in range(first + 1, args.steps + 1):
             began = time.perf_counter()
 
-            # 1. The next pairs of an endless row of shuffled copies, and of those this process's.
-            start = (step - 1) * args.pairs_per_step + world.rank * mine
-            batch = [common.pick(len(pairs), start + i, args.seed) for i in range(mine)]
+            # 1. The next pairs.
+            batch = common.picked(len(pairs), step, args.pairs_per_step, world, args.seed)
 
             # 2. One forward for both sides of a pair; the loss is divided by the pairs of the whole step, before the
             #    first backward: however the step is cut, the gradients add up to the same.
             rate = common.learning_rate_at(step, args.steps, args.learning_rate, args.schedule, args.warmup)
-            for settings in optimizer.param_groups:
-                settings["lr"] = rate
+            optimizer.param_groups[0]["lr"] = rate
             sums = torch.zeros(7, dtype=torch.float64, device=world.device)
-            for part in cut_pairs([pairs[i] for i in batch], share, args.tokens_per_micro_batch, world):
-                real, part = bool(part), [batch[i] for i in part or [0]]  # an empty part only keeps other processes company
-                chosen, rejected = pair_logprobs(policy, tokenizer, [pairs[i] for i in part], share, world)
+            for part in cut_pairs([pairs[i] for i in batch], shared, args.tokens_per_micro_batch, world):
+                real, part = bool(part), [batch[i] for i in part or [0]]  # no pair is left here, but elsewhere
+                chosen, rejected = pair_logprobs(policy, tokenizer, [pairs[i] for i in part], shared, world)
                 ref = reference[part].to(world.device)  # [b, 2]
                 n = torch.tensor([[len(pairs[i][1]), len(pairs[i][2])] for i in part], device=world.device)
                 loss = preference_loss(chosen, rejected, *ref.T, *n.T, args).sum() / args.pairs_per_step * real
@@ -602,12 +572,12 @@ def train(args):
             optimizer.zero_grad()
 
             # 3. Log: sums over all processes first, then means.
-            tokens = sum(len(x) for i in batch for x in pairs[i])
+            tokens = sum(2 * len(p) + len(c) + len(r) for p, c, r in (pairs[i] for i in batch))  # of whole conversations
             loss, won, good, bad, chosen, rejected, fell, tokens = common.all_sum(world, *sums, tokens)
-            B, seconds = args.pairs_per_step, time.perf_counter() - began
+            N, seconds = args.pairs_per_step, time.perf_counter() - began
             metrics = {
-                "loss": loss, "accuracy": won / B, "margin": (good - bad) / B, "chosen": good / B, "rejected": bad / B,
-                "logprobs/chosen": chosen / B, "logprobs/rejected": rejected / B, "grad_norm": norm, "learning_rate": rate,
+                "loss": loss, "accuracy": won / N, "margin": (good - bad) / N, "chosen": good / N, "rejected": bad / N,
+                "logprobs/chosen": chosen / N, "logprobs/rejected": rejected / N, "grad_norm": norm, "learning_rate": rate,
                 "time/train": seconds, "tokens_per_second": tokens / seconds, "memory_gib": common.memory_used(world) / 2**30,
             }  # fmt: skip
             shown = []
@@ -616,9 +586,9 @@ def train(args):
                 metrics |= scores
             common.log(out, writer, step, metrics, shown)
             if bar:
-                if fell / B > 1 and args.loss != "simpo" and not warned:
+                if fell / N > 1 and args.loss != "simpo" and not warned:
                     warned = True
-                    tqdm.write(f"warning: even chosen answers have lost {fell / B:.1f} nats a token, to answers nobody has ranked: "
+                    tqdm.write(f"warning: even chosen answers have lost {fell / N:.1f} nats a token, to answers nobody has ranked: "
                                "lower --learning_rate, or raise --beta or --sft_coef")  # fmt: skip
                 bar.set_postfix_str(f"loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.3f}")
                 bar.update()
@@ -632,10 +602,9 @@ def train(args):
 
         if args.steps:
             common.save_model(policy, tokenizer, out / "model", world)
-    message = '[{"role": "user", "content": "your prompt"}]' if tokenizer.chat_template and args.chat else '"your prompt"'
-    use = f'print(pipeline("text-generation", "{out / "model"}")({message}, max_new_tokens={args.max_new_tokens}))'
+    use = common.usage(out, tokenizer, "" if tokenizer.chat_template else tokenizer.decode(first_pair[0]), args)
     common.conclude(out, args, writer, bar, use)
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, use_underscores=True))
+    train(tyro.cli(Args, description=__doc__.partition("\n")[0], use_underscores=True))

@@ -3,11 +3,11 @@
 A policy pi draws G completions y_1 .. y_G of a prompt x, and each is paid r_i. What is good is what is better than its
 siblings: the group's mean is the baseline that PPO learns a second network for.
 
-    (1)  A_i = (r_i - mean(r_1 .. r_G)) / (std(r_1 .. r_G) + 1e-4)           the same for every token of y_i
+    (1)  A_i = (r_i - mean(r_1 .. r_G)) / (std(r_1 .. r_G) + 1e-4)           the same for every token -> `group_advantages`
     (2)  rho_t = pi(a_t | x, a_<t) / pi_old(a_t | x, a_<t)                   pi_old drew the samples
-    (3)  l_t = -min( rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A ) + beta k3_t
-    (4)  k3_t = exp(-d) - 1 + d,    d = log pi(a_t | ...) - log ref(a_t | ...)
-    (5)  loss = sum over tokens of w_t l_t                                    w_t: `--aggregate`, below
+    (3)  l_t = -min( rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A ) + beta k3_t        -> `clipped_loss`
+    (4)  k3_t = exp(-d) - 1 + d,    d = log pi(a_t | ...) - log ref(a_t | ...)                -> `k3`
+    (5)  loss = sum over tokens of w_t l_t                                     w_t: `--aggregate` -> `token_weights`
 
 The ratio lets a rollout serve several updates; the clip ends a token's say once the update has moved it far enough. With
 one update per rollout, the default, the ratio is 1, nothing is ever clipped, and the gradient is REINFORCE's with (1) for a
@@ -27,7 +27,7 @@ Later variants, as flags (those that change the ratio or the clip act only with 
 
 What is biased here, and by whom: dividing by the group's std multiplies a prompt's gradient by 1 / sqrt(p (1 - p)), p its
 share of right answers, so very easy and very hard prompts weigh more than they do in E[r] (Dr. GRPO leaves the division
-out). The mean contains the sample itself, which alone would scale the gradient by 1 - 1/G and not turn it. k3 in the loss
+out). The mean contains the sample itself, which by itself only shrinks the gradient, by 1 - 1/G. k3 in the loss
 has the KL as its mean but not the KL's gradient; it is kept as published, and the unbiased way, k1 in the reward, is in
 reinforce.py. pi_old in (2) is what the trainer's own forward says of the weights that drew the samples; the sampler's
 numbers differ from it by rounding (`kl/sample`, for 135M parameters: 8e-6 in float32, 0.04 in bfloat16).
@@ -39,6 +39,7 @@ Shao et al. 2024 (GRPO); Schulman et al. 2017 (the clip); Liu et al. 2025 (Dr. G
 (GSPO); Chen et al. 2021 (pass@k).
 """
 
+import collections
 import dataclasses
 import math
 import random
@@ -160,13 +161,14 @@ class Args:
 def resolve(args):
     """Fills in the defaults that depend on other flags, and refuses flags that contradict each other."""
     gspo = args.ratio == "sequence"
+    tiny_model, tiny_data = Path(args.model).resolve() == TINY / "model", Path(args.data).resolve().parent == TINY
     defaults = {
         "clip_low": 3e-4 if gspo else 0.2,
         "clip_high": 4e-4 if gspo else 0.2,
         "aggregate": "sequence" if gspo else "token",
-        "learning_rate": 2e-4 if Path(args.model).resolve() == TINY / "model" else 1e-6,
+        "learning_rate": 2e-4 if tiny_model else 1e-6,
         "tokens_per_micro_batch": 2048 if args.device == "cpu" or not torch.cuda.is_available() else 8192,
-        "eval_data": str(TINY / "sort_test.jsonl") if Path(args.data).resolve().parent == TINY else "",
+        "eval_data": str(TINY / "sort_test.jsonl") if tiny_data else "",
     }
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     common.check_flags(args)
@@ -192,32 +194,24 @@ def is_prompt(value):
     return bool(value) and (isinstance(value, str) or messages)
 
 
-def read_rows(path, flag):
-    """The rows of a JSON-lines file, each with its `prompt`."""
-    rows = []
-    for number, row in common.read_json(path, flag):
-        prompt = row.get("prompt", row.get("question")) if isinstance(row, dict) else None
-        if not is_prompt(prompt):
-            fail(f'{flag} {path}, line {number}: needs a "prompt" (or "question") that is a text or a list of messages')
-        rows.append({**row, "prompt": prompt})
-    return rows
-
-
-def encode_rows(rows, tokenizer, args, flag):
-    """[(prompt's token ids, row), ...] without the prompts that are too long; says how many those were."""
-    pairs = [(common.encode_prompt(tokenizer, r["prompt"], args.system, args.chat), r) for r in rows]
-    kept = [(ids, r) for ids, r in pairs if 0 < len(ids) <= args.max_prompt_tokens]
+def load_prompts(path, flag, tokenizer, args, needs=""):
+    """[(prompt's token ids, row), ...] of a JSON-lines file, each row with its `prompt`, without prompts that are too long; says
+    how many those were. `needs` is what wants an answer of every row, if anything does."""
+    pairs = []
+    for number, row in common.read_json(path, flag) if path else ():
+        where, row = f"{flag} {path}, line {number}", row if isinstance(row, dict) else {}
+        row = {**row, "prompt": row.get("prompt", row.get("question"))}
+        if not is_prompt(row["prompt"]):
+            fail(f'{where}: needs a "prompt" (or "question") that is a text or a list of messages')
+        if needs and not isinstance(row.get("answer"), (str, int, float)):
+            fail(f'{where}: {needs} needs an "answer", a text or a number; the row with prompt {row["prompt"]!r:.100} has none')
+        pairs.append((common.encode_prompt(tokenizer, row["prompt"], args.system, args.chat), row))
+    kept = [(ids, row) for ids, row in pairs if 0 < len(ids) <= args.max_prompt_tokens]
     if len(kept) < len(pairs):
-        common.say(
-            f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out (--max_prompt_tokens {args.max_prompt_tokens})"
-        )
-    return kept or fail(f"{flag}: every prompt is longer than --max_prompt_tokens {args.max_prompt_tokens}")
-
-
-def need_answers(rows, flag, what):
-    for row in rows:
-        if not isinstance(row.get("answer"), (str, int, float)):
-            fail(f'{flag}: {what} needs an "answer", a text or a number; the row with prompt {row["prompt"]!r:.100} has none')
+        limit = f"--max_prompt_tokens {args.max_prompt_tokens}"
+        common.say(f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out ({limit})")
+        kept = kept or fail(f"{flag}: every prompt is longer than {limit}")
+    return kept
 
 
 def exact(completion, row):
@@ -249,28 +243,7 @@ def load_reward(spec, world):
             fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
         return common.together(common.load_scorer(spec, world), world)
     rules = {"exact": exact, "number": number}
-    return common.together(checked(rules[spec] if spec in rules else common.load_function(spec, "--reward")), world)
-
-
-def checked(reward):
-    """A reward for one completion as one for many, which ends the run when it raises or gives no finite number: one NaN
-    among the rewards makes every weight NaN within a step."""
-
-    def scores(completions, rows):
-        values = []
-        for completion, row in zip(completions, rows):
-            try:
-                value = reward(completion, row)
-                values.append(float(value))
-                wrong = "" if math.isfinite(values[-1]) and not isinstance(value, str) else f"{value!r:.100}, no finite number,"
-            except Exception as error:
-                wrong = f"an error, {type(error).__name__}: {error}"
-            if wrong:
-                where = f"prompt {row['prompt']!r:.300} and completion {completion!r:.300}"
-                raise common.Stop(f"--reward gave {wrong} for {where}")
-        return values
-
-    return scores
+    return common.together(common.checked(rules.get(spec) or common.load_function(spec, "--reward")), world)
 
 
 # -- The math: from rewards to a loss ------------------------------------------------------------------------------
@@ -296,7 +269,8 @@ def token_weights(mask, aggregate, longest, world):
     """Equation (5)'s w [b, C] for the samples of one optimizer step, mask [b, C]; the counts are over all processes, and taken
     here, before the step is cut into micro-batches, so every cut has the same gradient.
 
-        sequence  1 / (N |y|)       as published: each completion counts the same, so a token of a short one counts for more.
+        sequence  1 / (K |y|)       K completions that are not left out; as published: each counts the same, so a token of a
+                                    short one counts for more.
                                     Where A > 0 that favours short answers; where A < 0 it favours long ones, whose tokens are
                                     each punished less, and wrong answers grow (lengths rise while nothing is learnt)
         token     1 / (sum of |y|)  every token counts the same (DAPO)
@@ -304,13 +278,18 @@ def token_weights(mask, aggregate, longest, world):
                                     the three that is E[A grad log pi] of whole completions, times a number
     """
     length = mask.sum(1, keepdim=True)  # [b, 1]
-    kept, tokens, N = (max(x, 1.0) for x in common.all_sum(world, (length > 0).sum(), length.sum(), len(mask)))
-    return mask / {"sequence": kept * length.clamp(min=1), "token": tokens, "constant": N * longest}[aggregate]
+    K, tokens, N = (max(x, 1.0) for x in common.all_sum(world, (length > 0).sum(), length.sum(), len(mask)))
+    return mask / {"sequence": K * length.clamp(min=1), "token": tokens, "constant": N * longest}[aggregate]
 
 
-def clipped_loss(logprobs, old_logprobs, advantages, mask, weights, clip_low, clip_high, sequence=False):
-    """Equations (2), (3) without the KL, (5): logprobs [b, C] with gradient, the rest without, advantages [b]
-    -> (loss, ratio [b, C], low [b, C], high [b, C]), the last two true where the clip has stopped the gradient.
+def sequence_logratio(logratio, mask):
+    """GSPO: the mean of a completion's log-ratios for each of its tokens, [b, C]. Its exp is their geometric mean."""
+    return ((logratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(logratio)
+
+
+def clipped_loss(logratio, advantages, mask, weights, clip_low, clip_high):
+    """-sum of weights * min(ratio A, clip(ratio) A): logratio = log pi - log pi_old [b, C] with gradient, the rest without,
+    advantages [b, C] or [b, 1] -> (loss, ratio, low, high), the last two true where the clip has stopped the gradient.
 
     The minimum is pessimistic: it takes the clip where going on would look better, and never where the ratio should come back.
     So the gradient is that of ratio * A times this mask:
@@ -321,14 +300,10 @@ def clipped_loss(logprobs, old_logprobs, advantages, mask, weights, clip_low, cl
 
     A plain clip, without the minimum, would have 0 in the corners as well: a good token that an earlier update of this
     rollout made unlikely could not be brought back."""
-    logratio = logprobs - old_logprobs
-    if sequence:  # GSPO: the geometric mean of a completion's ratios, for all of its tokens
-        logratio = (logratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    ratio = logratio.clamp(-20, 20).exp().expand_as(logprobs)  # exp of what is not clamped may be inf
-    A = advantages[:, None]
-    surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
-    low, high = (A < 0) & (ratio < 1 - clip_low), (A > 0) & (ratio > 1 + clip_high)
-    return -(surrogate * weights).sum(), ratio.detach(), low & mask, high & mask
+    ratio = logratio.clamp(-20, 20).exp()  # exp of what is not clamped may be inf
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    low, high = (advantages < 0) & (ratio < 1 - clip_low), (advantages > 0) & (ratio > 1 + clip_high)
+    return -(gain * weights).sum(), ratio.detach(), low & mask, high & mask
 
 
 def k3(logprobs, ref_logprobs):
@@ -338,6 +313,31 @@ def k3(logprobs, ref_logprobs):
     told otherwise.)"""
     d = (logprobs - ref_logprobs).clamp(-20, 20)
     return (-d).exp() - 1 + d
+
+
+def equal_groups(rewards, n):
+    """Whose rewards are all the same, [prompts]."""
+    return rewards.view(-1, n).amax(1) == rewards.view(-1, n).amin(1)
+
+
+def fill_in(samples, rewards, more, scores, n):
+    """Puts groups of `more` that have something to teach in the place of those of `samples` that have not."""
+    index = torch.arange(len(rewards), device=rewards.device).view(-1, n)
+    fresh = len(rewards) + torch.arange(len(scores), device=rewards.device).view(-1, n)[~equal_groups(scores, n)]
+    places = equal_groups(rewards, n).nonzero()[: len(fresh), 0]
+    index[places] = fresh[: len(places)]
+    index = index.flatten()
+
+    def join(name):
+        a, b = getattr(samples, name), getattr(more, name)
+        if name == "texts":
+            return [(a + b)[i] for i in index]
+        if a.ndim == 2:  # prompts are padded on the left; which id pads does not matter, masks come from lengths
+            width, left = max(a.shape[1], b.shape[1]), name.startswith("prompt")
+            a, b = (F.pad(x, (width - x.shape[1], 0) if left else (0, width - x.shape[1])) for x in (a, b))
+        return torch.cat([a, b])[index]
+
+    return common.Samples(**{name: join(name) for name in vars(samples)}), torch.cat([rewards, scores])[index]
 
 
 def pass_at_k(n, right, k):
@@ -352,8 +352,8 @@ def pass_at_k(n, right, k):
 def micro_batches(prompt_mask, mask, n, tokens, world):
     """Cuts rows into parts of whole groups of n (or slices of one, if a group alone is too much) of at most `tokens` tokens
     (or one row) with padding, a group's prompt counted once, groups of like length together -> [row numbers]. With n = 1 each
-    row brings its own prompt. Every process gets as many parts, some perhaps empty: sharded weights are gathered by
-    all or by none."""
+    row brings its own prompt. Every process gets the same number of parts, some perhaps empty: sharded weights are gathered
+    by all or by none."""
     prompt, completion = prompt_mask.sum(1).tolist(), mask.sum(1).tolist()
 
     def fits(rows):
@@ -419,7 +419,7 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
             logits = logits / temperature  # as the sampler did; without it the ratio is not 1
         logprobs = logits.log_softmax(-1)
         chosen, entropy = logprobs.gather(-1, tokens[:, None])[:, 0], torch.zeros_like(logprobs[:, 0])
-        if torch.is_grad_enabled():  # after all that backward needs, so that it is not computed again there
+        if torch.is_grad_enabled():  # last: what backward computes again ends with what it needs
             entropy = -torch.linalg.vecdot(logprobs.detach().exp(), logprobs.detach())
         return chosen, entropy
 
@@ -461,7 +461,7 @@ def evaluate(model, tokenizer, held_out, reward, args, world):
     ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, n) if 0 < k <= n})
     mine, sums = held_out[world.rank :: world.size], [0.0] * (4 + len(ks))
     size = max(256 // max(n, 1), 1)
-    for i in range(0, -(-len(held_out) // world.size), size):  # as many rounds on every process
+    for i in range(0, -(-len(held_out) // world.size), size):  # the same number of rounds on every process
         part = mine[i : i + size]
         ids, rows = zip(*(part or held_out[:1]))
         texts = common.sample(model, tokenizer, list(ids), max_new_tokens=args.max_new_tokens, temperature=0).texts
@@ -487,11 +487,10 @@ def advise(metrics, args, said):
     advice = {
         "truncated": (metrics["truncated"] > 0.5, "most completions are cut off: raise --max_new_tokens (or lower --max_prompt_tokens, where prompts fill the context), or ask for shorter answers with --system"),
         "reward": (metrics["reward"] == 0 and args.reward == "exact", "no completion was right: `exact` wants the answer and nothing else; --reward number takes a text's last number"),
-        "equal_groups": (metrics.get("equal_groups", 0.0) > 0.8, "most prompts' samples all score the same, so little is learnt: use prompts of middling difficulty, or raise --samples_per_prompt"),
+        "equal_groups": (metrics["equal_groups"] > 0.8, "most prompts' samples all score the same, so little is learnt: use prompts of middling difficulty, or raise --samples_per_prompt"),
         "ratio/first": (metrics.get("ratio/first", 0.0) > 1e-3, "the first ratio is not 1: the same weights gave a sample two probabilities; the model's forward is not deterministic"),
         "entropy": (metrics.get("entropy", 1.0) < 0.01, "entropy is near 0, the policy has settled: lower --learning_rate or raise --beta to keep it trying"),
         "kl/ref": (abs(metrics.get("kl/ref", 0.0)) > 100, "KL to the reference runs away: raise --beta or lower --learning_rate"),
-        "value/explained": (metrics.get("value/explained", 0.0) < -1, "the critic is worse than a constant: lower --critic_learning_rate, or let it learn alone first with --critic_warmup"),
     }  # fmt: skip
     for name, (sounds, words) in advice.items():
         if sounds and name not in said:
@@ -505,22 +504,18 @@ def advise(metrics, args, said):
 def train(args):
     args = resolve(args)
     world = common.start(args.device, args.dtype, args.seed)
-    n, share = args.samples_per_prompt, args.prompts_per_step // world.size
-    B = args.prompts_per_step * n  # completions of a step, over all processes
-    if share % args.minibatches or not share or args.prompts_per_step % world.size:
+    n, mine = args.samples_per_prompt, args.prompts_per_step // world.size  # mine: prompts of this process
+    N = args.prompts_per_step * n  # samples of a step, over all processes
+    if mine % args.minibatches or args.prompts_per_step % world.size:
         fail(f"--prompts_per_step {args.prompts_per_step} must be a multiple of --minibatches times the number of processes")
 
     # everything that can be wrong with the user's input is found here, before the policy is loaded or a file written
     config, tokenizer = common.policy_config(args.model), common.load_tokenizer(args.model)
-    prompts = encode_rows(read_rows(args.data, "--data"), tokenizer, args, "--data")
-    held_out = encode_rows(read_rows(args.eval_data, "--eval_data"), tokenizer, args, "--eval_data") if args.eval_data else []
+    needs = f"--reward {args.reward}" if args.reward in ("exact", "number") else ""
+    prompts = load_prompts(args.data, "--data", tokenizer, args, needs)
+    held_out = load_prompts(args.eval_data, "--eval_data", tokenizer, args, needs or "--eval_samples" * bool(args.eval_samples))
     longest = max(len(ids) for ids, _ in prompts + held_out)
     args = common.fit_context(args, longest, config)
-    if args.reward in ("exact", "number"):
-        need_answers([r for _, r in prompts], "--data", f"--reward {args.reward}")
-        need_answers([r for _, r in held_out], "--eval_data", f"--reward {args.reward}")
-    if args.eval_samples:
-        need_answers([r for _, r in held_out], "--eval_data", "--eval_samples")
     reward = load_reward(args.reward, world)
     out = common.open_run(args, "grpo", world)
     stop_asked = common.catch_signals(args.steps)
@@ -528,22 +523,20 @@ def train(args):
     row, frozen = longest + args.max_new_tokens, (args.beta > 0) + is_a_model(args.reward)
     needed = common.memory_needed(
         args.model, world, max(args.tokens_per_micro_batch, row), frozen=frozen, checkpointing=args.gradient_checkpointing,
-        sample_rows=max(share * n, min(256, len(held_out))), sample_tokens=row,
+        sample_rows=max(mine * n, min(256, len(held_out))), sample_tokens=row,
     )  # fmt: skip
     state = common.read_checkpoint(out) if args.resume else None
     first, said = state["step"] if state else 0, set()
     writer, bar = common.introduce(out, args, world, tokenizer, prompts[0][0], first, needed)
 
-    if bar and args.ratio == "sequence" and args.epochs * args.minibatches == 1:
-        print(
-            "note: with one update per rollout every ratio is 1, and this is --aggregate sequence; for GSPO add --minibatches 4"
-        )
+    if args.steps and args.ratio == "sequence" and args.epochs * args.minibatches == 1:
+        common.say("note: with one update a rollout every ratio is 1 (this is --aggregate sequence); for GSPO, --minibatches 4")
 
     with common.guarded(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing)
         # samples that share the computation of their prompt
         shared = n > 1 and args.steps and common.prompts_can_be_shared(policy, world, args.gradient_checkpointing)
-        group = n if shared else 1
+        together = n if shared else 1
         reference = common.load_reference(args.model, world) if args.beta and args.steps else None
         optimizer = common.make_optimizer(policy, args.learning_rate)
         kept = {"policy": policy}  # what a checkpoint holds
@@ -571,108 +564,108 @@ def train(args):
         for step in range(first + 1, args.steps + 1):
             began = time.perf_counter()
 
-            # 1. Rollout and scores. The data is an endless row of shuffled copies; the step's number says which prompts of it
-            #    are next, and the rank which of those are this process's: a resumed run neither skips nor repeats any.
-            start = (step - 1) * args.prompts_per_step + world.rank * share
-            picked = [common.pick(len(prompts), start + i, args.seed) for i in range(share)]
+            # 1. Rollout and scores.
+            picked = common.picked(len(prompts), step, args.prompts_per_step, world, args.seed)
             samples, rewards = draw(picked, step)  # rewards [B]
             drawn, tokens_drawn = [rewards], samples.mask.sum()
 
-            # 2. DAPO: groups that would teach nothing make room for those of other prompts, out of a second such row.
+            # 1b. DAPO: groups that would teach nothing make room for those of other prompts, from a sequence of their own.
             for again in range(1, REDRAWS + 1) if args.drop_equal_groups else ():
-                equal = equal_groups(rewards, n)  # [share]
+                equal = equal_groups(rewards, n)  # [prompts]
                 if not common.all_sum(world, equal.sum())[0]:
                     break
-                start = (step * REDRAWS + again) * args.prompts_per_step + world.rank * share
+                seed, number = common.fold(args.seed, common.AGAIN), step * REDRAWS + again + 1
+                others = common.picked(len(prompts), number, args.prompts_per_step, world, seed)
                 count = max(int(equal.sum()), 1)  # at least one, so that all processes sample together
-                row = common.fold(args.seed, common.AGAIN)
-                more, scores = draw([common.pick(len(prompts), start + i, row) for i in range(count)], step, again)
+                more, scores = draw(others[:count], step, again)
                 drawn, tokens_drawn = [*drawn, scores], tokens_drawn + more.mask.sum()
                 samples, rewards = fill_in(samples, rewards, more, scores, n)
             mask, sampled = samples.mask, time.perf_counter()
 
-            # 3. Mini-batches (one optimizer step each) and their micro-batches (one forward each), fixed now: old, new
-            #    and reference log-probabilities of a row are to come from the same company of rows.
-            order = torch.randperm(
-                share, generator=torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
-            )
+            # 2. Mini-batches (one optimizer update each) and their micro-batches (one forward each), cut once per rollout:
+            #    old, new and reference log-probabilities of a row are computed in the same micro-batch, because in
+            #    bfloat16 they depend on it.
+            cut = torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
             trained = mask & samples.finished[:, None] if args.mask_truncated else mask
             minibatches, weights = [], torch.zeros_like(samples.logprobs)  # [B, C]
-            for groups in order.view(args.minibatches, -1):
+            for groups in torch.randperm(mine, generator=cut).view(args.minibatches, -1):
                 index = (groups[:, None] * n + torch.arange(n)).flatten()  # the rows of these groups
-                parts = micro_batches(samples.prompt_mask[index], mask[index], group, args.tokens_per_micro_batch, world)
+                parts = micro_batches(samples.prompt_mask[index], mask[index], together, args.tokens_per_micro_batch, world)
                 minibatches.append([index[part].tolist() for part in parts])
                 weights[index] = token_weights(trained[index], args.aggregate, args.max_new_tokens, world)
-            every_part, updates = [part for parts in minibatches for part in parts], args.epochs * args.minibatches
+            every_part = [part for parts in minibatches for part in parts]
+            shuffles = [random.Random(common.fold(args.seed, step, epoch, common.PASS)) for epoch in range(args.epochs)]
+            updates = [parts for s in shuffles for parts in s.sample(minibatches, args.minibatches)]
 
-            # 4. Log-probabilities before the update. With one update nobody asks for the old ones: those of the update
+            # 3. Log-probabilities before the update. With one update nobody asks for the old ones: those of the update
             #    itself, taken as constants, are the same numbers and cost nothing.
-            old = rollout_logprobs(policy, samples, every_part, group, args.temperature) if updates > 1 else None  # [B, C]
-            ref = rollout_logprobs(reference, samples, every_part, group, args.temperature) if reference else None
+            many = len(updates) > 1
+            old = rollout_logprobs(policy, samples, every_part, together, args.temperature) if many else None  # [B, C]
+            ref = rollout_logprobs(reference, samples, every_part, together, args.temperature) if reference else None
 
-            # 5. Advantages, equation (1): a number for each completion.
+            # 4. Advantages, equation (1): a number for each completion.
             advantages = group_advantages(rewards, common.all_gather(world, rewards), n, args.scale, args.keep_max)  # [B]
 
-            # 6. Update, equations (2) to (5). `weights` hold the division by what the whole optimizer step has.
+            # 5. Update, equations (2) to (5). `weights` hold the division by the counts of the whole optimizer update.
             rate = common.learning_rate_at(step, args.steps, args.learning_rate, args.schedule, args.warmup)
-            for settings in optimizer.param_groups:
-                settings["lr"] = rate
-            norms, first_ratio = [], torch.zeros(1, device=world.device)
-            sums = torch.zeros(9, dtype=torch.float64, device=world.device)
-            for epoch in range(args.epochs):
-                shuffle = random.Random(common.fold(args.seed, step, epoch, common.PASS))
-                for m in shuffle.sample(range(args.minibatches), args.minibatches):
-                    for part in minibatches[m]:
-                        real, part = bool(part), part or [0]  # an empty part only keeps other processes company
-                        inputs = trim(samples, part, group)
-                        logprobs, entropy = token_logprobs(policy, *inputs, args.temperature)  # [b, C]
-                        C, part_mask = logprobs.shape[1], inputs[-1] * real
-                        w, before = weights[part, :C] * real, logprobs.detach() if old is None else old[part, :C]
-                        loss, ratio, low, high = clipped_loss(
-                            logprobs, before, advantages[part], part_mask, w, args.clip_low, args.clip_high, args.ratio == "sequence"
-                        )  # fmt: skip
-                        kl = torch.zeros_like(before)
-                        if reference:
-                            loss = loss + args.beta * (k3(logprobs, ref[part, :C]) * w).sum()
-                            kl = before - ref[part, :C]  # k1, of the policy that drew the samples
-                        loss.backward()
-                        with torch.no_grad():
-                            if not norms:
-                                first_ratio = torch.maximum(first_ratio, ((ratio - 1).abs() * part_mask).max())
-                            apart = (before - samples.logprobs[part, :C]).abs()
-                            low, high = low & (w > 0), high & (w > 0)  # tokens that are left out have no gradient to stop
-                            seen = (torch.ones_like(ratio), entropy, ratio, low, high, before - logprobs, apart, kl)
-                            sums += torch.stack([loss.detach(), *((x * part_mask).sum() for x in seen)])
-                    norms.append(common.clip_gradients(policy, args.max_grad_norm))
-                    if not math.isfinite(norms[-1]):
-                        raise common.Stop(f"step {step}: the gradient is {norms[-1]}, so no step was taken with it")
-                    optimizer.step()
-                    optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = rate
+            norms, first_ratio, sums = [], torch.zeros(1, device=world.device), collections.defaultdict(float)
+            for parts in updates:
+                for part in parts:
+                    real, part = bool(part), part or [0]  # no rows are left here, but elsewhere: row 0 with weight 0
+                    inputs = trim(samples, part, together)
+                    logprobs, entropy = token_logprobs(policy, *inputs, args.temperature)  # [b, C]
+                    C, part_mask = logprobs.shape[1], inputs[-1] * real
+                    w, before = weights[part, :C] * real, logprobs.detach() if old is None else old[part, :C]
+                    logratio, A = logprobs - before, advantages[part, None]  # [b, C], [b, 1]
+                    if args.ratio == "sequence":
+                        logratio = sequence_logratio(logratio, part_mask)
+                    loss, ratio, low, high = clipped_loss(logratio, A, part_mask, w, args.clip_low, args.clip_high)
+                    kl = torch.zeros_like(before)
+                    if reference:
+                        loss = loss + args.beta * (k3(logprobs, ref[part, :C]) * w).sum()
+                        kl = before - ref[part, :C]  # k1, of the policy that drew the samples
+                    loss.backward()
+                    with torch.no_grad():
+                        if not norms:
+                            first_ratio = torch.maximum(first_ratio, ((ratio - 1).abs() * part_mask).max())
+                        sums["loss"] += loss.double()
+                        seen = {
+                            "tokens": torch.ones_like(ratio), "entropy": entropy, "ratio/mean": ratio, "kl/old": before - logprobs,
+                            "kl/sample": (before - samples.logprobs[part, :C]).abs(), "kl/ref": kl,
+                            "clip/low": low & (w > 0), "clip/high": high & (w > 0),  # tokens left out have no gradient to stop
+                        }  # fmt: skip
+                        for name, x in seen.items():
+                            sums[name] += (x * part_mask).sum().double()
+                norms.append(common.clip_gradients(policy, args.max_grad_norm))
+                if not math.isfinite(norms[-1]):
+                    raise common.Stop(f"step {step}: the gradient is {norms[-1]}, so no step was taken with it")
+                optimizer.step()
+                optimizer.zero_grad()
             if args.ref_update_every and step % args.ref_update_every == 0:
                 common.copy_weights(policy, reference)
 
-            # 7. Log: sums over all processes first, then means. Rewards are those of everything drawn, dropped groups too.
+            # 6. Log: sums over all processes first, then means. Rewards are those of everything drawn, dropped groups too.
             now, scores = time.perf_counter(), torch.cat(drawn)
-            equal = equal_groups(scores, n).sum()
-            numbers = (*sums, mask.sum(), (~samples.finished).sum(), scores.sum(), len(scores), equal, tokens_drawn)
-            (
-                loss, tokens, entropy, ratio, low, high, moved, apart, kl, length, cut, total, count, equal, tokens_drawn,
-            ) = common.all_sum(world, *numbers)  # fmt: skip
+            sums |= {"reward": scores.sum(), "drawn": len(scores), "equal": equal_groups(scores, n).sum() * n}
+            sums |= {"length": mask.sum(), "cut": (~samples.finished).sum(), "tokens_drawn": tokens_drawn}
+            s = dict(zip(sums, common.all_sum(world, *sums.values())))
             metrics = {
-                "reward": total / count, "loss": loss / updates, "kl/ref": kl / args.epochs / B, "kl/old": moved / args.epochs / B,
-                "kl/sample": apart / tokens, "ratio/first": common.all_gather(world, first_ratio).max().item(),
-                "ratio/mean": ratio / tokens, "clip/low": low / tokens, "clip/high": high / tokens, "entropy": entropy / tokens,
-                "grad_norm": sum(norms) / updates, "learning_rate": rate, "length": length / B, "truncated": cut / B,
-                "equal_groups": equal * n / count, "time/sample": sampled - began, "time/train": now - sampled,
-                "tokens_per_second": tokens_drawn / (now - began), "memory_gib": common.memory_used(world) / 2**30,
+                "reward": s["reward"] / s["drawn"], "loss": s["loss"] / len(updates),
+                "kl/ref": s["kl/ref"] / args.epochs / N if reference else None, "kl/old": s["kl/old"] / args.epochs / N,
+                "kl/sample": s["kl/sample"] / s["tokens"],
+                "ratio/first": common.all_gather(world, first_ratio).max().item() if many else None,
+                "ratio/mean": s["ratio/mean"] / s["tokens"], "clip/low": s["clip/low"] / s["tokens"],
+                "clip/high": s["clip/high"] / s["tokens"], "entropy": s["entropy"] / s["tokens"],
+                "grad_norm": sum(norms) / len(norms), "learning_rate": rate, "length": s["length"] / N, "truncated": s["cut"] / N,
+                "equal_groups": s["equal"] / s["drawn"], "time/sample": sampled - began, "time/train": now - sampled,
+                "tokens_per_second": s["tokens_drawn"] / (now - began), "memory_gib": common.memory_used(world) / 2**30,
             }  # fmt: skip
-            for name, there in (("kl/ref", reference), ("ratio/first", old is not None)):
-                if not there:
-                    del metrics[name]  # nothing was compared
+            metrics = {name: value for name, value in metrics.items() if value is not None}  # None: nothing was compared
             if step % args.eval_every == 0 or step == args.steps:
                 metrics |= held_out_scores()
-            asked = tokenizer.decode(samples.prompt_ids[0][samples.prompt_mask[0]])
-            shown = [{"prompt": asked, "completion": samples.texts[j], "reward": rewards[j].item()} for j in range(n)]
+            text = tokenizer.decode(samples.prompt_ids[0][samples.prompt_mask[0]])
+            shown = [{"prompt": text, "completion": samples.texts[j], "reward": rewards[j].item()} for j in range(n)]
             common.log(out, writer, step, metrics, shown)
             if bar:
                 advise(metrics, args, said)
@@ -680,7 +673,7 @@ def train(args):
                 bar.set_postfix_str(f"reward {metrics['reward']:.3f}{kl}, {metrics['tokens_per_second']:,.0f} tokens/s")
                 bar.update()
 
-            # 8. Save. A signal to end (Ctrl-C, a cluster that wants its machine back) waits for this place.
+            # 7. Save. A signal to end (Ctrl-C, a cluster that wants its machine back) waits for this place.
             ending = common.all_sum(world, stop_asked())[0] > 0
             if step % args.save_every == 0 or step == args.steps or ending:
                 common.save_checkpoint(out, world, step, kept, {"policy": optimizer}, args.keep)
@@ -689,38 +682,9 @@ def train(args):
 
         if args.steps:
             common.save_model(policy, tokenizer, out / "model", world)
-    message = '[{"role": "user", "content": "your prompt"}]' if tokenizer.chat_template and args.chat else '"your prompt"'
-    use = f'print(pipeline("text-generation", "{out / "model"}")({message}, max_new_tokens={args.max_new_tokens}))'
+    use = common.usage(out, tokenizer, prompts[0][1]["prompt"], args)
     common.conclude(out, args, writer, bar, use)
 
 
-def equal_groups(rewards, n):
-    """Whose rewards are all the same, [prompts]."""
-    return rewards.view(-1, n).amax(1) == rewards.view(-1, n).amin(1)
-
-
-def fill_in(samples, rewards, more, scores, n):
-    """Puts groups of `more` that have something to teach in the place of those of `samples` that have not."""
-    index = torch.arange(len(rewards), device=rewards.device).view(-1, n)
-    fresh = len(rewards) + torch.arange(len(scores), device=rewards.device).view(-1, n)[~equal_groups(scores, n)]
-    places = equal_groups(rewards, n).nonzero()[: len(fresh), 0]
-    index[places] = fresh[: len(places)]
-    index = index.flatten()
-
-    def join(a, b, left):
-        """Two blocks of rows, one below the other, after padding; which id pads does not matter, masks come from lengths."""
-        width = max(a.shape[1], b.shape[1])
-        a, b = (F.pad(x, (width - x.shape[1], 0) if left else (0, width - x.shape[1])) for x in (a, b))
-        return torch.cat([a, b])[index]
-
-    names = {"prompt_ids": True, "prompt_mask": True, "ids": False, "mask": False, "logprobs": False}
-    fields = {name: join(getattr(samples, name), getattr(more, name), left) for name, left in names.items()}
-    texts = samples.texts + more.texts
-    filled = common.Samples(
-        **fields, finished=torch.cat([samples.finished, more.finished])[index], texts=[texts[i] for i in index]
-    )
-    return filled, torch.cat([rewards, scores])[index]
-
-
 if __name__ == "__main__":
-    train(tyro.cli(Args, use_underscores=True))
+    train(tyro.cli(Args, description=__doc__.partition("\n")[0], use_underscores=True))

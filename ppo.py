@@ -7,15 +7,14 @@ reward is still to come; where its opinion rises after a token, that token was g
     (2)  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)              s_t = (x, a_<t); V after the end is 0
     (3)  A_t = sum_l (gamma lam)^l delta_{t+l},     R_t = A_t + V(s_t)                                  -> `gae`
     (4)  rho_t = pi(a_t | s_t) / pi_old(a_t | s_t)              pi_old drew the samples
-    (5)  l_t = -min( rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t )                          -> `surrogate`
+    (5)  l_t = -min( rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t )                          -> `clipped_loss`
     (6)  v_t = max( (V - R_t)^2, (V_old + clip(V - V_old, -value_clip, value_clip) - R_t)^2 ) / 2       -> `value_loss`
     (7)  loss = mean of l_t + value_coef v_t over all tokens of an optimizer update
 
-What GAE (3) mixes are the k-step advantages, k rewards as they came and the critic's opinion of the rest:
-A^(k)_t = r_t + ... + gamma^(k-1) r_{t+k-1} + gamma^k V(s_{t+k}) - V(s_t) = sum_{l<k} gamma^l delta_{t+l}. Their average with weights
-(1 - lam) lam^(k-1), where the last, which has reached the end, takes all the weight that is left, is (3). lam 0 is k = 1 (temporal
-difference: little variance, and every error of the critic); lam 1 is the last (Monte Carlo: R_t is what came, whatever the
-critic thinks; it is a baseline then).
+GAE (3) averages the k-step advantages, k rewards as they came and then the critic's guess of the rest:
+A^(k)_t = r_t + ... + gamma^(k-1) r_{t+k-1} + gamma^k V(s_{t+k}) - V(s_t) = sum_{l<k} gamma^l delta_{t+l}. The weights are
+(1 - lam) lam^(k-1); the last k, which reaches the end, gets all the weight that is left. lam 0: only k = 1 (temporal difference:
+little variance, all of the critic's errors). lam 1: only the last (Monte Carlo: R_t is what came; the critic is just a baseline).
 
 The road here, by what each adds:
 
@@ -39,9 +38,9 @@ other tokens' gradients move it on. `--kl_stop` adds the region as what it can c
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl --reward number
     torchrun --nproc_per_node 8 ppo.py --model ... --data ... --reward runs/reward_model/model --critic shared
 
-What is biased here: (3) with lam < 1, by the critic's error; gamma < 1; whitening, which divides by the spread and subtracts the mean
-of what was sampled, and so does a division by its number of tokens; the clip; and from the second update of a rollout on, (4)
-itself, which corrects for who chose the token and not for who wrote what stands before it. With gamma 1 and lam 1 k1 in the
+What is biased here: (3) with lam < 1, by the critic's errors; gamma < 1; whitening and the mean over tokens, which divide by (and
+whitening subtracts) numbers computed from the same samples; the clip; and, from the second update of a rollout on, (4): it
+corrects the probability of the token, not that of the text before it. With gamma 1 and lam 1 k1 in the
 reward (1) has the KL's own gradient. V sees the prompt and the tokens before, never the token it judges: otherwise it would
 be no baseline.
 
@@ -51,6 +50,7 @@ Schulman et al. 2015 (TRPO), 2016 (GAE), 2017 (PPO); Ziegler et al. 2019 and Ouy
 2024 (which of its details matter).
 """
 
+import collections
 import dataclasses
 import math
 import random
@@ -114,7 +114,7 @@ class Args:
     critic_warmup: int = 0
     """first steps, in which only the critic learns (a shared one: its head); the policy's own --warmup comes after them"""
     gamma: float = 1.0
-    """discount of a reward for every token until it comes"""
+    """discount of a reward per token; 1: it counts the same however late it comes"""
     lam: float = 0.95
     """GAE's lambda: 0 trusts the critic (TD), 1 only what came (Monte Carlo)"""
     whiten: bool = True
@@ -124,7 +124,7 @@ class Args:
     clip_high: float = 0.2
     """the ratio is clipped above 1 plus this"""
     value_clip: float = 0.2
-    """how far, in units of the reward, a rollout's updates may move a value with gain; 0: as far as they like.
+    """in one rollout's updates a value gains by moving at most this far, in units of the reward (0: no limit).
     With scores of 5 and more, 0.2 is slow"""
     value_coef: float = 0.5
     """weight of the value loss beside the policy's (it matters where they share a trunk, and for the gradient's norm)"""
@@ -173,10 +173,10 @@ class Args:
 
 def resolve(args):
     """Fills in the defaults that depend on other flags, and refuses flags that contradict each other."""
-    at_home = Path(args.model).resolve() == TINY / "model"
+    tiny_model = Path(args.model).resolve() == TINY / "model"
     defaults = {
-        "learning_rate": 3e-4 if at_home else 1e-6,
-        "critic_learning_rate": (5e-4 if at_home else 1e-5) * (10 if args.critic == "shared" else 1),
+        "learning_rate": 3e-4 if tiny_model else 1e-6,
+        "critic_learning_rate": (5e-4 if tiny_model else 1e-5) * (10 if args.critic == "shared" else 1),
         "tokens_per_micro_batch": 2048 if args.device == "cpu" or not torch.cuda.is_available() else 8192,
         "eval_data": str(TINY / "sort_test.jsonl") if Path(args.data).resolve().parent == TINY else "",
     }
@@ -201,32 +201,24 @@ def is_prompt(value):
     return bool(value) and (isinstance(value, str) or messages)
 
 
-def read_rows(path, flag):
-    """The rows of a JSON-lines file, each with its `prompt`."""
-    rows = []
-    for number, row in common.read_json(path, flag):
-        prompt = row.get("prompt", row.get("question")) if isinstance(row, dict) else None
-        if not is_prompt(prompt):
-            fail(f'{flag} {path}, line {number}: needs a "prompt" (or "question") that is a text or a list of messages')
-        rows.append({**row, "prompt": prompt})
-    return rows
-
-
-def encode_rows(rows, tokenizer, args, flag):
-    """[(prompt's token ids, row), ...] without the prompts that are too long; says how many those were."""
-    pairs = [(common.encode_prompt(tokenizer, r["prompt"], args.system, args.chat), r) for r in rows]
-    kept = [(ids, r) for ids, r in pairs if 0 < len(ids) <= args.max_prompt_tokens]
+def load_prompts(path, flag, tokenizer, args, needs=""):
+    """[(prompt's token ids, row), ...] of a JSON-lines file, each row with its `prompt`, without prompts that are too long; says
+    how many those were. `needs` is what wants an answer of every row, if anything does."""
+    pairs = []
+    for number, row in common.read_json(path, flag) if path else ():
+        where, row = f"{flag} {path}, line {number}", row if isinstance(row, dict) else {}
+        row = {**row, "prompt": row.get("prompt", row.get("question"))}
+        if not is_prompt(row["prompt"]):
+            fail(f'{where}: needs a "prompt" (or "question") that is a text or a list of messages')
+        if needs and not isinstance(row.get("answer"), (str, int, float)):
+            fail(f'{where}: {needs} needs an "answer", a text or a number; the row with prompt {row["prompt"]!r:.100} has none')
+        pairs.append((common.encode_prompt(tokenizer, row["prompt"], args.system, args.chat), row))
+    kept = [(ids, row) for ids, row in pairs if 0 < len(ids) <= args.max_prompt_tokens]
     if len(kept) < len(pairs):
-        common.say(
-            f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out (--max_prompt_tokens {args.max_prompt_tokens})"
-        )
-    return kept or fail(f"{flag}: every prompt is longer than --max_prompt_tokens {args.max_prompt_tokens}")
-
-
-def need_answers(rows, flag, what):
-    for row in rows:
-        if not isinstance(row.get("answer"), (str, int, float)):
-            fail(f'{flag}: {what} needs an "answer", a text or a number; the row with prompt {row["prompt"]!r:.100} has none')
+        limit = f"--max_prompt_tokens {args.max_prompt_tokens}"
+        common.say(f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out ({limit})")
+        kept = kept or fail(f"{flag}: every prompt is longer than {limit}")
+    return kept
 
 
 def exact(completion, row):
@@ -258,36 +250,16 @@ def load_reward(spec, world):
             fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
         return common.together(common.load_scorer(spec, world), world)
     rules = {"exact": exact, "number": number}
-    return common.together(checked(rules[spec] if spec in rules else common.load_function(spec, "--reward")), world)
-
-
-def checked(reward):
-    """A reward for one completion as one for many, which ends the run when it raises or gives no finite number: one NaN
-    among the rewards makes every weight NaN within a step."""
-
-    def scores(completions, rows):
-        values = []
-        for completion, row in zip(completions, rows):
-            try:
-                value = reward(completion, row)
-                values.append(float(value))
-                wrong = "" if math.isfinite(values[-1]) and not isinstance(value, str) else f"{value!r:.100}, no finite number,"
-            except Exception as error:
-                wrong = f"an error, {type(error).__name__}: {error}"
-            if wrong:
-                where = f"prompt {row['prompt']!r:.300} and completion {completion!r:.300}"
-                raise common.Stop(f"--reward gave {wrong} for {where}")
-        return values
-
-    return scores
+    return common.together(common.checked(rules.get(spec) or common.load_function(spec, "--reward")), world)
 
 
 # -- The math: from rewards to losses ------------------------------------------------------------------------------
 
 
 def token_rewards(scores, kl, mask, beta):
-    """Equation (1): scores [B], kl [B, C] (k1, log pi_old - log ref) -> [B, C]. The score comes with the last token that the
-    policy chose, the EOS where there is one; a place later nobody would be paid for it."""
+    """scores [B], kl [B, C] (k1, log pi_old - log ref) -> what each token is paid, [B, C]: minus beta times its KL, and the score
+    with the last token that the policy chose, the EOS where there is one; a place later nobody would be paid for it. KL in the
+    *reward* has the gradient of beta KL(pi || ref); k3 in the *loss* (grpo.py, as published) has not."""
     last = mask & ~F.pad(mask[:, 1:], (0, 1))  # true on the last token of a row
     return (-beta * kl + scores[:, None] * last) * mask
 
@@ -311,18 +283,20 @@ def whiten(x, mask, world):
     return (x - mean) / (math.sqrt(max(squares / count - mean**2, 0.0)) + 1e-4) * mask
 
 
-def surrogate(logprobs, old_logprobs, advantages, mask, weights, clip_low, clip_high):
-    """Equations (4), (5), (7), all [b, C], logprobs with gradient -> (loss, ratio, low, high), the last two true where the clip has
-    stopped the gradient.
+def clipped_loss(logratio, advantages, mask, weights, clip_low, clip_high):
+    """-sum of weights * min(ratio A, clip(ratio) A): logratio = log pi - log pi_old [b, C] with gradient, the rest without,
+    advantages [b, C] or [b, 1] -> (loss, ratio, low, high), the last two true where the clip has stopped the gradient.
 
-    The minimum is pessimistic: it takes the clip where going on would look better, and never where the ratio should come
-    back. The gradient is that of ratio * A times this mask:
+    The minimum is pessimistic: it takes the clip where going on would look better, and never where the ratio should come back.
+    So the gradient is that of ratio * A times this mask:
 
                  ratio < 1 - low      between      ratio > 1 + high
         A > 0           1                1                0            0: good, and made likely enough
         A < 0           0                1                1            0: bad, and made unlikely enough
-    """
-    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()  # exp of what is not clamped may be inf
+
+    A plain clip, without the minimum, would have 0 in the corners as well: a good token that an earlier update of this
+    rollout made unlikely could not be brought back."""
+    ratio = logratio.clamp(-20, 20).exp()  # exp of what is not clamped may be inf
     gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
     low, high = (advantages < 0) & (ratio < 1 - clip_low), (advantages > 0) & (ratio > 1 + clip_high)
     return -(gain * weights).sum(), ratio.detach(), low & mask, high & mask
@@ -362,8 +336,8 @@ def moved_by(logprobs, old_logprobs):
 def micro_batches(prompt_mask, mask, n, tokens, world):
     """Cuts rows into parts of whole groups of n (or slices of one, if a group alone is too much) of at most `tokens` tokens
     (or one row) with padding, a group's prompt counted once, groups of like length together -> [row numbers]. With n = 1 each
-    row brings its own prompt. Every process gets as many parts, some perhaps empty: sharded weights are gathered by
-    all or by none."""
+    row brings its own prompt. Every process gets the same number of parts, some perhaps empty: sharded weights are gathered
+    by all or by none."""
     prompt, completion = prompt_mask.sum(1).tolist(), mask.sum(1).tolist()
 
     def fits(rows):
@@ -429,7 +403,7 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
             logits = logits / temperature  # as the sampler did; without it the ratio is not 1
         logprobs = logits.log_softmax(-1)
         chosen, entropy = logprobs.gather(-1, tokens[:, None])[:, 0], torch.zeros_like(logprobs[:, 0])
-        if torch.is_grad_enabled():  # after all that backward needs, so that it is not computed again there
+        if torch.is_grad_enabled():  # last: what backward computes again ends with what it needs
             entropy = -torch.linalg.vecdot(logprobs.detach().exp(), logprobs.detach())
         return chosen, entropy
 
@@ -490,7 +464,7 @@ def evaluate(model, tokenizer, held_out, reward, args, world):
     """Greedy completions of held-out prompts -> {"eval/reward", "eval/exact"}; each process takes its share."""
     right = number if args.reward == "number" else exact
     mine, sums = held_out[world.rank :: world.size], [0.0] * 4  # sums: rewards, rows, right answers, rows with an answer
-    for i in range(0, -(-len(held_out) // world.size), 256):  # as many rounds on every process
+    for i in range(0, -(-len(held_out) // world.size), 256):  # the same number of rounds on every process
         part = mine[i : i + 256]
         ids, rows = zip(*(part or held_out[:1]))
         texts = common.sample(model, tokenizer, list(ids), max_new_tokens=args.max_new_tokens, temperature=0).texts
@@ -507,7 +481,6 @@ def advise(metrics, args, said):
     advice = {
         "truncated": (metrics["truncated"] > 0.5, "most completions are cut off: raise --max_new_tokens (or lower --max_prompt_tokens, where prompts fill the context), or ask for shorter answers with --system"),
         "reward": (metrics["reward"] == 0 and args.reward == "exact", "no completion was right: `exact` wants the answer and nothing else; --reward number takes a text's last number"),
-        "equal_groups": (metrics.get("equal_groups", 0.0) > 0.8, "most prompts' samples all score the same, so little is learnt: use prompts of middling difficulty, or raise --samples_per_prompt"),
         "ratio/first": (metrics.get("ratio/first", 0.0) > 1e-3, "the first ratio is not 1: the same weights gave a sample two probabilities; the model's forward is not deterministic"),
         "entropy": (metrics.get("entropy", 1.0) < 0.01, "entropy is near 0, the policy has settled: lower --learning_rate or raise --beta to keep it trying"),
         "kl/ref": (abs(metrics.get("kl/ref", 0.0)) > 100, "KL to the reference runs away: raise --beta or lower --learning_rate"),
@@ -525,20 +498,18 @@ def advise(metrics, args, said):
 def train(args):
     args = resolve(args)
     world = common.start(args.device, args.dtype, args.seed)
-    n, share = args.samples_per_prompt, args.prompts_per_step // world.size
-    B = args.prompts_per_step * n  # completions of a step, over all processes
-    if share % args.minibatches or not share or args.prompts_per_step % world.size:
+    n, mine = args.samples_per_prompt, args.prompts_per_step // world.size  # mine: prompts of this process
+    N = args.prompts_per_step * n  # samples of a step, over all processes
+    if mine % args.minibatches or args.prompts_per_step % world.size:
         fail(f"--prompts_per_step {args.prompts_per_step} must be a multiple of --minibatches times the number of processes")
 
     # everything that can be wrong with the user's input is found here, before the policy is loaded or a file written
     config, tokenizer = common.policy_config(args.model), common.load_tokenizer(args.model)
-    prompts = encode_rows(read_rows(args.data, "--data"), tokenizer, args, "--data")
-    held_out = encode_rows(read_rows(args.eval_data, "--eval_data"), tokenizer, args, "--eval_data") if args.eval_data else []
+    needs = f"--reward {args.reward}" if args.reward in ("exact", "number") else ""
+    prompts = load_prompts(args.data, "--data", tokenizer, args, needs)
+    held_out = load_prompts(args.eval_data, "--eval_data", tokenizer, args, needs)
     longest = max(len(ids) for ids, _ in prompts + held_out)
     args = common.fit_context(args, longest, config)
-    if args.reward in ("exact", "number"):
-        need_answers([r for _, r in prompts], "--data", f"--reward {args.reward}")
-        need_answers([r for _, r in held_out], "--eval_data", f"--reward {args.reward}")
     separate, critic_path = args.critic == "separate" and args.steps > 0, args.model
     if separate and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         fail(
@@ -547,7 +518,7 @@ def train(args):
     reward = load_reward(args.reward, world)
     if separate and is_a_model(args.reward):
         words = common.load_tokenizer(args.reward).get_vocab()
-        room = getattr(common.read_config(args.reward).get_text_config(), "max_position_embeddings", None) or 2**31
+        room = common.context_of(common.read_config(args.reward))
         if tokenizer.get_vocab().items() <= words.items() and room >= longest + args.max_new_tokens:
             critic_path = args.reward  # it can read what the policy reads and writes, by its ids
     out = common.open_run(args, "ppo", world)
@@ -556,19 +527,18 @@ def train(args):
     row, frozen = longest + args.max_new_tokens, (args.beta > 0) + is_a_model(args.reward)  # sized as the policy
     needed = common.memory_needed(
         args.model, world, max(args.tokens_per_micro_batch, row), frozen=frozen, learning=1 + separate,
-        checkpointing=args.gradient_checkpointing, sample_rows=max(share * n, min(256, len(held_out))), sample_tokens=row,
+        checkpointing=args.gradient_checkpointing, sample_rows=max(mine * n, min(256, len(held_out))), sample_tokens=row,
     )  # fmt: skip
     state = common.read_checkpoint(out) if args.resume else None
     first, said = state["step"] if state else 0, set()
     writer, bar = common.introduce(out, args, world, tokenizer, prompts[0][0], first, needed)
 
-    if bar is not None:
-        print(f"critic: {args.critic}" + f", from {critic_path}" * separate)
+    common.say(f"critic: {args.critic}" + f", from {critic_path}" * separate)
     with common.guarded(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing)
         reference = common.load_reference(args.model, world) if args.beta and args.steps else None
         if separate:
-            # a head of 0, no opinion, to start: a reward model's own judges finished texts, and would be far off before
+            # the head starts at 0: a reward model's head scores finished texts, and would be far off earlier in them
             critic = common.load_scalar(critic_path, world, tokenizer, 0.0, args.gradient_checkpointing)
             trunk, head = critic, common.scalar_head(critic)
         else:
@@ -579,7 +549,7 @@ def train(args):
         learning = (policy, critic) if separate else (policy,)
         shared = n > 1 and args.steps and type(trunk.config) is type(policy.config)
         shared = shared and all(common.prompts_can_be_shared(m, world, args.gradient_checkpointing) for m in learning)
-        group = n if shared else 1
+        together = n if shared else 1
         optimizer = common.make_optimizer(policy, args.learning_rate)
         critic_optimizer = common.make_optimizer(critic, args.critic_learning_rate)
         models, optimizers = {"policy": policy, "critic": critic}, {"policy": optimizer, "critic": critic_optimizer}
@@ -596,122 +566,126 @@ def train(args):
         for step in range(first + 1, args.steps + 1):
             began, warming = time.perf_counter(), step <= args.critic_warmup
 
-            # 1. Rollout and scores. The data is an endless row of shuffled copies; the step's number says which prompts of it
-            #    are next, and the rank which of those are this process's: a resumed run neither skips nor repeats any.
-            start = (step - 1) * args.prompts_per_step + world.rank * share
-            picked = [common.pick(len(prompts), start + i, args.seed) for i in range(share)]
+            # 1. Rollout and scores.
+            asked, rows = zip(*(prompts[i] for i in common.picked(len(prompts), step, args.prompts_per_step, world, args.seed)))
             samples = common.sample(
-                policy, tokenizer, [prompts[i][0] for i in picked], n=n, max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature, seed=common.fold(args.seed, step, world.rank, common.DRAW),
+                policy, tokenizer, asked, n=n, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                seed=common.fold(args.seed, step, world.rank, common.DRAW),
             )  # fmt: skip
-            mask, scores = samples.mask, reward(samples.texts, [prompts[i][1] for i in picked for _ in range(n)])
-            scores, sampled = torch.tensor(scores, device=world.device), time.perf_counter()  # [B]
+            scores = reward(samples.texts, [row for row in rows for _ in range(n)])
+            rewards = torch.tensor(scores, device=world.device)  # [B]
+            mask, sampled = samples.mask, time.perf_counter()
 
-            # 2. Mini-batches (one optimizer step each) and their micro-batches (one forward each), fixed now: old, new
-            #    and reference log-probabilities of a row are to come from the same company of rows.
-            order = torch.randperm(
-                share, generator=torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
-            )
+            # 2. Mini-batches (one optimizer update each) and their micro-batches (one forward each), cut once per rollout:
+            #    old, new and reference log-probabilities of a row are computed in the same micro-batch, because in
+            #    bfloat16 they depend on it.
+            cut = torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
             minibatches, weights = [], torch.zeros_like(samples.logprobs)  # [B, C]
-            for prompt_numbers in order.view(args.minibatches, -1):
-                index = (prompt_numbers[:, None] * n + torch.arange(n)).flatten()  # the rows of these prompts
-                parts = micro_batches(samples.prompt_mask[index], mask[index], group, args.tokens_per_micro_batch, world)
+            for groups in torch.randperm(mine, generator=cut).view(args.minibatches, -1):
+                index = (groups[:, None] * n + torch.arange(n)).flatten()  # the rows of these groups
+                parts = micro_batches(samples.prompt_mask[index], mask[index], together, args.tokens_per_micro_batch, world)
                 minibatches.append([index[part].tolist() for part in parts])
                 # equation (7)'s mean: divided by the tokens of the whole update, over its micro-batches and processes
                 weights[index] = mask[index] / common.all_sum(world, mask[index].sum())[0]
             every_part = [part for parts in minibatches for part in parts]
+            shuffles = [random.Random(common.fold(args.seed, step, epoch, common.PASS)) for epoch in range(args.epochs)]
+            updates = [parts for s in shuffles for parts in s.sample(minibatches, args.minibatches)]
 
             # 3. What the rollout's policy, the critic and the reference say before any update.
-            old, values = before_update(policy, trunk, head, samples, every_part, group, args.temperature)  # [B, C]
+            old, values = before_update(policy, trunk, head, samples, every_part, together, args.temperature)  # [B, C]
             kl = torch.zeros_like(old)
             if reference:
-                kl = (old - rollout_logprobs(reference, samples, every_part, group, args.temperature)) * mask  # k1
+                kl = (old - rollout_logprobs(reference, samples, every_part, together, args.temperature)) * mask  # k1
 
             # 4. Advantages and returns, equations (1) to (3). Returns first: the critic learns rewards, not whitened numbers.
-            paid = scores - args.missing_eos_penalty * ~samples.finished
-            paid = token_rewards(paid, kl, mask, args.beta)  # [B, C]
+            scores = rewards - args.missing_eos_penalty * ~samples.finished  # [B]
+            paid = token_rewards(scores, kl, mask, args.beta)  # [B, C]
             advantages, returns = gae(paid, values, mask, args.gamma, args.lam)
             knows = explained(values, gae(paid, values, mask, args.gamma, 1.0)[1], mask, world)  # lam 1: what really came
             if args.whiten:
                 advantages = whiten(advantages, mask, world)
 
-            # 5. Update, equations (4) to (7).
+            # 5. Update, equations (4) to (7). The policy's schedule begins when the critic's warm-up is over.
             rate, critic_rate = (
                 common.learning_rate_at(step - waited, args.steps - waited, peak, args.schedule, args.warmup)
                 for peak, waited in ((args.learning_rate, args.critic_warmup), (args.critic_learning_rate, 0))
             )
-            for settings, now in ((optimizer, rate), (critic_optimizer, critic_rate)):
-                settings.param_groups[0]["lr"] = now
-            norms, critic_norms, first_ratio = [], [], torch.zeros(1, device=world.device)
-            sums, passes, stopped = torch.zeros(9, dtype=torch.float64, device=world.device), 0, False
-            for epoch in range(args.epochs):
-                shuffle = random.Random(common.fold(args.seed, step, epoch, common.PASS))
-                for m in () if stopped else shuffle.sample(range(args.minibatches), args.minibatches):
-                    moved_before = sums[7].clone()
-                    for part in minibatches[m]:
-                        real, part = bool(part), part or [0]  # an empty part only keeps other processes company
-                        inputs = trim(samples, part, group)
-                        with torch.set_grad_enabled(not warming):
-                            states = completion_states(policy, *inputs)  # [b, C, width]
-                            logprobs, entropy = logprobs_of(policy, states, *inputs[-2:], args.temperature)  # [b, C]
-                        C, part_mask = logprobs.shape[1], inputs[-1] * real
-                        w, before = weights[part, :C] * real, old[part, :C]
-                        loss, ratio, low, high = surrogate(
-                            logprobs, before, advantages[part, :C], part_mask, w, args.clip_low, args.clip_high
-                        )
-                        if separate:  # policy first, then critic: never the activations of both
-                            if not warming:
-                                loss.backward()
-                            states = completion_states(trunk, *inputs)
-                        v_loss = value_loss(values_of(head, states), values[part, :C], returns[part, :C], w, args.value_clip)
-                        (args.value_coef * v_loss + (0.0 if separate else loss)).backward()
-                        with torch.no_grad():
-                            if not norms:
-                                first_ratio = torch.maximum(first_ratio, ((ratio - 1).abs() * part_mask).max())
-                            sampler = (before - samples.logprobs[part, :C]).abs()
-                            seen = (torch.ones_like(ratio), entropy, ratio, low, high, moved_by(logprobs, before), sampler)
-                            sums += torch.stack([loss.detach(), v_loss.detach(), *((x * part_mask).sum() for x in seen)])
-                    passes += 1
-                    if args.kl_stop:
-                        moved = common.all_sum(world, sums[7] - moved_before)[0] / (B / args.minibatches)
-                        if stopped := bool(norms) and moved > args.kl_stop:
-                            policy.zero_grad(), critic.zero_grad()
-                            break
-                    norms.append(common.clip_gradients(policy, args.max_grad_norm))
-                    if not separate and world.size > 1:
-                        for p in critic.parameters():  # FSDP2 adds up the gradients of all processes; this head is not its
-                            torch.distributed.all_reduce(p.grad)
-                    critic_norms.append(common.clip_gradients(critic, args.max_grad_norm))
-                    if not math.isfinite(norms[-1] + critic_norms[-1]):
-                        both = f"policy {norms[-1]}, critic {critic_norms[-1]}"
-                        raise common.Stop(f"step {step}: a gradient is not finite ({both}), so no step was taken with it")
-                    if not warming:
-                        optimizer.step()
-                    critic_optimizer.step()
-                    policy.zero_grad(), critic.zero_grad()
+            optimizer.param_groups[0]["lr"], critic_optimizer.param_groups[0]["lr"] = rate, critic_rate
+            norms, critic_norms, passes = [], [], 0
+            first_ratio, sums = torch.zeros(1, device=world.device), collections.defaultdict(float)
+            for parts in updates:
+                moved_before = float(sums["kl/old"])
+                for part in parts:
+                    real, part = bool(part), part or [0]  # no rows are left here, but elsewhere: row 0 with weight 0
+                    inputs = trim(samples, part, together)
+                    with torch.set_grad_enabled(not warming):
+                        states = completion_states(policy, *inputs)  # [b, C, width]
+                        logprobs, entropy = logprobs_of(policy, states, *inputs[-2:], args.temperature)  # [b, C]
+                    C, part_mask = logprobs.shape[1], inputs[-1] * real
+                    w, before = weights[part, :C] * real, old[part, :C]
+                    loss, ratio, low, high = clipped_loss(
+                        logprobs - before, advantages[part, :C], part_mask, w, args.clip_low, args.clip_high
+                    )
+                    if separate:  # policy first, then critic: never the activations of both
+                        if not warming:
+                            loss.backward()
+                        states = completion_states(trunk, *inputs)
+                    v_loss = value_loss(values_of(head, states), values[part, :C], returns[part, :C], w, args.value_clip)
+                    (args.value_coef * v_loss + (0.0 if separate else loss)).backward()
+                    with torch.no_grad():
+                        if not norms:
+                            first_ratio = torch.maximum(first_ratio, ((ratio - 1).abs() * part_mask).max())
+                        sums["loss"] += loss.double()
+                        sums["value/loss"] += v_loss.double()
+                        seen = {
+                            "tokens": torch.ones_like(ratio), "entropy": entropy, "ratio/mean": ratio, "clip/low": low,
+                            "clip/high": high, "kl/old": moved_by(logprobs, before),
+                            "kl/sample": (before - samples.logprobs[part, :C]).abs(),
+                        }  # fmt: skip
+                        for name, x in seen.items():
+                            sums[name] += (x * part_mask).sum().double()
+                passes += 1
+                if args.kl_stop and norms:
+                    moved = common.all_sum(world, sums["kl/old"] - moved_before)[0] / (N / args.minibatches)
+                    if moved > args.kl_stop:
+                        policy.zero_grad(), critic.zero_grad()
+                        break
+                norms.append(common.clip_gradients(policy, args.max_grad_norm))
+                if not separate and world.size > 1:
+                    for p in critic.parameters():  # this head is not sharded, so nobody else adds its gradients up
+                        torch.distributed.all_reduce(p.grad)
+                critic_norms.append(common.clip_gradients(critic, args.max_grad_norm))
+                if not math.isfinite(norms[-1] + critic_norms[-1]):
+                    both = f"policy {norms[-1]}, critic {critic_norms[-1]}"
+                    raise common.Stop(f"step {step}: a gradient is not finite ({both}), so no step was taken with it")
+                if not warming:
+                    optimizer.step()
+                critic_optimizer.step()
+                policy.zero_grad(), critic.zero_grad()
 
             # 6. Log: sums over all processes first, then means.
             now = time.perf_counter()
-            numbers = (*sums, mask.sum(), (~samples.finished).sum(), scores.sum(), kl.sum(), returns.sum())
-            (
-                loss, v_loss, tokens, entropy, ratio, low, high, moved, sampler, length, cut, total, kl_ref, back,
-            ) = common.all_sum(world, *numbers)  # fmt: skip
+            sums |= {"reward": rewards.sum(), "kl/ref": kl.sum(), "length": mask.sum(), "cut": (~samples.finished).sum()}
+            sums["returns"] = returns.sum()
+            s = dict(zip(sums, common.all_sum(world, *sums.values())))
             metrics = {
-                "reward": total / B, "kl/penalty": args.beta * kl_ref / B, "loss": loss / passes, "value/loss": v_loss / passes,
-                "value/explained": knows, "returns": back / length, "kl/ref": kl_ref / B, "kl/old": moved / passes / (B / args.minibatches),
-                "kl/sample": sampler / tokens, "ratio/first": common.all_gather(world, first_ratio).max().item(),
-                "ratio/mean": ratio / tokens, "clip/low": low / tokens, "clip/high": high / tokens, "entropy": entropy / tokens,
-                "updates": len(norms), "grad_norm": sum(norms) / len(norms), "value/grad_norm": sum(critic_norms) / len(norms),
-                "learning_rate": rate, "value/learning_rate": critic_rate, "length": length / B, "truncated": cut / B, "time/sample": sampled - began,
-                "time/train": now - sampled, "tokens_per_second": length / (now - began),
+                "reward": s["reward"] / N, "kl/penalty": args.beta * s["kl/ref"] / N if reference else None,
+                "loss": s["loss"] / passes, "value/loss": s["value/loss"] / passes, "value/explained": knows,
+                "returns": s["returns"] / s["length"], "kl/ref": s["kl/ref"] / N if reference else None,
+                "kl/old": s["kl/old"] / passes / (N / args.minibatches), "kl/sample": s["kl/sample"] / s["tokens"],
+                "ratio/first": common.all_gather(world, first_ratio).max().item(), "ratio/mean": s["ratio/mean"] / s["tokens"],
+                "clip/low": s["clip/low"] / s["tokens"], "clip/high": s["clip/high"] / s["tokens"],
+                "entropy": None if warming else s["entropy"] / s["tokens"], "updates": len(norms),
+                "grad_norm": sum(norms) / len(norms), "value/grad_norm": sum(critic_norms) / len(norms),
+                "learning_rate": rate, "value/learning_rate": critic_rate, "length": s["length"] / N, "truncated": s["cut"] / N,
+                "time/sample": sampled - began, "time/train": now - sampled, "tokens_per_second": s["length"] / (now - began),
                 "memory_gib": common.memory_used(world) / 2**30,
             }  # fmt: skip
-            there = {"kl/ref": reference, "kl/penalty": reference, "value/explained": knows is not None, "entropy": not warming}
-            metrics = {name: value for name, value in metrics.items() if there.get(name, True)}  # the rest was not measured
+            metrics = {name: value for name, value in metrics.items() if value is not None}  # None: not measured
             if step % args.eval_every == 0 or step == args.steps:
                 metrics |= held_out_scores()
-            asked = tokenizer.decode(samples.prompt_ids[0][samples.prompt_mask[0]])
-            shown = [{"prompt": asked, "completion": samples.texts[j], "reward": scores[j].item()} for j in range(n)]
+            text = tokenizer.decode(asked[0])
+            shown = [{"prompt": text, "completion": samples.texts[j], "reward": rewards[j].item()} for j in range(n)]
             common.log(out, writer, step, metrics, shown)
             if bar:
                 advise(metrics, args, said)
@@ -728,10 +702,9 @@ def train(args):
 
         if args.steps:
             common.save_model(policy, tokenizer, out / "model", world)
-    message = '[{"role": "user", "content": "your prompt"}]' if tokenizer.chat_template and args.chat else '"your prompt"'
-    use = f'print(pipeline("text-generation", "{out / "model"}")({message}, max_new_tokens={args.max_new_tokens}))'
+    use = common.usage(out, tokenizer, prompts[0][1]["prompt"], args)
     common.conclude(out, args, writer, bar, use)
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, use_underscores=True))
+    train(tyro.cli(Args, description=__doc__.partition("\n")[0], use_underscores=True))

@@ -17,7 +17,7 @@ That is the estimator. It is right on average and very noisy, and the rest of th
 
     (4)  a token cannot have caused rewards before it: weigh it by the reward to come, G_t = sum_{s >= t} gamma^(s-t) r_s.
          The KL is paid token by token, r_t = -beta (log pi(a_t) - log ref(a_t)), the score with the last token. With
-         gamma 1 and beta 0, G_t is the score for every t, and (4) is (2).                  -> `rewards_to_go`
+         gamma 1 and beta 0, G_t is the score for every t, and (4) is (2).    -> `token_rewards`, `rewards_to_go`
     (5)  E[b grad log pi] = 0 for every b that does not depend on y, so a baseline may be subtracted, A_t = G_t - b, and
          what remains is how much better than usual it went. Where all rewards are near 100, every
          sample used to say "more of this"; now half of them say "less".                   -> `baselines`
@@ -31,7 +31,7 @@ completions out of a file (`--demos`), each paid 1, it is supervised fine-tuning
     python reinforce.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl --reward number
     torchrun --nproc_per_node 8 reinforce.py --model ... --data ... --reward my_reward.py:score
 
-Left out: the clip of the ratio, which makes more than a step or two on one rollout safe, and a learned critic (both:
+Left out: the clip of the ratio, without which more than one or two updates per rollout are unsafe, and a learned critic (both:
 ppo.py); the division by the group's standard deviation as a rule (grpo.py). Sums, not means, over tokens: a mean would
 divide each completion's gradient by its own length, which is the gradient of another objective, E[r / length].
 
@@ -39,6 +39,7 @@ Williams 1992 (REINFORCE); Sutton et al. 1999 (policy gradient theorem); Kool et
 (leave-one-out baseline, and its use for language models).
 """
 
+import collections
 import dataclasses
 import math
 import random
@@ -50,6 +51,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 import tyro
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -94,13 +96,13 @@ class Args:
     """subtracted from the reward: nothing, the batch's mean, the prompt's, or that of the prompt's other samples.
     None: loo, leave one out; none with --demos"""
     normalize: bool = False
-    """divide by the standard deviation of the rewards that the baseline is made of"""
+    """divide by the standard deviation of the prompt's rewards (--baseline prompt, loo) or of the batch's (none, batch)"""
     keep_max: bool = False
     """learn from each prompt's best samples only (all that tie)"""
     gamma: float = 1.0
-    """discount of a reward per token of delay; 1 is usual, a text has no clock"""
+    """discount of a reward per token; 1: it counts the same however late it comes"""
     beta: float | None = None
-    """weight of the KL penalty (None: 0.05, and 0 with --demos); at 0 no reference model is loaded"""
+    """weight of the KL penalty, k1 in the reward (None: 0.05, and 0 with --demos); at 0 no reference model is loaded"""
 
     # --- optimisation ---
     steps: int = 250
@@ -108,8 +110,7 @@ class Args:
     learning_rate: float | None = None
     """AdamW's step size (None: 1e-6, and 3e-4 for the embedded model, which is small and wants more)"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """what becomes of the learning rate after the warm-up.
-    Falling to 0, it takes the noise of single gradients out again, of which REINFORCE has more than the others here"""
+    """what becomes of the learning rate after the warm-up"""
     warmup: int = 10
     """steps over which the learning rate rises"""
     max_grad_norm: float = 1.0
@@ -146,25 +147,18 @@ class Args:
 def resolve(args):
     """Fills in the defaults that depend on other flags, and refuses flags that contradict each other."""
     if args.demos:
-        demanded = {
-            "baseline": "none",
-            "samples_per_prompt": 1,
-            "beta": 0.0,
-            "normalize": False,
-            "gamma": 1.0,
-            "temperature": 1.0,
-        }
+        demanded = dict(baseline="none", samples_per_prompt=1, beta=0.0, normalize=False, gamma=1.0, temperature=1.0)
         for name, only in demanded.items():
             if getattr(args, name) not in (None, only):
                 fail(f"--demos: a demonstration is one sample of weight 1, so --{name} can only be {only}")
-    at_home = Path(args.demos or args.data).resolve().parent == TINY
+    tiny_model, tiny_data = Path(args.model).resolve() == TINY / "model", Path(args.demos or args.data).resolve().parent == TINY
     defaults = {
         "baseline": "none" if args.demos else "loo",
         "samples_per_prompt": 1 if args.demos else 8,
         "beta": 0.0 if args.demos else 0.05,
-        "learning_rate": 3e-4 if Path(args.model).resolve() == TINY / "model" else 1e-6,
+        "learning_rate": 3e-4 if tiny_model else 1e-6,
         "tokens_per_micro_batch": 2048 if args.device == "cpu" or not torch.cuda.is_available() else 8192,
-        "eval_data": str(TINY / "sort_test.jsonl") if at_home else "",
+        "eval_data": str(TINY / "sort_test.jsonl") if tiny_data else "",
     }
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     common.check_flags(args)
@@ -184,32 +178,24 @@ def is_prompt(value):
     return bool(value) and (isinstance(value, str) or messages)
 
 
-def read_rows(path, flag):
-    """The rows of a JSON-lines file, each with its `prompt`."""
-    rows = []
-    for number, row in common.read_json(path, flag):
-        prompt = row.get("prompt", row.get("question")) if isinstance(row, dict) else None
-        if not is_prompt(prompt):
-            fail(f'{flag} {path}, line {number}: needs a "prompt" (or "question") that is a text or a list of messages')
-        rows.append({**row, "prompt": prompt})
-    return rows
-
-
-def encode_rows(rows, tokenizer, args, flag):
-    """[(prompt's token ids, row), ...] without the prompts that are too long; says how many those were."""
-    pairs = [(common.encode_prompt(tokenizer, r["prompt"], args.system, args.chat), r) for r in rows]
-    kept = [(ids, r) for ids, r in pairs if 0 < len(ids) <= args.max_prompt_tokens]
+def load_prompts(path, flag, tokenizer, args, needs=""):
+    """[(prompt's token ids, row), ...] of a JSON-lines file, each row with its `prompt`, without prompts that are too long; says
+    how many those were. `needs` is what wants an answer of every row, if anything does."""
+    pairs = []
+    for number, row in common.read_json(path, flag) if path else ():
+        where, row = f"{flag} {path}, line {number}", row if isinstance(row, dict) else {}
+        row = {**row, "prompt": row.get("prompt", row.get("question"))}
+        if not is_prompt(row["prompt"]):
+            fail(f'{where}: needs a "prompt" (or "question") that is a text or a list of messages')
+        if needs and not isinstance(row.get("answer"), (str, int, float)):
+            fail(f'{where}: {needs} needs an "answer", a text or a number; the row with prompt {row["prompt"]!r:.100} has none')
+        pairs.append((common.encode_prompt(tokenizer, row["prompt"], args.system, args.chat), row))
+    kept = [(ids, row) for ids, row in pairs if 0 < len(ids) <= args.max_prompt_tokens]
     if len(kept) < len(pairs):
-        common.say(
-            f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out (--max_prompt_tokens {args.max_prompt_tokens})"
-        )
-    return kept or fail(f"{flag}: every prompt is longer than --max_prompt_tokens {args.max_prompt_tokens}")
-
-
-def need_answers(rows, flag, what):
-    for row in rows:
-        if not isinstance(row.get("answer"), (str, int, float)):
-            fail(f'{flag}: {what} needs an "answer", a text or a number; the row with prompt {row["prompt"]!r:.100} has none')
+        limit = f"--max_prompt_tokens {args.max_prompt_tokens}"
+        common.say(f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out ({limit})")
+        kept = kept or fail(f"{flag}: every prompt is longer than {limit}")
+    return kept
 
 
 def demonstration(tokenizer, row, args):
@@ -246,50 +232,31 @@ def load_reward(spec, world):
             fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
         return common.together(common.load_scorer(spec, world), world)
     rules = {"exact": exact, "number": number}
-    return common.together(checked(rules[spec] if spec in rules else common.load_function(spec, "--reward")), world)
-
-
-def checked(reward):
-    """A reward for one completion as one for many, which ends the run when it raises or gives no finite number: one NaN
-    among the rewards makes every weight NaN within a step."""
-
-    def scores(completions, rows):
-        values = []
-        for completion, row in zip(completions, rows):
-            try:
-                value = reward(completion, row)
-                values.append(float(value))
-                wrong = "" if math.isfinite(values[-1]) and not isinstance(value, str) else f"{value!r:.100}, no finite number,"
-            except Exception as error:
-                wrong = f"an error, {type(error).__name__}: {error}"
-            if wrong:
-                where = f"prompt {row['prompt']!r:.300} and completion {completion!r:.300}"
-                raise common.Stop(f"--reward gave {wrong} for {where}")
-        return values
-
-    return scores
+    return common.together(common.checked(rules.get(spec) or common.load_function(spec, "--reward")), world)
 
 
 # -- The math: from rewards to a loss ------------------------------------------------------------------------------
 
 
-def rewards_to_go(scores, kl, mask, beta, gamma):
-    """Equation (4). scores [B], kl [B, C] (k1: log pi - log ref of each token), mask [B, C] -> [B, C].
+def token_rewards(scores, kl, mask, beta):
+    """scores [B], kl [B, C] (k1, log pi_old - log ref) -> what each token is paid, [B, C]: minus beta times its KL, and the score
+    with the last token that the policy chose, the EOS where there is one; a place later nobody would be paid for it. KL in the
+    *reward* has the gradient of beta KL(pi || ref); k3 in the *loss* (grpo.py, as published) has not."""
+    last = mask & ~F.pad(mask[:, 1:], (0, 1))  # true on the last token of a row
+    return (-beta * kl + scores[:, None] * last) * mask
 
-    The score comes with the last chosen token; a completion that was cut ends there all the same, and nothing is
-    guessed about how it might have gone on. KL in the *reward* makes the gradient that of beta KL(pi || ref): adding
-    k3 to the *loss* instead (grpo.py, as published) does not."""
-    last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(1, keepdim=True) - 1
-    rewards = (last * scores[:, None] - beta * kl) * mask  # [B, C]
-    to_go, ahead = torch.zeros_like(rewards), torch.zeros_like(scores)
-    for t in reversed(range(mask.shape[1])):
-        ahead = rewards[:, t] + gamma * ahead
-        to_go[:, t] = ahead
+
+def rewards_to_go(rewards, gamma):
+    """Equation (4), [B, C] -> [B, C]. A completion that was cut ends there all the same; nothing is guessed about how it might
+    have gone on."""
+    to_go, ahead = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        to_go[:, t] = ahead = rewards[:, t] + gamma * ahead
     return to_go
 
 
 def baselines(totals, scores, everyone, n, baseline, normalize, keep_max):
-    """Equation (5). totals [B] are the samples' whole rewards, the KL paid, n to a prompt; scores [B] those before; everyone
+    """Equation (5). totals [B] are the samples' whole rewards, the KL paid, n to a prompt; scores [B] those before it, for keep_max; everyone
     [all B] the totals of all processes -> (b, scale, keep), each [B]: a token's weight is (G_t - b) * keep / scale.
 
         none    b = 0                                          unbiased
@@ -300,30 +267,28 @@ def baselines(totals, scores, everyone, n, baseline, normalize, keep_max):
     A shrunken gradient points the right way, and Adam hardly notices; it is the variance that differs. `normalize` and
     `keep_max` change what is maximised: the first makes rare successes weigh more, the second forgets all but the best."""
     groups = totals.view(-1, n)  # [prompts, n]
-    spread_of_all = everyone.std() if len(everyone) > 1 else everyone[0] * 0
-    b, spread = {
-        "none": lambda: (torch.zeros_like(totals), spread_of_all),
-        "batch": lambda: (everyone.mean().expand_as(totals), spread_of_all),
-        "prompt": lambda: (groups.mean(1).repeat_interleave(n), groups.std(1).repeat_interleave(n)),
-        "loo": lambda: ((groups.sum(1, keepdim=True) - groups).flatten() / (n - 1), groups.std(1).repeat_interleave(n)),
-    }[baseline]()
-    if baseline in ("prompt", "loo"):
+    b, spread = torch.zeros_like(groups), everyone.std(correction=int(len(everyone) > 1))
+    if baseline == "batch":
+        b = b + everyone.mean()
+    elif baseline != "none":
+        mean, spread = groups.mean(1, keepdim=True), groups.std(1, keepdim=True)
+        b = mean if baseline == "prompt" else (n * mean - groups) / (n - 1)
         # the mean of eight rewards of 0.1 is not 0.1 in floating point, and Adam makes a step of any noise it is given
-        equal = (groups.amax(1) == groups.amin(1)).repeat_interleave(n)
-        b = torch.where(equal, totals, b)
-    scale = (spread + 1e-4).expand_as(totals) if normalize else torch.ones_like(totals)
-    best = scores == scores.view(-1, n).amax(1).repeat_interleave(n)  # by score: no two samples have the same KL
-    return b, scale, best.float() if keep_max else torch.ones_like(totals)
+        b = torch.where(groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True), groups, b)
+    scale = (spread + 1e-4).expand_as(groups) if normalize else torch.ones_like(groups)
+    best = scores.view(-1, n) == scores.view(-1, n).amax(1, keepdim=True)  # by score: no two samples have the same KL
+    keep = best.float() if keep_max else torch.ones_like(groups)
+    return b.expand_as(groups).flatten(), scale.flatten(), keep.flatten()
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, samples):
     """Equation (6): logprobs [b, C] with gradient, the rest without; `samples` is N of the whole update, over all of
     its micro-batches and processes -> (loss, ratio [b, C]).
 
-    ratio = pi / pi_old corrects for samples that an older policy drew: exactly for the token, given its past, and not for
-    the past, whose own ratios are left out because their product has a variance beyond use. It is a constant here; the
-    gradient of ratio * log pi is then that of the ratio itself, pi / pi_old with a constant denominator. With pi_old in the
-    graph too, that quotient would be 1 with gradient 0, and nothing would be learnt. The clamp keeps exp finite."""
+    ratio = pi / pi_old corrects each token for the policy that drew it, and not for the text before it: the product of those
+    ratios has too much variance. It is a constant here: ratio * grad log pi is already the gradient of pi / pi_old, whose
+    denominator is constant. With pi_old in the graph too, that quotient would be 1 with gradient 0, and nothing would be
+    learnt. The clamp keeps exp finite."""
     ratio = (logprobs - old_logprobs).detach().clamp(-20, 20).exp()
     return -(ratio * advantages * logprobs * mask).sum() / samples, ratio
 
@@ -334,8 +299,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, samples):
 def micro_batches(prompt_mask, mask, n, tokens, world):
     """Cuts rows into parts of whole groups of n (or slices of one, if a group alone is too much) of at most `tokens` tokens
     (or one row) with padding, a group's prompt counted once, groups of like length together -> [row numbers]. With n = 1 each
-    row brings its own prompt. Every process gets as many parts, some perhaps empty: sharded weights are gathered by
-    all or by none."""
+    row brings its own prompt. Every process gets the same number of parts, some perhaps empty: sharded weights are gathered
+    by all or by none."""
     prompt, completion = prompt_mask.sum(1).tolist(), mask.sum(1).tolist()
 
     def fits(rows):
@@ -401,7 +366,7 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
             logits = logits / temperature  # as the sampler did; without it the ratio is not 1
         logprobs = logits.log_softmax(-1)
         chosen, entropy = logprobs.gather(-1, tokens[:, None])[:, 0], torch.zeros_like(logprobs[:, 0])
-        if torch.is_grad_enabled():  # after all that backward needs, so that it is not computed again there
+        if torch.is_grad_enabled():  # last: what backward computes again ends with what it needs
             entropy = -torch.linalg.vecdot(logprobs.detach().exp(), logprobs.detach())
         return chosen, entropy
 
@@ -440,7 +405,7 @@ def evaluate(model, tokenizer, held_out, reward, args, world):
     """Greedy completions of held-out prompts -> {"eval/reward", "eval/exact"}; each process takes its share."""
     right = number if args.reward == "number" else exact
     mine, sums = held_out[world.rank :: world.size], [0.0] * 4  # sums: rewards, rows, right answers, rows with an answer
-    for i in range(0, -(-len(held_out) // world.size), 256):  # as many rounds on every process
+    for i in range(0, -(-len(held_out) // world.size), 256):  # the same number of rounds on every process
         part = mine[i : i + 256]
         ids, rows = zip(*(part or held_out[:1]))
         texts = common.sample(model, tokenizer, list(ids), max_new_tokens=args.max_new_tokens, temperature=0).texts
@@ -457,11 +422,10 @@ def advise(metrics, args, said):
     advice = {
         "truncated": (metrics["truncated"] > 0.5, "most completions are cut off: raise --max_new_tokens (or lower --max_prompt_tokens, where prompts fill the context), or ask for shorter answers with --system"),
         "reward": (metrics["reward"] == 0 and args.reward == "exact", "no completion was right: `exact` wants the answer and nothing else; --reward number takes a text's last number"),
-        "equal_groups": (metrics.get("equal_groups", 0.0) > 0.8, "most prompts' samples all score the same, so little is learnt: use prompts of middling difficulty, or raise --samples_per_prompt"),
+        "equal_groups": (metrics["equal_groups"] > 0.8, "most prompts' samples all score the same, so little is learnt: use prompts of middling difficulty, or raise --samples_per_prompt"),
         "ratio/first": (metrics.get("ratio/first", 0.0) > 1e-3, "the first ratio is not 1: the same weights gave a sample two probabilities; the model's forward is not deterministic"),
         "entropy": (metrics.get("entropy", 1.0) < 0.01, "entropy is near 0, the policy has settled: lower --learning_rate or raise --beta to keep it trying"),
         "kl/ref": (abs(metrics.get("kl/ref", 0.0)) > 100, "KL to the reference runs away: raise --beta or lower --learning_rate"),
-        "value/explained": (metrics.get("value/explained", 0.0) < -1, "the critic is worse than a constant: lower --critic_learning_rate, or let it learn alone first with --critic_warmup"),
     }  # fmt: skip
     for name, (sounds, words) in advice.items():
         if sounds and name not in said:
@@ -475,21 +439,19 @@ def advise(metrics, args, said):
 def train(args):
     args = resolve(args)
     world = common.start(args.device, args.dtype, args.seed)
-    n, share = args.samples_per_prompt, args.prompts_per_step // world.size
-    B = args.prompts_per_step * n  # completions of a step, over all processes
-    if share % args.minibatches or not share or args.prompts_per_step % world.size:
+    n, mine = args.samples_per_prompt, args.prompts_per_step // world.size  # mine: prompts of this process
+    N = args.prompts_per_step * n  # samples of a step, over all processes
+    if mine % args.minibatches or args.prompts_per_step % world.size:
         fail(f"--prompts_per_step {args.prompts_per_step} must be a multiple of --minibatches times the number of processes")
 
     # everything that can be wrong with the user's input is found here, before the policy is loaded or a file written
     flag = "--demos" if args.demos else "--data"
     config, tokenizer = common.policy_config(args.model), common.load_tokenizer(args.model)
-    prompts = encode_rows(read_rows(args.demos or args.data, flag), tokenizer, args, flag)
-    held_out = encode_rows(read_rows(args.eval_data, "--eval_data"), tokenizer, args, "--eval_data") if args.eval_data else []
+    needs = f"--reward {args.reward}" if args.demos or args.reward in ("exact", "number") else ""
+    prompts = load_prompts(args.demos or args.data, flag, tokenizer, args, "a demonstration" if args.demos else needs)
+    held_out = load_prompts(args.eval_data, "--eval_data", tokenizer, args, needs)
     longest = max(len(ids) for ids, _ in prompts + held_out)
     args = common.fit_context(args, longest, config)
-    if args.demos or args.reward in ("exact", "number"):
-        need_answers([r for _, r in prompts], flag, "a demonstration" if args.demos else f"--reward {args.reward}")
-        need_answers([r for _, r in held_out], "--eval_data", f"--reward {args.reward}")
     if args.demos:
         short = [p for p in prompts if len(demonstration(tokenizer, p[1], args)) <= args.max_new_tokens]
         common.say(
@@ -503,7 +465,7 @@ def train(args):
     row, frozen = longest + args.max_new_tokens, (args.beta > 0) + is_a_model(args.reward)
     needed = common.memory_needed(
         args.model, world, max(args.tokens_per_micro_batch, row), frozen=frozen, checkpointing=args.gradient_checkpointing,
-        sample_rows=max(share * n, min(256, len(held_out))), sample_tokens=row,
+        sample_rows=max(mine * n, min(256, len(held_out))), sample_tokens=row,
     )  # fmt: skip
     state = common.read_checkpoint(out) if args.resume else None
     first, said = state["step"] if state else 0, set()
@@ -513,7 +475,7 @@ def train(args):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing)
         # samples that share the computation of their prompt
         shared = n > 1 and args.steps and common.prompts_can_be_shared(policy, world, args.gradient_checkpointing)
-        group = n if shared else 1
+        together = n if shared else 1
         reference = common.load_reference(args.model, world) if args.beta and args.steps else None
         optimizer = common.make_optimizer(policy, args.learning_rate)
         if state:
@@ -529,104 +491,99 @@ def train(args):
         for step in range(first + 1, args.steps + 1):
             began = time.perf_counter()
 
-            # 1. Rollout. The data is an endless row of shuffled copies; the step's number says which prompts of it are
-            #    next, and the rank which of those are this process's: a resumed run neither skips nor repeats any.
-            start = (step - 1) * args.prompts_per_step + world.rank * share
-            picked = [common.pick(len(prompts), start + i, args.seed) for i in range(share)]
-            ids = [prompts[i][0] for i in picked]
+            # 1. Rollout and scores. A demonstration is paid 1: its weight in the loss is 1, and the loss is that of fine-tuning.
+            asked, rows = zip(*(prompts[i] for i in common.picked(len(prompts), step, args.prompts_per_step, world, args.seed)))
             if args.demos:
-                answers = [demonstration(tokenizer, prompts[i][1], args) for i in picked]
-                samples = common.given(ids, answers, tokenizer, world)
+                answers = [demonstration(tokenizer, row, args) for row in rows]
+                samples = common.given(asked, answers, tokenizer, world)
+                rewards = torch.ones(mine, device=world.device)  # [B]
             else:
                 samples = common.sample(
-                    policy, tokenizer, ids, n=n, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                    policy, tokenizer, asked, n=n, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                     seed=common.fold(args.seed, step, world.rank, common.DRAW),
                 )  # fmt: skip
-            rows, mask = [prompts[i][1] for i in picked for _ in range(n)], samples.mask
-            sampled = time.perf_counter()
+                scores = reward(samples.texts, [row for row in rows for _ in range(n)])
+                rewards = torch.tensor(scores, device=world.device)  # [B]
+            mask, sampled = samples.mask, time.perf_counter()
 
-            # 2. Score. A demonstration is paid 1: its weight in the loss is 1, and the loss is that of fine-tuning.
-            rewards = torch.ones(len(rows)) if args.demos else torch.tensor(reward(samples.texts, rows))
-            rewards = rewards.to(world.device)  # [B]
-
-            # 3. Mini-batches (one optimizer step each) and their micro-batches (one forward each), fixed now: old, new
-            #    and reference log-probabilities of a row are to come from the same company of rows.
-            order = torch.randperm(
-                share, generator=torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
-            )
+            # 2. Mini-batches (one optimizer update each) and their micro-batches (one forward each), cut once per rollout:
+            #    old, new and reference log-probabilities of a row are computed in the same micro-batch, because in
+            #    bfloat16 they depend on it.
+            cut = torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
             minibatches = []
-            for groups in order.view(args.minibatches, -1):
+            for groups in torch.randperm(mine, generator=cut).view(args.minibatches, -1):
                 index = (groups[:, None] * n + torch.arange(n)).flatten()  # the rows of these groups
-                parts = micro_batches(samples.prompt_mask[index], mask[index], group, args.tokens_per_micro_batch, world)
+                parts = micro_batches(samples.prompt_mask[index], mask[index], together, args.tokens_per_micro_batch, world)
                 minibatches.append([index[part].tolist() for part in parts])
-            every_part, updates = [part for parts in minibatches for part in parts], args.epochs * args.minibatches
+            every_part = [part for parts in minibatches for part in parts]
+            shuffles = [random.Random(common.fold(args.seed, step, epoch, common.PASS)) for epoch in range(args.epochs)]
+            updates = [parts for s in shuffles for parts in s.sample(minibatches, args.minibatches)]
 
-            # 4. Log-probabilities before the update. With one update and no KL nobody asks for them: those of the
+            # 3. Log-probabilities before the update. With one update and no KL nobody asks for them: those of the
             #    update itself, taken as constants, are the same numbers and cost nothing.
             old, kl = None, torch.zeros_like(samples.logprobs)
-            if (updates > 1 and not args.demos) or reference:  # demonstrations have no policy that drew them
-                old = rollout_logprobs(policy, samples, every_part, group, args.temperature)  # [B, C]
+            if (len(updates) > 1 and not args.demos) or reference:  # demonstrations have no policy that drew them
+                old = rollout_logprobs(policy, samples, every_part, together, args.temperature)  # [B, C]
             if reference:
-                kl = (old - rollout_logprobs(reference, samples, every_part, group, args.temperature)) * mask  # k1 [B, C]
+                kl = (old - rollout_logprobs(reference, samples, every_part, together, args.temperature)) * mask  # k1 [B, C]
 
-            # 5. Advantages: penalise, subtract the baseline, normalize, keep the best.
-            to_go = rewards_to_go(rewards, kl, mask, args.beta, args.gamma)  # [B, C]
+            # 4. Advantages: penalise, subtract the baseline, normalize, keep the best.
+            to_go = rewards_to_go(token_rewards(rewards, kl, mask, args.beta), args.gamma)  # [B, C]
             totals = to_go[:, 0]  # [B] what a sample was paid in all
             b, scale, keep = baselines(
                 totals, rewards, common.all_gather(world, totals), n, args.baseline, args.normalize, args.keep_max
             )
             advantages = (to_go - b[:, None]) * (keep / scale)[:, None] * mask  # [B, C]
 
-            # 6. Update. The loss is divided by the samples of the whole optimizer step, over all micro-batches and
-            #    processes, before the first backward: however the step is cut, the gradients add up to the same.
+            # 5. Update. The loss is divided by the samples of the whole optimizer update, over all micro-batches and
+            #    processes, before the first backward: however the update is cut, the gradients add up to the same.
             rate = common.learning_rate_at(step, args.steps, args.learning_rate, args.schedule, args.warmup)
-            for settings in optimizer.param_groups:
-                settings["lr"] = rate
-            norms, first_ratio = [], torch.zeros(1, device=world.device)
-            sums = torch.zeros(6, dtype=torch.float64, device=world.device)
-            for epoch in range(args.epochs):
-                shuffle = random.Random(common.fold(args.seed, step, epoch, common.PASS))
-                for m in shuffle.sample(range(args.minibatches), args.minibatches):
-                    for part in minibatches[m]:
-                        real, part = bool(part), part or [0]  # an empty part only keeps other processes company
-                        inputs = trim(samples, part, group)
-                        logprobs, entropy = token_logprobs(policy, *inputs, args.temperature)  # [b, C]
-                        C, part_mask = logprobs.shape[1], inputs[-1] * real
-                        before = logprobs.detach() if old is None else old[part, :C]
-                        loss, ratio = policy_loss(logprobs, before, advantages[part, :C], part_mask, B / args.minibatches)
-                        loss.backward()
-                        with torch.no_grad():
-                            if not norms:
-                                first_ratio = torch.maximum(first_ratio, ((ratio - 1).abs() * part_mask).max())
-                            apart = (before - samples.logprobs[part, :C]).abs()
-                            seen = (torch.ones_like(ratio), entropy, ratio, before - logprobs, apart)
-                            sums += torch.stack([loss.detach(), *((x * part_mask).sum() for x in seen)])
-                    norms.append(common.clip_gradients(policy, args.max_grad_norm))
-                    if not math.isfinite(norms[-1]):
-                        raise common.Stop(f"step {step}: the gradient is {norms[-1]}, so no step was taken with it")
-                    optimizer.step()
-                    optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = rate
+            norms, first_ratio, sums = [], torch.zeros(1, device=world.device), collections.defaultdict(float)
+            for parts in updates:
+                for part in parts:
+                    real, part = bool(part), part or [0]  # no rows are left here, but elsewhere: row 0 with weight 0
+                    inputs = trim(samples, part, together)
+                    logprobs, entropy = token_logprobs(policy, *inputs, args.temperature)  # [b, C]
+                    C, part_mask = logprobs.shape[1], inputs[-1] * real
+                    before = logprobs.detach() if old is None else old[part, :C]
+                    loss, ratio = policy_loss(logprobs, before, advantages[part, :C], part_mask, N / args.minibatches)
+                    loss.backward()
+                    with torch.no_grad():
+                        if not norms:
+                            first_ratio = torch.maximum(first_ratio, ((ratio - 1).abs() * part_mask).max())
+                        sums["loss"] += loss.double()
+                        seen = {
+                            "tokens": torch.ones_like(ratio), "entropy": entropy, "ratio/mean": ratio, "kl/old": before - logprobs,
+                            "kl/sample": (before - samples.logprobs[part, :C]).abs(),
+                        }  # fmt: skip
+                        for name, x in seen.items():
+                            sums[name] += (x * part_mask).sum().double()
+                norms.append(common.clip_gradients(policy, args.max_grad_norm))
+                if not math.isfinite(norms[-1]):
+                    raise common.Stop(f"step {step}: the gradient is {norms[-1]}, so no step was taken with it")
+                optimizer.step()
+                optimizer.zero_grad()
 
-            # 7. Log: sums over all processes first, then means.
-            now, grouped = time.perf_counter(), rewards.view(-1, n)
-            equal = (grouped.amax(1) == grouped.amin(1)).sum() * (n > 1)
-            numbers = (*sums, rewards.sum(), kl.sum(), mask.sum(), (~samples.finished).sum(), equal)
-            loss, tokens, entropy, ratio, moved, apart, total, kl_ref, length, cut, equal = common.all_sum(world, *numbers)
+            # 6. Log: sums over all processes first, then means.
+            now, groups = time.perf_counter(), rewards.view(-1, n)
+            sums |= {"reward": rewards.sum(), "kl/ref": kl.sum(), "length": mask.sum(), "cut": (~samples.finished).sum()}
+            sums["equal"] = (groups.amax(1) == groups.amin(1)).sum() * (n > 1)
+            s = dict(zip(sums, common.all_sum(world, *sums.values())))
             metrics = {
-                "reward": total / B, "loss": loss / updates, "kl/ref": kl_ref / B, "kl/old": moved / args.epochs / B,
-                "kl/sample": apart / tokens, "ratio/first": common.all_gather(world, first_ratio).max().item(),
-                "ratio/mean": ratio / tokens, "entropy": entropy / tokens, "grad_norm": sum(norms) / updates, "learning_rate": rate,
-                "length": length / B, "truncated": cut / B, "equal_groups": equal / args.prompts_per_step,
-                "time/sample": sampled - began, "time/train": now - sampled, "tokens_per_second": length / (now - began),
-                "memory_gib": common.memory_used(world) / 2**30,
+                "reward": s["reward"] / N, "loss": s["loss"] / len(updates), "kl/ref": s["kl/ref"] / N if reference else None,
+                "kl/old": s["kl/old"] / args.epochs / N, "kl/sample": None if args.demos else s["kl/sample"] / s["tokens"],
+                "ratio/first": None if old is None else common.all_gather(world, first_ratio).max().item(),
+                "ratio/mean": s["ratio/mean"] / s["tokens"], "entropy": s["entropy"] / s["tokens"],
+                "grad_norm": sum(norms) / len(norms), "learning_rate": rate, "length": s["length"] / N, "truncated": s["cut"] / N,
+                "equal_groups": s["equal"] / args.prompts_per_step, "time/sample": sampled - began, "time/train": now - sampled,
+                "tokens_per_second": s["length"] / (now - began), "memory_gib": common.memory_used(world) / 2**30,
             }  # fmt: skip
-            for name, there in (("kl/ref", reference), ("ratio/first", old is not None), ("kl/sample", not args.demos)):
-                if not there:
-                    del metrics[name]  # nothing was compared
+            metrics = {name: value for name, value in metrics.items() if value is not None}  # None: nothing was compared
             if step % args.eval_every == 0 or step == args.steps:
                 metrics |= held_out_scores()
-            asked = tokenizer.decode(ids[0])
-            shown = [{"prompt": asked, "completion": samples.texts[j], "reward": rewards[j].item()} for j in range(n)]
+            text = tokenizer.decode(asked[0])
+            shown = [{"prompt": text, "completion": samples.texts[j], "reward": rewards[j].item()} for j in range(n)]
             common.log(out, writer, step, metrics, shown)
             if bar:
                 advise(metrics, args, said)
@@ -634,7 +591,7 @@ def train(args):
                 bar.set_postfix_str(f"reward {metrics['reward']:.3f}{kl}, {metrics['tokens_per_second']:,.0f} tokens/s")
                 bar.update()
 
-            # 8. Save. A signal to end (Ctrl-C, a cluster that wants its machine back) waits for this place.
+            # 7. Save. A signal to end (Ctrl-C, a cluster that wants its machine back) waits for this place.
             ending = common.all_sum(world, stop_asked())[0] > 0
             if step % args.save_every == 0 or step == args.steps or ending:
                 common.save_checkpoint(out, world, step, {"policy": policy}, {"policy": optimizer}, args.keep)
@@ -643,10 +600,9 @@ def train(args):
 
         if args.steps:
             common.save_model(policy, tokenizer, out / "model", world)
-    message = '[{"role": "user", "content": "your prompt"}]' if tokenizer.chat_template and args.chat else '"your prompt"'
-    use = f'print(pipeline("text-generation", "{out / "model"}")({message}, max_new_tokens={args.max_new_tokens}))'
+    use = common.usage(out, tokenizer, prompts[0][1]["prompt"], args)
     common.conclude(out, args, writer, bar, use)
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, use_underscores=True))
+    train(tyro.cli(Args, description=__doc__.partition("\n")[0], use_underscores=True))

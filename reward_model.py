@@ -7,14 +7,15 @@ text a score r, and the chance that y wins against z a logistic curve in the dif
     (2)  loss = mean over pairs of  -log sigmoid(r(x, chosen) - r(x, rejected) - margin)                   -> `pair_loss`
 
 That is classification of pairs: log 2 where the model cannot tell, falling as the difference grows. Only differences are
-learnt; r + f(x) fits as well for any f, and r's size is that of how sure the labels let it be. So at the end the scores are
-divided by their spread over the training pairs, folded into the head: a policy trained on it sees rewards of unit scale.
+learnt; r + f(x) fits as well for any f, and how far apart scores get depends on how consistent the labels are. So at the end
+the scores are divided by their spread over the texts of all training pairs, folded into the head: a policy trained on it sees
+rewards of about unit scale. (Their mean stays, where the head has no bias; --center keeps it near 0.)
 
 The score is a linear head on the last real token's state, which has seen the whole text; a critic (ppo.py) reads every token.
 
 Best-of-N draws N completions of a prompt and keeps the one of the highest score. It needs no training of the policy, and
-every RL method has to beat it. From one set of M samples all N <= M are estimated without bias, not from the first N
-samples:
+every RL method has to beat it. One set of M samples estimates all N <= M without bias, from all M samples and not only the
+first N:
 
     (3)  E[value of the best of N] = sum_i v_(i) C(i - 1, N - 1) / C(M, N),    v_(i) with the i-th smallest score -> `best_of`
     (4)  KL(best-of-N || policy) <= log N - (N - 1) / N
@@ -43,7 +44,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForSequenceClassification, DynamicCache
 
 import common
 from common import fail
@@ -67,7 +68,7 @@ class Args:
     system: str = ""
     """system message before every prompt of --eval_prompts that has none of its own"""
     max_tokens: int = 1024
-    """pairs with a longer side are left out, and counted; they are never cut"""
+    """pairs with a longer side, prompt included, are left out, and counted; they are never cut"""
 
     # --- algorithm ---
     use_margin: bool = False
@@ -135,14 +136,14 @@ class Args:
 
 def resolve(args):
     """Fills in the defaults that depend on other flags, and refuses flags that contradict each other."""
-    at_home = args.data is None and not args.eval_data and not args.policy and not args.eval_prompts
+    tiny_data = args.data is None and not args.eval_data and not args.policy and not args.eval_prompts
     defaults = {
-        "data": str(TINY / "pairs_train.jsonl") if at_home else "",
+        "data": str(TINY / "pairs_train.jsonl") if tiny_data else "",
         "learning_rate": 1e-3 if Path(args.model).resolve() == TINY / "model" else 1e-5,
         "tokens_per_micro_batch": 1024 if args.device == "cpu" or not torch.cuda.is_available() else 8192,
-        "eval_data": str(TINY / "pairs_test.jsonl") if at_home else "",
-        "policy": str(TINY / "model") if at_home else "",
-        "eval_prompts": str(TINY / "sort_test.jsonl") if at_home else "",
+        "eval_data": str(TINY / "pairs_test.jsonl") if tiny_data else "",
+        "policy": str(TINY / "model") if tiny_data else "",
+        "eval_prompts": str(TINY / "sort_test.jsonl") if tiny_data else "",
     }
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     common.check_flags(args)
@@ -172,7 +173,7 @@ def read_pairs(path, flag):
                 *asked, answer = row[side]
                 row[side] = answer["content"]
                 known = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
-                if asked and known not in (None, asked):
+                if asked and row["prompt"] and known != asked:
                     fail(f"{where}: the prompt, chosen and rejected do not ask the same")
                 row["prompt"] = row["prompt"] or asked
             if not isinstance(row.get(side), str):
@@ -196,9 +197,10 @@ def encode_pairs(rows, tokenizer, args, flag):
         common.say(
             f"{flag}: of {len(pairs)} pairs {len(pairs) - len(differ)} left out as equal, {long} as over --max_tokens {args.max_tokens}"
         )
-    for _, _, row in kept if args.use_margin and flag == "--data" else ():
-        if not isinstance(row.get("margin"), (int, float)) or not math.isfinite(row["margin"]):
-            fail(f'{flag}: --use_margin needs a "margin", a number; the pair with prompt {row["prompt"]!r:.100} has none')
+    if args.use_margin and flag == "--data":
+        for _, _, row in kept:
+            if not isinstance(row.get("margin"), (int, float)) or not math.isfinite(row["margin"]):
+                fail(f'{flag}: --use_margin needs a "margin", a number; the pair with prompt {row["prompt"]!r:.100} has none')
     return kept or fail(f"{flag}: no pair is left")
 
 
@@ -210,32 +212,24 @@ def is_prompt(value):
     return bool(value) and (isinstance(value, str) or messages)
 
 
-def read_rows(path, flag):
-    """The rows of a JSON-lines file, each with its `prompt`."""
-    rows = []
-    for number, row in common.read_json(path, flag):
-        prompt = row.get("prompt", row.get("question")) if isinstance(row, dict) else None
-        if not is_prompt(prompt):
-            fail(f'{flag} {path}, line {number}: needs a "prompt" (or "question") that is a text or a list of messages')
-        rows.append({**row, "prompt": prompt})
-    return rows
-
-
-def encode_rows(rows, tokenizer, args, flag):
-    """[(prompt's token ids, row), ...] without the prompts that are too long; says how many those were."""
-    pairs = [(common.encode_prompt(tokenizer, r["prompt"], args.system, args.chat), r) for r in rows]
-    kept = [(ids, r) for ids, r in pairs if 0 < len(ids) <= args.max_prompt_tokens]
+def load_prompts(path, flag, tokenizer, args, needs=""):
+    """[(prompt's token ids, row), ...] of a JSON-lines file, each row with its `prompt`, without prompts that are too long; says
+    how many those were. `needs` is what wants an answer of every row, if anything does."""
+    pairs = []
+    for number, row in common.read_json(path, flag) if path else ():
+        where, row = f"{flag} {path}, line {number}", row if isinstance(row, dict) else {}
+        row = {**row, "prompt": row.get("prompt", row.get("question"))}
+        if not is_prompt(row["prompt"]):
+            fail(f'{where}: needs a "prompt" (or "question") that is a text or a list of messages')
+        if needs and not isinstance(row.get("answer"), (str, int, float)):
+            fail(f'{where}: {needs} needs an "answer", a text or a number; the row with prompt {row["prompt"]!r:.100} has none')
+        pairs.append((common.encode_prompt(tokenizer, row["prompt"], args.system, args.chat), row))
+    kept = [(ids, row) for ids, row in pairs if 0 < len(ids) <= args.max_prompt_tokens]
     if len(kept) < len(pairs):
-        common.say(
-            f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out (--max_prompt_tokens {args.max_prompt_tokens})"
-        )
-    return kept or fail(f"{flag}: every prompt is longer than --max_prompt_tokens {args.max_prompt_tokens}")
-
-
-def need_answers(rows, flag, what):
-    for row in rows:
-        if not isinstance(row.get("answer"), (str, int, float)):
-            fail(f'{flag}: {what} needs an "answer", a text or a number; the row with prompt {row["prompt"]!r:.100} has none')
+        limit = f"--max_prompt_tokens {args.max_prompt_tokens}"
+        common.say(f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out ({limit})")
+        kept = kept or fail(f"{flag}: every prompt is longer than {limit}")
+    return kept
 
 
 def exact(completion, row):
@@ -267,28 +261,7 @@ def load_reward(spec, world):
             fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
         return common.together(common.load_scorer(spec, world), world)
     rules = {"exact": exact, "number": number}
-    return common.together(checked(rules[spec] if spec in rules else common.load_function(spec, "--reward")), world)
-
-
-def checked(reward):
-    """A reward for one completion as one for many, which ends the run when it raises or gives no finite number: one NaN
-    among the rewards makes every weight NaN within a step."""
-
-    def scores(completions, rows):
-        values = []
-        for completion, row in zip(completions, rows):
-            try:
-                value = reward(completion, row)
-                values.append(float(value))
-                wrong = "" if math.isfinite(values[-1]) and not isinstance(value, str) else f"{value!r:.100}, no finite number,"
-            except Exception as error:
-                wrong = f"an error, {type(error).__name__}: {error}"
-            if wrong:
-                where = f"prompt {row['prompt']!r:.300} and completion {completion!r:.300}"
-                raise common.Stop(f"--reward gave {wrong} for {where}")
-        return values
-
-    return scores
+    return common.together(common.checked(rules.get(spec) or common.load_function(spec, "--reward")), world)
 
 
 # -- The math ------------------------------------------------------------------------------------------------------
@@ -304,7 +277,7 @@ def pair_loss(chosen, rejected, margin, pairs, center):
 
 def best_of(scores, values, n):
     """Equation (3): scores, values [prompts, M] -> [prompts], the expected value of the completion with the highest score
-    among n drawn out of M. It is the i-th of M in order when it is one of the n and the other n - 1 are below it. Equal
+    among n drawn out of M. The i-th in order is the best of the n if it is one of them and the other n - 1 are below it. Equal
     scores share what their places get."""
     M = scores.shape[1]
     chance = [math.comb(i, n - 1) / math.comb(M, n) for i in range(M)]  # of place i, from the lowest score
@@ -318,8 +291,8 @@ def best_of(scores, values, n):
 def pair_metrics(chosen, rejected, difference):
     """What held-out scores say, [pairs] each; difference is how much longer chosen is, in tokens. -> dict. `accuracy`
     counts a tie as half. Split by length it shows a model that just likes long answers: high where chosen is longer, low
-    where it is shorter. `calibration` is the mean distance, over ten bins, of the predicted chance of winning from the
-    share of wins."""
+    where it is shorter. `calibration` is the mean distance, over pairs in ten bins of confidence, of the predicted chance
+    that the side with the higher score wins from the share of those that do."""
     margin = chosen - rejected
     won = (margin > 0).double() + 0.5 * (margin == 0).double()
     out = {"eval/accuracy": won.mean().item(), "eval/margin": margin.mean().item()}
@@ -327,33 +300,33 @@ def pair_metrics(chosen, rejected, difference):
     for name, which in (("shorter", difference < 0), ("longer", difference > 0)):
         if which.any():
             out[f"eval/accuracy_{name}"] = won[which].mean().item()
-    sure, right = margin.abs().sigmoid(), won  # the side with the higher score, its predicted chance, and whether it won
-    bins, off = (sure * 20 - 10).long().clamp(0, 9), 0.0
+    sure, off = margin.abs().sigmoid(), 0.0  # sure: the predicted chance of the side with the higher score
+    bins = (sure * 20 - 10).long().clamp(0, 9)
     for b in bins.unique():
-        off += (sure[bins == b].mean() - right[bins == b].mean()).abs().item() * (bins == b).double().mean().item()
+        off += (sure[bins == b].mean() - won[bins == b].mean()).abs().item() * (bins == b).double().mean().item()
     return out | {"eval/calibration": off}
 
 
 # -- Scores: one forward for both sides ----------------------------------------------------------------------------
 
 
-def split_pairs(pairs, share):
+def split_pairs(pairs, shared):
     """[(what both sides begin with, rest of chosen, rest of rejected), ...] as ids. The prompt, and sometimes more, is
-    computed once for both sides; each keeps one token at least. Without `share` nothing is common."""
+    computed once for both sides; each keeps one token at least. Without `shared` nothing is common."""
     out = []
     for chosen, rejected, _ in pairs:
         same = 0
-        while share and same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
+        while shared and same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
             same += 1
         out.append((chosen[:same], chosen[same:], rejected[same:]))
     return out
 
 
-def micro_batches_of_pairs(pairs, share, tokens, world):
+def micro_batches_of_pairs(pairs, shared, tokens, world):
     """Cuts pairs into parts of at most `tokens` tokens (or one pair) with padding, pairs of like length together -> [pair
-    numbers]. Both sides stay in one part, because the loss is of their difference. Every process gets as many parts, some
-    perhaps empty: sharded weights are gathered by all or by none."""
-    sizes = [(len(p), max(len(c), len(r))) for p, c, r in split_pairs(pairs, share)]
+    numbers]. Both sides stay in one part, because the loss is of their difference. Every process gets the same number of
+    parts, some perhaps empty: sharded weights are gathered by all or by none."""
+    sizes = [(len(p), max(len(c), len(r))) for p, c, r in split_pairs(pairs, shared)]
     parts = [[]]
     for i in sorted(range(len(pairs)), key=lambda i: (-sizes[i][1], -sizes[i][0])):
         prompt, answer = (max(sizes[j][k] for j in (*parts[-1], i)) for k in (0, 1))
@@ -364,13 +337,13 @@ def micro_batches_of_pairs(pairs, share, tokens, world):
     return parts + [[]] * (most - len(parts))
 
 
-def pair_scores(model, tokenizer, pairs, share, world):
+def pair_scores(model, tokenizer, pairs, shared, world):
     """The scores (chosen [b], rejected [b]) of pairs, read at the last real token; the head computes in float32, because
     bfloat16 has steps of 0.01 between scores of 1 and 2. By length, not by looking for the pad id from the right as the
     model's own pooling does: that finds another place where a text ends in that id."""
-    starts, chosen, rejected = zip(*split_pairs(pairs, share))
+    starts, chosen, rejected = zip(*split_pairs(pairs, shared))
     s, b = common.given(starts * 2, chosen + rejected, tokenizer, world), len(pairs)  # rows: all chosen, then all rejected
-    if share:
+    if shared:
         cache = DynamicCache(config=model.config)
         start = common.hidden_states(model, s.prompt_ids[:b], s.prompt_mask[:b], cache)
         cache.reorder_cache(torch.arange(b, device=s.ids.device).repeat(2))  # each start for both of its sides
@@ -380,17 +353,17 @@ def pair_scores(model, tokenizer, pairs, share, world):
     last = states[torch.arange(2 * b, device=s.ids.device), s.mask.sum(1) - 1].float()  # [2b, width]
     head = common.scalar_head(model)
     scores = F.linear(last, head.weight.float(), None if head.bias is None else head.bias.float())[:, 0]
-    if share:
+    if shared:
         # FSDP2 fetches a block's weights for the backward pass when its output gets a gradient. The last block's output for
         # the start gets none, its keys and values do: 0 times it is enough.
         scores = scores + 0.0 * start[:, -1].float().sum()
     return scores.chunk(2)
 
 
-def evaluate(model, tokenizer, held_out, share, args, world):
+def evaluate(model, tokenizer, held_out, shared, args, world):
     """-> pair_metrics of held-out pairs; each process takes its share."""
     mine = held_out[world.rank :: world.size] or held_out[:1]
-    found = score_all(model, tokenizer, mine, share, args, world)
+    found = score_all(model, tokenizer, mine, shared, args, world)
     longer = torch.tensor([len(c) - len(r) for c, r, _ in mine], dtype=torch.float64)
     table = torch.stack([*found, longer], 1)  # [pairs, 3]
     if world.size > 1:
@@ -402,11 +375,15 @@ def evaluate(model, tokenizer, held_out, share, args, world):
 
 
 @torch.no_grad()
-def score_all(model, tokenizer, pairs, share, args, world):
-    """The scores of many pairs, chosen and rejected, [pairs] each, in float64 on the CPU."""
+def score_all(model, tokenizer, pairs, shared, args, world):
+    """The scores of many pairs, chosen and rejected, [pairs] each, in float64 on the CPU. A model that is only evaluated is read
+    as --reward and transformers' pipeline read it, whoever made it."""
+    if not args.steps:
+        sides = list(zip(*pairs))[:2]
+        return [torch.tensor(common.score_ids(model, tokenizer, ids, world), dtype=torch.float64) for ids in sides]
     chosen, rejected = torch.zeros(2, len(pairs), dtype=torch.float64)
-    for part in micro_batches_of_pairs(pairs, share, args.tokens_per_micro_batch, world):
-        scores = pair_scores(model, tokenizer, [pairs[i] for i in part or [0]], share, world)
+    for part in micro_batches_of_pairs(pairs, shared, args.tokens_per_micro_batch, world):
+        scores = pair_scores(model, tokenizer, [pairs[i] for i in part or [0]], shared, world)
         if part:
             chosen[part], rejected[part] = (x.double().cpu() for x in scores)
     if common.all_sum(world, not (chosen + rejected).isfinite().all())[0]:  # asked of all, so that all stop
@@ -415,24 +392,25 @@ def score_all(model, tokenizer, pairs, share, args, world):
 
 
 @torch.no_grad()
-def fold_scale(model, tokenizer, pairs, share, args, world):
+def fold_scale(model, tokenizer, pairs, shared, args, world):
     """Divides the head by the spread of the scores of (at most 2048) training pairs, and takes their mean from its bias, if
     it has one (decoders' heads have none): accuracy stays what it was, and the scores get unit scale. A difference of
     scores times the spread is then what equation (1) has inside."""
     sample = [pairs[common.pick(len(pairs), i, args.seed)] for i in range(min(len(pairs), 2048))]
-    scores = torch.cat(score_all(model, tokenizer, sample[world.rank :: world.size] or sample[:1], share, args, world))
+    scores = torch.cat(score_all(model, tokenizer, sample[world.rank :: world.size] or sample[:1], shared, args, world))
     total, squares, count = common.all_sum(world, scores.sum(), (scores**2).sum(), len(scores))
     mean, spread = total / count, math.sqrt(max(squares / count - (total / count) ** 2, 1e-12))
+    if spread < 1e-3:
+        common.say(f"warning: all scores are nearly the same (spread {spread:.1g}): nothing was learnt, and nothing is scaled")
+        return {"scale/mean": mean, "scale/spread": spread}
     head = common.scalar_head(common.at_rest(model))
     for p in head.parameters():
         if p.ndim == 1:
             p.sub_(mean)
         p.div_(spread)
-    if world.rank == 0:
-        print(f"scores on training pairs: mean {mean:.3f}, spread {spread:.3f}; the head is divided by the spread")
-        print("(accuracy is that of the scores above; margin, loss and calibration were those of the scores before)")
-        if spread < 1e-3:
-            print("warning: all scores are nearly the same; the model has learnt nothing to scale")
+    common.say(f"scores on training pairs: mean {mean:.3f}, spread {spread:.3f}; the head is divided by the spread")
+    common.say("(the margin, loss and calibration above are from before this division; accuracy does not change)")
+    return {"scale/mean": mean, "scale/spread": spread}
 
 
 # -- Best of N -----------------------------------------------------------------------------------------------------
@@ -440,24 +418,18 @@ def fold_scale(model, tokenizer, pairs, share, args, world):
 
 def report_best_of(model, tokenizer, policy_tokenizer, prompts, reward, args, world, stop_asked):
     """Draws max(N) completions of each prompt from the policy and says what the best of N of them is worth: by the model's
-    score, by the true reward, and for how much KL at most. N = 1 is the policy itself, a random choice."""
+    score, by the true reward where there is one, and for how much KL at most. N = 1, a random choice, is the policy itself."""
     policy, M = common.load_reference(args.policy, world), max(args.best_of)
     mine, sums = prompts[world.rank :: world.size], [0.0] * (1 + 2 * len(args.best_of))
     size = max(1, args.sample_rows // M)
-    for i in range(0, -(-len(prompts) // world.size), size):  # as many rounds on every process
+    for i in range(0, -(-len(prompts) // world.size), size):  # the same number of rounds on every process
         if common.all_sum(world, stop_asked())[0]:
             raise common.Ended("stopped by a signal in best-of-N; the model is saved")
         part = mine[i : i + size]
         ids, rows = zip(*(part or prompts[:1]))
         seed = common.fold(args.seed, i, world.rank, common.DRAW)
         texts = common.sample(
-            policy,
-            policy_tokenizer,
-            list(ids),
-            n=M,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            seed=seed,
+            policy, policy_tokenizer, ids, n=M, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=seed
         ).texts
         rows = [row for row in rows for _ in range(M)]
         scores = torch.tensor(common.score_texts(model, tokenizer, texts, rows, world), dtype=torch.float64).view(-1, M)
@@ -486,23 +458,23 @@ def report_best_of(model, tokenizer, policy_tokenizer, prompts, reward, args, wo
 def train(args):
     args = resolve(args)
     world = common.start(args.device, args.dtype, args.seed)
-    mine = args.pairs_per_step // world.size
-    if not mine or args.pairs_per_step % world.size:
+    if args.pairs_per_step % world.size:
         fail(f"--pairs_per_step {args.pairs_per_step} must be a multiple of the number of processes")
 
     # everything that can be wrong with the user's input is found here, before the model is loaded or a file written
     config, tokenizer = common.scalar_config(args.model), common.load_tokenizer(args.model)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        fail(
-            f"--model {args.model}: the family {config.model_type!r} reads both ways; a score is read at the last token of one that reads forward"
-        )
+    with torch.device("meta"):  # no weights yet: what kind of head would it be?
+        head = getattr(AutoModelForSequenceClassification.from_config(config), "score", None)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not isinstance(head, torch.nn.Linear):
+        fail(f"--model {args.model}: the family {config.model_type!r} has no score that is read at a text's last token")
     finished = any("SequenceClassification" in name for name in config.architectures or ())
     if not finished and not args.steps:
         fail(f"--steps 0: {args.model} is no reward model yet, so there is nothing to evaluate")
-    common.own_pad(tokenizer)
+    if args.steps:
+        common.own_pad(tokenizer)
     if not args.chat:
         tokenizer.chat_template = None  # in model/ too, so that others score texts as they were learnt
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+    context = common.context_of(config)
     if args.max_tokens > context:
         common.say(f"--max_tokens {args.max_tokens} is lowered to {context}, the model's context")
         args = dataclasses.replace(args, max_tokens=context)
@@ -511,38 +483,47 @@ def train(args):
     prompts, reward, policy_tokenizer = [], None, None
     if args.policy:
         policy_config, policy_tokenizer = common.policy_config(args.policy), common.load_tokenizer(args.policy)
-        prompts = encode_rows(read_rows(args.eval_prompts, "--eval_prompts"), policy_tokenizer, args, "--eval_prompts")
-        args = common.fit_context(args, max(len(ids) for ids, _ in prompts), config, policy_config)
-        if args.reward in ("exact", "number"):
-            need_answers([r for _, r in prompts], "--eval_prompts", f"--reward {args.reward}, the true reward,")
-        reward = load_reward(args.reward, world)
+        prompts = load_prompts(args.eval_prompts, "--eval_prompts", policy_tokenizer, args)
+        texts = [ids for ids, _ in prompts] + [common.encode_answer(tokenizer, row["prompt"], "") for _, row in prompts]
+        args = common.fit_context(args, max(map(len, texts)), config, policy_config)
+        lacking = [row["prompt"] for _, row in prompts if not isinstance(row.get("answer"), (str, int, float))]
+        if args.reward not in ("exact", "number") or not lacking:
+            reward = load_reward(args.reward, world)
+        elif len(lacking) < len(prompts):
+            fail(f'--eval_prompts: some rows have an "answer", but not the one with prompt {lacking[0]!r:.100}')
+        else:
+            common.say('--eval_prompts: no row has an "answer", so there is no true reward to report beside the model\'s score')
     out = common.open_run(args, "reward_model", world)
     stop_asked = common.catch_signals(args.steps)
 
     longest = max((len(c) + len(r) for c, r, _ in pairs + held_out), default=0)
     needed = common.memory_needed(
         args.model, world, max(args.tokens_per_micro_batch, longest), frozen=bool(args.policy) + (not args.steps), learning=bool(args.steps), checkpointing=args.gradient_checkpointing,
-        sample_rows=args.sample_rows * bool(args.policy), sample_tokens=args.max_prompt_tokens + args.max_new_tokens,
+        sample_rows=max(args.sample_rows, *args.best_of) * bool(args.policy), sample_tokens=args.max_prompt_tokens + args.max_new_tokens,
     )  # fmt: skip
     state = common.read_checkpoint(out) if args.resume else None
     first = state["step"] if state else 0
-    shown = (pairs or held_out or prompts)[0][0]
-    writer, bar = common.introduce(out, args, world, tokenizer, shown, first, needed)
+    shown, reader = (pairs or held_out or prompts)[0][0], tokenizer if pairs or held_out else policy_tokenizer
+    writer, bar = common.introduce(out, args, world, reader, shown, first, needed)
+    if args.steps:
+        drawn = args.steps * args.pairs_per_step
+        head = "the folder's" if finished else "new"
+        common.say(f"{drawn} pairs will be drawn from {len(pairs)}, {drawn / len(pairs):.1f} passes; the head is {head}")
 
     with common.guarded(out, args, bar):
         width = config.get_text_config().hidden_size
         head_std = None if finished else 1 / math.sqrt(width + 1)
-        model = common.load_scalar(args.model, world, tokenizer, head_std, args.gradient_checkpointing)
-        optimizer = common.make_optimizer(model, args.learning_rate)
+        model = common.load_scalar(args.model, world, tokenizer, head_std, args.gradient_checkpointing, frozen=not args.steps)
+        optimizer = common.make_optimizer(model, args.learning_rate) if args.steps else None
         # what both sides of a pair begin with is computed once
-        share = args.steps > 0 and common.prompts_can_be_shared(model, world, args.gradient_checkpointing)
-        share = share and all(start for start, _, _ in split_pairs(pairs + held_out, True))
+        shared = args.steps > 0 and common.prompts_can_be_shared(model, world, args.gradient_checkpointing)
+        shared = shared and all(start for start, _, _ in split_pairs(pairs + held_out, True))
         if state:
             common.load_checkpoint(state, {"model": model}, {"model": optimizer})
             del state
 
         def held_out_scores():
-            return evaluate(model, tokenizer, held_out, share, args, world) if held_out else {}
+            return evaluate(model, tokenizer, held_out, shared, args, world) if held_out else {}
 
         if first == 0:
             common.log(out, writer, 0, held_out_scores())
@@ -550,30 +531,23 @@ def train(args):
         for step in range(first + 1, args.steps + 1):
             began = time.perf_counter()
 
-            # 1. The next pairs of an endless row of shuffled copies, and of those this process's.
-            start = (step - 1) * args.pairs_per_step + world.rank * mine
-            batch = [pairs[common.pick(len(pairs), start + i, args.seed)] for i in range(mine)]
+            # 1. The next pairs.
+            batch = [pairs[i] for i in common.picked(len(pairs), step, args.pairs_per_step, world, args.seed)]
 
             # 2. One forward for both sides of a pair; the loss is divided by the pairs of the whole step, before the
             #    first backward: however the step is cut, the gradients add up to the same.
             rate = common.learning_rate_at(step, args.steps, args.learning_rate, args.schedule, args.warmup)
-            for settings in optimizer.param_groups:
-                settings["lr"] = rate
-            sums = torch.zeros(5, dtype=torch.float64, device=world.device)
-            for part in micro_batches_of_pairs(batch, share, args.tokens_per_micro_batch, world):
-                real, part = bool(part), part or [0]  # an empty part only keeps other processes company
-                chosen, rejected = pair_scores(model, tokenizer, [batch[i] for i in part], share, world)
-                margin = torch.tensor([batch[i][2]["margin"] if args.use_margin else 0.0 for i in part], device=world.device)
-                loss = pair_loss(chosen, rejected, margin, args.pairs_per_step, args.center) * real
+            optimizer.param_groups[0]["lr"] = rate
+            sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+            for part in micro_batches_of_pairs(batch, shared, args.tokens_per_micro_batch, world):
+                real, part = bool(part), part or [0]  # no pair is left here, but elsewhere
+                chosen, rejected = pair_scores(model, tokenizer, [batch[i] for i in part], shared, world)
+                wanted = torch.tensor([batch[i][2]["margin"] if args.use_margin else 0.0 for i in part], device=world.device)
+                loss = pair_loss(chosen, rejected, wanted, args.pairs_per_step, args.center) * real
                 loss.backward()
                 with torch.no_grad():
-                    seen = (
-                        (chosen > rejected).sum() + 0.5 * (chosen == rejected).sum(),
-                        (chosen - rejected).sum(),
-                        chosen.sum(),
-                        rejected.sum(),
-                    )
-                    sums += torch.stack([loss.detach(), *(x * real for x in seen)])
+                    won = (chosen > rejected).sum() + 0.5 * (chosen == rejected).sum()
+                    sums += torch.stack([loss.detach(), *(x * real for x in (won, chosen.sum(), rejected.sum()))])
             norm = common.clip_gradients(model, args.max_grad_norm)
             if not math.isfinite(norm):
                 raise common.Stop(f"step {step}: the gradient is {norm}, so no step was taken with it")
@@ -582,39 +556,42 @@ def train(args):
 
             # 3. Log: sums over all processes first, then means.
             tokens = sum(len(c) + len(r) for c, r, _ in batch)
-            loss, won, margin, chosen, rejected, tokens = common.all_sum(world, *sums, tokens)
-            B, seconds = args.pairs_per_step, time.perf_counter() - began
+            loss, won, chosen, rejected, tokens = common.all_sum(world, *sums, tokens)
+            N, seconds = args.pairs_per_step, time.perf_counter() - began
             metrics = {
-                "loss": loss, "accuracy": won / B, "margin": margin / B, "chosen": chosen / B, "rejected": rejected / B,
+                "loss": loss, "accuracy": won / N, "margin": (chosen - rejected) / N, "chosen": chosen / N, "rejected": rejected / N,
                 "grad_norm": norm, "learning_rate": rate, "time/train": seconds, "tokens_per_second": tokens / seconds,
                 "memory_gib": common.memory_used(world) / 2**30,
             }  # fmt: skip
             if step % args.eval_every == 0 or step == args.steps:
                 metrics |= held_out_scores()
-            ending = common.all_sum(world, stop_asked())[0] > 0
             common.log(out, writer, step, metrics)
             if bar:
                 bar.set_postfix_str(f"loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.3f}")
                 bar.update()
 
             # 4. Save. A signal to end (Ctrl-C, a cluster that wants its machine back) waits for this place.
+            ending = common.all_sum(world, stop_asked())[0] > 0
             if step % args.save_every == 0 or step == args.steps or ending:
                 common.save_checkpoint(out, world, step, {"model": model}, {"model": optimizer}, args.keep)
             if ending and step < args.steps:
                 raise common.Ended(f"stopped by a signal after step {step} of {args.steps}, which is saved")
 
         # 5. The end: unit scale (in model/, not in the checkpoint, from which training may go on), and best-of-N.
+        found = {}
         if args.steps:
             if args.unit_scale:
-                fold_scale(model, tokenizer, pairs, share, args, world)
+                found |= fold_scale(model, tokenizer, pairs, shared, args, world)
             common.save_model(model, tokenizer, out / "model", world)
         del optimizer
         if args.policy:
-            found = report_best_of(model.eval(), tokenizer, policy_tokenizer, prompts, reward, args, world, stop_asked)
+            found |= report_best_of(model.eval(), tokenizer, policy_tokenizer, prompts, reward, args, world, stop_asked)
+        if found:
             common.log(out, writer, args.steps, found)
-    use = f'print(pipeline("text-classification", "{out / "model"}")("prompt and answer as the first text above shows them"))'
+    text = tokenizer.decode(shown) if len(shown) < 100 else "prompt and answer as the first text above"
+    use = f'print(pipeline("text-classification", "{out / "model"}")({text!r}, add_special_tokens=False))'
     common.conclude(out, args, writer, bar, use)
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, use_underscores=True))
+    train(tyro.cli(Args, description=__doc__.partition("\n")[0], use_underscores=True))

@@ -314,7 +314,7 @@ def test_a_signal_while_the_reference_scores_keeps_what_it_has_scored(tmp_path, 
     straight = run(tmp_path, "a", steps=2, **flags)
     with (
         monkeypatch.context() as patch,
-        pytest.raises(SystemExit, match="(?s)stopped by a signal while.*begin again with.*--resume"),
+        pytest.raises(SystemExit, match="(?s)stopped by a signal while.*begin from the start with.*--resume"),
     ):
         patch.setattr(common, "catch_signals", lambda steps: lambda: True)
         run(tmp_path, "b", steps=2, **flags)

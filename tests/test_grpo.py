@@ -19,6 +19,7 @@ from grpo import (
     k3,
     micro_batches,
     pass_at_k,
+    sequence_logratio,
     token_logprobs,
     token_weights,
     trim,
@@ -75,7 +76,7 @@ def test_the_clip_stops_the_gradient_in_two_cells_of_the_table_only(advantage, r
     old = torch.tensor([[-2.0]])
     logprobs = (old + math.log(ratio)).requires_grad_()
     one = torch.ones(1, 1)
-    loss, r, low, high = clipped_loss(logprobs, old, torch.tensor([float(advantage)]), one.bool(), one, 0.2, 0.28)
+    loss, r, low, high = clipped_loss(logprobs - old, torch.tensor([[float(advantage)]]), one.bool(), one, 0.2, 0.28)
     loss.backward()
     assert abs(logprobs.grad.item() - -advantage * ratio * passes) < 1e-6
     assert abs(r.item() - ratio) < 1e-6
@@ -88,7 +89,7 @@ def test_before_the_first_update_the_gradient_is_reinforces():
     """Ratio 1, nothing clipped, and an old policy that is a constant: with it in the graph the gradient would be 0."""
     logprobs = torch.randn(4, 5).requires_grad_()
     mask, A = torch.rand(4, 5) > 0.3, torch.randn(4)
-    loss, ratio, low, high = clipped_loss(logprobs, logprobs.detach(), A, mask, mask / 7, 0.2, 0.2)
+    loss, ratio, low, high = clipped_loss(logprobs - logprobs.detach(), A[:, None], mask, mask / 7, 0.2, 0.2)
     loss.backward()
     torch.testing.assert_close(logprobs.grad, -A[:, None] * mask / 7)
     assert (ratio == 1).all() and not low.any() and not high.any()
@@ -99,7 +100,8 @@ def test_ratios_beyond_floating_point_stay_finite():
     old = torch.tensor([[-1000.0, -1.0, -1.0]])
     mask = torch.ones(1, 3).bool()
     for sequence in (False, True):
-        loss, *_ = clipped_loss(logprobs, old, torch.tensor([-1.0]), mask, mask / 3, 0.2, 0.2, sequence)
+        logratio = sequence_logratio(logprobs - old, mask) if sequence else logprobs - old
+        loss, *_ = clipped_loss(logratio, torch.tensor([[-1.0]]), mask, mask / 3, 0.2, 0.2)
         (loss + k3(logprobs, old).sum()).backward()
         assert math.isfinite(loss.item()) and torch.isfinite(logprobs.grad).all()
 
@@ -110,7 +112,7 @@ def test_the_sequence_ratio_is_the_geometric_mean_and_moves_every_token_alike():
     old = torch.tensor([[-1.2, -2.1, -3.3], [-1.1, -1.5, -1.0]])
     mask = torch.tensor([[True, True, True], [True, True, False]])
     w = token_weights(mask, "sequence", 3, CPU)
-    loss, ratio, _, high = clipped_loss(logprobs, old, torch.tensor([1.0, 1.0]), mask, w, 0.1, 0.25, True)
+    loss, ratio, _, high = clipped_loss(sequence_logratio(logprobs - old, mask), torch.ones(2, 1), mask, w, 0.1, 0.25)
     s = torch.tensor([math.exp(0.6 / 3), math.exp(0.6 / 2)])
     torch.testing.assert_close(ratio, s[:, None].expand(2, 3))
     assert abs(loss.item() - -(s[0].item() + 1.25) / 2) < 1e-6, "the second is clipped at 1.25"
@@ -143,7 +145,7 @@ def test_the_mean_per_sequence_pushes_short_answers_up_and_long_wrong_ones_down_
         for A in (1.0, -1.0):
             logprobs = torch.full((2, 8), -1.0, requires_grad=True)
             w = token_weights(mask, aggregate, 8, CPU)
-            clipped_loss(logprobs, logprobs.detach(), torch.tensor([A, A]), mask, w, 0.2, 0.2)[0].backward()
+            clipped_loss(logprobs - logprobs.detach(), torch.full((2, 1), A), mask, w, 0.2, 0.2)[0].backward()
             push = -logprobs.grad[:, 0]  # the direction in which the optimizer moves a token's log-probability
             assert (push.sign() == math.copysign(1, A)).all()
             assert abs((push[0] / push[1]).item() - times) < 1e-5
@@ -168,7 +170,8 @@ def test_the_gradient_is_the_same_however_the_step_is_cut(aggregate, sequence, s
             C = logprobs.shape[1]
             shift = 0.4 * torch.sin(torch.arange(C) + torch.tensor(part)[:, None])
             old = logprobs.detach() + shift
-            loss = clipped_loss(logprobs, old, A[part], inputs[-1], w[part, :C], 0.2, 0.2, sequence)[0]
+            logratio = sequence_logratio(logprobs - old, inputs[-1]) if sequence else logprobs - old
+            loss = clipped_loss(logratio, A[part, None], inputs[-1], w[part, :C], 0.2, 0.2)[0]
             (loss + 0.1 * (k3(logprobs, old - 0.2) * w[part, :C]).sum()).backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     for other in grads[1:]:

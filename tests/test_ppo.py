@@ -18,12 +18,12 @@ import reinforce
 from common import World, given
 from ppo import (
     before_update,
+    clipped_loss,
     completion_states,
     explained,
     gae,
     logprobs_of,
     moved_by,
-    surrogate,
     token_rewards,
     trim,
     value_loss,
@@ -102,7 +102,7 @@ def test_monte_carlo_returns_are_what_came_whatever_the_critic_says():
     rewards = randn(6, 7) * mask
     a, b = (gae(rewards, randn(6, 7), mask, 0.9, 1.0)[1] for _ in range(2))
     torch.testing.assert_close(a, b)
-    to_go = reinforce.rewards_to_go(torch.ones(6, dtype=torch.float64), -rewards, mask, 1.0, 0.9)
+    to_go = reinforce.rewards_to_go(token_rewards(torch.ones(6, dtype=torch.float64), -rewards, mask, 1.0), 0.9)
     torch.testing.assert_close(gae(token_rewards(torch.ones(6), -rewards, mask, 1.0), b, mask, 0.9, 1.0)[1], to_go)
 
 
@@ -158,7 +158,7 @@ def test_the_clip_in_all_its_cells():
     for A, ratio, moves in [(1, 0.5, 1), (1, 1.0, 1), (1, 1.5, 0), (-1, 0.5, 0), (-1, 1.0, 1), (-1, 1.5, 1)]:
         logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
         one, on = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
-        loss, _, low, high = surrogate(logprobs, 0 * one, A * one, on, one, 0.2, 0.3)
+        loss, _, low, high = clipped_loss(logprobs, A * one, on, one, 0.2, 0.3)
         loss.backward()
         assert logprobs.grad.item() == pytest.approx(-A * ratio * moves)
         assert (low.item(), high.item()) == (A < 0 and not moves, A > 0 and not moves)
@@ -175,7 +175,7 @@ def test_both_losses_against_loops_in_float64():
         policy -= min(rho * A[i, t], min(max(rho, 1 - low), 1 + high) * A[i, t])
         near = V_old[i, t] + min(max(V[i, t] - V_old[i, t], -clip), clip)
         value += max((V[i, t] - R[i, t]) ** 2, (near - R[i, t]) ** 2) / 2
-    assert abs(surrogate(logprobs, old, A, mask, w, low, high)[0] - policy / mask.sum()) < 1e-12
+    assert abs(clipped_loss(logprobs - old, A, mask, w, low, high)[0] - policy / mask.sum()) < 1e-12
     assert abs(value_loss(V, V_old, R, w, clip) - value / mask.sum()) < 1e-12
     assert abs(value_loss(V, V_old, R, w, 0.0) - 0.5 * ((V - R)[mask] ** 2).mean()) < 1e-12
 
@@ -224,11 +224,11 @@ def test_with_a_critic_of_0_it_is_reinforce_without_baseline():
     model, s, logprobs, r = batch_of_a_policy()
     none = torch.zeros_like(logprobs)
     A, _ = gae(token_rewards(r, none, s.mask, 0.0), none, s.mask, 1.0, 1.0)
-    loss = surrogate(logprobs, logprobs.detach(), A, s.mask, s.mask.double() / s.mask.sum(), 0.2, 0.2)[0]
+    loss = clipped_loss(logprobs - logprobs.detach(), A, s.mask, s.mask.double() / s.mask.sum(), 0.2, 0.2)[0]
     mine = gradient(model, loss).clone()
     model, s, logprobs, r = batch_of_a_policy()
     b, _, _ = reinforce.baselines(r, r, r, 4, "none", False, False)
-    to_go = reinforce.rewards_to_go(r, none, s.mask, 0.0, 1.0)
+    to_go = reinforce.rewards_to_go(token_rewards(r, none, s.mask, 0.0), 1.0)
     theirs = gradient(model, reinforce.policy_loss(logprobs, logprobs.detach(), to_go - b[:, None], s.mask, 16)[0])
     assert (mine * s.mask.sum() / 16 - theirs).norm() < 1e-6 * theirs.norm() and mine.norm() > 0
 
@@ -238,12 +238,12 @@ def test_with_the_groups_means_for_a_critic_it_is_grpo_without_std():
     none = torch.zeros_like(logprobs)
     critic = r.view(-1, 4).mean(1).repeat_interleave(4)[:, None].expand_as(none)
     A, _ = gae(token_rewards(r, none, s.mask, 0.0), critic, s.mask, 1.0, 1.0)
-    loss = surrogate(logprobs, logprobs.detach(), A, s.mask, s.mask.double() / s.mask.sum(), 0.2, 0.2)[0]
+    loss = clipped_loss(logprobs - logprobs.detach(), A, s.mask, s.mask.double() / s.mask.sum(), 0.2, 0.2)[0]
     mine = gradient(model, loss).clone()
     model, s, logprobs, r = batch_of_a_policy()
     w = grpo.token_weights(s.mask, "token", 12, CPU)
     A = grpo.group_advantages(r, r, 4, "none", False)
-    theirs = gradient(model, grpo.clipped_loss(logprobs, logprobs.detach(), A, s.mask, w, 0.2, 0.2)[0])
+    theirs = gradient(model, grpo.clipped_loss(logprobs - logprobs.detach(), A[:, None], s.mask, w, 0.2, 0.2)[0])
     assert (mine - theirs).norm() < 1e-6 * theirs.norm() and mine.norm() > 0
 
 
@@ -303,7 +303,7 @@ def test_the_gradient_of_both_losses_is_the_same_however_the_step_is_cut(kind, s
             logprobs, _ = logprobs_of(policy, states, *inputs[-2:], 1.0)
             C = logprobs.shape[1]
             old = logprobs.detach() + 0.4 * torch.sin(torch.arange(C) + torch.tensor(part)[:, None])
-            loss = surrogate(logprobs, old, A[part, :C], inputs[-1], w[part, :C], 0.2, 0.2)[0]
+            loss = clipped_loss(logprobs - old, A[part, :C], inputs[-1], w[part, :C], 0.2, 0.2)[0]
             states = states if kind == "shared" else completion_states(trunk, *inputs)
             (loss + value_loss(values_of(head, states), V[part, :C], R[part, :C], w[part, :C], 0.2)).backward()
         models = {id(p): p for m in (policy, trunk, head) for p in m.parameters()}.values()

@@ -15,7 +15,16 @@ from conftest import FAMILIES, ROOT, family, make_tokenizer
 import common
 import reinforce
 from common import World, given, sample
-from reinforce import baselines, micro_batches, policy_loss, rewards_to_go, rollout_logprobs, token_logprobs, trim
+from reinforce import (
+    baselines,
+    micro_batches,
+    policy_loss,
+    rewards_to_go,
+    rollout_logprobs,
+    token_logprobs,
+    token_rewards,
+    trim,
+)
 
 CPU = World(0, 1, torch.device("cpu"), torch.float32)
 KINDS = ["none", "batch", "prompt", "loo"]
@@ -65,7 +74,7 @@ def test_the_expected_gradient_is_that_of_the_expected_reward_up_to_the_baseline
     for batch in itertools.product(range(len(p)), repeat=samples):
         rows = list(batch)
         b, scale, keep = baselines(reward[rows], reward[rows], reward[rows], samples, kind, False, False)
-        to_go = rewards_to_go(reward[rows], torch.zeros_like(logprobs[rows]), s.mask[rows], 0.0, 1.0)
+        to_go = rewards_to_go(token_rewards(reward[rows], torch.zeros_like(logprobs[rows]), s.mask[rows], 0.0), 1.0)
         advantages = (to_go - b[:, None]) * s.mask[rows]
         one, _ = policy_loss(logprobs[rows], logprobs[rows].detach(), advantages, s.mask[rows], samples)
         loss = loss + p[rows].prod() * one
@@ -99,7 +108,7 @@ def test_kl_in_the_reward_gives_the_gradient_of_the_kl_penalised_objective(beta)
     wanted = gradient(model, -((p * reward).sum() - beta * kl))
     logprobs = exact_logprobs(model, s)
     old = logprobs.detach()
-    to_go = rewards_to_go(reward, (old - ref_logprobs) * s.mask, s.mask, beta, 1.0)
+    to_go = rewards_to_go(token_rewards(reward, (old - ref_logprobs) * s.mask, s.mask, beta), 1.0)
     loss, _ = policy_loss(logprobs, old, to_go * old.sum(1).exp()[:, None], s.mask, 1)
     assert (gradient(model, loss) - wanted).norm() < 1e-6 * wanted.norm()
 
@@ -131,7 +140,7 @@ def test_rewards_to_go_against_brute_force_sums():
     mask = torch.arange(7) < torch.tensor([7, 1, 3, 6])[:, None]
     scores, kl = torch.randn(4, generator=g), torch.randn(4, 7, generator=g) * mask
     for gamma, beta in ((1.0, 0.0), (1.0, 0.5), (0.9, 0.5), (0.0, 0.2)):
-        got = rewards_to_go(scores, kl, mask, beta, gamma)
+        got = rewards_to_go(token_rewards(scores, kl, mask, beta), gamma)
         for i in range(4):
             T = int(mask[i].sum())
             r = [-beta * kl[i, t].item() + (scores[i].item() if t == T - 1 else 0.0) for t in range(T)]
@@ -144,7 +153,7 @@ def test_at_gamma_1_and_beta_0_every_token_has_the_whole_reward():
     """Then reward-to-go is the whole-sequence form of the gradient."""
     mask = torch.arange(5) < torch.tensor([5, 2])[:, None]
     scores = torch.tensor([2.0, -1.0])
-    assert torch.equal(rewards_to_go(scores, torch.randn(2, 5), mask, 0.0, 1.0), scores[:, None] * mask)
+    assert torch.equal(rewards_to_go(token_rewards(scores, torch.randn(2, 5), mask, 0.0), 1.0), scores[:, None] * mask)
 
 
 # --- baselines and their variance ---
@@ -274,7 +283,8 @@ def test_old_samples_are_weighed_by_the_ratio_and_only_a_constant_denominator_le
 def test_with_0_1_rewards_and_no_baseline_it_is_fine_tuning_on_the_right_samples():
     logprobs = -torch.rand(4, 3)
     r, mask = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.ones(4, 3, dtype=torch.bool)
-    loss, _ = policy_loss(logprobs, logprobs, rewards_to_go(r, torch.zeros(4, 3), mask, 0.0, 1.0), mask, 4)
+    to_go = rewards_to_go(token_rewards(r, torch.zeros(4, 3), mask, 0.0), 1.0)
+    loss, _ = policy_loss(logprobs, logprobs, to_go, mask, 4)
     torch.testing.assert_close(loss, -logprobs[[0, 2]].sum() / 4)
 
 
@@ -396,13 +406,13 @@ def test_exact_ignores_white_space_around():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "1.0", None, torch.zeros(2), [1]])
 def test_a_reward_that_is_no_finite_number_names_row_and_completion(value):
     with pytest.raises(common.Stop, match="(?s)the prompt.*the completion"):
-        reinforce.checked(lambda c, r: value)(["the completion"], [{"prompt": "the prompt"}])
-    assert reinforce.checked(lambda c, r: torch.tensor(0.5))(["a", "b"], [{}, {}]) == [0.5, 0.5]
+        common.checked(lambda c, r: value)(["the completion"], [{"prompt": "the prompt"}])
+    assert common.checked(lambda c, r: torch.tensor(0.5))(["a", "b"], [{}, {}]) == [0.5, 0.5]
 
 
 def test_a_reward_that_raises_names_row_and_completion():
     with pytest.raises(common.Stop, match="ZeroDivisionError.*'p7'.*'c7'"):
-        reinforce.checked(lambda c, r: 1 / (c != "c7"))([f"c{i}" for i in range(9)], [{"prompt": f"p{i}"} for i in range(9)])
+        common.checked(lambda c, r: 1 / (c != "c7"))([f"c{i}" for i in range(9)], [{"prompt": f"p{i}"} for i in range(9)])
 
 
 # --- whole runs, on the embedded model ---

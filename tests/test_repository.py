@@ -22,7 +22,7 @@ def functions(path):
 @pytest.mark.parametrize("a, b", list(itertools.combinations(SCRIPTS, 2)))
 def test_functions_of_the_same_name_are_the_same_in_every_script(a, b):
     ours, theirs = functions(a), functions(b)
-    for name in (ours.keys() & theirs.keys()) - {"train", "evaluate", "Args", "resolve"}:
+    for name in (ours.keys() & theirs.keys()) - {"train", "evaluate", "advise", "Args", "resolve"}:
         assert ours[name] == theirs[name], f"{name} differs between {a.name} and {b.name}"
 
 
@@ -89,6 +89,11 @@ def test_the_readme_counts_the_cases_of_faults():
     command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "test_faults.py"), "--collect-only", "-q"]
     said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
     assert re.search(r"holds (\d+) cases", README).group(1) == re.search(r"(\d+) tests collected", said).group(1)
+
+
+def test_no_section_of_the_readme_stands_twice():
+    headings = re.findall(r"^#+ .+$", README, re.M)
+    assert len(headings) > 20 and len(headings) == len(set(headings))
 
 
 def test_every_file_and_flag_that_the_readme_names_exists():

@@ -412,3 +412,153 @@ def test_a_signal_in_best_of_n_leaves_a_saved_model_and_can_be_gone_on_from(tmp_
         run(tmp_path, **flags)
     assert (tmp_path / "run" / "model" / "config.json").is_file()
     assert "best_of/true@2" in run(tmp_path, resume=True, **flags)[-1]
+
+
+HAND = [
+    {"prompt": "52817=", "chosen": "12578", "rejected": "1", "margin": 0.3},
+    {"prompt": "31=", "chosen": "13", "rejected": "3113", "margin": 0.0},
+    {"prompt": "9074391=", "chosen": "0134799", "rejected": "01", "margin": 1.0},
+]
+
+
+def test_a_step_and_the_held_out_numbers_by_hand(tmp_path):
+    """From a finished model, whose head is kept: loss with margin and centering, the logged means, the rate that was stepped with."""
+    run(tmp_path, "rm", steps=2)
+    start, data = str(tmp_path / "rm" / "model"), pairs_file(tmp_path, HAND)
+    flags = {"model": start, "data": data, "eval_data": data, "unit_scale": False, "use_margin": True, "center": 0.1}
+    before, first = run(tmp_path, steps=1, pairs_per_step=3, learning_rate=4e-4, warmup=3, **flags)
+    score = common.load_scorer(start, CPU)
+    c, r = (torch.tensor(score([row[side] for row in HAND], HAND)) for side in ("chosen", "rejected"))
+    m = torch.tensor([row["margin"] for row in HAND])
+    loss = sum(math.log(1 + math.exp(-x)) for x in (c - r - m).tolist()) / 3 + 0.1 * ((c + r) ** 2).mean().item()
+    assert c.std() > 1e-3 and (c != r).all()
+    assert first["loss"] == pytest.approx(loss, abs=1e-5) and first["accuracy"] == pytest.approx((c > r).float().mean().item())
+    assert [first[k] for k in ("chosen", "rejected", "margin")] == pytest.approx(
+        [c.mean().item(), r.mean().item(), (c - r).mean().item()], abs=1e-5
+    )
+    assert before["eval/margin"] == pytest.approx((c - r).mean().item(), abs=1e-5)
+    assert before["eval/loss"] == pytest.approx(sum(math.log(1 + math.exp(-x)) for x in (c - r).tolist()) / 3, abs=1e-5)
+    assert before["eval/accuracy"] == pytest.approx((c > r).float().mean().item())
+    assert before["eval/accuracy_longer"] == pytest.approx((c > r)[[0, 2]].float().mean().item())
+    assert before["eval/accuracy_shorter"] == float(c[1] > r[1])
+    a, b = (transformers.AutoModelForSequenceClassification.from_pretrained(p) for p in (start, tmp_path / "run" / "model"))
+    moved = max((x - y).abs().max().item() for x, y in zip(a.parameters(), b.parameters()))
+    assert first["learning_rate"] == pytest.approx(1e-4) and moved == pytest.approx(1e-4, rel=0.05), (
+        "Adam's first step is the rate"
+    )
+
+
+def test_calibration_against_bins_counted_by_hand():
+    """Ten bins of the predicted chance from 0.5 to 1, each weighted by its pairs."""
+    margin = torch.tensor([0.05, -0.1, 0.15, 1.0, -1.1, 1.05, 3.0, 5.0], dtype=torch.float64)
+    bins = {}
+    for x in margin.tolist():
+        sure = 1 / (1 + math.exp(-abs(x)))
+        bins.setdefault(int((sure - 0.5) * 20), []).append((sure, float(x > 0)))
+    off = sum(abs(sum(s for s, _ in b) - sum(w for _, w in b)) for b in bins.values()) / 8
+    got = pair_metrics(margin, torch.zeros(8, dtype=torch.float64), torch.zeros(8))
+    assert len(bins) == 4 and got["eval/calibration"] == pytest.approx(off)
+
+
+def test_a_model_from_elsewhere_is_read_as_reward_and_pipeline_read_it(tmp_path):
+    """Its pad is its EOS, so that transformers score the token before the end: --steps 0 says what --reward would pay."""
+    tokenizer = common.load_tokenizer(str(reward_model.TINY / "model"))
+    tokenizer.pad_token = tokenizer.eos_token
+    torch.manual_seed(3)
+    model = common.load_scalar(str(reward_model.TINY / "model"), CPU, tokenizer, 0.5)
+    common.save_model(model, tokenizer, tmp_path / "theirs", CPU)
+    found = run(tmp_path, model=str(tmp_path / "theirs"), steps=0, data="", eval_data=pairs_file(tmp_path, HAND))[0]
+    score = common.load_scorer(str(tmp_path / "theirs"), CPU)
+    c, r = (torch.tensor(score([row[side] for row in HAND], HAND)) for side in ("chosen", "rejected"))
+    assert found["eval/margin"] == pytest.approx((c - r).mean().item(), abs=1e-5) and abs(found["eval/margin"]) > 1e-2
+
+
+def test_the_true_reward_is_that_of_the_best_by_score(tmp_path, monkeypatch):
+    """Not the best true reward there is, which would be pass@N; in rounds of few rows, each drawn with a seed of its own."""
+    asked = []
+
+    def sample(policy, tokenizer, ids, n, max_new_tokens, temperature, seed):
+        asked.append((len(ids), n, temperature, seed))
+        return common.Samples(*[None] * 6, texts=[f"{p[0]}{j}" for p in ids for j in range(n)])
+
+    monkeypatch.setattr(common, "load_reference", lambda *a: None)
+    monkeypatch.setattr(common, "sample", sample)
+    monkeypatch.setattr(
+        common, "score_texts", lambda m, t, texts, rows, w: [{"0": 2.0, "1": 1.0, "2": 0.0}[x[1]] for x in texts]
+    )
+    true = {"00": 0.0, "01": 1.0, "02": 1.0, "10": 1.0, "11": 0.0, "12": 0.0, "20": 0.0, "21": 0.0, "22": 1.0}
+    args = reward_model.Args(best_of=(1, 3), sample_rows=6, temperature=0.7, policy="x", max_new_tokens=4)
+    prompts = [([i], {"prompt": str(i)}) for i in range(3)]
+    for reward in (lambda texts, rows: [true[x] for x in texts], None):
+        got = reward_model.report_best_of(None, None, None, prompts, reward, args, CPU, lambda: False)
+        assert got["best_of/score@1"] == pytest.approx(1.0) and got["best_of/score@3"] == pytest.approx(2.0)
+        assert ("best_of/true@3" in got) == (reward is not None)
+        if reward:
+            assert got["best_of/true@1"] == pytest.approx(4 / 9) and got["best_of/true@3"] == pytest.approx(1 / 3)
+    assert [a[:3] for a in asked[:2]] == [(2, 3, 0.7), (1, 3, 0.7)] and asked[0][3] != asked[1][3]
+
+
+def test_best_of_n_without_answers_reports_the_score_alone(tmp_path):
+    run(tmp_path, "rm", steps=1)
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "52="}\n{"prompt": "31="}\n')
+    flags = {"policy": str(reward_model.TINY / "model"), "eval_prompts": str(data), "best_of": (1, 2), "max_new_tokens": 6}
+    found = run(tmp_path, "bon", model=str(tmp_path / "rm" / "model"), steps=0, **flags)[-1]
+    assert "best_of/score@2" in found and not any("true" in k for k in found)
+    data.write_text('{"prompt": "52="}\n{"prompt": "31=", "answer": "13"}\n')
+    with pytest.raises(SystemExit):
+        run(tmp_path, "some", model=str(tmp_path / "rm" / "model"), steps=0, **flags)
+
+
+def test_what_the_console_shows_is_what_the_pipeline_is_to_be_given(tmp_path, capsys):
+    """With a tokenizer that puts BOS before a text, too: the text shows it, and the printed line adds none."""
+    run(tmp_path, steps=2)
+    said = capsys.readouterr().out
+    assert "add_special_tokens=False" in said and "8" in said and "passes; the head is new" in said
+    tokenizer = make_tokenizer(bos="<bos>")
+    family("llama").save_pretrained(tmp_path / "base")
+    common.own_pad(tokenizer)
+    model = common.load_scalar(tmp_path / "base", CPU, tokenizer, 0.2)
+    common.save_model(model, tokenizer, tmp_path / "model", CPU)
+    read = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
+    ids = common.encode_answer(tokenizer, "w5 w6", "w7")
+    pipe = transformers.pipeline("text-classification", str(tmp_path / "model"), tokenizer=read)
+    score = common.score_ids(model, tokenizer, [ids], CPU)[0]
+    assert ids[0] == tokenizer.bos_token_id
+    assert pipe(tokenizer.decode(ids), add_special_tokens=False)[0]["score"] == pytest.approx(score, abs=1e-5)
+
+
+@pytest.mark.parametrize("load", ["policy", "reference", "scalar"])
+def test_weights_that_a_folder_lacks_are_not_drawn_at_random(load, tmp_path, capsys):
+    """All keys under another name, as some trainers write them: transformers would start from noise with a warning."""
+    from safetensors.torch import load_file, save_file
+
+    family("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({f"module.{k}": v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        if load == "scalar":
+            common.load_scalar(tmp_path, CPU, make_tokenizer(), 0.2)
+        else:
+            (common.load_policy if load == "policy" else common.load_reference)(tmp_path, CPU)
+    assert "the folder has no weights for" in capsys.readouterr().err
+
+
+def test_the_end_of_a_turn_is_no_pad_either():
+    """Where the template ends an answer with the token that pads, transformers would score the one before it."""
+    tokenizer = make_tokenizer(template="{% for m in messages %}{{ m.content }}<pad>{% endfor %}")
+    assert common.turn_end(tokenizer, str(tokenizer.chat_template)) == tokenizer.pad_token_id
+    common.own_pad(tokenizer)
+    assert tokenizer.pad_token not in ("<pad>", tokenizer.eos_token)
+
+
+@pytest.mark.parametrize("name", ["BertConfig", "RobertaConfig", "BartConfig"])
+def test_a_model_whose_score_is_not_read_at_the_last_token_is_refused(name, tmp_path, capsys):
+    small = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    small |= {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1} if name == "BartConfig" else {}
+    getattr(transformers, name)(**small).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        run(tmp_path, model=str(tmp_path), steps=1)
+    assert "has no score that is read at a text's last token" in capsys.readouterr().err and not (tmp_path / "run").exists()

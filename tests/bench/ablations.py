@@ -107,17 +107,16 @@ def train(label, seed, completions):
     }
 
 
-def rollout(model, tokenizer, rows, n, seed):
-    ids = [common.encode_prompt(tokenizer, r["prompt"]) for r in rows]
-    samples = common.sample(model, tokenizer, ids, n=n, max_new_tokens=22, seed=seed)
-    return samples, torch.tensor([reinforce.exact(t, rows[i // n]) for i, t in enumerate(samples.texts)])
+def rollout(model, tokenizer, prompts, n, seed):
+    samples = common.sample(model, tokenizer, [ids for ids, _ in prompts], n=n, max_new_tokens=22, seed=seed)
+    return samples, torch.tensor([reinforce.exact(t, prompts[i // n][1]) for i, t in enumerate(samples.texts)])
 
 
 def noise(batches):
     """Gradients of many batches of 32 prompts x 8, for each baseline from the same samples: how much larger than the gradient itself
     is the spread of one batch's? Without bias: the mean of K gradients holds a K-th of the spread."""
-    world, rows = common.start("cpu"), reinforce.read_rows(str(TINY / "sort_train.jsonl"), "--data")
-    model, tokenizer = common.load_policy(str(TINY / "model"), world), common.load_tokenizer(str(TINY / "model"))
+    model, tokenizer = common.load_policy(str(TINY / "model"), common.start("cpu")), common.load_tokenizer(str(TINY / "model"))
+    rows = reinforce.load_prompts(str(TINY / "sort_train.jsonl"), "--data", tokenizer, reinforce.Args())
     found = {b: [] for b in ("none", "batch", "prompt", "loo")}
     for k in range(batches):
         samples, rewards = rollout(model, tokenizer, [rows[common.pick(len(rows), 32 * k + i, 1)] for i in range(32)], 8, k)
@@ -141,8 +140,8 @@ def noise(batches):
 
 def origin(prompts, n=16):
     """Each prompt's own gradient, by its share of right answers: how much of the squared norm do prompts of each share bring?"""
-    world, rows = common.start("cpu"), reinforce.read_rows(str(TINY / "sort_train.jsonl"), "--data")[:prompts]
-    model, tokenizer = common.load_policy(str(TINY / "model"), world), common.load_tokenizer(str(TINY / "model"))
+    model, tokenizer = common.load_policy(str(TINY / "model"), common.start("cpu")), common.load_tokenizer(str(TINY / "model"))
+    rows = reinforce.load_prompts(str(TINY / "sort_train.jsonl"), "--data", tokenizer, reinforce.Args())[:prompts]
     edges = ("0", "up to 1/4", "to 1/2", "to 3/4", "below 1", "1")
     bins = {e: {"prompts": 0, "none": 0.0, "group": 0.0} for e in edges}
     for k in range(0, len(rows), 16):

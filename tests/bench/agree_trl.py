@@ -31,9 +31,9 @@ def main():
     world = common.start("cpu", seed=0)
     path = str(grpo.TINY / "model")
     tokenizer = common.load_tokenizer(path)
-    rows = grpo.read_rows(grpo.TINY / "sort_train.jsonl", "--data")[:4]
+    rows = grpo.load_prompts(grpo.TINY / "sort_train.jsonl", "--data", tokenizer, grpo.Args())[:4]
     policy = common.load_policy(path, world)
-    s = common.sample(policy, tokenizer, [tokenizer(r["prompt"]).input_ids for r in rows], n=4, max_new_tokens=16, seed=1)
+    s = common.sample(policy, tokenizer, [ids for ids, _ in rows], n=4, max_new_tokens=16, seed=1)
     g = torch.Generator().manual_seed(0)
     advantages = torch.randn(16, generator=g)
     with torch.no_grad():
@@ -48,7 +48,10 @@ def main():
             policy.zero_grad()
             weights = grpo.token_weights(s.mask, aggregate, 16, world)
             logprobs, _ = grpo.token_logprobs(policy, *grpo.trim(s, list(range(16)), 4), 1.0)
-            loss, _, low, high = grpo.clipped_loss(logprobs, old, advantages, s.mask, weights, 0.2, 0.28, ratio == "sequence")
+            logratio = logprobs - old
+            if ratio == "sequence":
+                logratio = grpo.sequence_logratio(logratio, s.mask)
+            loss, _, low, high = grpo.clipped_loss(logratio, advantages[:, None], s.mask, weights, 0.2, 0.28)
             loss = loss + beta * (grpo.k3(logprobs, ref) * weights).sum()
             loss.backward()
             mine = torch.cat([p.grad.flatten() for p in policy.parameters()])
@@ -59,7 +62,7 @@ def main():
                     per_device_train_batch_size=16, num_generations=4, max_completion_length=16, gradient_checkpointing=False,
                     use_cpu=True, bf16=False, report_to="none", model_init_kwargs={"dtype": torch.float32},
                 )  # fmt: skip
-                data = Dataset.from_list([{"prompt": r["prompt"]} for r in rows])
+                data = Dataset.from_list([{"prompt": r["prompt"]} for _, r in rows])
                 trainer = GRPOTrainer(
                     model=path,
                     reward_funcs=lambda completions, **_: [0.0] * len(completions),

@@ -42,8 +42,7 @@ def apart(path, dtype):
     """`kl/sample` of the first 64 completions (of at most 22 tokens) that a model draws for the sorting task's prompts."""
     world = common.World(0, 1, torch.device("cpu"), dtype)
     model, tokenizer = common.load_reference(path, world), common.load_tokenizer(path)
-    rows = grpo.read_rows(str(grpo.TINY / "sort_test.jsonl"), "--data")[:8]
-    prompts = [common.encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    prompts = [ids for ids, _ in grpo.load_prompts(str(grpo.TINY / "sort_test.jsonl"), "--data", tokenizer, grpo.Args())[:8]]
     samples = common.sample(model, tokenizer, prompts, n=8, max_new_tokens=22, seed=0)
     with torch.no_grad():
         logprobs, _ = grpo.token_logprobs(model, *grpo.trim(samples, list(range(64)), 8), 1.0)
@@ -69,10 +68,14 @@ def table(found):
 if __name__ == "__main__":
     found = {script: measure(script) for script in SCRIPTS}
     (HERE / "first.md").write_text(table(found))
-    found["kl/sample"] = {
-        f"{name}, {str(dtype)[6:]}": apart(path, dtype)
-        for name, path in (("embedded model", str(grpo.TINY / "model")), *((Path(p).name, p) for p in sys.argv[1:]))
-        for dtype in (torch.float32, torch.bfloat16)
-    }
+    known = json.loads((HERE / "first.json").read_text()) if (HERE / "first.json").exists() else {}
+    found["kl/sample"] = (
+        known.get("kl/sample", {})
+        | {  # what was measured of other models stays
+            f"{name}, {str(dtype)[6:]}": apart(path, dtype)
+            for name, path in (("embedded model", str(grpo.TINY / "model")), *((Path(p).name, p) for p in sys.argv[1:]))
+            for dtype in (torch.float32, torch.bfloat16)
+        }
+    )
     (HERE / "first.json").write_text(json.dumps(found, indent=1) + "\n")
     print((HERE / "first.md").read_text(), found["kl/sample"])

@@ -160,7 +160,7 @@ def train(args, size, job, folder):
         weights = grpo.token_weights(inputs[-1], "token", 0, world) / parts
         for _ in range(parts):
             logprobs, _ = grpo.token_logprobs(policy, *inputs, 1.0)
-            grpo.clipped_loss(logprobs, logprobs.detach(), advantages, inputs[-1], weights, 0.2, 0.2)[0].backward()
+            grpo.clipped_loss(logprobs - logprobs.detach(), advantages[:, None], inputs[-1], weights, 0.2, 0.2)[0].backward()
         common.clip_gradients(policy, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -70,7 +70,7 @@ def prompts_of(args):
     """The rendered prompts, as raw text, so that neither side's template matters; short ones, so that no side cuts any."""
     tokenizer = load_tokenizer(args.model)
     rows = []
-    for row in grpo.read_rows(args.data, "--data"):
+    for _, row in grpo.load_prompts(args.data, "--data", tokenizer, grpo.Args()):
         text = row["prompt"]
         if tokenizer.chat_template:
             text = tokenizer.apply_chat_template(
@@ -131,9 +131,8 @@ def theirs(args, s, out):
     class Clock(transformers.TrainerCallback):
         def score(self, step, model):
             if s["every"]:
-                test = grpo.read_rows(grpo.TINY / "sort_test.jsonl", "")
                 flags = grpo.resolve(grpo.Args(device="cpu", max_new_tokens=s["max_new_tokens"], reward=s["reward"]))
-                pairs = grpo.encode_rows(test, tokenizer, flags, "")
+                pairs = grpo.load_prompts(flags.eval_data, "--eval_data", tokenizer, flags)
                 scores = grpo.evaluate(model, tokenizer, pairs, grpo.load_reward(s["reward"], world), flags, world)
                 held_out.append((step, scores["eval/exact"]))
 
