@@ -5,7 +5,7 @@
     python tests/bench/ablations.py --only "GAE's lambda" --seeds 1 --completions 2560 --out /tmp/few
 
 Every run draws 25,600 completions of training prompts (half as many for PPO, whose updates are four) from the embedded model, with the
-flags named and otherwise a script's default, three seeds. Two ablations train nothing: they look at gradients of the embedded model.
+flags named and otherwise a script's default, three seeds (one seed of all arms, then the next). Two ablations train nothing: they look at gradients of the embedded model.
 Writes ablations.json, ablations.md, and a picture for each, ablation_*.png.
 """
 
@@ -184,13 +184,15 @@ def table(known):
                 ends = [[statistics.mean(of(m, name) for m in mine) for of in (first, last)] for name in others]
                 also = ", ".join(f"`{name}` {a:.3g} to {b:.3g}" for name, (a, b) in zip(others, ends))
                 lines.append(f"| {title} | {arm} | {score} | {also} |")
-    for base, ratio in known.get(GRADIENTS[0], {}).get("spread_to_signal", {}).items():
-        lines.append(f"| {GRADIENTS[0]} | `--baseline {base}` | | spread of a batch {ratio:.2f} x gradient |")
-    bins = known.get(GRADIENTS[1], {}).get("bins", {})
-    total = {s: sum(b[s] for b in bins.values()) for s in ("none", "group")}
-    for edge, b in bins.items():
-        share = f"{b['none'] / total['none']:.2f} of the gradient, {b['group'] / total['group']:.2f} if divided by the std"
-        lines.append(f"| {GRADIENTS[1]} | share right {edge}: {b['prompts']} prompts | | {share} |")
+    if GRADIENTS[0] in known:
+        lines += ["", "| baseline | spread of a batch's gradient / the gradient, both squared |", "|---|---|"]
+        lines += [f"| {base} | {ratio:.2f} |" for base, ratio in known[GRADIENTS[0]]["spread_to_signal"].items()]
+    if GRADIENTS[1] in known:
+        bins = known[GRADIENTS[1]]["bins"]
+        total = {s: sum(b[s] for b in bins.values()) for s in ("none", "group")}
+        lines += ["", "| share of right samples | prompts | of the gradient | if divided by the std |", "|---|---|---|---|"]
+        for edge, b in bins.items():
+            lines.append(f"| {edge} | {b['prompts']} | {b['none'] / total['none']:.2f} | {b['group'] / total['group']:.2f} |")
     return "\n".join(lines) + "\n"
 
 
