@@ -689,8 +689,8 @@ def train(args):
             common.log(out, writer, step, metrics, shown)
             if bar:
                 advise(metrics, args, said)
-                kl = f", kl {metrics['kl/ref']:.2f}" if reference else ""
-                bar.set_postfix_str(f"reward {metrics['reward']:.3f}{kl}, {metrics['tokens_per_second']:,.0f} tokens/s")
+                told = f", kl {metrics['kl/ref']:.2f}" if reference else ""
+                bar.set_postfix_str(f"reward {metrics['reward']:.3f}{told}, {metrics['tokens_per_second']:,.0f} tokens/s")
                 bar.update()
 
             # 7. Save. A signal to end (Ctrl-C, a cluster that wants its machine back) waits for this place.
