@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text() + (ROOT / "tests" / "bench" / "README.md").read_text()
 TINY = ROOT / "tests" / "tiny"
 FOUND = [(m.start(), m[0]) for m in re.finditer(r"(?:^    .*\n)+", README, re.M)]
 BLOCKS = [re.sub(r"^    ", "", text, flags=re.M).replace("\\\n", " ") for _, text in FOUND]
