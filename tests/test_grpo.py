@@ -11,6 +11,8 @@ from test_reinforce import enumerable, exact_logprobs, gradient, prompts_file, r
 
 import common
 import grpo
+import ppo
+import reinforce
 from common import World, given, sample
 from grpo import (
     clipped_loss,
@@ -423,9 +425,34 @@ def test_dropping_equal_groups_fills_the_batch_with_signal_and_is_bounded(tmp_pa
 
     (tmp_path / "r.py").write_text("def reward(completion, row):\n    return 1.0\n")
     draws, honest_sample = [], common.sample
-    monkeypatch.setattr(common, "sample", lambda *a, **k: (draws.append(len(a[2])), honest_sample(*a, **k))[1])
+    monkeypatch.setattr(common, "sample", lambda *a, **k: (draws.append(a[2]), honest_sample(*a, **k))[1])
     m = run(tmp_path, "never", reward=f"{tmp_path}/r.py:reward", drop_equal_groups=True, steps=1, **SMALL)
-    assert draws == [4] * (1 + grpo.REDRAWS) and m[1]["equal_groups"] == 1 and m[1]["grad_norm"] == 0
+    assert [len(x) for x in draws] == [4] * (1 + grpo.REDRAWS) and m[1]["equal_groups"] == 1 and m[1]["grad_norm"] == 0
+    assert len({str(x) for x in draws}) == len(draws), "each time other prompts"
+
+
+@pytest.mark.parametrize("script", [reinforce, ppo, grpo], ids=lambda m: m.__name__)
+def test_every_epoch_visits_every_minibatch_once_in_an_order_of_its_own(script, tmp_path, monkeypatch):
+    seen, honest = [], script.trim
+    monkeypatch.setattr(script, "trim", lambda samples, rows, n=1: (seen.append(tuple(rows)), honest(samples, rows, n))[1])
+    flags = {"prompts_per_step": 8, "samples_per_prompt": 2, "epochs": 4, "minibatches": 4, "steps": 1, "max_new_tokens": 4}
+    script.train(script.Args(out=str(tmp_path / "run"), device="cpu", eval_data="", beta=0.0, **flags))
+    updates = seen[-16:]  # after the forwards of the old policy
+    epochs = [tuple(updates[i : i + 4]) for i in range(0, 16, 4)]
+    assert all(sorted(e) == sorted(epochs[0]) and len(set(e)) == 4 for e in epochs), epochs
+    assert len(set(epochs)) > 1, "shuffled anew"
+
+
+def test_the_clips_shares_are_logged_under_their_names(tmp_path, monkeypatch):
+    honest = grpo.clipped_loss
+
+    def stopped_below(*a):
+        loss, ratio, low, high = honest(*a)
+        return loss, ratio, torch.ones_like(low), torch.zeros_like(high)
+
+    monkeypatch.setattr(grpo, "clipped_loss", stopped_below)
+    m = run(tmp_path, steps=1, **SMALL)
+    assert m[1]["clip/low"] == pytest.approx(1.0) and m[1]["clip/high"] == 0
 
 
 def test_the_reference_follows_the_policy_when_told_to(tmp_path):
