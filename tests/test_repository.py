@@ -116,7 +116,7 @@ def test_every_file_section_and_flag_that_a_readme_names_exists(path):
     fields = {f for p in SCRIPTS for f in re.findall(r"^    (\w+): ", p.read_text(), re.M)}
     torchrun = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "rdzv_id"}
     slurm = {"nodes", "ntasks", "gpus", "requeue", "signal"}
-    known = {"help", "logdir", "agree", "learn"} | torchrun | slurm | fields | {f"no_{f}" for f in fields}
+    known = {"help", "logdir", "agree", "learn", "time"} | torchrun | slurm | fields | {f"no_{f}" for f in fields}
     assert set(re.findall(r"--(\w+)", text)) <= known
 
 
