@@ -338,7 +338,7 @@ def load(auto, path, dtype, **changes):
     may_lack = set(scalar_head(model).parameters()) if auto is AutoModelForSequenceClassification else set()
     weights = dict(model.named_parameters())
     missing = sorted(info["missing_keys"])
-    lacking = [k for k in missing if weights.get(k) not in may_lack]
+    lacking = [k for k in missing if k in weights and weights[k] not in may_lack]
     if lacking:
         fail(f"{path}: the folder has no weights for {len(lacking)} parts of the model, among them {lacking[0]}")
     return model, missing
@@ -535,6 +535,10 @@ def load_scalar(path, world, tokenizer, head_std=None, gradient_checkpointing=Fa
         with torch.no_grad():
             for p in scalar_head(model).parameters():
                 p.normal_(0.0, head_std if p.ndim > 1 else 0.0)
+    if frozen and model.config.pad_token_id is None:
+        own_pad(tokenizer)  # then transformers read a text's last id
+    elif frozen and 0 <= model.config.pad_token_id < len(tokenizer):
+        tokenizer.pad_token_id = model.config.pad_token_id  # whose model it is says what pads
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # `own_pad` has made a token
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         model.config_to_save.get_text_config().vocab_size = len(tokenizer)
@@ -565,8 +569,9 @@ def checked(reward):
                 return float(value)
             wrong = f"{value!r:.100}, no finite number,"
         except Exception as error:
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            wrong = f"an error in {Path(at.filename).name}, line {at.lineno} ({type(error).__name__}: {error}),"
+            *_, at = traceback.extract_tb(error.__traceback__)
+            where = "" if at.filename == __file__ else f" in {Path(at.filename).name}, line {at.lineno}"
+            wrong = f"an error{where} ({type(error).__name__}: {error}),"
         raise Stop(f"--reward gave {wrong} for prompt {row['prompt']!r:.300} and completion {completion!r:.300}")
 
     return lambda completions, rows: [score(c, r) for c, r in zip(completions, rows)]
@@ -611,11 +616,14 @@ def score_ids(model, tokenizer, texts, world):
     if longest > limit:
         raise Stop(f"the reward model reads {limit} tokens, and one text has {longest}; lower --max_new_tokens")
     values = []
-    for i in range(0, most, 64):  # the same number of forwards on every process: sharded weights are gathered by all or by none
-        part = texts[i : i + 64] or texts[:1]
+    size = max(1, min(64, 32_768 // longest))
+    for i in range(
+        0, most, size
+    ):  # the same number of forwards on every process: sharded weights are gathered by all or by none
+        part = texts[i : i + size] or texts[:1]
         s = given([[] for _ in part], part, tokenizer, world)
         values += model(input_ids=s.ids, attention_mask=s.mask.long(), use_cache=False).logits[:, 0].float().tolist()
-    if not all(map(math.isfinite, values)):
+    if all_sum(world, not all(map(math.isfinite, values)))[0]:  # asked of all, so that all stop
         raise Stop("the reward model gave a score that is not finite")
     return values[: len(texts)]
 
@@ -1061,8 +1069,11 @@ def catch_signals(steps):
         if caught or not steps:
             raise KeyboardInterrupt
         caught.append(number)
-        if int(os.environ.get("RANK", 0)) == 0:  # not by print, which the signal may have interrupted
-            os.write(2, b"\nfinishing this step, then saving it; a second signal stops at once, and loses it\n")
+        if int(os.environ.get("RANK", 0)) == 0:
+            with contextlib.suppress(
+                OSError
+            ):  # a terminal that is gone; and not by print, which the signal may have interrupted
+                os.write(2, b"\nstopping at the next safe place, and saving; a second signal stops at once\n")
 
     signal.signal(signal.SIGTERM, handler)
     signal.signal(signal.SIGINT, handler)

@@ -229,19 +229,21 @@ def is_prompt(value):
 def load_prompts(path, flag, tokenizer, args, needs=""):
     """[(prompt's token ids, row), ...] of a JSON-lines file, each row with its `prompt`, without prompts that are too long; says
     how many those were. `needs` is what wants an answer of every row, if anything does."""
-    pairs = []
+    kept, count = [], 0
     for number, row in common.read_json(path, flag) if path else ():
         where, row = f"{flag} {path}, line {number}", row if isinstance(row, dict) else {}
         row = {**row, "prompt": row.get("prompt", row.get("question"))}
         if not is_prompt(row["prompt"]):
             fail(f'{where}: needs a "prompt" (or "question") that is a text or a list of messages')
+        ids, count = common.encode_prompt(tokenizer, row["prompt"], args.system, args.chat), count + 1
+        if not 0 < len(ids) <= args.max_prompt_tokens:
+            continue
         if needs and not isinstance(row.get("answer"), (str, int, float)):
             fail(f'{where}: {needs} needs an "answer", a text or a number; the row with prompt {row["prompt"]!r:.100} has none')
-        pairs.append((common.encode_prompt(tokenizer, row["prompt"], args.system, args.chat), row))
-    kept = [(ids, row) for ids, row in pairs if 0 < len(ids) <= args.max_prompt_tokens]
-    if len(kept) < len(pairs):
+        kept.append((ids, row))
+    if len(kept) < count:
         limit = f"--max_prompt_tokens {args.max_prompt_tokens}"
-        common.say(f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out ({limit})")
+        common.say(f"{flag}: {count - len(kept)} of {count} prompts left out ({limit})")
         kept = kept or fail(f"{flag}: every prompt is longer than {limit}")
     return kept
 
@@ -396,18 +398,21 @@ def score_pairs(model, tokenizer, pairs, shared, args, world):
 def reference_scores(policy, shared, tokenizer, pairs, held_out, args, out, world, stop_asked):
     """What the reference says of the pairs that the run will visit and of the held-out ones, [pairs, 2] each, NaN where nobody will
     ask. To be called while the policy still is the reference: before it has made a step, or taken up a checkpoint. Kept in the
-    run's folder, so a resumed run scores only what it lacks, and only if its pairs and precision are the same. simpo asks nobody.
+    run's folder, so a resumed run scores only what it lacks, and only if its pairs, reference and precision are the same. simpo asks nobody.
     The reference scores a pair in another micro-batch than training does; in bfloat16 that moves its log-ratio by hundredths, in
     step 1 too."""
     if args.loss == "simpo":
         return torch.zeros(len(pairs), 2), torch.zeros(len(held_out), 2)
-    path, mark = out / "reference.pt", f"{world.dtype} {hashlib.sha256(repr((pairs, held_out)).encode()).hexdigest()}"
+    asked = hashlib.sha256(repr((args.reference or args.model, pairs, held_out)).encode()).hexdigest()
+    path, mark = out / "reference.pt", f"{world.dtype} {asked}"
     try:
         known = torch.load(path, weights_only=True) if args.resume and path.is_file() else {"mark": mark}
     except Exception as error:
         fail(f"--resume: {path} cannot be read ({str(error).splitlines()[0]}); without it the reference scores again")
     if known["mark"] != mark:
-        fail(f"--resume: {path} has scores of other pairs, or of another precision, than this run's")
+        if common.checkpoints(out):
+            fail(f"--resume: {path} has scores of other pairs, or of another model or precision, than this run's")
+        known = {"mark": mark}  # nothing was learnt by the old ones
     visited = {common.pick(len(pairs), i, args.seed) for i in range(args.steps * args.pairs_per_step)} if pairs else ()
     for name, group, wanted in (("pairs", pairs, visited), ("held_out", held_out, range(len(held_out)))):
         table = known.setdefault(name, torch.full((len(group), 2), math.nan))

@@ -181,19 +181,21 @@ def is_prompt(value):
 def load_prompts(path, flag, tokenizer, args, needs=""):
     """[(prompt's token ids, row), ...] of a JSON-lines file, each row with its `prompt`, without prompts that are too long; says
     how many those were. `needs` is what wants an answer of every row, if anything does."""
-    pairs = []
+    kept, count = [], 0
     for number, row in common.read_json(path, flag) if path else ():
         where, row = f"{flag} {path}, line {number}", row if isinstance(row, dict) else {}
         row = {**row, "prompt": row.get("prompt", row.get("question"))}
         if not is_prompt(row["prompt"]):
             fail(f'{where}: needs a "prompt" (or "question") that is a text or a list of messages')
+        ids, count = common.encode_prompt(tokenizer, row["prompt"], args.system, args.chat), count + 1
+        if not 0 < len(ids) <= args.max_prompt_tokens:
+            continue
         if needs and not isinstance(row.get("answer"), (str, int, float)):
             fail(f'{where}: {needs} needs an "answer", a text or a number; the row with prompt {row["prompt"]!r:.100} has none')
-        pairs.append((common.encode_prompt(tokenizer, row["prompt"], args.system, args.chat), row))
-    kept = [(ids, row) for ids, row in pairs if 0 < len(ids) <= args.max_prompt_tokens]
-    if len(kept) < len(pairs):
+        kept.append((ids, row))
+    if len(kept) < count:
         limit = f"--max_prompt_tokens {args.max_prompt_tokens}"
-        common.say(f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out ({limit})")
+        common.say(f"{flag}: {count - len(kept)} of {count} prompts left out ({limit})")
         kept = kept or fail(f"{flag}: every prompt is longer than {limit}")
     return kept
 

@@ -8,7 +8,7 @@ text a score r, and the chance that y wins against z a logistic curve in the dif
 
 That is classification of pairs: log 2 where the model cannot tell, falling as the difference grows. Only differences are
 learnt; r + f(x) fits as well for any f, and how far apart scores get depends on how consistent the labels are. So at the end
-the scores are divided by their spread over the texts of all training pairs, folded into the head: a policy trained on it sees
+the scores are divided by their spread over texts of the training pairs, folded into the head: a policy trained on it sees
 rewards of about unit scale. (Their mean stays, where the head has no bias; --center keeps it near 0.)
 
 The score is a linear head on the last real token's state, which has seen the whole text; a critic (ppo.py) reads every token.
@@ -215,19 +215,21 @@ def is_prompt(value):
 def load_prompts(path, flag, tokenizer, args, needs=""):
     """[(prompt's token ids, row), ...] of a JSON-lines file, each row with its `prompt`, without prompts that are too long; says
     how many those were. `needs` is what wants an answer of every row, if anything does."""
-    pairs = []
+    kept, count = [], 0
     for number, row in common.read_json(path, flag) if path else ():
         where, row = f"{flag} {path}, line {number}", row if isinstance(row, dict) else {}
         row = {**row, "prompt": row.get("prompt", row.get("question"))}
         if not is_prompt(row["prompt"]):
             fail(f'{where}: needs a "prompt" (or "question") that is a text or a list of messages')
+        ids, count = common.encode_prompt(tokenizer, row["prompt"], args.system, args.chat), count + 1
+        if not 0 < len(ids) <= args.max_prompt_tokens:
+            continue
         if needs and not isinstance(row.get("answer"), (str, int, float)):
             fail(f'{where}: {needs} needs an "answer", a text or a number; the row with prompt {row["prompt"]!r:.100} has none')
-        pairs.append((common.encode_prompt(tokenizer, row["prompt"], args.system, args.chat), row))
-    kept = [(ids, row) for ids, row in pairs if 0 < len(ids) <= args.max_prompt_tokens]
-    if len(kept) < len(pairs):
+        kept.append((ids, row))
+    if len(kept) < count:
         limit = f"--max_prompt_tokens {args.max_prompt_tokens}"
-        common.say(f"{flag}: {len(pairs) - len(kept)} of {len(pairs)} prompts left out ({limit})")
+        common.say(f"{flag}: {count - len(kept)} of {count} prompts left out ({limit})")
         kept = kept or fail(f"{flag}: every prompt is longer than {limit}")
     return kept
 
@@ -402,7 +404,7 @@ def fold_scale(model, tokenizer, pairs, shared, args, world):
     mean, spread = total / count, math.sqrt(max(squares / count - (total / count) ** 2, 1e-12))
     if spread < 1e-3:
         common.say(f"warning: all scores are nearly the same (spread {spread:.1g}): nothing was learnt, and nothing is scaled")
-        return {"scale/mean": mean, "scale/spread": spread}
+        return {}
     head = common.scalar_head(common.at_rest(model))
     for p in head.parameters():
         if p.ndim == 1:
@@ -484,8 +486,10 @@ def train(args):
     if args.policy:
         policy_config, policy_tokenizer = common.policy_config(args.policy), common.load_tokenizer(args.policy)
         prompts = load_prompts(args.eval_prompts, "--eval_prompts", policy_tokenizer, args)
-        texts = [ids for ids, _ in prompts] + [common.encode_answer(tokenizer, row["prompt"], "") for _, row in prompts]
-        args = common.fit_context(args, max(map(len, texts)), config, policy_config)
+        longest = max(
+            max(len(ids), len(common.encode_answer(tokenizer, row["prompt"], "")) - 1) for ids, row in prompts
+        )  # but its end
+        args = common.fit_context(args, longest, config, policy_config)
         lacking = [row["prompt"] for _, row in prompts if not isinstance(row.get("answer"), (str, int, float))]
         if args.reward not in ("exact", "number") or not lacking:
             reward = load_reward(args.reward, world)

@@ -324,6 +324,23 @@ def test_a_signal_while_the_reference_scores_keeps_what_it_has_scored(tmp_path, 
     assert again[-1]["loss"] == straight[-1]["loss"]
 
 
+def test_before_a_step_was_made_another_reference_scores_anew(tmp_path, monkeypatch):
+    """Without a checkpoint a run may be resumed with other flags, and the old reference's scores are not those of the new."""
+    torch.manual_seed(0)
+    other = common.load_policy(dpo.Args.model, common.World(0, 1, torch.device("cpu"), torch.float32))
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    common.save_model(other, common.load_tokenizer(dpo.Args.model), tmp_path / "other", common.start("cpu"))
+    flags = SMALL | {"data": few_pairs(tmp_path), "schedule": "constant"}
+    wanted = run(tmp_path, "a", steps=1, reference=str(tmp_path / "other"), **flags)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(common, "catch_signals", lambda steps: lambda: True)
+        run(tmp_path, "b", steps=1, **flags)
+    got = run(tmp_path, "b", steps=1, reference=str(tmp_path / "other"), resume=True, **flags)
+    assert got[-1]["loss"] == wanted[-1]["loss"] != pytest.approx(math.log(2), abs=1e-3)
+
+
 @pytest.mark.parametrize("rate, loud", [(3e-3, True), (1e-5, False)])
 def test_chosen_answers_that_become_unlikely_are_told_of(rate, loud, tmp_path, monkeypatch, capsys):
     """The pairs' loss looks perfect meanwhile."""

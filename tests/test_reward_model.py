@@ -473,6 +473,28 @@ def test_a_model_from_elsewhere_is_read_as_reward_and_pipeline_read_it(tmp_path)
     assert found["eval/margin"] == pytest.approx((c - r).mean().item(), abs=1e-5) and abs(found["eval/margin"]) > 1e-2
 
 
+@pytest.mark.parametrize("pad", [0, None])
+def test_a_models_own_config_says_what_pads_where_its_tokenizer_says_nothing(pad, tmp_path):
+    """Read with pad = EOS instead, the score would be that of the token before the end, and the pipeline's another."""
+    tokenizer = common.load_tokenizer(str(reward_model.TINY / "model"))
+    torch.manual_seed(3)
+    model = common.load_scalar(str(reward_model.TINY / "model"), CPU, tokenizer, 0.5)
+    model.config.pad_token_id = model.config_to_save.pad_token_id = pad
+    common.save_model(model, tokenizer, tmp_path, CPU)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (tmp_path / name).exists():
+            settings = json.loads((tmp_path / name).read_text())
+            settings.pop("pad_token", None)
+            (tmp_path / name).write_text(json.dumps(settings))
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).pad_token is None
+    pipe = transformers.pipeline("text-classification", str(tmp_path))
+    score = common.load_scorer(str(tmp_path), CPU)
+    for row in HAND:
+        ids = common.encode_answer(tokenizer, row["prompt"], row["chosen"])
+        piped = pipe(tokenizer.decode(ids), add_special_tokens=False)[0]["score"]
+        assert score([row["chosen"]], [row])[0] == pytest.approx(piped, abs=1e-5)
+
+
 def test_the_true_reward_is_that_of_the_best_by_score(tmp_path, monkeypatch):
     """Not the best true reward there is, which would be pass@N; in rounds of few rows, each drawn with a seed of its own."""
     asked = []
