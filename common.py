@@ -617,9 +617,7 @@ def score_ids(model, tokenizer, texts, world):
         raise Stop(f"the reward model reads {limit} tokens, and one text has {longest}; lower --max_new_tokens")
     values = []
     size = max(1, min(64, 32_768 // longest))
-    for i in range(
-        0, most, size
-    ):  # the same number of forwards on every process: sharded weights are gathered by all or by none
+    for i in range(0, most, size):  # as often on every process: sharded weights are gathered by all or by none
         part = texts[i : i + size] or texts[:1]
         s = given([[] for _ in part], part, tokenizer, world)
         values += model(input_ids=s.ids, attention_mask=s.mask.long(), use_cache=False).logits[:, 0].float().tolist()
@@ -1070,9 +1068,8 @@ def catch_signals(steps):
             raise KeyboardInterrupt
         caught.append(number)
         if int(os.environ.get("RANK", 0)) == 0:
-            with contextlib.suppress(
-                OSError
-            ):  # a terminal that is gone; and not by print, which the signal may have interrupted
+            with contextlib.suppress(OSError):  # from a terminal that is gone
+                # not by print, which the signal may have interrupted
                 os.write(2, b"\nstopping at the next safe place, and saving; a second signal stops at once\n")
 
     signal.signal(signal.SIGTERM, handler)

@@ -486,10 +486,8 @@ def train(args):
     if args.policy:
         policy_config, policy_tokenizer = common.policy_config(args.policy), common.load_tokenizer(args.policy)
         prompts = load_prompts(args.eval_prompts, "--eval_prompts", policy_tokenizer, args)
-        longest = max(
-            max(len(ids), len(common.encode_answer(tokenizer, row["prompt"], "")) - 1) for ids, row in prompts
-        )  # but its end
-        args = common.fit_context(args, longest, config, policy_config)
+        read = [len(common.encode_answer(tokenizer, row["prompt"], "")) - 1 for _, row in prompts]  # without its end
+        args = common.fit_context(args, max(*read, *(len(ids) for ids, _ in prompts)), config, policy_config)
         lacking = [row["prompt"] for _, row in prompts if not isinstance(row.get("answer"), (str, int, float))]
         if args.reward not in ("exact", "number") or not lacking:
             reward = load_reward(args.reward, world)
