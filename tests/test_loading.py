@@ -353,11 +353,21 @@ def test_runs_are_numbered_and_named_ones_never_overwritten(tmp_path, monkeypatc
 def test_resuming_with_another_flag_is_an_error_that_names_it(flags, script, parts, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     common.open_run(Flags(out="mine"), "x", CPU)
+    (tmp_path / "mine" / "checkpoint").mkdir()
+    (tmp_path / "mine" / "checkpoint" / "000005.pt").touch()
     before = (tmp_path / "mine" / "args.json").read_bytes()
     with pytest.raises(SystemExit, match="2"):
         common.open_run(flags, script, CPU)
     says(capsys, *parts)
     assert (tmp_path / "mine" / "args.json").read_bytes() == before
+
+
+def test_a_run_that_has_no_checkpoint_yet_may_begin_again_with_other_flags(tmp_path, monkeypatch):
+    """A reward that failed in the first step is mended, or another is named: there is nothing yet to be true to."""
+    monkeypatch.chdir(tmp_path)
+    common.open_run(Flags(out="mine"), "x", CPU)
+    common.open_run(Flags(out="mine", resume=True, learning_rate=0.2), "x", CPU)
+    assert json.loads((tmp_path / "mine" / "args.json").read_text())["learning_rate"] == 0.2
 
 
 def test_steps_may_change_on_resumption(tmp_path, monkeypatch):
