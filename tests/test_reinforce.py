@@ -619,7 +619,8 @@ GOOD = '{"prompt": "52=", "answer": "25"}\n'
 def test_a_mistake_is_one_line_and_leaves_the_disk_as_it_was(flags, content, parts, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "full" / "checkpoint" / "000001.pt").touch()
     (tmp_path / "full" / "args.json").write_text(json.dumps({"script": "reinforce", "learning_rate": 0.1}))
     (tmp_path / "r.py").write_text("def f(c, r):\n    return 1.0\n")
     (tmp_path / "bad.py").write_text("def f(:\n")
