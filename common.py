@@ -77,8 +77,9 @@ class World:
 def start(device="auto", dtype="auto", seed=0):
     """Joins the other processes (torchrun sets RANK and WORLD_SIZE) and picks device and precision.
 
-    On the CPU everything is float32. On a GPU the weights that compute are bfloat16, and the weights that learn are
-    float32: a bfloat16 weight of 1.0 cannot even move by the 1e-6 that a step at learning rate 1e-6 makes.
+    On the CPU everything is float32 by default. On a GPU, and on a CPU with --dtype bfloat16, the weights that compute are
+    bfloat16 and the weights that learn are float32: a bfloat16 weight of 1.0 cannot even move by the 1e-6 that a step at
+    learning rate 1e-6 makes.
     """
     if device not in ("auto", "cpu", "cuda"):
         fail(f"--device {device}: choose auto, cpu or cuda")
@@ -86,24 +87,29 @@ def start(device="auto", dtype="auto", seed=0):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no GPU here; use --device cpu, or install a torch built for CUDA")
-    dtypes = {"auto": torch.bfloat16 if device == "cuda" else torch.float32, "float32": torch.float32}
-    if device == "cuda":
-        dtypes["bfloat16"] = torch.bfloat16
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    dtypes["auto"] = torch.bfloat16 if device == "cuda" else torch.float32
     if dtype not in dtypes:
-        fail(f"--dtype {dtype}: choose {' or '.join(dtypes)} on {device}")
+        fail(f"--dtype {dtype}: choose auto, float32 or bfloat16")
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     where = torch.device("cpu")
     if device == "cuda":
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(where)
-    if not dist.is_initialized() and (size > 1 or device == "cuda"):
+    world = World(rank, size, where, dtypes[dtype])
+    if not dist.is_initialized() and is_sharded(world):
         # FSDP2 (see `shard`) wants a process group, even if it holds this process alone
         lone = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=1), **lone)
     torch.manual_seed(seed)
     transformers_logging.disable_progress_bar()  # ours is the only one; theirs are many and short
     transformers_logging.set_verbosity_error()
-    return World(rank, size, where, dtypes[dtype])
+    return world
+
+
+def is_sharded(world):
+    """Whether FSDP2 holds the weights (see `shard`). A lone CPU process that computes in float32 has no use for it."""
+    return world.size > 1 or world.device.type == "cuda" or world.dtype != torch.float32
 
 
 ORDER, DRAW, CUT, PASS, AGAIN, EVAL = range(6)  # what a random choice is for: no two of them share a seed
@@ -345,13 +351,13 @@ def load(auto, path, dtype, **changes):
 
 
 def shard(model, world):
-    """Hands the model to FSDP2, on a GPU always, on CPUs when there are several; a lone CPU process keeps it as it is.
+    """Hands the model to FSDP2, unless a lone CPU process computes in float32, which keeps it as it is.
 
     FSDP2 keeps each weight as a float32 shard (the master that AdamW steps) and, for the time of a forward or
     backward, makes the whole weight in `world.dtype`. So one mechanism serves one GPU and many, and policy, rollout
     and reference all compute with the same bfloat16 numbers: KL and log-ratio start at exactly 0 (given the same batches).
     """
-    if world.device.type == "cpu" and world.size == 1:
+    if not is_sharded(world):
         return model
     mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=world.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -369,6 +375,18 @@ def shard(model, world):
     return model
 
 
+def cache_argument(model):
+    """The name under which this model's forward takes a cache, or None: transformers 5.24 calls it `cache`; before, it was
+    `past_key_values`, and `cache_params` in Mamba."""
+    names = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in names), None)
+
+
+def is_recurrent(cache):
+    """Whether no layer of this cache keeps keys and values (Mamba): nothing to attend to, so no mask while decoding."""
+    return not any(isinstance(layer, DynamicLayer) for layer in cache.layers)
+
+
 def hidden_states(model, ids, mask, cache=None):
     """What a model's head reads, [B, T, width], by an ordinary forward. A causal model's head is shown one position instead of
     all: logits of every position, [B, T, V], are what runs out of memory first. With a cache, `ids` go on from what is in
@@ -383,7 +401,7 @@ def hidden_states(model, ids, mask, cache=None):
     if "position_ids" not in inspect.signature(model.forward).parameters:
         inputs = {}
     if cache is not None:
-        inputs["past_key_values"] = cache
+        inputs[cache_argument(model)] = cache
     hook = (scalar_head(model) if vocabulary is None else vocabulary).register_forward_pre_hook(catch)
     try:
         model(input_ids=ids, attention_mask=mask.long(), use_cache=cache is not None, **inputs)
@@ -424,7 +442,7 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
     Attention does. A layer whose cache drops the gradient does not, and transformers drops the whole cache, with wrong
     results, where it checkpoints gradients. In bfloat16 rounding alone sets the two apart by per cents, so only what is
     worse than a tenth is found there."""
-    if gradient_checkpointing or "past_key_values" not in inspect.signature(model.forward).parameters:
+    if gradient_checkpointing or not cache_argument(model) or is_recurrent(DynamicCache(config=model.config)):
         return False
     P, owner = 16, torch.tensor([0, 0, 1, 1], device=world.device)
     many = min(model.config.get_text_config().vocab_size, 1000)
@@ -1219,12 +1237,12 @@ def rollout(model, tokenizer, prompts, n, max_new_tokens, temperature, seed):
     takes = inspect.signature(model.forward).parameters
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer(P + max_new_tokens) if type(c) is DynamicLayer else c for c in cache.layers]
-    if not takes.keys() & {"past_key_values", "cache_params"}:
+    name, recurrent = cache_argument(model), is_recurrent(cache)
+    if name is None:
         raise ValueError(f"{type(model).__name__} takes none of transformers' caches, so `sample` cannot continue with it")
-    recurrent = "cache_params" in takes  # Mamba: another name for the cache, and no mask while decoding
 
     def forward(ids, mask, positions):
-        inputs = {"cache_params" if recurrent else "past_key_values": cache}
+        inputs = {name: cache}
         if "position_ids" in takes:
             inputs["position_ids"] = positions
         if "logits_to_keep" in takes:
