@@ -267,6 +267,13 @@ def group_advantages(rewards, everyone, n, scale, keep_max):
     return A.flatten()
 
 
+def has_gradient(factors):
+    """factors [b, C], what the gradient of each token's log-probability is multiplied by -> [b], on the CPU: false for a row whose
+    factors are all exactly 0. Its forward and backward would be time lost, so it is left out of the micro-batches; what a loss
+    is divided by counts it all the same."""
+    return (factors != 0).any(1).cpu()
+
+
 def token_weights(mask, aggregate, longest, world):
     """Equation (5)'s w [b, C] for the samples of one optimizer step, mask [b, C]; the counts are over all processes, and taken
     here, before the step is cut into micro-batches, so every cut has the same gradient.
@@ -317,6 +324,13 @@ def k3(logprobs, ref_logprobs):
     return (-d).exp() - 1 + d
 
 
+def moved_by(logprobs, old_logprobs):
+    """KL(pi_old || pi), estimated on tokens of pi_old: ratio - 1 - log ratio, never negative, and its mean over them is the KL.
+    expm1, because in float32 exp(d) - 1 of a small d is mostly rounding."""
+    d = (logprobs - old_logprobs).clamp(-20, 20)
+    return torch.expm1(d) - d
+
+
 def equal_groups(rewards, n):
     """Whose rewards are all the same, [prompts]."""
     return rewards.view(-1, n).amax(1) == rewards.view(-1, n).amin(1)
@@ -352,21 +366,23 @@ def pass_at_k(n, right, k):
 # -- Log-probabilities: one forward with the completion given ------------------------------------------------------
 
 
-def micro_batches(prompt_mask, mask, n, tokens, world):
-    """Cuts rows into parts of whole groups of n (or slices of one, if a group alone is too much) of at most `tokens` tokens
-    (or one row) with padding, a group's prompt counted once, groups of like length together -> [row numbers]. With n = 1 each
-    row brings its own prompt. Every process gets the same number of parts, some perhaps empty: sharded weights are gathered
-    by all or by none."""
+def micro_batches(rows, prompt_mask, mask, n, tokens, world):
+    """Cuts `rows`, row numbers of a rollout, into parts of whole groups of n (or slices of one, if a group alone is too much) of
+    at most `tokens` tokens (or one row) with padding, a group's prompt counted once, groups of like length together ->
+    [row numbers]. With n = 1 each row brings its own prompt. Every process gets the same number of parts, some perhaps empty:
+    sharded weights are gathered by all or by none. Where no process has a row, there are no parts."""
     prompt, completion = prompt_mask.sum(1).tolist(), mask.sum(1).tolist()
 
     def fits(rows):
         prompts = len({r // n for r in rows})
         return prompts * max(prompt[r] for r in rows) + len(rows) * max(completion[r] for r in rows) <= tokens
 
-    parts = [[]]
-    groups = [list(range(i, i + n)) for i in range(0, len(prompt), n)]
-    for group in sorted(groups, key=lambda rows: -max(prompt[r] + completion[r] for r in rows)):
-        if parts[-1] and not fits(parts[-1] + group):
+    groups = collections.defaultdict(list)
+    for row in rows:
+        groups[row // n].append(row)
+    parts = []
+    for group in sorted(groups.values(), key=lambda rows: -max(prompt[r] + completion[r] for r in rows)):
+        if not parts or not fits(parts[-1] + group):
             parts.append([])
         for row in group:
             if parts[-1] and not fits([*parts[-1], row]):
@@ -585,35 +601,40 @@ def train(args):
                 samples, rewards = fill_in(samples, rewards, more, scores, n)
             mask, sampled = samples.mask, time.perf_counter()
 
-            # 2. Mini-batches (one optimizer update each) and their micro-batches (one forward each), cut once per rollout:
+            # 2. Advantages, equation (1): a number for each completion.
+            advantages = group_advantages(rewards, common.all_gather(world, rewards), n, args.scale, args.keep_max)  # [B]
+
+            # 3. Mini-batches (one optimizer update each) and their micro-batches (one forward each), cut once per rollout:
             #    old, new and reference log-probabilities of a row are computed in the same micro-batch, because in
-            #    bfloat16 they depend on it.
+            #    bfloat16 they depend on it. Rows that have no gradient are in no micro-batch: those of weight 0 and, without a
+            #    KL penalty, those of advantage 0.
             cut = torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
             trained = mask & samples.finished[:, None] if args.mask_truncated else mask
             minibatches, weights = [], torch.zeros_like(samples.logprobs)  # [B, C]
             for groups in torch.randperm(mine, generator=cut).view(args.minibatches, -1):
                 index = (groups[:, None] * n + torch.arange(n)).flatten()  # the rows of these groups
-                parts = micro_batches(samples.prompt_mask[index], mask[index], together, args.tokens_per_micro_batch, world)
-                minibatches.append([index[part].tolist() for part in parts])
                 weights[index] = token_weights(trained[index], args.aggregate, args.max_new_tokens, world)
+                factors = weights[index] if reference else weights[index] * advantages[index, None]
+                rows = index[has_gradient(factors)].tolist()
+                parts = micro_batches(rows, samples.prompt_mask, mask, together, args.tokens_per_micro_batch, world)
+                minibatches.append(parts)
             every_part = [part for parts in minibatches for part in parts]
             shuffles = [random.Random(common.fold(args.seed, step, epoch, common.PASS)) for epoch in range(args.epochs)]
             updates = [parts for s in shuffles for parts in s.sample(minibatches, args.minibatches)]
 
-            # 3. Log-probabilities before the update. With one update nobody asks for the old ones: those of the update
+            # 4. Log-probabilities before the update. With one update nobody asks for the old ones: those of the update
             #    itself, taken as constants, are the same numbers and cost nothing.
             many = len(updates) > 1
             old = rollout_logprobs(policy, samples, every_part, together, args.temperature) if many else None  # [B, C]
             ref = rollout_logprobs(reference, samples, every_part, together, args.temperature) if reference else None
 
-            # 4. Advantages, equation (1): a number for each completion.
-            advantages = group_advantages(rewards, common.all_gather(world, rewards), n, args.scale, args.keep_max)  # [B]
-
             # 5. Update, equations (2) to (5). `weights` hold the division by the counts of the whole optimizer update.
+            #    Without a row that has a gradient, on any process, there is none.
             rate = common.learning_rate_at(step, args.steps, args.learning_rate, args.schedule, args.warmup)
             optimizer.param_groups[0]["lr"] = rate
             norms, first_ratio, sums = [], torch.zeros(1, device=world.device), collections.defaultdict(float)
-            for parts in updates:
+            sums["loss"] = sums["tokens"] = sums["rows"] = 0.0
+            for parts in filter(None, updates):
                 for part in parts:
                     real, part = bool(part), part or [0]  # no rows are left here, but elsewhere: row 0 with weight 0
                     inputs = trim(samples, part, together)
@@ -633,10 +654,11 @@ def train(args):
                         if not norms:
                             first_ratio = torch.maximum(first_ratio, ((ratio - 1).abs() * part_mask).max())
                         sums["loss"] += loss.double()
+                        sums["rows"] += len(part) * real
                         seen = {
-                            "tokens": torch.ones_like(ratio), "entropy": entropy, "ratio/mean": ratio, "kl/old": before - logprobs,
+                            "tokens": torch.ones_like(ratio), "entropy": entropy, "ratio/mean": ratio, "kl/old": moved_by(logprobs, before),
                             "kl/sample": (before - samples.logprobs[part, :C]).abs(), "kl/ref": kl,
-                            "clip/low": low & (w > 0), "clip/high": high & (w > 0),  # tokens left out have no gradient to stop
+                            "clip/low": low, "clip/high": high,
                         }  # fmt: skip
                         for name, x in seen.items():
                             sums[name] += (x * part_mask).sum().double()
@@ -648,22 +670,22 @@ def train(args):
             if args.ref_update_every and step % args.ref_update_every == 0:
                 common.copy_weights(policy, reference)
 
-            # 6. Log: sums over all processes first, then means. Rewards are those of everything drawn, dropped groups too.
+            # 6. Log: sums over all processes first, then means. Rewards are those of everything drawn, dropped groups too;
+            #    what the update's forward says (kl, ratio, clip, entropy) is of the rows that were trained, if there were any.
             now, scores = time.perf_counter(), torch.cat(drawn)
             sums |= {"reward": scores.sum(), "drawn": len(scores), "equal": equal_groups(scores, n).sum() * n}
             sums |= {"length": mask.sum(), "cut": (~samples.finished).sum(), "tokens_drawn": tokens_drawn}
             s = dict(zip(sums, common.all_sum(world, *sums.values())))
             metrics = {
                 "reward": s["reward"] / s["drawn"], "loss": s["loss"] / len(updates),
-                "kl/ref": s["kl/ref"] / args.epochs / N if reference else None, "kl/old": s["kl/old"] / args.epochs / N,
-                "kl/sample": s["kl/sample"] / s["tokens"],
-                "ratio/first": common.all_gather(world, first_ratio).max().item() if many else None,
-                "ratio/mean": s["ratio/mean"] / s["tokens"], "clip/low": s["clip/low"] / s["tokens"],
-                "clip/high": s["clip/high"] / s["tokens"], "entropy": s["entropy"] / s["tokens"],
-                "grad_norm": sum(norms) / len(norms), "learning_rate": rate, "length": s["length"] / N, "truncated": s["cut"] / N,
+                "ratio/first": common.all_gather(world, first_ratio).max().item() if many and s["rows"] else None,
+                "grad_norm": sum(norms) / len(updates), "learning_rate": rate, "length": s["length"] / N, "truncated": s["cut"] / N,
                 "equal_groups": s["equal"] / s["drawn"], "time/sample": sampled - began, "time/train": now - sampled,
                 "tokens_per_second": s["tokens_drawn"] / (now - began), "memory_gib": common.memory_used(world) / 2**30,
             }  # fmt: skip
+            if s["rows"]:
+                metrics |= {k: s[k] / s["rows"] for k in ("kl/ref", "kl/old") if k != "kl/ref" or reference}
+                metrics |= {k: s[k] / s["tokens"] for k in ("kl/sample", "ratio/mean", "clip/low", "clip/high", "entropy")}
             metrics = {name: value for name, value in metrics.items() if value is not None}  # None: nothing was compared
             if step % args.eval_every == 0 or step == args.steps:
                 metrics |= held_out_scores()
@@ -672,7 +694,7 @@ def train(args):
             common.log(out, writer, step, metrics, shown)
             if bar:
                 advise(metrics, args, said)
-                told = f", kl {metrics['kl/ref']:.2f}" if reference else ""
+                told = f", kl {metrics['kl/ref']:.2f}" if "kl/ref" in metrics else ""
                 bar.set_postfix_str(f"reward {metrics['reward']:.3f}{told}, {metrics['tokens_per_second']:,.0f} tokens/s")
                 bar.update()
 

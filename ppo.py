@@ -335,21 +335,23 @@ def moved_by(logprobs, old_logprobs):
 # -- Log-probabilities and values: one forward with the completion given -------------------------------------------
 
 
-def micro_batches(prompt_mask, mask, n, tokens, world):
-    """Cuts rows into parts of whole groups of n (or slices of one, if a group alone is too much) of at most `tokens` tokens
-    (or one row) with padding, a group's prompt counted once, groups of like length together -> [row numbers]. With n = 1 each
-    row brings its own prompt. Every process gets the same number of parts, some perhaps empty: sharded weights are gathered
-    by all or by none."""
+def micro_batches(rows, prompt_mask, mask, n, tokens, world):
+    """Cuts `rows`, row numbers of a rollout, into parts of whole groups of n (or slices of one, if a group alone is too much) of
+    at most `tokens` tokens (or one row) with padding, a group's prompt counted once, groups of like length together ->
+    [row numbers]. With n = 1 each row brings its own prompt. Every process gets the same number of parts, some perhaps empty:
+    sharded weights are gathered by all or by none. Where no process has a row, there are no parts."""
     prompt, completion = prompt_mask.sum(1).tolist(), mask.sum(1).tolist()
 
     def fits(rows):
         prompts = len({r // n for r in rows})
         return prompts * max(prompt[r] for r in rows) + len(rows) * max(completion[r] for r in rows) <= tokens
 
-    parts = [[]]
-    groups = [list(range(i, i + n)) for i in range(0, len(prompt), n)]
-    for group in sorted(groups, key=lambda rows: -max(prompt[r] + completion[r] for r in rows)):
-        if parts[-1] and not fits(parts[-1] + group):
+    groups = collections.defaultdict(list)
+    for row in rows:
+        groups[row // n].append(row)
+    parts = []
+    for group in sorted(groups.values(), key=lambda rows: -max(prompt[r] + completion[r] for r in rows)):
+        if not parts or not fits(parts[-1] + group):
             parts.append([])
         for row in group:
             if parts[-1] and not fits([*parts[-1], row]):
@@ -585,8 +587,9 @@ def train(args):
             minibatches, weights = [], torch.zeros_like(samples.logprobs)  # [B, C]
             for groups in torch.randperm(mine, generator=cut).view(args.minibatches, -1):
                 index = (groups[:, None] * n + torch.arange(n)).flatten()  # the rows of these groups
-                parts = micro_batches(samples.prompt_mask[index], mask[index], together, args.tokens_per_micro_batch, world)
-                minibatches.append([index[part].tolist() for part in parts])
+                rows = index.tolist()
+                parts = micro_batches(rows, samples.prompt_mask, mask, together, args.tokens_per_micro_batch, world)
+                minibatches.append(parts)
                 # equation (7)'s mean: divided by the tokens of the whole update, over its micro-batches and processes
                 weights[index] = mask[index] / common.all_sum(world, mask[index].sum())[0]
             every_part = [part for parts in minibatches for part in parts]

@@ -283,6 +283,13 @@ def baselines(totals, scores, everyone, n, baseline, normalize, keep_max):
     return b.expand_as(groups).flatten(), scale.flatten(), keep.flatten()
 
 
+def has_gradient(factors):
+    """factors [b, C], what the gradient of each token's log-probability is multiplied by -> [b], on the CPU: false for a row whose
+    factors are all exactly 0. Its forward and backward would be time lost, so it is left out of the micro-batches; what a loss
+    is divided by counts it all the same."""
+    return (factors != 0).any(1).cpu()
+
+
 def policy_loss(logprobs, old_logprobs, advantages, mask, samples):
     """Equation (6): logprobs [b, C] with gradient, the rest without; `samples` is N of the whole update, over all of
     its micro-batches and processes -> (loss, ratio [b, C]).
@@ -295,24 +302,33 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, samples):
     return -(ratio * advantages * logprobs * mask).sum() / samples, ratio
 
 
+def moved_by(logprobs, old_logprobs):
+    """KL(pi_old || pi), estimated on tokens of pi_old: ratio - 1 - log ratio, never negative, and its mean over them is the KL.
+    expm1, because in float32 exp(d) - 1 of a small d is mostly rounding."""
+    d = (logprobs - old_logprobs).clamp(-20, 20)
+    return torch.expm1(d) - d
+
+
 # -- Log-probabilities: one forward with the completion given ------------------------------------------------------
 
 
-def micro_batches(prompt_mask, mask, n, tokens, world):
-    """Cuts rows into parts of whole groups of n (or slices of one, if a group alone is too much) of at most `tokens` tokens
-    (or one row) with padding, a group's prompt counted once, groups of like length together -> [row numbers]. With n = 1 each
-    row brings its own prompt. Every process gets the same number of parts, some perhaps empty: sharded weights are gathered
-    by all or by none."""
+def micro_batches(rows, prompt_mask, mask, n, tokens, world):
+    """Cuts `rows`, row numbers of a rollout, into parts of whole groups of n (or slices of one, if a group alone is too much) of
+    at most `tokens` tokens (or one row) with padding, a group's prompt counted once, groups of like length together ->
+    [row numbers]. With n = 1 each row brings its own prompt. Every process gets the same number of parts, some perhaps empty:
+    sharded weights are gathered by all or by none. Where no process has a row, there are no parts."""
     prompt, completion = prompt_mask.sum(1).tolist(), mask.sum(1).tolist()
 
     def fits(rows):
         prompts = len({r // n for r in rows})
         return prompts * max(prompt[r] for r in rows) + len(rows) * max(completion[r] for r in rows) <= tokens
 
-    parts = [[]]
-    groups = [list(range(i, i + n)) for i in range(0, len(prompt), n)]
-    for group in sorted(groups, key=lambda rows: -max(prompt[r] + completion[r] for r in rows)):
-        if parts[-1] and not fits(parts[-1] + group):
+    groups = collections.defaultdict(list)
+    for row in rows:
+        groups[row // n].append(row)
+    parts = []
+    for group in sorted(groups.values(), key=lambda rows: -max(prompt[r] + completion[r] for r in rows)):
+        if not parts or not fits(parts[-1] + group):
             parts.append([])
         for row in group:
             if parts[-1] and not fits([*parts[-1], row]):
@@ -510,39 +526,46 @@ def train(args):
 
             # 2. Mini-batches (one optimizer update each) and their micro-batches (one forward each), cut once per rollout:
             #    old, new and reference log-probabilities of a row are computed in the same micro-batch, because in
-            #    bfloat16 they depend on it.
+            #    bfloat16 they depend on it. A KL penalty needs every row's; without one, micro-batches wait for the advantages.
             cut = torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
-            minibatches = []
-            for groups in torch.randperm(mine, generator=cut).view(args.minibatches, -1):
-                index = (groups[:, None] * n + torch.arange(n)).flatten()  # the rows of these groups
-                parts = micro_batches(samples.prompt_mask[index], mask[index], together, args.tokens_per_micro_batch, world)
-                minibatches.append([index[part].tolist() for part in parts])
-            every_part = [part for parts in minibatches for part in parts]
-            shuffles = [random.Random(common.fold(args.seed, step, epoch, common.PASS)) for epoch in range(args.epochs)]
-            updates = [parts for s in shuffles for parts in s.sample(minibatches, args.minibatches)]
+            shares = torch.randperm(mine, generator=cut).view(args.minibatches, -1)  # prompts of each mini-batch
+            indices = [(groups[:, None] * n + torch.arange(n)).flatten() for groups in shares]  # their rows
+            budget = args.tokens_per_micro_batch
 
             # 3. Log-probabilities before the update. With one update and no KL nobody asks for them: those of the
             #    update itself, taken as constants, are the same numbers and cost nothing.
             old, kl = None, torch.zeros_like(samples.logprobs)
-            if (len(updates) > 1 and not args.demos) or reference:  # demonstrations have no policy that drew them
-                old = rollout_logprobs(policy, samples, every_part, together, args.temperature)  # [B, C]
             if reference:
+                minibatches = [micro_batches(i.tolist(), samples.prompt_mask, mask, together, budget, world) for i in indices]
+                every_part = [part for parts in minibatches for part in parts]
+                old = rollout_logprobs(policy, samples, every_part, together, args.temperature)  # [B, C]
                 kl = (old - rollout_logprobs(reference, samples, every_part, together, args.temperature)) * mask  # k1 [B, C]
 
-            # 4. Advantages: penalise, subtract the baseline, normalize, keep the best.
+            # 4. Advantages: penalise, subtract the baseline, normalize, keep the best. Rows whose advantages are all 0 have no
+            #    gradient and, without a KL penalty, are in no micro-batch.
             to_go = rewards_to_go(token_rewards(rewards, kl, mask, args.beta), args.gamma)  # [B, C]
             totals = to_go[:, 0]  # [B] what a sample was paid in all
             b, scale, keep = baselines(
                 totals, rewards, common.all_gather(world, totals), n, args.baseline, args.normalize, args.keep_max
             )
             advantages = (to_go - b[:, None]) * (keep / scale)[:, None] * mask  # [B, C]
+            if not reference:
+                rows = [index[has_gradient(advantages[index])].tolist() for index in indices]
+                minibatches = [micro_batches(r, samples.prompt_mask, mask, together, budget, world) for r in rows]
+            if not reference and args.epochs * args.minibatches > 1 and not args.demos:  # those have no policy that drew them
+                every_part = [part for parts in minibatches for part in parts]
+                old = rollout_logprobs(policy, samples, every_part, together, args.temperature)  # [B, C]
+            shuffles = [random.Random(common.fold(args.seed, step, epoch, common.PASS)) for epoch in range(args.epochs)]
+            updates = [parts for s in shuffles for parts in s.sample(minibatches, args.minibatches)]
 
             # 5. Update. The loss is divided by the samples of the whole optimizer update, over all micro-batches and
             #    processes, before the first backward: however the update is cut, the gradients add up to the same.
+            #    Without a row that has a gradient, on any process, there is no update.
             rate = common.learning_rate_at(step, args.steps, args.learning_rate, args.schedule, args.warmup)
             optimizer.param_groups[0]["lr"] = rate
             norms, first_ratio, sums = [], torch.zeros(1, device=world.device), collections.defaultdict(float)
-            for parts in updates:
+            sums["loss"] = sums["tokens"] = sums["rows"] = 0.0
+            for parts in filter(None, updates):
                 for part in parts:
                     real, part = bool(part), part or [0]  # no rows are left here, but elsewhere: row 0 with weight 0
                     inputs = trim(samples, part, together)
@@ -555,8 +578,9 @@ def train(args):
                         if not norms:
                             first_ratio = torch.maximum(first_ratio, ((ratio - 1).abs() * part_mask).max())
                         sums["loss"] += loss.double()
+                        sums["rows"] += len(part) * real
                         seen = {
-                            "tokens": torch.ones_like(ratio), "entropy": entropy, "ratio/mean": ratio, "kl/old": before - logprobs,
+                            "tokens": torch.ones_like(ratio), "entropy": entropy, "ratio/mean": ratio, "kl/old": moved_by(logprobs, before),
                             "kl/sample": (before - samples.logprobs[part, :C]).abs(),
                         }  # fmt: skip
                         for name, x in seen.items():
@@ -567,20 +591,23 @@ def train(args):
                 optimizer.step()
                 optimizer.zero_grad()
 
-            # 6. Log: sums over all processes first, then means.
+            # 6. Log: sums over all processes first, then means. What the update's forward says (kl/old, kl/sample, ratio,
+            #    entropy) is of the rows that were trained, if there were any.
             now, groups = time.perf_counter(), rewards.view(-1, n)
             sums |= {"reward": rewards.sum(), "kl/ref": kl.sum(), "length": mask.sum(), "cut": (~samples.finished).sum()}
             sums["equal"] = (groups.amax(1) == groups.amin(1)).sum() * (n > 1)
             s = dict(zip(sums, common.all_sum(world, *sums.values())))
             metrics = {
                 "reward": s["reward"] / N, "loss": s["loss"] / len(updates), "kl/ref": s["kl/ref"] / N if reference else None,
-                "kl/old": s["kl/old"] / args.epochs / N, "kl/sample": None if args.demos else s["kl/sample"] / s["tokens"],
-                "ratio/first": None if old is None else common.all_gather(world, first_ratio).max().item(),
-                "ratio/mean": s["ratio/mean"] / s["tokens"], "entropy": s["entropy"] / s["tokens"],
-                "grad_norm": sum(norms) / len(norms), "learning_rate": rate, "length": s["length"] / N, "truncated": s["cut"] / N,
+                "ratio/first": common.all_gather(world, first_ratio).max().item() if old is not None and s["rows"] else None,
+                "grad_norm": sum(norms) / len(updates), "learning_rate": rate, "length": s["length"] / N, "truncated": s["cut"] / N,
                 "equal_groups": s["equal"] / args.prompts_per_step, "time/sample": sampled - began, "time/train": now - sampled,
                 "tokens_per_second": s["length"] / (now - began), "memory_gib": common.memory_used(world) / 2**30,
             }  # fmt: skip
+            if s["rows"]:
+                metrics["kl/old"] = s["kl/old"] / s["rows"]
+                names = ("ratio/mean", "entropy") if args.demos else ("kl/sample", "ratio/mean", "entropy")
+                metrics |= {k: s[k] / s["tokens"] for k in names}
             metrics = {name: value for name, value in metrics.items() if value is not None}  # None: nothing was compared
             if step % args.eval_every == 0 or step == args.steps:
                 metrics |= held_out_scores()

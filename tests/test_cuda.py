@@ -54,7 +54,7 @@ def test_the_sampler_and_the_trainer_agree_as_far_as_the_type_allows(dtype, mean
     world = common.start("cuda", dtype)
     model, tokenizer = common.load_policy(TINY / "model", world), common.load_tokenizer(TINY / "model")
     s = common.sample(model, tokenizer, PROMPTS, n=8, max_new_tokens=12, seed=0)
-    parts = grpo.micro_batches(s.prompt_mask, s.mask, 8, 2048, world)
+    parts = grpo.micro_batches(range(len(s.mask)), s.prompt_mask, s.mask, 8, 2048, world)
     for group in (1, 8):
         apart = (grpo.rollout_logprobs(model, s, parts, group, 1.0) - s.logprobs).abs()[s.mask]
         assert apart.mean() < mean and apart.max() < most

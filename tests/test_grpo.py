@@ -166,7 +166,7 @@ def test_the_gradient_is_the_same_however_the_step_is_cut(aggregate, sequence, s
     for tokens in (100_000, 90, 1):
         model.zero_grad()
         w = token_weights(s.mask, aggregate, 12, CPU)
-        for part in micro_batches(s.prompt_mask, s.mask, shared, tokens, CPU):
+        for part in micro_batches(range(len(s.mask)), s.prompt_mask, s.mask, shared, tokens, CPU):
             inputs = trim(s, part, shared)
             logprobs, _ = token_logprobs(model, *inputs, 1.0)
             C = logprobs.shape[1]

@@ -297,7 +297,7 @@ def test_the_gradient_of_both_losses_is_the_same_however_the_step_is_cut(kind, s
     for tokens in (100_000, 90, 1):
         for m in (policy, trunk, head):
             m.zero_grad()
-        for part in ppo.micro_batches(s.prompt_mask, s.mask, shared, tokens, CPU):
+        for part in ppo.micro_batches(range(len(s.mask)), s.prompt_mask, s.mask, shared, tokens, CPU):
             inputs = trim(s, part, shared)
             states = completion_states(policy, *inputs)
             logprobs, _ = logprobs_of(policy, states, *inputs[-2:], 1.0)
@@ -315,7 +315,7 @@ def test_the_gradient_of_both_losses_is_the_same_however_the_step_is_cut(kind, s
 def test_what_was_said_before_the_update_is_what_the_update_finds_first(tmp_path):
     policy, (critic, head) = family("llama"), critic_of("llama", tmp_path)
     s = rollout(policy)
-    parts = ppo.micro_batches(s.prompt_mask, s.mask, 4, 60, CPU)
+    parts = ppo.micro_batches(range(len(s.mask)), s.prompt_mask, s.mask, 4, 60, CPU)
     for trunk, top in ((critic, head), (policy, torch.nn.Linear(32, 1))):
         old, values = before_update(policy, trunk, top, s, parts, 4, 0.7)
         for part in parts:

@@ -176,7 +176,7 @@ def grpo_gradient(folder, out):
     for aggregate in ("sequence", "token", "constant"):
         weights = grpo.token_weights(s.mask[mine], aggregate, 8, world)
         for group in (1, 4):
-            for part in grpo.micro_batches(s.prompt_mask[mine], s.mask[mine], group, 40, world):
+            for part in grpo.micro_batches(range(len(mine)), s.prompt_mask[mine], s.mask[mine], group, 40, world):
                 real, part = bool(part), part or [0]
                 inputs = grpo.trim(s, [mine[i] for i in part], group)
                 logprobs, _ = grpo.token_logprobs(model, *inputs, 1.0)

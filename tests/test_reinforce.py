@@ -319,7 +319,7 @@ def test_ratio_is_1_and_kl_is_0_before_the_first_update(temperature, checkpointi
     family("llama", attention_dropout=0.5).save_pretrained(tmp_path)
     policy, reference = common.load_policy(tmp_path, CPU, checkpointing), common.load_reference(tmp_path, CPU)
     s = sample(policy, make_tokenizer(), [[7, 12], [5, 9, 11, 30]], n=4, max_new_tokens=9, temperature=temperature, seed=1)
-    parts = micro_batches(s.prompt_mask, s.mask, 4, 60, CPU)
+    parts = micro_batches(range(len(s.mask)), s.prompt_mask, s.mask, 4, 60, CPU)
     n = 1 if checkpointing else 4
     old, ref = (rollout_logprobs(m, s, parts, n, temperature) for m in (policy, reference))
     assert len(parts) > 1 and torch.equal(old, ref)
@@ -344,7 +344,7 @@ def test_the_gradient_is_the_same_however_it_is_cut(tokens, n):
     s = rollout(model)
     advantages = torch.randn(s.mask.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * s.mask
     grads = []
-    for parts, group in (([list(range(16))], 1), (micro_batches(s.prompt_mask, s.mask, n, tokens, CPU), n)):
+    for parts, group in (([list(range(16))], 1), (micro_batches(range(len(s.mask)), s.prompt_mask, s.mask, n, tokens, CPU), n)):
         model.zero_grad()
         for part in parts:
             prompt_ids, prompt_mask, owner, ids, mask = trim(s, part, group)
@@ -357,7 +357,7 @@ def test_the_gradient_is_the_same_however_it_is_cut(tokens, n):
 @pytest.mark.parametrize("tokens", [1, 40, 100, 10_000])
 def test_micro_batches_hold_every_row_once_and_keep_to_the_budget(tokens):
     s = rollout(family("llama"))
-    parts = micro_batches(s.prompt_mask, s.mask, 4, tokens, CPU)
+    parts = micro_batches(range(len(s.mask)), s.prompt_mask, s.mask, 4, tokens, CPU)
     assert sorted(r for p in parts for r in p) == list(range(16))
     for part in parts:
         prompt_ids, _, owner, ids, _ = trim(s, part, 4)

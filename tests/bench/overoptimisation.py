@@ -50,7 +50,7 @@ def measure(reference):
         ids, rows = zip(*held_out)
         rows = [row for row in rows for _ in range(4)]
         s = common.sample(policy, tokenizer, list(ids), n=4, max_new_tokens=args.max_new_tokens, seed=0)
-        parts = ppo.micro_batches(s.prompt_mask, s.mask, 4, 4096, world)
+        parts = ppo.micro_batches(range(len(s.mask)), s.prompt_mask, s.mask, 4, 4096, world)
         now, then = (ppo.rollout_logprobs(m, s, parts, 4, 1.0) for m in (policy, reference))
         true = [ppo.exact(t, r) for t, r in zip(s.texts, rows)]
         learned = reward(s.texts, rows)
