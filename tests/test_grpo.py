@@ -333,6 +333,7 @@ def test_one_update_per_rollout_computes_every_row_once_forward(tmp_path, monkey
         return honest(model, prompt_ids, prompt_mask, owner, ids, mask, temperature)
 
     monkeypatch.setattr(common, "prompts_can_be_shared", lambda *a: True)
+    monkeypatch.setattr(grpo, "has_gradient", lambda factors: torch.ones(len(factors), dtype=torch.bool))
     monkeypatch.setattr(grpo, "token_logprobs", count)
     run(tmp_path, "a", steps=2, **SMALL)
     assert sum(rows) == 2 * 4 * 8
@@ -435,6 +436,8 @@ def test_dropping_equal_groups_fills_the_batch_with_signal_and_is_bounded(tmp_pa
 def test_every_epoch_visits_every_minibatch_once_in_an_order_of_its_own(script, tmp_path, monkeypatch):
     seen, honest = [], script.trim
     monkeypatch.setattr(script, "trim", lambda samples, rows, n=1: (seen.append(tuple(rows)), honest(samples, rows, n))[1])
+    if hasattr(script, "has_gradient"):  # every row is trained, whatever its reward
+        monkeypatch.setattr(script, "has_gradient", lambda factors: torch.ones(len(factors), dtype=torch.bool))
     flags = {"prompts_per_step": 8, "samples_per_prompt": 2, "epochs": 4, "minibatches": 4, "steps": 1, "max_new_tokens": 4}
     script.train(script.Args(out=str(tmp_path / "run"), device="cpu", eval_data="", beta=0.0, **flags))
     updates = seen[-16:]  # after the forwards of the old policy
