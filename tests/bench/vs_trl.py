@@ -3,13 +3,19 @@
 In an environment of its own, because TRL is no dependency of this project:
 
     pip install -r requirements.txt trl==1.16.0 datasets matplotlib
-    python tests/bench/vs_trl.py --model SMOLLM2 --data gsm8k_train.jsonl   # 135M chat model (smollm2.py), about 20 minutes on 2 cores
+    python tests/bench/vs_trl.py --model SMOLLM2 --data gsm8k_train.jsonl   # 135M chat model (smollm2.py), about 40 minutes on 2 cores
     python tests/bench/vs_trl.py                                            # the embedded model, 2 minutes
     python tests/bench/vs_trl.py --learn                                    # the embedded model, 3 seeds to the end: 25 minutes
 
-Both get the same rendered prompts, batch, completion length, reward, optimizer, schedule and loss, float32, the same rows
-in a micro-batch and no gradient checkpointing. Each measurement is a process of its own; the two take turns. Writes
+Both get the same rendered prompts, batch, completion length, reward, optimizer, schedule and loss, precision, the same rows
+in a micro-batch and no gradient checkpointing. Each measurement is a process of its own; all take turns. Writes
 vs_trl_<name>.json with both full configurations, vs_trl.md, and with --learn a picture.
+
+The 135M model is measured in three ways. `full`: a reward under which no group is equal (the text's length and its letters),
+so every row is computed, in float32 and in bfloat16 (TRL: bf16=True, whose autocast keeps float32 weights and casts them in
+every product). `real`: the last number of the text against GSM8K's answer. Most groups then are equal, grpo.py leaves their
+rows out of the update, and TRL does not; grpo.py is also measured with nothing left out (`all rows`), and the share of time
+saved is said with the share of equal groups.
 """
 
 import json
@@ -42,28 +48,47 @@ class Args:
     rounds: int = 3
     """how often each takes its turn"""
     steps: int | None = None
-    """in a turn; the first of them, which warms up, is not counted (default: 2, embedded model 20, --learn grpo.py's own)"""
+    """in a turn; the first of them, which warms up, is not counted (default: 2, with real rewards 4, embedded model 20,
+    --learn grpo.py's own)"""
     child: str = ""
     """(what the script tells its own processes)"""
 
 
-def settings(args, seed):
+# who takes turns on the 135M model: the name of the work, who does it, and what differs
+CHAT_MODEL = [
+    ("full", "grpo.py", {"reward": "varied"}),
+    ("full", "TRL", {"reward": "varied"}),
+    ("bfloat16", "grpo.py", {"reward": "varied", "dtype": "bfloat16"}),
+    ("bfloat16", "TRL", {"reward": "varied", "dtype": "bfloat16"}),
+    ("real", "grpo.py", {"reward": "number", "steps": 4}),
+    ("real", "grpo.py, all rows", {"reward": "number", "steps": 4}),
+    ("real", "TRL", {"reward": "number"}),
+]
+
+
+def settings(args, seed, **changes):
     """What both must have in common."""
     small = args.model == str(grpo.TINY / "model")
     own = grpo.resolve(grpo.Args(model=args.model, device="cpu"))
-    return {
-        "name": "135M" if not small else "learn" if args.learn else "tiny",
+    common = {
         "seed": seed,
-        "steps": args.steps or (own.steps if args.learn else 20 if small else 2),
+        "steps": own.steps if args.learn else 20 if small else 2,
         "prompts": 32 if small else 8,
         "samples": 8,
         "max_new_tokens": 23 if small else 64,
         "rows": 128 if small else 16,  # in a micro-batch
         "reward": "exact" if small else "number",
+        "dtype": "float32",
         "learning_rate": own.learning_rate,
         "warmup": 10,
         "every": 50 if args.learn else 0,
     }
+    return common | changes | ({"steps": args.steps} if args.steps else {})
+
+
+def varied(completion, row):
+    """A reward under which two samples of a prompt hardly ever score the same, so that every row has a gradient."""
+    return len(completion) + sum(map(ord, completion)) % 1009 / 1009
 
 
 def prompts_of(args):
@@ -88,14 +113,19 @@ def ours(args, s, out):
     budget = s["rows"] // s["samples"] * longest + s["rows"] * s["max_new_tokens"]
     flags = grpo.Args(
         model=args.model, data=str(out / "data.jsonl"), eval_data=str(grpo.TINY / "sort_test.jsonl") if s["every"] else "", chat=False,
-        reward=s["reward"], out=str(out / "run"), seed=s["seed"], device="cpu", steps=s["steps"], prompts_per_step=s["prompts"],
+        reward=f"{__file__}:varied" if s["reward"] == "varied" else s["reward"], dtype=s["dtype"],
+        out=str(out / "run"), seed=s["seed"], device="cpu", steps=s["steps"], prompts_per_step=s["prompts"],
         samples_per_prompt=s["samples"], max_new_tokens=s["max_new_tokens"], max_prompt_tokens=256, tokens_per_micro_batch=budget,
         learning_rate=s["learning_rate"], warmup=s["warmup"], eval_every=s["every"] or 10**9, save_every=10**9,
     )  # fmt: skip
+    if s["who"].endswith("all rows"):
+        grpo.has_gradient = lambda factors: torch.ones(len(factors), dtype=torch.bool)
     grpo.train(flags)
     log = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     return {
         "seconds": [m["time/sample"] + m["time/train"] for m in log[1:]],
+        "training": [m["time/train"] for m in log[1:]],
+        "equal_groups": [m["equal_groups"] for m in log[1:]],
         "lengths": [m["length"] for m in log[1:]],
         "rewards": [m["reward"] for m in log[1:]],
         "held_out": [(m["step"], m["eval/exact"]) for m in log if "eval/exact" in m],
@@ -111,7 +141,7 @@ def theirs(args, s, out):
     tokenizer, rows = prompts_of(args)
     for r in rows[:100]:  # the same ids go into both
         assert tokenizer(r["prompt"]).input_ids == encode(tokenizer, r["prompt"])
-    check = {"exact": grpo.exact, "number": grpo.number}[s["reward"]]
+    check = {"exact": grpo.exact, "number": grpo.number, "varied": varied}[s["reward"]]
 
     def reward(completions, answer, **_):
         return [check(c, {"answer": a}) for c, a in zip(completions, answer)]
@@ -122,7 +152,7 @@ def theirs(args, s, out):
         gradient_accumulation_steps=total // s["rows"], num_generations=s["samples"], max_completion_length=s["max_new_tokens"],
         temperature=1.0, top_p=1.0, top_k=0, beta=0.0, loss_type="dapo", scale_rewards="group", epsilon=0.2, num_iterations=1,
         learning_rate=s["learning_rate"], lr_scheduler_type="linear", warmup_steps=s["warmup"], adam_beta1=0.9, adam_beta2=0.95,
-        weight_decay=0.0, max_grad_norm=1.0, bf16=False, use_cpu=True, gradient_checkpointing=False, logging_steps=1,
+        weight_decay=0.0, max_grad_norm=1.0, bf16=s["dtype"] == "bfloat16", use_cpu=True, gradient_checkpointing=False, logging_steps=1,
         save_strategy="no", report_to="none", disable_tqdm=True, model_init_kwargs={"dtype": torch.float32},
     )  # fmt: skip
     held_out, seconds = [], []
@@ -172,7 +202,7 @@ def main(args):
     if args.child:
         told = json.loads(args.child)
         out = Path(told["out"])
-        result = (ours if told["who"] == "grpo.py" else theirs)(args, told["settings"], out)
+        result = (theirs if told["who"] == "TRL" else ours)(args, told["settings"] | {"who": told["who"]}, out)
         result["gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         (out / "result.json").write_text(json.dumps(result))
         return
@@ -180,33 +210,42 @@ def main(args):
     import transformers
     import trl
 
-    turns = []
-    for seed in (1, 2, 3) if args.learn else range(1, args.rounds + 1):
-        for who in ("grpo.py", "TRL"):
-            s = settings(args, seed)
-            result = turn(args, who, s)
-            plain = {k: v for k, v in result["configuration"].items() if "dir" not in k and k not in ("out", "data", "model")}
-            result["configuration"] = {k: Path(v).name if str(v).startswith("/") else v for k, v in plain.items()}
-            turns.append({"who": who, **result})
-            timed = result["seconds"][1:]
-            print(
-                who,
-                seed,
-                f"{statistics.median(timed):.2f} s a step, {result['gib']:.2f} GiB",
-                result["held_out"][-1:],
-                flush=True,
-            )
-    name = f"vs_trl_{settings(args, 0)['name']}"
+    small = args.model == str(grpo.TINY / "model")
+    name = "learn" if args.learn else "tiny" if small else "135M"
+    todo = [("", "grpo.py", {}), ("", "TRL", {})] if small else CHAT_MODEL
+    progress = HERE / f"vs_trl_{name}.part.json"  # what an interrupted run has done is not done again
+    turns = json.loads(progress.read_text()) if progress.exists() else []
+    seeds = (1, 2, 3) if args.learn else range(1, args.rounds + 1)
+    plan = [(seed, *entry) for seed in seeds for entry in todo]
+    for seed, work, who, changes in plan[len(turns) :]:
+        s = settings(args, seed, **changes)
+        result = turn(args, who, s)
+        plain = {k: v for k, v in result["configuration"].items() if "dir" not in k and k not in ("out", "data", "model")}
+        result["configuration"] = {k: Path(v).name if str(v).startswith("/") else v for k, v in plain.items()}
+        turns.append({"who": who, "work": work, "settings": s, **result})
+        progress.write_text(json.dumps(turns))
+        seconds = statistics.median(result["seconds"][1:])
+        print(work, who, seed, f"{seconds:.2f} s a step, {result['gib']:.2f} GiB", result["held_out"][-1:], flush=True)
     versions = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "trl": trl.__version__,
         "threads": torch.get_num_threads(),
     }
-    (HERE / f"{name}.json").write_text(json.dumps({**versions, "settings": settings(args, 0), "turns": turns}, indent=1) + "\n")
+    (HERE / f"vs_trl_{name}.json").write_text(json.dumps({**versions, "turns": turns}, indent=1) + "\n")
+    progress.unlink(missing_ok=True)
     table()
     if args.learn:
         picture(turns)
+
+
+def saved(turns):
+    """The share of training time that leaving rows out saves, and the mean share of equal groups, over the counted steps: both
+    runs of a seed draw the same samples until their updates round differently."""
+    fewer = [t for t in turns if t["work"] == "real" and t["who"] == "grpo.py"]
+    every = [t for t in turns if t["work"] == "real" and t["who"] == "grpo.py, all rows"]
+    times = [sum(x for t in group for x in t["training"][1:]) for group in (fewer, every)]
+    return 1 - times[0] / times[1], statistics.mean(x for t in fewer for x in t["equal_groups"][1:])
 
 
 def table():
@@ -214,27 +253,33 @@ def table():
         "| model and batch | | seconds a step | peak memory | mean length | held-out exact match |",
         "|---|---|---|---|---|---|",
     ]
+    chat = "135M chat model, GSM8K, 8 x 8, 64 tokens"
     names = {
-        "135M": "135M chat model, GSM8K, 8 x 8, 64 tokens",
-        "tiny": "embedded model, 32 x 8",
-        "learn": "the same, whole runs",
+        ("135M", "full"): f"{chat}, no equal group",
+        ("135M", "bfloat16"): "the same in bfloat16",
+        ("135M", "real"): f"{chat}, real rewards",
+        ("tiny", ""): "embedded model, 32 x 8",
+        ("learn", ""): "the same, whole runs",
     }
-    for name, words in names.items():
+    share = ""
+    for (name, work), words in names.items():
         path = HERE / f"vs_trl_{name}.json"
         if not path.exists():
             continue
-        turns = json.loads(path.read_text())["turns"]
-        middle = {}
-        for who in ("grpo.py", "TRL"):
+        turns = [t for t in json.loads(path.read_text())["turns"] if t.get("work", "") == work]
+        for who in dict.fromkeys(t["who"] for t in turns):
             mine = [t for t in turns if t["who"] == who]
-            seconds = middle[who] = statistics.median(x for t in mine for x in t["seconds"][1:])
+            seconds = statistics.median(x for t in mine for x in t["seconds"][1:])
             length = statistics.mean(x for t in mine for x in t["lengths"])
             memory = statistics.median(t["gib"] for t in mine)
             scores = ", ".join(f"{t['held_out'][-1][1]:.2f}" for t in mine if t["held_out"])
             # whole runs take a quarter of an hour, so they are not kept from sharing the machine: no times from them
             cost = " | " if name == "learn" else f"{seconds:.2f} | {memory:.2f} GiB"
             lines.append(f"| {words} | {who} | {cost} | {length:.1f} | {scores} |")
-    (HERE / "vs_trl.md").write_text("\n".join(lines) + "\n")
+        if work == "real":
+            less, equal = saved(turns)
+            share = f"\nWith real rewards {equal:.0%} of the groups were equal, and leaving their rows out saved {less:.0%} of the training time.\n"
+    (HERE / "vs_trl.md").write_text("\n".join(lines) + "\n" + share)
 
 
 def picture(turns):
