@@ -96,7 +96,8 @@ class Args:
     """subtracted from the reward: nothing, the batch's mean, the prompt's, or that of the prompt's other samples.
     None: loo, leave one out; none with --demos"""
     normalize: bool = False
-    """divide by the standard deviation of the prompt's rewards (--baseline prompt, loo) or of the batch's (none, batch)"""
+    """divide by the standard deviation of the prompt's scores (--baseline prompt, loo) or of the batch's (none, batch);
+    by 1 where they are all equal"""
     keep_max: bool = False
     """learn from each prompt's best samples only (all that tie)"""
     gamma: float = 1.0
@@ -257,9 +258,10 @@ def rewards_to_go(rewards, gamma):
     return to_go
 
 
-def baselines(totals, scores, everyone, n, baseline, normalize, keep_max):
-    """Equation (5). totals [B] are the samples' whole rewards, the KL paid, n to a prompt; scores [B] those before it, for keep_max; everyone
-    [all B] the totals of all processes -> (b, scale, keep), each [B]: a token's weight is (G_t - b) * keep / scale.
+def baselines(totals, scores, all_totals, all_scores, n, baseline, normalize, keep_max):
+    """Equation (5). totals [B] are the samples' whole rewards, the KL paid, n to a prompt. scores [B] are
+    those before the KL. all_totals, all_scores [all B] are the same of all processes. -> (b, scale, keep),
+    each [B]: a token's weight is (G_t - b) * keep / scale.
 
         none    b = 0                                          unbiased
         loo     b = mean of the prompt's other n - 1 samples   unbiased: those do not depend on this sample
@@ -267,19 +269,27 @@ def baselines(totals, scores, everyone, n, baseline, normalize, keep_max):
         batch   b = mean of all N samples                      the same with 1 - 1/N, and blind to a prompt's difficulty
 
     A shrunken gradient points the right way, and Adam hardly notices; it is the variance that differs. `normalize` and
-    `keep_max` change what is maximised: the first makes rare successes weigh more, the second forgets all but the best."""
+    `keep_max` change what is maximised: the first makes rare successes weigh more, the second forgets all but the best.
+    Both look at the scores, because no two samples have the same KL. Divided by the spread of the totals, a prompt
+    whose scores are all equal would get advantages of size 1 out of the differences of its KL."""
     groups = totals.view(-1, n)  # [prompts, n]
-    b, spread = torch.zeros_like(groups), everyone.std(correction=int(len(everyone) > 1))
+    of_groups = scores.view(-1, n)  # [prompts, n]
+    b = torch.zeros_like(groups)
     if baseline == "batch":
-        b = b + everyone.mean()
+        b = b + all_totals.mean()
     elif baseline != "none":
-        mean, spread = groups.mean(1, keepdim=True), groups.std(1, keepdim=True)
+        mean = groups.mean(1, keepdim=True)
         b = mean if baseline == "prompt" else (n * mean - groups) / (n - 1)
         # the mean of eight rewards of 0.1 is not 0.1 in floating point, and Adam makes a step of any noise it is given
         b = torch.where(groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True), groups, b)
-    scale = (spread + 1e-4).expand_as(groups) if normalize else torch.ones_like(groups)
-    best = scores.view(-1, n) == scores.view(-1, n).amax(1, keepdim=True)  # by score: no two samples have the same KL
-    keep = best.float() if keep_max else torch.ones_like(groups)
+    scale = torch.ones_like(groups)
+    if normalize:
+        peers = all_scores[None] if baseline in ("none", "batch") else of_groups  # whose spread it is
+        equal = peers.amax(1, keepdim=True) == peers.amin(1, keepdim=True)
+        scale = torch.where(equal, 1.0, peers.std(1, keepdim=True) + 1e-4).expand_as(groups)
+    keep = torch.ones_like(groups)
+    if keep_max:
+        keep = (of_groups == of_groups.amax(1, keepdim=True)).float()
     return b.expand_as(groups).flatten(), scale.flatten(), keep.flatten()
 
 
@@ -545,9 +555,8 @@ def train(args):
             #    gradient and, without a KL penalty, are in no micro-batch.
             to_go = rewards_to_go(token_rewards(rewards, kl, mask, args.beta), args.gamma)  # [B, C]
             totals = to_go[:, 0]  # [B] what a sample was paid in all
-            b, scale, keep = baselines(
-                totals, rewards, common.all_gather(world, totals), n, args.baseline, args.normalize, args.keep_max
-            )
+            everyone = [common.all_gather(world, x) for x in (totals, rewards)]
+            b, scale, keep = baselines(totals, rewards, *everyone, n, args.baseline, args.normalize, args.keep_max)
             advantages = (to_go - b[:, None]) * (keep / scale)[:, None] * mask  # [B, C]
             if not reference:
                 rows = [index[has_gradient(advantages[index])].tolist() for index in indices]

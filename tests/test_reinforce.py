@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -73,7 +74,7 @@ def test_the_expected_gradient_is_that_of_the_expected_reward_up_to_the_baseline
     loss = 0.0
     for batch in itertools.product(range(len(p)), repeat=samples):
         rows = list(batch)
-        b, scale, keep = baselines(reward[rows], reward[rows], reward[rows], samples, kind, False, False)
+        b, scale, keep = baselines(*[reward[rows]] * 4, samples, kind, False, False)
         to_go = rewards_to_go(token_rewards(reward[rows], torch.zeros_like(logprobs[rows]), s.mask[rows], 0.0), 1.0)
         advantages = (to_go - b[:, None]) * s.mask[rows]
         one, _ = policy_loss(logprobs[rows], logprobs[rows].detach(), advantages, s.mask[rows], samples)
@@ -161,18 +162,18 @@ def test_at_gamma_1_and_beta_0_every_token_has_the_whole_reward():
 
 def test_baselines_by_hand():
     r = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])  # two prompts, three samples each
-    b = {k: baselines(r, r, r, 3, k, False, False)[0] for k in KINDS}
+    b = {k: baselines(r, r, r, r, 3, k, False, False)[0] for k in KINDS}
     assert b["none"].tolist() == [0] * 6
     torch.testing.assert_close(b["batch"], torch.full((6,), 4 / 6))
     torch.testing.assert_close(b["prompt"], torch.tensor([1 / 3] * 3 + [1.0] * 3))
     torch.testing.assert_close(b["loo"], torch.tensor([0.0, 0.5, 0.5, 1.0, 1.0, 1.0]))
-    assert baselines(r, r, r, 3, "none", False, True)[2].tolist() == [1, 0, 0, 1, 1, 1], "ties are all kept"
+    assert baselines(r, r, r, r, 3, "none", False, True)[2].tolist() == [1, 0, 0, 1, 1, 1], "ties are all kept"
     paid = r - torch.rand(6)  # a KL penalty, different for each
-    assert baselines(paid, r, paid, 3, "loo", False, True)[2].tolist() == [1, 0, 0, 1, 1, 1], "the best by score, KL aside"
-    _, scale, _ = baselines(r, r, r, 3, "loo", True, False)
-    torch.testing.assert_close(scale, torch.tensor([3**-0.5 + 1e-4] * 3 + [1e-4] * 3))
+    assert baselines(paid, r, paid, r, 3, "loo", False, True)[2].tolist() == [1, 0, 0, 1, 1, 1], "the best by score, KL aside"
+    _, scale, _ = baselines(r, r, r, r, 3, "loo", True, False)
+    torch.testing.assert_close(scale, torch.tensor([3**-0.5 + 1e-4] * 3 + [1.0] * 3))
     everyone = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0])
-    assert baselines(r, r, everyone, 3, "batch", False, False)[0][0] == 0.5, "the batch is that of all processes"
+    assert baselines(r, r, everyone, everyone, 3, "batch", False, False)[0][0] == 0.5, "the batch is that of all processes"
 
 
 @pytest.mark.parametrize("value", [0.1, 0.7])
@@ -180,8 +181,36 @@ def test_baselines_by_hand():
 def test_equal_rewards_leave_exactly_nothing(kind, value):
     """Eight rewards of 0.1 have a mean that is not 0.1 (NeMo-RL 4161)."""
     r = torch.full((8,), value)
-    b, scale, _ = baselines(r, r, r, 8, kind, True, False)
+    b, scale, _ = baselines(r, r, r, r, 8, kind, True, False)
     assert ((r - b) / scale).abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_normalize_divides_by_the_spread_of_the_scores_and_makes_nothing_large_out_of_the_kl(kind):
+    """Prompts whose samples all score the same, and a KL penalty that differs by 1e-3: divided by the
+    spread of the totals, these advantages were as large as those of a prompt with right and wrong answers."""
+    kl = 1e-3 * torch.tensor([0.0, 1.0, -1.0, 0.5, 0.0, -0.5, 1.0, 0.3])
+    scores = torch.full((8,), 0.1)
+    totals = scores - kl
+    b, scale, _ = baselines(totals, scores, totals, scores, 4, kind, True, False)
+    centre = b if kind != "none" else scores
+    assert (scale == 1).all() and ((totals - centre) / scale).abs().max() < 3e-3
+
+    # the second prompt has right and wrong answers: its own spread, or that of all, and no KL in either
+    scores = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
+    _, scale, _ = baselines(scores - 9 * kl, scores, scores - 9 * kl, scores, 4, kind, True, False)
+    wanted = [1.0] * 4 + [0.5 + 1e-4] * 4
+    if kind in ("none", "batch"):
+        wanted = [statistics.stdev(scores.tolist()) + 1e-4] * 8
+    assert scale.tolist() == pytest.approx(wanted)
+
+
+def test_the_batchs_spread_is_that_of_all_processes():
+    mine = torch.tensor([1.0, 1.0, 1.0, 1.0])
+    everyone = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    for kind in ("none", "batch"):
+        _, scale, _ = baselines(mine, mine, 7 * everyone, everyone, 4, kind, True, False)
+        assert scale.tolist() == pytest.approx([statistics.stdev(everyone.tolist()) + 1e-4] * 4)
 
 
 def test_the_lectures_centred_variable():
@@ -248,7 +277,7 @@ def test_a_baseline_shrinks_the_variance_of_the_real_estimator():
     for kind in ("none", "batch", "prompt", "loo"):
         grads = []
         for rows in batches:
-            b, _, _ = baselines(reward[rows], reward[rows], reward[rows], 4, kind, False, False)
+            b, _, _ = baselines(*[reward[rows]] * 4, 4, kind, False, False)
             grads.append(((reward[rows] - b)[:, None] * score[rows]).mean(0))
         spread[kind] = torch.stack(grads).var(0).sum().item()
     assert all(spread[k] < 0.25 * spread["none"] for k in ("batch", "prompt", "loo")), spread

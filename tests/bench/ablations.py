@@ -124,7 +124,7 @@ def noise(batches):
         inputs = reinforce.trim(samples, list(range(256)), 8)
         logprobs, _ = reinforce.token_logprobs(model, *inputs, 1.0)
         for b in found:
-            base, scale, keep = reinforce.baselines(rewards, rewards, rewards, 8, b, False, False)
+            base, scale, keep = reinforce.baselines(rewards, rewards, rewards, rewards, 8, b, False, False)
             A = ((rewards - base) * keep / scale)[:, None].expand_as(logprobs)
             loss, _ = reinforce.policy_loss(logprobs, logprobs.detach(), A, inputs[-1], 256)
             loss.backward(retain_graph=True)
