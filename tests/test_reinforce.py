@@ -1,13 +1,17 @@
 """REINFORCE: every equation against brute force, on models small enough to enumerate."""
 
+import copy
+import inspect
 import itertools
 import json
 import math
 import os
+import random
 import statistics
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -601,6 +605,316 @@ def test_a_reward_that_fails_stops_the_run_with_its_checkpoint_whole(tmp_path):
 def test_zero_steps_only_evaluate(tmp_path):
     m = run(tmp_path, steps=0, eval_data=None)
     assert len(m) == 1 and 0.08 < m[0]["eval/exact"] <= 0.40
+
+
+# --- whole runs, against runs written out in float64 ---
+
+# Whether a row whose advantage is 0 at every token is left out of the update's forward. If it is,
+# what that forward logs (entropy, ratio, kl/sample, kl/old) is over the other rows.
+ONLY_ROWS_THAT_TEACH = False
+
+
+def row_by_hand(model, prompt, completion, temperature):
+    """Each token's log-probability, and the entropy there, by a plain forward of one row."""
+    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double()
+    everything = (logits / temperature).log_softmax(-1)  # [T, V]
+    chosen = everything.gather(1, torch.tensor(completion)[:, None])[:, 0]
+    return chosen, -(everything.exp() * everything).sum(-1).detach()
+
+
+@torch.no_grad()
+def drawn_by_hand(model, prompts, longest, temperature, seed, end):
+    """A completion for each of the prompts, token by token; at temperature 0 the likeliest."""
+    generator = torch.Generator().manual_seed(seed)
+    completions = [[] for _ in prompts]
+    for _ in range(longest):
+        u = torch.rand(len(prompts), dtype=torch.float64, generator=generator)
+        for i, prompt in enumerate(prompts):
+            if completions[i][-1:] == [end]:
+                continue
+            logits = model(torch.tensor([prompt + completions[i]])).logits[0, -1].double()
+            if temperature == 0:
+                completions[i].append(int(logits.argmax()))
+            else:
+                reached = (logits / temperature).softmax(-1).cumsum(-1)
+                completions[i].append(int((reached > u[i]).nonzero()[0]))
+        if all(c[-1] == end for c in completions):
+            break
+    return completions
+
+
+def rate_by_hand(step, f):
+    if step <= f.warmup:
+        return f.learning_rate * step / (f.warmup + 1)
+    # 1 in the first step after the warm-up, 0 one step after the last
+    left = (f.steps - step + 1) / (f.steps - f.warmup)
+    shapes = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
+    return f.learning_rate * shapes[f.schedule]
+
+
+def asked_by_hand(count, step, f):
+    """The row numbers of a step: the data is shuffled anew each time that it is used up."""
+    numbers = []
+    for k in range((step - 1) * f.prompts_per_step, step * f.prompts_per_step):
+        order = random.Random(common.fold(f.seed, k // count, common.ORDER))
+        numbers.append(order.sample(range(count), count)[k % count])
+    return numbers
+
+
+def advantages_by_hand(scores, kl, f):
+    """Penalise, subtract the baseline, normalize, keep the best: by loops over rows and tokens."""
+    n, to_go = f.samples_per_prompt, []
+    for i in range(len(scores)):
+        T = len(kl[i])
+        paid = [-f.beta * kl[i][t] + (scores[i] if t == T - 1 else 0.0) for t in range(T)]
+        to_go.append([sum(f.gamma ** (u - t) * paid[u] for u in range(t, T)) for t in range(T)])
+    totals, advantages = [row[0] for row in to_go], []
+    for i in range(len(scores)):
+        group = list(range(i - i % n, i - i % n + n))
+        others = [totals[j] for j in group if j != i]
+        b = 0.0
+        if f.baseline == "batch":
+            b = statistics.mean(totals)
+        elif f.baseline in ("prompt", "loo"):
+            b = statistics.mean(others if f.baseline == "loo" else [*others, totals[i]])
+            if all(x == totals[i] for x in others):
+                b = totals[i]
+        compared = scores if f.baseline in ("none", "batch") else [scores[j] for j in group]
+        divisor = 1.0
+        if f.normalize and len(set(compared)) > 1:
+            divisor = statistics.stdev(compared) + 1e-4
+        if f.keep_max and scores[i] < max(scores[j] for j in group):
+            advantages.append([0.0] * len(to_go[i]))
+        else:
+            advantages.append([(G - b) / divisor for G in to_go[i]])
+    return advantages
+
+
+def step_by_hand(step, policy, reference, f, rows, score, tokenizer, norms):
+    """One step of the script: moves the policy -> (what is logged, what samples.jsonl shows)."""
+    n, end, temperature = f.samples_per_prompt, tokenizer.eos_token_id, f.temperature
+    rows = [rows[k] for k in asked_by_hand(len(rows), step, f) for _ in range(n)]
+    prompts, N = [tokenizer(row["prompt"]).input_ids for row in rows], len(rows)
+    if f.demos:
+        completions = [[*tokenizer(row["answer"]).input_ids, end] for row in rows]
+    else:
+        seed = common.fold(f.seed, step, 0, common.DRAW)
+        completions = drawn_by_hand(policy, prompts, f.max_new_tokens, temperature, seed, end)
+    texts = [tokenizer.decode([t for t in c if t != end]) for c in completions]
+    scores = [1.0 if f.demos else score(text, row) for text, row in zip(texts, rows)]
+
+    with torch.no_grad():
+        texts_as_ids = list(zip(prompts, completions))
+        old = [row_by_hand(policy, p, c, temperature)[0] for p, c in texts_as_ids]
+        kl = [[0.0] * len(c) for c in completions]
+        if f.beta:
+            there = [row_by_hand(reference, p, c, temperature)[0] for p, c in texts_as_ids]
+            kl = [(a - b).tolist() for a, b in zip(old, there)]
+    A = advantages_by_hand(scores, kl, f)
+    trained = [i for i in range(N) if any(A[i]) or not ONLY_ROWS_THAT_TEACH]
+
+    cut = torch.Generator().manual_seed(common.fold(f.seed, step, 0, common.CUT))
+    minibatches = torch.randperm(N // n, generator=cut).view(f.minibatches, -1).tolist()
+    losses, first, seen = [], [], {"entropy": [], "ratio": [], "moved": [], "sampler": []}
+    for epoch in range(f.epochs):
+        shuffle = random.Random(common.fold(f.seed, step, epoch, common.PASS))
+        for groups in shuffle.sample(minibatches, f.minibatches):
+            loss = torch.zeros(1, dtype=torch.float64)
+            for i in [g * n + j for g in groups for j in range(n)]:
+                if i not in trained:
+                    continue
+                now, entropy = row_by_hand(policy, prompts[i], completions[i], temperature)
+                before = now.detach() if f.demos else old[i]
+                for t in range(len(now)):
+                    ratio = (now[t].detach() - before[t]).exp()
+                    loss = loss - ratio * A[i][t] * now[t] / (N / f.minibatches)
+                    seen["entropy"].append(entropy[t].item())
+                    seen["ratio"].append(ratio.item())
+                    seen["moved"].append((before[t] - now[t]).item())
+                    # the sampler said what `before` is, and the test has added this
+                    seen["sampler"].append(abs(0.1 * math.sin(t)))
+                    if not losses:
+                        first.append(abs(ratio.item() - 1))
+            policy.zero_grad()
+            loss.backward()
+            losses.append(loss.item())
+            norms.append(math.sqrt(sum(p.grad.square().sum().item() for p in policy.parameters())))
+            with torch.no_grad():
+                for p in policy.parameters():
+                    p -= rate_by_hand(step, f) * min(1.0, f.max_grad_norm / norms[-1]) * p.grad
+
+    updates, tokens = f.epochs * f.minibatches, sum(map(len, completions))
+    groups = [scores[i : i + n] for i in range(0, N, n)]
+    sampled = 0 if f.demos else 1  # seconds, by the test's clock
+    logged = {
+        "step": step,
+        "reward": statistics.mean(scores),
+        "loss": statistics.mean(losses),
+        "kl/old": sum(seen["moved"]) / f.epochs / len(trained),
+        "ratio/mean": statistics.mean(seen["ratio"]),
+        "entropy": statistics.mean(seen["entropy"]),
+        "grad_norm": statistics.mean(norms[-updates:]),
+        "learning_rate": rate_by_hand(step, f),
+        "length": tokens / N,
+        "truncated": sum(c[-1] != end for c in completions) / N,
+        "equal_groups": 0.0 if n == 1 else sum(len(set(g)) == 1 for g in groups) / len(groups),
+        "time/sample": sampled,
+        "time/train": 3 * updates,
+        "tokens_per_second": tokens / (sampled + 3 * updates),
+        "memory_gib": 5.0,
+    }
+    if f.beta:
+        logged["kl/ref"] = sum(map(sum, kl)) / N
+    if not f.demos:
+        logged["kl/sample"] = statistics.mean(seen["sampler"])
+        if updates > 1 or f.beta:
+            logged["ratio/first"] = max(first, default=0.0)
+    prompt = tokenizer.decode(prompts[0])
+    shown = []
+    for text, value in zip(texts[:n], scores[:n]):
+        shown.append({"step": step, "prompt": prompt, "completion": text, "reward": value})
+    return logged, shown
+
+
+def evaluated_by_hand(policy, f, rows, score, tokenizer):
+    prompts = [tokenizer(row["prompt"]).input_ids for row in rows]
+    completions = drawn_by_hand(policy, prompts, f.max_new_tokens, 0, 0, tokenizer.eos_token_id)
+    texts = [tokenizer.decode([t for t in c if t != tokenizer.eos_token_id]) for c in completions]
+    right = [float(t == row["answer"]) for t, row in zip(texts, rows) if "answer" in row]
+    values = [score(t, row) for t, row in zip(texts, rows)]
+    return {"eval/reward": statistics.mean(values), "eval/exact": statistics.mean(right)}
+
+
+# Nothing is at its default. The samples of the fourth prompt all score the same.
+BY_HAND = {
+    "steps": 3, "prompts_per_step": 4, "samples_per_prompt": 3, "max_new_tokens": 6,
+    "temperature": 0.8, "beta": 0.3, "gamma": 0.9, "epochs": 2, "minibatches": 2,
+    "learning_rate": 0.02, "schedule": "linear", "warmup": 1, "max_grad_norm": 2.0,
+    "tokens_per_micro_batch": 50, "eval_every": 2, "seed": 5,
+    "baseline": "loo", "normalize": False, "keep_max": False, "demos": "",
+}  # fmt: skip
+ROWS = [
+    {"prompt": "52=", "answer": "25"},
+    {"prompt": "9310=", "answer": "0139"},
+    {"prompt": "60487=", "answer": "04678"},
+    {"prompt": "71=", "answer": "17"},
+    {"prompt": "884=", "answer": "488"},
+]
+ONE = {"samples_per_prompt": 1, "baseline": "none", "beta": 0.0, "gamma": 1.0, "temperature": 1.0}
+
+
+def paid(completion, row):
+    """A reward of the length, of the first digit, and of whose prompt it is."""
+    if row["prompt"] == "71=":
+        return 0.5
+    started = completion[:1] == min(row["prompt"].strip("="))
+    return 0.3 * len(completion) + (0.7 if started else 0.0) - 0.2 * len(row["prompt"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"baseline": "prompt", "normalize": True, "max_grad_norm": 1e9, "learning_rate": 0.004},
+        {"baseline": "batch", "normalize": True, "gradient_checkpointing": True},
+        {"baseline": "none", "normalize": True, "keep_max": True, "temperature": 1.4},
+        {"keep_max": True, "normalize": True, "beta": 0.0, "schedule": "cosine"},
+        {"beta": 0.0, "epochs": 1, "minibatches": 1, "schedule": "constant"},
+        {"beta": 0.0, "epochs": 1, "minibatches": 1, "baseline": "none", "reward": "exact"},
+        {"epochs": 1, "minibatches": 1, "samples_per_prompt": 1, "baseline": "batch", "seed": 6},
+        ONE | {"demos": "the data", "schedule": "cosine"},
+    ],
+    ids=lambda flags: " ".join(f"{k}={v}" for k, v in flags.items()) or "loo",
+)
+def test_every_step_of_the_script_is_the_step_written_out(flags, tmp_path, monkeypatch):
+    """Every flag in its place: weights after each of three steps, each logged number, the samples
+    shown and the held-out scores. The optimizer is plain gradient descent, the reference is another
+    model, the sampler's log-probabilities are off by a known amount, and the clock is the test's."""
+    f = types.SimpleNamespace(**BY_HAND | flags)
+    seen, clock, honest = {}, [0], {k: getattr(common, k) for k in ("sample", "load_reference")}
+
+    def moved(*everything):
+        model, generator = honest["load_reference"](*everything), torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * p.std() * torch.randn(p.shape, generator=generator))
+        return model
+
+    def sample(*everything, **settings):
+        samples = honest["sample"](*everything, **settings)
+        samples.logprobs += 0.1 * torch.arange(samples.ids.shape[1]).sin() * samples.mask
+        clock[0] += settings.get("temperature") != 0
+        return samples
+
+    class Descent(torch.optim.SGD):
+        def step(self):
+            clock[0] += 3
+            super().step()
+
+    def descent(model, rate):
+        assert rate == f.learning_rate
+        seen["policy"] = copy.deepcopy(model).double().eval()
+        return Descent(model.parameters(), lr=1.0)
+
+    monkeypatch.setattr(common, "sample", sample)
+    monkeypatch.setattr(common, "load_reference", moved)
+    monkeypatch.setattr(common, "make_optimizer", descent)
+    monkeypatch.setattr(common, "memory_used", lambda world: 5 * 2**30)
+    monkeypatch.setattr(reinforce, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    (tmp_path / "r.py").write_text(inspect.getsource(paid))
+    held_out = [{"prompt": "40=", "answer": "04"}, {"prompt": "9318=", "answer": "1389"}]
+    if flags.get("reward") != "exact" and not f.demos:
+        held_out.append({"prompt": "5261="})  # without an answer: in eval/reward alone
+    (tmp_path / "held_out.jsonl").write_text("\n".join(map(json.dumps, held_out)))
+    settings = {"reward": f"{tmp_path}/r.py:paid"} | vars(f) | {"save_every": 1, "keep": 9}
+    settings["eval_data"] = str(tmp_path / "held_out.jsonl")
+    settings["demos" if f.demos else "data"] = prompts_file(tmp_path, ROWS)
+    log = run(tmp_path, **settings)
+
+    policy, reference = seen["policy"], moved(reinforce.Args.model, CPU).double()
+    tokenizer = common.load_tokenizer(reinforce.Args.model)
+    score = reinforce.exact if flags.get("reward") == "exact" else paid
+    at = (f, held_out, score, tokenizer)
+    wanted, shown, norms = [{"step": 0} | evaluated_by_hand(policy, *at)], [], []
+    for step in range(1, f.steps + 1):
+        before = {k: p.detach().clone() for k, p in policy.named_parameters()}
+        logged, texts = step_by_hand(step, policy, reference, f, ROWS, score, tokenizer, norms)
+        if step in (2, 3):
+            logged |= evaluated_by_hand(policy, *at)
+        wanted.append(logged)
+        shown += texts
+        saved = torch.load(tmp_path / "run" / "checkpoint" / f"{step:06d}.pt")["models"]["policy"]
+        for k, p in policy.named_parameters():
+            assert (saved[k] - p).norm() <= 2e-3 * (p - before[k]).norm() + 2e-6, (step, k)
+    assert len(log) == len(wanted)
+    for got, numbers in zip(log, wanted):
+        assert got.keys() == numbers.keys()
+        for name, value in numbers.items():
+            assert got[name] == pytest.approx(value, rel=1e-3, abs=2e-6), (got["step"], name)
+    lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    for got, row in zip(map(json.loads, lines), shown, strict=True):
+        assert got == row | {"reward": pytest.approx(row["reward"], abs=1e-6)}
+    # what would not act would not be tested
+    assert f.max_grad_norm > 1e6 or max(norms) > 1.1 * f.max_grad_norm
+    if not f.demos:
+        assert any(0 < m["truncated"] < 1 for m in log[1:])
+        assert any(m["equal_groups"] for m in log[1:]) or f.samples_per_prompt == 1
+
+
+def test_the_first_ratio_logged_is_the_largest_of_the_first_mini_batch(tmp_path, monkeypatch):
+    """Where the same weights give a sample two probabilities, it says so, whichever row it is."""
+    honest = reinforce.rollout_logprobs
+
+    def off(model, samples, parts, *rest):
+        old = honest(model, samples, parts, *rest)
+        old[parts[0][-1], 0] -= 0.3
+        old[parts[0][0], 0] += 0.1
+        return old
+
+    monkeypatch.setattr(reinforce, "rollout_logprobs", off)
+    flags = {"steps": 1, "epochs": 2, "beta": 0.0, "prompts_per_step": 4, "max_new_tokens": 6}
+    m = run(tmp_path, **flags)
+    assert m[1]["ratio/first"] == pytest.approx(math.exp(0.3) - 1, rel=1e-4)
 
 
 # --- mistakes: one line, status 2, nothing loaded, nothing written ---
