@@ -829,7 +829,7 @@ def paid(completion, row):
 def test_every_step_of_the_script_is_the_step_written_out(flags, tmp_path, monkeypatch):
     """Every flag in its place: weights after each of three steps, each logged number, the samples
     shown and the held-out scores. The optimizer is plain gradient descent, the reference is another
-    model, the sampler's log-probabilities are off by a known amount, and the clock is the test's."""
+    model, the sampler's log-probabilities are off by a known amount, the clock is the test's."""
     f = types.SimpleNamespace(**BY_HAND | flags)
     seen, clock, honest = {}, [0], {k: getattr(common, k) for k in ("sample", "load_reference")}
 

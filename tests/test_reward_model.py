@@ -1,8 +1,12 @@
 """The reward model: Bradley-Terry's loss, where the score is read, what is saved, and best-of-N against brute force."""
 
+import copy
 import itertools
 import json
 import math
+import random
+import statistics
+import types
 
 import pytest
 import torch
@@ -584,3 +588,225 @@ def test_a_model_whose_score_is_not_read_at_the_last_token_is_refused(name, tmp_
     with pytest.raises(SystemExit):
         run(tmp_path, model=str(tmp_path), steps=1)
     assert "has no score that is read at a text's last token" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+# --- a whole run, against one written out in float64 ---
+
+PAIRS = [
+    {"prompt": "52817=", "chosen": "12578", "rejected": "1", "margin": 0.3},
+    {"prompt": "31=", "chosen": "13", "rejected": "3113", "margin": -0.2},
+    {"prompt": "9074391=", "chosen": "0134799", "rejected": "01", "margin": 1.5},
+    {"prompt": "4=", "chosen": "4", "rejected": "4"},  # equal: left out, and in need of no margin
+    {"prompt": "660=", "chosen": "066", "rejected": "606", "margin": 0.7},
+    {"prompt": "85=", "chosen": "58", "rejected": "885", "margin": 0.0},
+    {"prompt": "7402=", "chosen": "0247", "rejected": "0274913", "margin": 0.4},
+]
+ASKED = [
+    {"prompt": "40=", "answer": "04"},
+    {"prompt": "9318=", "answer": "1389"},
+    {"prompt": "772=", "answer": "277"},
+]
+
+
+def score_by_hand(model, tokenizer, prompt, completion):
+    """The head on the state of the last token, the end, by a plain forward of one text."""
+    ids = [*tokenizer(prompt + completion).input_ids, tokenizer.eos_token_id]
+    return model.score.weight[0] @ model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+
+
+def sides_by_hand(model, tokenizer, row):
+    return [score_by_hand(model, tokenizer, row["prompt"], row[k]) for k in ("chosen", "rejected")]
+
+
+def rate_by_hand(step, f):
+    if step <= f.warmup:
+        return f.learning_rate * step / (f.warmup + 1)
+    # 1 in the first step after the warm-up, 0 one step after the last
+    left = (f.steps - step + 1) / (f.steps - f.warmup)
+    shapes = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
+    return f.learning_rate * shapes[f.schedule]
+
+
+def pairs_by_hand(pairs, step, f):
+    """The pairs of a step: the data is shuffled anew each time that it is used up."""
+    found = []
+    for k in range((step - 1) * f.pairs_per_step, step * f.pairs_per_step):
+        order = random.Random(common.fold(f.seed, k // len(pairs), common.ORDER))
+        found.append(pairs[order.sample(range(len(pairs)), len(pairs))[k % len(pairs)]])
+    return found
+
+
+def step_of_pairs_by_hand(step, model, tokenizer, f, pairs):
+    """Moves the model by one step -> what is logged."""
+    batch, loss, scores = pairs_by_hand(pairs, step, f), 0.0, []
+    for row in batch:
+        c, r = sides_by_hand(model, tokenizer, row)
+        wanted = row["margin"] if f.use_margin else 0.0
+        loss = loss + ((1 + (-(c - r - wanted)).exp()).log() + f.center * (c + r) ** 2) / len(batch)
+        scores.append((c.item(), r.item()))
+    model.zero_grad()
+    loss.backward()
+    learning = [p for p in model.parameters() if p.grad is not None]
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in learning))
+    with torch.no_grad():
+        for p in learning:
+            p -= rate_by_hand(step, f) * min(1.0, f.max_grad_norm / norm) * p.grad
+    tokens = sum(len(row["prompt"] + row[k]) + 1 for row in batch for k in ("chosen", "rejected"))
+    return {
+        "step": step,
+        "loss": loss.item(),
+        "accuracy": statistics.mean(float(c > r) for c, r in scores),
+        "margin": statistics.mean(c - r for c, r in scores),
+        "chosen": statistics.mean(c for c, _ in scores),
+        "rejected": statistics.mean(r for _, r in scores),
+        "grad_norm": norm,
+        "learning_rate": rate_by_hand(step, f),
+        "time/train": 3,
+        "tokens_per_second": tokens / 3,
+        "memory_gib": 5.0,
+    }
+
+
+@torch.no_grad()
+def evaluated_by_hand(model, tokenizer, pairs):
+    margins, bins, won_where = [], {}, {"shorter": [], "longer": []}
+    for row in pairs:
+        c, r = sides_by_hand(model, tokenizer, row)
+        margins.append((c - r).item())
+        shorter = len(row["chosen"]) < len(row["rejected"])
+        if len(row["chosen"]) != len(row["rejected"]):
+            won_where["shorter" if shorter else "longer"].append(float(c > r))
+        sure = 1 / (1 + math.exp(-abs(margins[-1])))
+        bins.setdefault(int((sure - 0.5) * 20), []).append((sure, margins[-1] > 0))
+    off = [abs(sum(s for s, _ in b) - sum(won for _, won in b)) for b in bins.values()]
+    return {
+        "eval/accuracy": statistics.mean(float(m > 0) for m in margins),
+        "eval/margin": statistics.mean(margins),
+        "eval/loss": statistics.mean(math.log(1 + math.exp(-m)) for m in margins),
+        "eval/accuracy_shorter": statistics.mean(won_where["shorter"]),
+        "eval/accuracy_longer": statistics.mean(won_where["longer"]),
+        "eval/calibration": sum(off) / len(margins),
+    }
+
+
+@torch.no_grad()
+def best_by_hand(model, policy, tokenizer, f, asked):
+    """Draws token by token, in rounds of as many prompts as --sample_rows has room for; then takes the
+    best of every N of a prompt's samples, one choice after the other."""
+    M, found, end = max(f.best_of), {}, tokenizer.eos_token_id
+    size = f.sample_rows // M
+    for begin in range(0, len(asked), size):
+        rows = [row for row in asked[begin : begin + size] for _ in range(M)]
+        generator = torch.Generator().manual_seed(common.fold(f.seed, begin, 0, common.DRAW))
+        drawn = [[] for _ in rows]
+        for _ in range(f.max_new_tokens):
+            u = torch.rand(len(rows), dtype=torch.float64, generator=generator)
+            for i, row in enumerate(rows):
+                if drawn[i][-1:] != [end]:
+                    ids = torch.tensor([tokenizer(row["prompt"]).input_ids + drawn[i]])
+                    logits = policy(ids).logits[0, -1].double() / f.temperature
+                    drawn[i].append(int((logits.softmax(-1).cumsum(-1) > u[i]).nonzero()[0]))
+            if all(d[-1] == end for d in drawn):
+                break
+        texts = [tokenizer.decode([t for t in d if t != end]) for d in drawn]
+        scores, true = [], []
+        for row, text in zip(rows, texts):
+            scores.append(score_by_hand(model, tokenizer, row["prompt"], text).item())
+            true.append(float(text == row["answer"]))
+        for first in range(0, len(rows), M):
+            for N in f.best_of:
+                best = []
+                for choice in itertools.combinations(range(first, first + M), N):
+                    top = max(scores[i] for i in choice)
+                    ties = [i for i in choice if scores[i] > top - 1e-9]
+                    best.append((top, statistics.mean(true[i] for i in ties)))
+                for name, k in (("score", 0), ("true", 1)):
+                    share = statistics.mean(b[k] for b in best) / len(asked)
+                    found[f"best_of/{name}@{N}"] = found.get(f"best_of/{name}@{N}", 0.0) + share
+    return found | {f"best_of/kl@{N}": math.log(N) - (N - 1) / N for N in f.best_of}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"use_margin": False, "center": 0.0, "schedule": "linear", "gradient_checkpointing": True},
+        {"unit_scale": False, "schedule": "constant", "max_grad_norm": 1e9, "learning_rate": 0.002},
+    ],
+    ids=["margin and center", "plain", "no unit scale"],
+)
+def test_every_step_of_the_script_is_the_step_written_out(flags, tmp_path, monkeypatch):
+    """Every flag in its place: weights after each of three steps, each logged number, the held-out
+    scores, the unit scale and best-of-N. The optimizer is plain gradient descent, the clock the test's."""
+    f = {
+        "steps": 3, "pairs_per_step": 4, "use_margin": True, "center": 0.05, "learning_rate": 0.02,
+        "schedule": "cosine", "warmup": 1, "max_grad_norm": 1.0, "tokens_per_micro_batch": 40,
+        "eval_every": 2, "unit_scale": True, "best_of": (1, 2, 3), "max_new_tokens": 6,
+        "temperature": 0.8, "sample_rows": 7, "seed": 5,
+    } | flags  # fmt: skip
+    f, seen, clock = types.SimpleNamespace(**f), {}, [0]
+
+    class Descent(torch.optim.SGD):
+        def step(self):
+            clock[0] += 3
+            super().step()
+
+    def descent(model, rate):
+        assert rate == f.learning_rate
+        seen["model"] = copy.deepcopy(model).double().eval()
+        return Descent(model.parameters(), lr=1.0)
+
+    monkeypatch.setattr(common, "make_optimizer", descent)
+    monkeypatch.setattr(common, "memory_used", lambda world: 5 * 2**30)
+    monkeypatch.setattr(reward_model, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, ASKED)))
+    data = pairs_file(tmp_path, PAIRS)
+    start = str(reward_model.TINY / "model")
+    files = {"data": data, "eval_data": data, "policy": start, "eval_prompts": str(tmp_path / "asked.jsonl")}
+    log = run(tmp_path, **vars(f) | files | {"save_every": 1, "keep": 9})
+
+    model, tokenizer = seen["model"], common.load_tokenizer(start)
+    policy = common.load_reference(start, CPU).double()
+    assert model.score.weight.std().item() == pytest.approx(129**-0.5, rel=0.25), "a new head"
+    pairs = [row for row in PAIRS if row["chosen"] != row["rejected"]]
+    wanted, norms = [{"step": 0} | evaluated_by_hand(model, tokenizer, pairs)], []
+    for step in range(1, f.steps + 1):
+        before = {k: p.detach().clone() for k, p in model.named_parameters()}
+        wanted.append(step_of_pairs_by_hand(step, model, tokenizer, f, pairs))
+        norms.append(wanted[-1]["grad_norm"])
+        if step in (2, 3):
+            wanted[-1] |= evaluated_by_hand(model, tokenizer, pairs)
+        saved = torch.load(tmp_path / "run" / "checkpoint" / f"{step:06d}.pt")["models"]["model"]
+        for k, p in model.named_parameters():
+            assert (saved[k] - p).norm() <= 2e-3 * (p - before[k]).norm() + 2e-6, (step, k)
+
+    wanted.append({"step": f.steps})
+    if f.unit_scale:
+        scores = [x.item() for row in pairs for x in sides_by_hand(model, tokenizer, row)]
+        spread = statistics.pstdev(scores)
+        wanted[-1] |= {"scale/mean": statistics.mean(scores), "scale/spread": spread}
+        with torch.no_grad():
+            model.score.weight /= spread
+    wanted[-1] |= best_by_hand(model, policy, tokenizer, f, ASKED)
+    folder = tmp_path / "run" / "model"
+    kept = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    torch.testing.assert_close(kept.score.weight.double(), model.score.weight, rtol=1e-3, atol=1e-5)
+    assert len(log) == len(wanted)
+    for got, numbers in zip(log, wanted):
+        assert got.keys() == numbers.keys()
+        for name, value in numbers.items():
+            assert got[name] == pytest.approx(value, rel=1e-3, abs=2e-6), (got["step"], name)
+    # what would not act would not be tested
+    assert f.max_grad_norm > 1e6 or max(norms) > 1.1 * f.max_grad_norm
+    assert wanted[-1]["best_of/true@1"] > 0
+
+
+def test_where_all_scores_are_equal_the_logged_accuracy_is_that_of_a_coin(tmp_path, monkeypatch):
+    """A tie counts half, in training as in `pair_metrics`."""
+    honest = common.load_scalar
+
+    def headless(path, world, tokenizer, head_std, *rest, **settings):
+        return honest(path, world, tokenizer, 0.0, *rest, **settings)
+
+    monkeypatch.setattr(common, "load_scalar", headless)
+    assert run(tmp_path, steps=1)[1]["accuracy"] == 0.5
