@@ -609,10 +609,6 @@ def test_zero_steps_only_evaluate(tmp_path):
 
 # --- whole runs, against runs written out in float64 ---
 
-# Whether a row whose advantage is 0 at every token is left out of the update's forward. If it is,
-# what that forward logs (entropy, ratio, kl/sample, kl/old) is over the other rows.
-ONLY_ROWS_THAT_TEACH = False
-
 
 def row_by_hand(model, prompt, completion, temperature):
     """Each token's log-probability, and the entropy there, by a plain forward of one row."""
@@ -711,11 +707,13 @@ def step_by_hand(step, policy, reference, f, rows, score, tokenizer, norms):
             there = [row_by_hand(reference, p, c, temperature)[0] for p, c in texts_as_ids]
             kl = [(a - b).tolist() for a, b in zip(old, there)]
     A = advantages_by_hand(scores, kl, f)
-    trained = [i for i in range(N) if any(A[i]) or not ONLY_ROWS_THAT_TEACH]
+    # without a KL penalty, rows that teach nothing are not computed and not in what the update logs
+    trained = [i for i in range(N) if any(A[i]) or f.beta]
 
     cut = torch.Generator().manual_seed(common.fold(f.seed, step, 0, common.CUT))
     minibatches = torch.randperm(N // n, generator=cut).view(f.minibatches, -1).tolist()
     losses, first, seen = [], [], {"entropy": [], "ratio": [], "moved": [], "sampler": []}
+    begun = len(norms)
     for epoch in range(f.epochs):
         shuffle = random.Random(common.fold(f.seed, step, epoch, common.PASS))
         for groups in shuffle.sample(minibatches, f.minibatches):
@@ -730,45 +728,48 @@ def step_by_hand(step, policy, reference, f, rows, score, tokenizer, norms):
                     loss = loss - ratio * A[i][t] * now[t] / (N / f.minibatches)
                     seen["entropy"].append(entropy[t].item())
                     seen["ratio"].append(ratio.item())
-                    seen["moved"].append((before[t] - now[t]).item())
+                    seen["moved"].append(ratio.item() - 1 - math.log(ratio))
                     # the sampler said what `before` is, and the test has added this
                     seen["sampler"].append(abs(0.1 * math.sin(t)))
-                    if not losses:
+                    if len(norms) == begun:
                         first.append(abs(ratio.item() - 1))
+            losses.append(loss.item())
+            if not loss.requires_grad:
+                continue  # no row of this mini-batch teaches
             policy.zero_grad()
             loss.backward()
-            losses.append(loss.item())
             norms.append(math.sqrt(sum(p.grad.square().sum().item() for p in policy.parameters())))
             with torch.no_grad():
                 for p in policy.parameters():
                     p -= rate_by_hand(step, f) * min(1.0, f.max_grad_norm / norms[-1]) * p.grad
 
-    updates, tokens = f.epochs * f.minibatches, sum(map(len, completions))
+    seconds, tokens = 3 * (len(norms) - begun), sum(map(len, completions))
     groups = [scores[i : i + n] for i in range(0, N, n)]
     sampled = 0 if f.demos else 1  # seconds, by the test's clock
     logged = {
         "step": step,
         "reward": statistics.mean(scores),
         "loss": statistics.mean(losses),
-        "kl/old": sum(seen["moved"]) / f.epochs / len(trained),
-        "ratio/mean": statistics.mean(seen["ratio"]),
-        "entropy": statistics.mean(seen["entropy"]),
-        "grad_norm": statistics.mean(norms[-updates:]),
+        "grad_norm": sum(norms[begun:]) / len(losses),
         "learning_rate": rate_by_hand(step, f),
         "length": tokens / N,
         "truncated": sum(c[-1] != end for c in completions) / N,
         "equal_groups": 0.0 if n == 1 else sum(len(set(g)) == 1 for g in groups) / len(groups),
         "time/sample": sampled,
-        "time/train": 3 * updates,
-        "tokens_per_second": tokens / (sampled + 3 * updates),
+        "time/train": seconds,
+        "tokens_per_second": tokens / (sampled + seconds),
         "memory_gib": 5.0,
     }
     if f.beta:
         logged["kl/ref"] = sum(map(sum, kl)) / N
-    if not f.demos:
+    if trained:
+        logged["kl/old"] = sum(seen["moved"]) / f.epochs / len(trained)
+        logged["ratio/mean"] = statistics.mean(seen["ratio"])
+        logged["entropy"] = statistics.mean(seen["entropy"])
+    if trained and not f.demos:
         logged["kl/sample"] = statistics.mean(seen["sampler"])
-        if updates > 1 or f.beta:
-            logged["ratio/first"] = max(first, default=0.0)
+        if len(losses) > 1 or f.beta:
+            logged["ratio/first"] = max(first)
     prompt = tokenizer.decode(prompts[0])
     shown = []
     for text, value in zip(texts[:n], scores[:n]):
@@ -820,7 +821,7 @@ def paid(completion, row):
         {"baseline": "none", "normalize": True, "keep_max": True, "temperature": 1.4},
         {"keep_max": True, "normalize": True, "beta": 0.0, "schedule": "cosine"},
         {"beta": 0.0, "epochs": 1, "minibatches": 1, "schedule": "constant"},
-        {"beta": 0.0, "epochs": 1, "minibatches": 1, "baseline": "none", "reward": "exact"},
+        {"beta": 0.0, "epochs": 1, "minibatches": 4, "reward": "exact", "max_grad_norm": 0.5},
         {"epochs": 1, "minibatches": 1, "samples_per_prompt": 1, "baseline": "batch", "seed": 6},
         ONE | {"demos": "the data", "schedule": "cosine"},
     ],
