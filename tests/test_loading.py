@@ -198,6 +198,29 @@ def test_a_scalar_head_for_every_family_that_has_a_classifier(name, tmp_path):
     assert reward.config.problem_type == "regression" and reward.config.num_labels == 1
 
 
+@pytest.mark.parametrize("head_std", [0.0, 0.5])
+def test_a_new_heads_bias_is_0_and_its_weights_have_the_spread_asked_for(head_std, tmp_path):
+    """A folder's own head is forgotten, and a bias that is drawn would shift every score."""
+    config = transformers.BertConfig(
+        vocab_size=48,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_labels=1,
+    )
+    model = transformers.BertForSequenceClassification(config)
+    torch.nn.init.constant_(model.classifier.bias, 3.0)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    head = common.scalar_head(load_scalar(tmp_path, CPU, make_tokenizer(), head_std))
+    assert head.weight.shape == (1, 64) and head.bias.item() == 0
+    assert head.weight.std().item() == pytest.approx(head_std, rel=0.3)
+    head = common.scalar_head(load_scalar(tmp_path, CPU, make_tokenizer()))
+    torch.testing.assert_close(head.weight, model.classifier.weight)
+    assert head.bias.item() == 3.0, "without a spread the folder's head stays"
+
+
 def test_a_scalar_model_comes_back_with_the_same_scores(folder, tmp_path):
     """The reward head was lost on save (trl 1379)."""
     reward = load_scalar(folder, CPU, make_tokenizer(), head_std=1.0)
