@@ -429,3 +429,39 @@ def test_a_learning_rate_falls_to_0_just_after_the_last_step_whatever_the_warm_u
         assert linear == pytest.approx(rising + straight, abs=1e-12)
         curve = [1.0 + math.cos(math.pi * done) for done in falling]
         assert cosine == pytest.approx(rising + curve, abs=1e-12)
+
+
+# --- what a run leaves behind ---
+
+
+def test_console_log_and_tensorboard_have_every_step_once(tmp_path, capsys):
+    """A run of 3 steps whose last checkpoint is of step 2, resumed and taken to step 4. What log
+    and TensorBoard had of step 3 is replaced."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = {"schedule": "constant", "warmup": 0, "eval_every": 9, "samples_per_prompt": 2}
+    lines = (grpo.TINY / "sort_test.jsonl").read_text().splitlines()[:20]
+    (tmp_path / "test.jsonl").write_text("\n".join(lines))
+    flags |= {"eval_data": str(tmp_path / "test.jsonl"), "save_every": 2, "keep": 9}
+    run(grpo, tmp_path, steps=3, **flags)
+    out = tmp_path / "run"
+    (out / "checkpoint" / "000003.pt").unlink()
+    capsys.readouterr()
+    log = run(grpo, tmp_path, steps=4, resume=True, **flags)
+    said = capsys.readouterr().out
+    assert [m["step"] for m in log] == [0, 1, 2, 3, 4]
+    shown = [json.loads(line)["step"] for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert shown == [1, 1, 2, 2, 3, 3, 4, 4]
+
+    first, last = log[0]["eval/exact"], log[4]["eval/exact"]
+    assert "going on after step 2 of 4" in said
+    assert f"held-out exact: {first:.3f} -> {last:.3f}" in said
+    assert f"step 4: held-out reward {log[4]['eval/reward']:.3f}, exact {last:.3f}" in said
+    assert 'print(pipeline("text-generation", ' in said
+
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    for name in ("reward", "loss", "learning_rate", "eval/exact"):
+        there = {e.step: e.value for e in events.Scalars(name)}
+        wanted = {m["step"]: m[name] for m in log if name in m}
+        assert there == pytest.approx(wanted) and len(there) == len(events.Scalars(name)), name

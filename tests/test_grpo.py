@@ -808,6 +808,38 @@ def test_flags_that_contradict_each_other_are_one_line(flags, words, tmp_path, c
     assert stop.value.code == 2 and words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+def test_flags_left_open_are_filled_in_from_the_others():
+    """As README and --help say; a flag that is given stays."""
+    elsewhere = {"model": "owner/name", "data": "mine.jsonl"}
+    args = grpo.resolve(grpo.Args())
+    assert (args.clip_low, args.clip_high, args.aggregate) == (0.2, 0.2, "token")
+    assert args.learning_rate == 2e-4 and args.eval_data == str(grpo.TINY / "sort_test.jsonl")
+    args = grpo.resolve(grpo.Args(ratio="sequence", **elsewhere))
+    assert (args.clip_low, args.clip_high, args.aggregate) == (3e-4, 4e-4, "sequence")
+    assert args.learning_rate == 1e-6 and args.eval_data == ""
+    given = {"clip_low": 0.1, "clip_high": 0.3, "aggregate": "constant", "learning_rate": 0.5}
+    args = grpo.resolve(grpo.Args(eval_data="other.jsonl", **given))
+    assert {name: getattr(args, name) for name in given} == given
+    assert args.eval_data == "other.jsonl"
+
+
+def test_advice_is_given_once_and_only_where_it_helps(monkeypatch):
+    said, words = set(), []
+    monkeypatch.setattr(grpo.tqdm, "write", words.append)
+    calm = {"truncated": 0.5, "reward": 0.1, "equal_groups": 0.8, "ratio/first": 0.0}
+    calm |= {"entropy": 0.5, "kl/ref": 99.0}
+    grpo.advise(calm, grpo.Args(), said)
+    grpo.advise(calm | {"reward": 0.0}, grpo.Args(reward="number"), said)
+    assert not words
+    loud = {"truncated": 0.6, "reward": 0.0, "equal_groups": 0.9, "ratio/first": 0.1}
+    loud |= {"entropy": 0.001, "kl/ref": -101.0}
+    for name, value in loud.items():
+        for _ in range(2):
+            grpo.advise(calm | {name: value}, grpo.Args(), said)
+        assert len(words) == len(said) and name in said and f"({name} {value:.3g})" in words[-1]
+    assert len(words) == 6
+
+
 def test_pass_at_k_wants_answers(tmp_path, capsys):
     data = prompts_file(tmp_path, [{"prompt": "5="}])
     with pytest.raises(SystemExit):

@@ -1,11 +1,12 @@
 """Loading: text to ids, models without dropout, heads, optimizer, and a run's folder that nothing can spoil."""
 
+import importlib
 import json
 import math
 import os
 import signal
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 
 import pytest
 import torch
@@ -324,6 +325,35 @@ def test_schedules_rise_and_fall_as_said():
     assert all(0 < r <= 1 for kind in ("linear", "cosine") for r in rates(schedule=kind, warmup=2))
 
 
+def test_the_optimizer_is_adamw_with_short_memories_and_no_decay():
+    """Two steps with numbers of its own; a weight that is frozen is none of its business."""
+    layer = torch.nn.Linear(2, 2, bias=True)
+    layer.bias.requires_grad_(False)
+    optimizer = common.make_optimizer(layer, 0.01)
+    [group] = optimizer.param_groups
+    assert len(group["params"]) == 1 and group["params"][0] is layer.weight
+    wanted = layer.weight.detach().double().clone()
+    first, second = torch.zeros(2, 2).double(), torch.zeros(2, 2).double()
+    for step in (1, 2):
+        gradient = torch.tensor([[1.0, -2.0], [3.0, 0.5]]) * (-0.3) ** step
+        layer.weight.grad = gradient.clone()
+        optimizer.step()
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.95 * second + 0.05 * gradient**2
+        way = (first / (1 - 0.9**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
+        wanted -= 0.01 * way
+    torch.testing.assert_close(layer.weight.double(), wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_a_run_begins_with_its_own_seed():
+    """A new scalar head is drawn from it."""
+    drawn = []
+    for seed in (3, 3, 4):
+        common.start("cpu", seed=seed)
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_clipping_equals_torchs_and_never_scales_what_is_not_finite():
     a, b = family("llama"), family("llama")
     for model in (a, b):
@@ -391,6 +421,34 @@ def test_a_run_that_has_no_checkpoint_yet_may_begin_again_with_other_flags(tmp_p
     common.open_run(Flags(out="mine"), "x", CPU)
     common.open_run(Flags(out="mine", resume=True, learning_rate=0.2), "x", CPU)
     assert json.loads((tmp_path / "mine" / "args.json").read_text())["learning_rate"] == 0.2
+
+
+@pytest.mark.parametrize("script", ["reinforce", "ppo", "grpo", "dpo", "reward_model"])
+def test_a_resumed_run_may_change_few_flags_and_no_others(script, tmp_path, capsys):
+    """Each flag of each script is given another value; all others are refused, as README says."""
+    flags = vars(importlib.import_module(script).Args()) | {"out": str(tmp_path), "steps": 9}
+    common.open_run(make_dataclass("F", flags)(**flags), script, CPU)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "000005.pt").touch()
+    accepted = set()
+    for name, value in flags.items():
+        if name in ("out", "resume"):
+            continue
+        other = "other"
+        if isinstance(value, bool):
+            other = not value
+        elif value is None or isinstance(value, (int, float)):
+            other = (value or 0) + 1
+        changed = flags | {"resume": True, name: other}
+        before = (tmp_path / "args.json").read_text()
+        try:
+            common.open_run(make_dataclass("F", changed)(**changed), script, CPU)
+            accepted.add(name)
+        except SystemExit:
+            assert f"--{name} is" in capsys.readouterr().err
+        (tmp_path / "args.json").write_text(before)
+    may = "steps eval_every save_every keep tokens_per_micro_batch gradient_checkpointing"
+    assert accepted == {*may.split(), "sample_rows"} & set(flags)
 
 
 def test_steps_may_change_on_resumption(tmp_path, monkeypatch):
