@@ -360,8 +360,9 @@ class Completion:
 
 
 def trained_rows(advantages, weights, beta):
-    """Which completions have a part in the update and in the means over its tokens: all."""
-    return [True for _ in advantages]
+    """Which completions have a part in the update and in the means over its tokens: those that have
+    a gradient. The KL penalty has one wherever there is a weight."""
+    return [w > 0 and (beta > 0 or a != 0) for a, w in zip(advantages, weights)]
 
 
 def plain_logprobs(model, prompt, ids, temperature):
@@ -538,7 +539,7 @@ def step_written_out(step, f, policy, reference, batch, everything):
         left = [len(batch[i].ids) * (batch[i].finished or not f.mask_truncated) for i in update]
         w = plain_weights(left, f.aggregate, f.max_new_tokens)
         trained = trained_rows([A[i] for i in update], w, f.beta)
-        loss = torch.zeros((), dtype=torch.float64)
+        loss = torch.zeros((), dtype=torch.float64, requires_grad=True)
         for i, weight in [(i, x) for i, x, there in zip(update, w, trained) if there]:
             c = batch[i]
             now, entropy = plain_logprobs(policy, c.prompt, c.ids, T)
@@ -549,14 +550,15 @@ def step_written_out(step, f, policy, reference, batch, everything):
                 gain = torch.minimum(ratio * A[i], inside * A[i])
                 d = now[t] - ref[i][t]
                 loss = loss + weight * (-gain + f.beta * ((-d).exp() - 1 + d))
-                stopped = bool(ratio * A[i] > inside * A[i]) and weight > 0
+                stopped = bool(ratio * A[i] > inside * A[i])
                 sums["tokens"] += 1
                 sums["ratio/mean"] += ratio.item()
                 sums["entropy"] += entropy[t].item()
                 sums["clip/low"] += stopped and ratio.item() < 1
                 sums["clip/high"] += stopped and ratio.item() > 1
                 sums["kl/sample"] += abs(old[i][t].item() - c.sampler[t])
-                sums["kl/old"] += (old[i][t] - now[t]).item()
+                moved_by = (now[t] - old[i][t]).item()
+                sums["kl/old"] += math.exp(moved_by) - 1 - moved_by  # KL(pi_old || pi)
                 sums["kl/ref"] += (old[i][t] - ref[i][t]).item()
                 if not norms:
                     first_ratios.append(abs(ratio.item() - 1))
@@ -564,9 +566,11 @@ def step_written_out(step, f, policy, reference, batch, everything):
         sums["loss"] += loss.item()
         policy.zero_grad()
         loss.backward()
-        norms.append(math.sqrt(sum((p.grad**2).sum().item() for p in policy.parameters())))
+        # without a row that is trained there is no gradient, and nothing moves
+        moving = [p for p in policy.parameters() if p.grad is not None]
+        norms.append(math.hypot(*(p.grad.norm().item() for p in moving)))
         with torch.no_grad():
-            for p in policy.parameters():
+            for p in moving:
                 p -= rate * f.max_grad_norm / max(norms[-1], f.max_grad_norm) * p.grad
     if f.ref_update_every and step % f.ref_update_every == 0:
         reference.load_state_dict(policy.state_dict())
@@ -627,6 +631,7 @@ def is_near(model, saved, before):
         GSPO | {"clip_low": 0.02, "clip_high": 0.035},
         {"drop_equal_groups": True, "mask_truncated": True, "scale": "batch"},
         {"epochs": 1, "minibatches": 1, "beta": 0.0, "ref_update_every": 0},
+        {"keep_max": True, "beta": 0.0, "ref_update_every": 0, "scale": "none"},
         {"epochs": 1, "minibatches": 1, "ref_update_every": 0, "schedule": "constant", "warmup": 0},
     ],
     ids=lambda changed: "-".join(changed),
@@ -636,11 +641,10 @@ def test_the_steps_of_the_script_are_the_steps_written_out(changed, tmp_path, mo
     weights after each, the reference, the numbers logged and the samples shown, against loops over
     rows and tokens in float64. Of the script only the ids that it drew are taken over."""
     f = SimpleNamespace(**vars(grpo.Args()) | STEP | changed)
-    dull = DULL if f.beta else []  # without a KL, completions that are all paid alike teach nothing
     rows = []
     for prompt in BRIGHT + DULL:
         answer = "".join(sorted(prompt[:-1]))
-        rows.append({"prompt": prompt, "answer": answer, "dull": prompt in dull})
+        rows.append({"prompt": prompt, "answer": answer, "dull": prompt in DULL})
     held_out = rows[:4]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
     (tmp_path / "r.py").write_text(PAYS)
