@@ -1,8 +1,14 @@
 """GRPO: advantages, clip, aggregation and KL against closed forms and brute force; shared prompts against plain ones."""
 
+import collections
+import copy
+import dataclasses
 import itertools
 import json
 import math
+import random
+from statistics import stdev
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -292,6 +298,407 @@ def test_groups_that_teach_are_put_in_the_place_of_those_that_do_not():
         assert filled.texts[i] == source.texts[j] and filled.finished[i] == source.finished[j]
 
 
+# --- whole steps, against ones written out in float64 ---
+
+BRIGHT = "52817= 4031= 993= 6120458= 71= 84403= 5=".split()
+DULL = "2639= 107= 86612=".split()  # prompts whose completions are all paid alike
+
+PAYS = """
+def reward(completion, row):
+    if row["dull"]:
+        return 0.25
+    return sum((ord(c) % 5 - 1.6) * (i + 0.7) ** 0.5 for i, c in enumerate(completion)) / 4
+"""
+
+# what --schedule and --warmup make of the learning rate in steps 1, 2 and 3 of 3
+SHARES = {
+    ("constant", 0): [1.0, 1.0, 1.0],
+    ("linear", 1): [1 / 2, 1.0, 1 / 2],
+    ("linear", 2): [1 / 3, 2 / 3, 1.0],
+    ("cosine", 0): [1.0, 3 / 4, 1 / 4],
+}
+
+STEP = {
+    "steps": 3,
+    "seed": 7,
+    "prompts_per_step": 4,
+    "samples_per_prompt": 4,
+    "max_new_tokens": 7,
+    "temperature": 1.25,
+    "epochs": 2,
+    "minibatches": 2,
+    "beta": 0.3,
+    "ref_update_every": 1,
+    "schedule": "linear",
+    "warmup": 1,
+    "learning_rate": 0.03,
+    "max_grad_norm": 1.0,
+    "clip_low": 0.05,
+    "clip_high": 0.12,
+    "aggregate": "token",
+    "tokens_per_micro_batch": 60,
+    "eval_every": 2,
+    "save_every": 1,
+    "keep": 9,
+}
+
+
+GSPO = {"ratio": "sequence", "aggregate": "sequence", "minibatches": 4}
+
+
+@dataclasses.dataclass
+class Completion:
+    """One drawn completion: its prompt, its ids, and what the reward said."""
+
+    place: int  # of its prompt in the data
+    prompt: list
+    ids: list
+    finished: bool
+    text: str
+    sampler: list  # log-probabilities as the sampler reported them
+    reward: float
+
+
+def trained_rows(advantages, weights, beta):
+    """Which completions have a part in the update and in the means over its tokens: those that have
+    a gradient. The KL penalty has one wherever there is a weight."""
+    return [w > 0 and (beta > 0 or a != 0) for a, w in zip(advantages, weights)]
+
+
+def plain_logprobs(model, prompt, ids, temperature):
+    """log pi of each token of one completion and the entropy at its place, by a plain forward."""
+    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double()
+    logprobs = (logits / temperature).log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(1).detach()
+    return logprobs.gather(1, torch.tensor(ids)[:, None])[:, 0], entropy
+
+
+@torch.no_grad()
+def plain_greedy(model, prompt, longest, eos):
+    """The likeliest continuation of one prompt, by plain forwards, without its end."""
+    ids = []
+    while len(ids) < longest:
+        ids.append(model(torch.tensor([prompt + ids])).logits[0, -1].argmax().item())
+        if ids[-1] == eos:
+            return ids[:-1]
+    return ids
+
+
+def plain_pick(count, place, seed):
+    """Element `place` of one shuffled copy of range(count) after another."""
+    copy_seed = common.fold(seed, place // count, common.ORDER)
+    return random.Random(copy_seed).sample(range(count), count)[place % count]
+
+
+def plain_advantages(rewards, everyone, scale, keep_max):
+    """Equation (1) for one group."""
+    if max(rewards) == min(rewards):
+        return [0.0 for _ in rewards]
+    mean = sum(rewards) / len(rewards)
+    divisor = {"group": stdev(rewards) + 1e-4, "batch": stdev(everyone) + 1e-4, "none": 1.0}[scale]
+    kept = [not keep_max or r == max(rewards) for r in rewards]
+    return [k * (r - mean) / divisor for k, r in zip(kept, rewards)]
+
+
+def plain_weights(lengths, aggregate, longest):
+    """Equation (5)'s w for each completion of an update; one that is left out has length 0."""
+    divisors = {
+        "sequence": [n * sum(m > 0 for m in lengths) for n in lengths],
+        "token": [sum(lengths) for _ in lengths],
+        "constant": [len(lengths) * longest for _ in lengths],
+    }
+    return [1 / d if n else 0.0 for n, d in zip(lengths, divisors[aggregate])]
+
+
+def groups_of(completions, n):
+    return [completions[i : i + n] for i in range(0, len(completions), n)]
+
+
+def is_equal(group):
+    return len({c.reward for c in group}) == 1
+
+
+def moved(model):
+    """The same model with noise on its weights: a reference that is not the first policy."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * p.std() * torch.randn(p.shape, generator=generator))
+    return model
+
+
+class Clock:
+    """For a loop that asks three times a step: sampling takes 2 seconds, the rest 3."""
+
+    def __init__(self):
+        self.now, self.waits = 0.0, itertools.cycle([7.0, 2.0, 3.0])
+
+    def perf_counter(self):
+        self.now += next(self.waits)
+        return self.now
+
+
+def record(monkeypatch):
+    """Puts plain gradient descent, a moved reference, a clock and a sampler that misreports its
+    log-probabilities in the place of the real ones. Returns (the first policy in float64, the
+    calls of `sample` with what each drew), both filled in by the run."""
+    policy, calls = [], []
+    honest_sample, honest_reference = common.sample, common.load_reference
+
+    def sample(model, tokenizer, prompts, **settings):
+        samples = honest_sample(model, tokenizer, prompts, **settings)
+        samples.logprobs += 0.01 * torch.arange(1, 1 + samples.mask.shape[1])
+        calls.append(({"prompts": prompts, **settings}, samples))
+        return samples
+
+    def sgd(model, learning_rate):
+        policy.append(copy.deepcopy(model).double())
+        return torch.optim.SGD(model.parameters(), lr=learning_rate)
+
+    monkeypatch.setattr(common, "sample", sample)
+    monkeypatch.setattr(common, "make_optimizer", sgd)
+    monkeypatch.setattr(common, "load_reference", lambda *a: moved(honest_reference(*a)))
+    monkeypatch.setattr(grpo, "time", Clock())
+    return policy, calls
+
+
+def completions_of(samples, places, n, pays, rows):
+    found = []
+    for i in range(len(samples.texts)):
+        T, row = int(samples.mask[i].sum()), rows[places[i // n]]
+        found.append(
+            Completion(
+                place=places[i // n],
+                prompt=samples.prompt_ids[i][samples.prompt_mask[i]].tolist(),
+                ids=samples.ids[i, :T].tolist(),
+                finished=samples.finished[i].item(),
+                text=samples.texts[i],
+                sampler=samples.logprobs[i, :T].tolist(),
+                reward=pays(samples.texts[i], row),
+            )
+        )
+    return found
+
+
+def rollout_written_out(step, f, calls, encoded, rows, pays):
+    """What step `step` trains on and all that it drew, out of the script's own calls of `sample`,
+    which must be these and no others."""
+
+    def drawn(places, *stream):
+        seed = common.fold(f.seed, *stream, 0, common.DRAW)
+        wanted = {"prompts": [encoded[i] for i in places], "n": f.samples_per_prompt}
+        wanted |= {"max_new_tokens": f.max_new_tokens, "temperature": f.temperature, "seed": seed}
+        settings, samples = calls.pop(0)
+        assert settings == wanted
+        return completions_of(samples, places, f.samples_per_prompt, pays, rows)
+
+    P, n = f.prompts_per_step, f.samples_per_prompt
+    places = [plain_pick(len(rows), (step - 1) * P + i, f.seed) for i in range(P)]
+    batch = drawn(places, step)
+    everything = list(batch)
+    for again in (1, 2, 3) if f.drop_equal_groups else ():
+        equal = [i for i, group in enumerate(groups_of(batch, n)) if is_equal(group)]
+        if not equal:
+            break
+        # an order of its own, and no two redraws of a run at the same place of it
+        first = (3 * step + again) * P
+        order = common.fold(f.seed, common.AGAIN)
+        places = [plain_pick(len(rows), first + i, order) for i in range(len(equal))]
+        more = drawn(places, step, again)
+        everything += more
+        fresh = [group for group in groups_of(more, n) if not is_equal(group)]
+        for i, group in zip(equal, fresh):
+            batch[i * n : i * n + n] = group
+    return batch, everything
+
+
+def step_written_out(step, f, policy, reference, batch, everything):
+    """Equations (1) to (5) for one step; moves `policy` and, when it is time, `reference`. Returns
+    the numbers that the step is to log, and how often the gradient was scaled down."""
+    n, P, T = f.samples_per_prompt, f.prompts_per_step, f.temperature
+    everyone = [c.reward for c in batch]
+    A = []
+    for group in groups_of(batch, n):
+        A += plain_advantages([c.reward for c in group], everyone, f.scale, f.keep_max)
+    assert all(a == 0 or abs(a) > 1e-5 for a in A), "in float32 the sign of one could be another"
+    with torch.no_grad():
+        old = [plain_logprobs(policy, c.prompt, c.ids, T)[0] for c in batch]
+        ref = [plain_logprobs(reference, c.prompt, c.ids, T)[0] for c in batch]
+
+    generator = torch.Generator().manual_seed(common.fold(f.seed, step, 0, common.CUT))
+    cut = torch.randperm(P, generator=generator).view(f.minibatches, -1).tolist()
+    updates = []
+    for epoch in range(f.epochs):
+        shuffle = random.Random(common.fold(f.seed, step, epoch, common.PASS))
+        updates += shuffle.sample(cut, f.minibatches)
+
+    rate = f.learning_rate * SHARES[f.schedule, f.warmup][step - 1]
+    sums, norms, first_ratios = collections.Counter(), [], []
+    for groups in updates:
+        update = [g * n + j for g in groups for j in range(n)]
+        left = [len(batch[i].ids) * (batch[i].finished or not f.mask_truncated) for i in update]
+        w = plain_weights(left, f.aggregate, f.max_new_tokens)
+        trained = trained_rows([A[i] for i in update], w, f.beta)
+        loss = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        for i, weight in [(i, x) for i, x, there in zip(update, w, trained) if there]:
+            c = batch[i]
+            now, entropy = plain_logprobs(policy, c.prompt, c.ids, T)
+            whole = ((now - old[i]).sum() / len(c.ids)).exp()
+            for t in range(len(c.ids)):
+                ratio = whole if f.ratio == "sequence" else (now[t] - old[i][t]).exp()
+                inside = ratio.clamp(1 - f.clip_low, 1 + f.clip_high)
+                gain = torch.minimum(ratio * A[i], inside * A[i])
+                d = now[t] - ref[i][t]
+                loss = loss + weight * (-gain + f.beta * ((-d).exp() - 1 + d))
+                stopped = bool(ratio * A[i] > inside * A[i])
+                sums["tokens"] += 1
+                sums["ratio/mean"] += ratio.item()
+                sums["entropy"] += entropy[t].item()
+                sums["clip/low"] += stopped and ratio.item() < 1
+                sums["clip/high"] += stopped and ratio.item() > 1
+                sums["kl/sample"] += abs(old[i][t].item() - c.sampler[t])
+                moved_by = (now[t] - old[i][t]).item()
+                sums["kl/old"] += math.exp(moved_by) - 1 - moved_by  # KL(pi_old || pi)
+                sums["kl/ref"] += (old[i][t] - ref[i][t]).item()
+                if not norms:
+                    first_ratios.append(abs(ratio.item() - 1))
+            sums["rows"] += 1
+        sums["loss"] += loss.item()
+        policy.zero_grad()
+        loss.backward()
+        # without a row that is trained there is no gradient, and nothing moves
+        moving = [p for p in policy.parameters() if p.grad is not None]
+        norms.append(math.hypot(*(p.grad.norm().item() for p in moving)))
+        with torch.no_grad():
+            for p in moving:
+                p -= rate * f.max_grad_norm / max(norms[-1], f.max_grad_norm) * p.grad
+    if f.ref_update_every and step % f.ref_update_every == 0:
+        reference.load_state_dict(policy.state_dict())
+
+    of_tokens = ("ratio/mean", "entropy", "clip/low", "clip/high", "kl/sample")
+    wanted = {name: sums[name] / sums["tokens"] for name in of_tokens}
+    wanted |= {name: sums[name] / sums["rows"] for name in ("kl/old", "kl/ref")}
+    if len(updates) > 1:
+        wanted["ratio/first"] = max(first_ratios)
+    if not f.beta:
+        del wanted["kl/ref"]
+    drawn = groups_of(everything, n)
+    wanted |= {
+        "step": step,
+        "loss": sums["loss"] / len(updates),
+        "grad_norm": sum(norms) / len(norms),
+        "learning_rate": rate,
+        "reward": sum(c.reward for c in everything) / len(everything),
+        "equal_groups": sum(map(is_equal, drawn)) / len(drawn),
+        "length": sum(len(c.ids) for c in batch) / len(batch),
+        "truncated": sum(not c.finished for c in batch) / len(batch),
+        "time/sample": 2.0,
+        "time/train": 3.0,
+        "tokens_per_second": sum(len(c.ids) for c in everything) / 5.0,
+    }
+    return wanted, sum(x > f.max_grad_norm for x in norms)
+
+
+def held_out_written_out(f, policy, calls, rows, pays, tokenizer):
+    """Greedy completions of all held-out prompts, their reward, and how many are the answer."""
+    encoded = [tokenizer(row["prompt"]).input_ids for row in rows]
+    settings, _ = calls.pop(0)
+    assert settings == {"prompts": encoded, "max_new_tokens": f.max_new_tokens, "temperature": 0}
+    texts = []
+    for ids in encoded:
+        greedy = plain_greedy(policy, ids, f.max_new_tokens, tokenizer.eos_token_id)
+        texts.append(tokenizer.decode(greedy))
+    right = sum(text == row["answer"] for text, row in zip(texts, rows))
+    paid = sum(pays(text, row) for text, row in zip(texts, rows))
+    return {"eval/reward": paid / len(rows), "eval/exact": right / len(rows)}
+
+
+def is_near(model, saved, before):
+    """Whether weights went where the model's went: the difference is small beside the way."""
+    for name, p in model.named_parameters():
+        way = (p - before[name]).norm()
+        assert (saved[name] - p).norm() <= 2e-3 * way + 1e-6, name
+        assert way > 1e-5, f"{name} has not moved, and would show nothing"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"aggregate": "token", "scale": "group"},
+        {"aggregate": "sequence", "scale": "batch", "keep_max": True, "ref_update_every": 2},
+        {"aggregate": "constant", "scale": "none", "mask_truncated": True, "warmup": 2},
+        {"aggregate": "sequence", "mask_truncated": True, "schedule": "cosine", "warmup": 0},
+        GSPO | {"clip_low": 0.02, "clip_high": 0.035},
+        {"drop_equal_groups": True, "mask_truncated": True, "scale": "batch"},
+        {"epochs": 1, "minibatches": 1, "beta": 0.0, "ref_update_every": 0},
+        {"keep_max": True, "beta": 0.0, "ref_update_every": 0, "scale": "none"},
+        {"epochs": 1, "minibatches": 1, "ref_update_every": 0, "schedule": "constant", "warmup": 0},
+    ],
+    ids=lambda changed: "-".join(changed),
+)
+def test_the_steps_of_the_script_are_the_steps_written_out(changed, tmp_path, monkeypatch):
+    """Every equation and every flag in its place, over three steps with plain gradient descent: the
+    weights after each, the reference, the numbers logged and the samples shown, against loops over
+    rows and tokens in float64. Of the script only the ids that it drew are taken over."""
+    f = SimpleNamespace(**vars(grpo.Args()) | STEP | changed)
+    rows = []
+    for prompt in BRIGHT + DULL:
+        answer = "".join(sorted(prompt[:-1]))
+        rows.append({"prompt": prompt, "answer": answer, "dull": prompt in DULL})
+    held_out = rows[:4]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    (tmp_path / "r.py").write_text(PAYS)
+    files = {
+        "data": prompts_file(tmp_path, rows),
+        "eval_data": f"{tmp_path}/test.jsonl",
+        "reward": f"{tmp_path}/r.py:reward",
+    }
+    policies, calls = record(monkeypatch)
+    log = run(tmp_path, **files, **STEP | changed)
+
+    monkeypatch.undo()
+    [policy] = policies
+    reference = moved(common.load_policy(f.model, CPU).double())
+    tokenizer = common.load_tokenizer(f.model)
+    pays = common.load_function(files["reward"], "--reward")
+    encoded = [tokenizer(row["prompt"]).input_ids for row in rows]
+    start = {k: p.detach().clone() for k, p in policy.named_parameters()}
+    first_reference = {k: p.detach().clone() for k, p in reference.named_parameters()}
+    lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    shown = [json.loads(line) for line in lines]
+    scaled_down = clipped_low = clipped_high = left_out = drawn_again = 0
+    wanted = {"step": 0} | held_out_written_out(f, policy, calls, held_out, pays, tokenizer)
+    assert log[0] == pytest.approx(wanted)
+    for step in (1, 2, 3):
+        batch, everything = rollout_written_out(step, f, calls, encoded, rows, pays)
+        wanted, often = step_written_out(step, f, policy, reference, batch, everything)
+        if step in (2, 3):  # --eval_every 2, and the last
+            wanted |= held_out_written_out(f, policy, calls, held_out, pays, tokenizer)
+        memory = log[step].pop("memory_gib")
+        assert memory > 0 and log[step] == pytest.approx(wanted, rel=2e-3, abs=2e-5)
+        for line, c in zip([x for x in shown if x["step"] == step], batch[:4], strict=True):
+            asked = rows[c.place]["prompt"]
+            assert (line["prompt"], line["completion"]) == (asked, c.text)
+            assert line["reward"] == pytest.approx(c.reward)
+        checkpoint = tmp_path / "run" / "checkpoint" / f"{step:06d}.pt"
+        saved = torch.load(checkpoint, weights_only=True)["models"]
+        is_near(policy, saved["policy"], start)
+        if step == 3 and f.ref_update_every:
+            is_near(reference, saved["reference"], first_reference)
+        scaled_down += often
+        clipped_low += wanted["clip/low"]
+        clipped_high += wanted["clip/high"]
+        left_out += sum(not c.finished for c in batch)
+        drawn_again += len(everything) - len(batch)
+    assert not calls and len(log) == 4
+    # what never acts would not be tested
+    assert scaled_down > 0
+    assert clipped_high > 0 or f.epochs == 1
+    assert clipped_low > 0 or f.epochs == 1 or f.keep_max  # the best completions have A > 0
+    assert left_out > 0 or not f.mask_truncated
+    assert drawn_again > 0 or not f.drop_equal_groups
+
+
 # --- whole runs, on the embedded model ---
 
 
@@ -403,6 +810,38 @@ def test_flags_that_contradict_each_other_are_one_line(flags, words, tmp_path, c
         run(tmp_path, **flags)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_flags_left_open_are_filled_in_from_the_others():
+    """As README and --help say; a flag that is given stays."""
+    elsewhere = {"model": "owner/name", "data": "mine.jsonl"}
+    args = grpo.resolve(grpo.Args())
+    assert (args.clip_low, args.clip_high, args.aggregate) == (0.2, 0.2, "token")
+    assert args.learning_rate == 2e-4 and args.eval_data == str(grpo.TINY / "sort_test.jsonl")
+    args = grpo.resolve(grpo.Args(ratio="sequence", **elsewhere))
+    assert (args.clip_low, args.clip_high, args.aggregate) == (3e-4, 4e-4, "sequence")
+    assert args.learning_rate == 1e-6 and args.eval_data == ""
+    given = {"clip_low": 0.1, "clip_high": 0.3, "aggregate": "constant", "learning_rate": 0.5}
+    args = grpo.resolve(grpo.Args(eval_data="other.jsonl", **given))
+    assert {name: getattr(args, name) for name in given} == given
+    assert args.eval_data == "other.jsonl"
+
+
+def test_advice_is_given_once_and_only_where_it_helps(monkeypatch):
+    said, words = set(), []
+    monkeypatch.setattr(grpo.tqdm, "write", words.append)
+    calm = {"truncated": 0.5, "reward": 0.1, "equal_groups": 0.8, "ratio/first": 0.0}
+    calm |= {"entropy": 0.5, "kl/ref": 99.0}
+    grpo.advise(calm, grpo.Args(), said)
+    grpo.advise(calm | {"reward": 0.0}, grpo.Args(reward="number"), said)
+    assert not words
+    loud = {"truncated": 0.6, "reward": 0.0, "equal_groups": 0.9, "ratio/first": 0.1}
+    loud |= {"entropy": 0.001, "kl/ref": -101.0}
+    for name, value in loud.items():
+        for _ in range(2):
+            grpo.advise(calm | {name: value}, grpo.Args(), said)
+        assert len(words) == len(said) and name in said and f"({name} {value:.3g})" in words[-1]
+    assert len(words) == 6
 
 
 def test_pass_at_k_wants_answers(tmp_path, capsys):

@@ -1,11 +1,12 @@
 """Loading: text to ids, models without dropout, heads, optimizer, and a run's folder that nothing can spoil."""
 
+import importlib
 import json
 import math
 import os
 import signal
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 
 import pytest
 import torch
@@ -198,6 +199,29 @@ def test_a_scalar_head_for_every_family_that_has_a_classifier(name, tmp_path):
     assert reward.config.problem_type == "regression" and reward.config.num_labels == 1
 
 
+@pytest.mark.parametrize("head_std", [0.0, 0.5])
+def test_a_new_heads_bias_is_0_and_its_weights_have_the_spread_asked_for(head_std, tmp_path):
+    """A folder's own head is forgotten, and a bias that is drawn would shift every score."""
+    config = transformers.BertConfig(
+        vocab_size=48,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_labels=1,
+    )
+    model = transformers.BertForSequenceClassification(config)
+    torch.nn.init.constant_(model.classifier.bias, 3.0)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    head = common.scalar_head(load_scalar(tmp_path, CPU, make_tokenizer(), head_std))
+    assert head.weight.shape == (1, 64) and head.bias.item() == 0
+    assert head.weight.std().item() == pytest.approx(head_std, rel=0.3)
+    head = common.scalar_head(load_scalar(tmp_path, CPU, make_tokenizer()))
+    torch.testing.assert_close(head.weight, model.classifier.weight)
+    assert head.bias.item() == 3.0, "without a spread the folder's head stays"
+
+
 def test_a_scalar_model_comes_back_with_the_same_scores(folder, tmp_path):
     """The reward head was lost on save (trl 1379)."""
     reward = load_scalar(folder, CPU, make_tokenizer(), head_std=1.0)
@@ -255,7 +279,7 @@ def test_a_model_folder_that_is_none(make, tmp_path, capsys):
     says(capsys, tmp_path / "x", "model")
 
 
-@pytest.mark.parametrize("flags", [{"device": "tpu"}, {"dtype": "float16"}, {"device": "cpu", "dtype": "bfloat16"}])
+@pytest.mark.parametrize("flags", [{"device": "tpu"}, {"dtype": "float16"}])
 def test_a_device_or_dtype_that_is_none(flags, capsys):
     with pytest.raises(SystemExit):
         common.start(**flags)
@@ -299,6 +323,35 @@ def test_schedules_rise_and_fall_as_said():
     torch.testing.assert_close(rates(schedule="linear"), [1 - i / 10 for i in range(10)])
     torch.testing.assert_close(rates(schedule="cosine")[5], 0.5)
     assert all(0 < r <= 1 for kind in ("linear", "cosine") for r in rates(schedule=kind, warmup=2))
+
+
+def test_the_optimizer_is_adamw_with_short_memories_and_no_decay():
+    """Two steps with numbers of its own; a weight that is frozen is none of its business."""
+    layer = torch.nn.Linear(2, 2, bias=True)
+    layer.bias.requires_grad_(False)
+    optimizer = common.make_optimizer(layer, 0.01)
+    [group] = optimizer.param_groups
+    assert len(group["params"]) == 1 and group["params"][0] is layer.weight
+    wanted = layer.weight.detach().double().clone()
+    first, second = torch.zeros(2, 2).double(), torch.zeros(2, 2).double()
+    for step in (1, 2):
+        gradient = torch.tensor([[1.0, -2.0], [3.0, 0.5]]) * (-0.3) ** step
+        layer.weight.grad = gradient.clone()
+        optimizer.step()
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.95 * second + 0.05 * gradient**2
+        way = (first / (1 - 0.9**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
+        wanted -= 0.01 * way
+    torch.testing.assert_close(layer.weight.double(), wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_a_run_begins_with_its_own_seed():
+    """A new scalar head is drawn from it."""
+    drawn = []
+    for seed in (3, 3, 4):
+        common.start("cpu", seed=seed)
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_clipping_equals_torchs_and_never_scales_what_is_not_finite():
@@ -368,6 +421,34 @@ def test_a_run_that_has_no_checkpoint_yet_may_begin_again_with_other_flags(tmp_p
     common.open_run(Flags(out="mine"), "x", CPU)
     common.open_run(Flags(out="mine", resume=True, learning_rate=0.2), "x", CPU)
     assert json.loads((tmp_path / "mine" / "args.json").read_text())["learning_rate"] == 0.2
+
+
+@pytest.mark.parametrize("script", ["reinforce", "ppo", "grpo", "dpo", "reward_model"])
+def test_a_resumed_run_may_change_few_flags_and_no_others(script, tmp_path, capsys):
+    """Each flag of each script is given another value; all others are refused, as README says."""
+    flags = vars(importlib.import_module(script).Args()) | {"out": str(tmp_path), "steps": 9}
+    common.open_run(make_dataclass("F", flags)(**flags), script, CPU)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "000005.pt").touch()
+    accepted = set()
+    for name, value in flags.items():
+        if name in ("out", "resume"):
+            continue
+        other = "other"
+        if isinstance(value, bool):
+            other = not value
+        elif value is None or isinstance(value, (int, float)):
+            other = (value or 0) + 1
+        changed = flags | {"resume": True, name: other}
+        before = (tmp_path / "args.json").read_text()
+        try:
+            common.open_run(make_dataclass("F", changed)(**changed), script, CPU)
+            accepted.add(name)
+        except SystemExit:
+            assert f"--{name} is" in capsys.readouterr().err
+        (tmp_path / "args.json").write_text(before)
+    may = "steps eval_every save_every keep tokens_per_micro_batch gradient_checkpointing"
+    assert accepted == {*may.split(), "sample_rows"} & set(flags)
 
 
 def test_steps_may_change_on_resumption(tmp_path, monkeypatch):

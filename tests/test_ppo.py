@@ -1,5 +1,6 @@
 """PPO: rewards, GAE, whitening, clips and values against brute-force sums; the critics; one family with REINFORCE and GRPO."""
 
+import collections
 import copy
 import itertools
 import json
@@ -9,6 +10,7 @@ import random
 import pytest
 import torch
 from conftest import family, make_tokenizer
+from test_grpo import Clock
 from test_reinforce import gradient, prompts_file, rollout, weights
 
 import common
@@ -341,9 +343,12 @@ def test_no_gradient_reaches_a_value_after_the_end_nor_comes_from_there():
 # --- a whole step, against one written out in float64 ---
 
 
-def logprobs_row(model, prompt, completion, temperature):
+def logprobs_row(model, prompt, completion, temperature, with_entropy=False):
     logits = model(torch.tensor([prompt + completion])).logits[0].double() / temperature
-    return logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(completion)[:, None])[:, 0]
+    everything = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+    chosen = everything.gather(1, torch.tensor(completion)[:, None])[:, 0]
+    entropy = -(everything.exp() * everything).sum(1).detach()
+    return (chosen, entropy) if with_entropy else chosen
 
 
 def values_row(critic, policy, prompt, completion):
@@ -359,7 +364,8 @@ def values_row(critic, policy, prompt, completion):
 @pytest.mark.parametrize("kind", CRITICS)
 def test_one_step_of_the_script_is_the_step_written_out(kind, whiten, tmp_path, monkeypatch):
     """Every equation and every flag in its place: two mini-batches, a reference of its own, a critic with opinions, plain gradient
-    descent; the weights after the step against those of loops over rows and tokens in float64."""
+    descent. The weights after the step and the numbers logged, against those of loops over rows and
+    tokens in float64."""
     torch.manual_seed(0)
     f = {"gamma": 0.9, "lam": 0.5, "clip_low": 0.1, "clip_high": 0.3, "beta": 0.7, "value_coef": 0.3, "value_clip": 0.15, "temperature": 0.8,
          "learning_rate": 0.05, "critic_learning_rate": 0.2, "missing_eos_penalty": 0.4, "whiten": whiten, "max_grad_norm": 1e9}  # fmt: skip
@@ -377,6 +383,7 @@ def test_one_step_of_the_script_is_the_step_written_out(kind, whiten, tmp_path, 
 
     def sample(model, *rest, **settings):
         seen["samples"] = honest["sample"](model, *rest, **settings)
+        seen["samples"].logprobs += 0.01  # what the sampler reports is compared, and nothing else
         return seen["samples"]
 
     def sgd(model, rate):
@@ -389,6 +396,7 @@ def test_one_step_of_the_script_is_the_step_written_out(kind, whiten, tmp_path, 
         seen[f"start_{which}"] = {k: p.detach().double().clone() for k, p in model.named_parameters()}
         return torch.optim.SGD(model.parameters(), lr=rate)
 
+    monkeypatch.setattr(ppo, "time", Clock())
     monkeypatch.setattr(common, "sample", sample)
     monkeypatch.setattr(common, "load_reference", lambda *a: moved(honest["load_reference"](*a), 1))
     monkeypatch.setattr(common, "make_optimizer", sgd)
@@ -404,46 +412,91 @@ def test_one_step_of_the_script_is_the_step_written_out(kind, whiten, tmp_path, 
         old = [logprobs_row(policy, p, c, f["temperature"]) for p, c in rows]
         ref = [logprobs_row(reference, p, c, f["temperature"]) for p, c in rows]
         V = [values_row(critic, policy, p, c) for p, c in rows]
-    A, R = [], []
+    A, R, came, kl_ref, scores = [], [], [], 0.0, []
     for i, (_, c) in enumerate(rows):
         T = len(c)
         score = 0.3 * len(s.texts[i]) - 1.0 - (0.0 if s.finished[i] else f["missing_eos_penalty"])
         r = [-f["beta"] * (old[i][t] - ref[i][t]).item() + (score if t == T - 1 else 0.0) for t in range(T)]
+        kl_ref += (old[i] - ref[i]).sum().item() / 8
+        scores.append(0.3 * len(s.texts[i]) - 1.0)
+        came.append([sum(f["gamma"] ** k * r[t + k] for k in range(T - t)) for t in range(T)])
         v = [*V[i].tolist(), 0.0]
         delta = [r[t] + f["gamma"] * v[t + 1] - v[t] for t in range(T)]
         A.append([sum((f["gamma"] * f["lam"]) ** k * delta[t + k] for k in range(T - t)) for t in range(T)])
         R.append([a + b for a, b in zip(A[-1], v)])
     everything = torch.tensor([a for row in A for a in row])
-    assert log[1]["returns"] == pytest.approx(sum(map(sum, R)) / len(everything), abs=1e-4)
+    came = torch.tensor([x for row in came for x in row])
+    guessed = torch.cat(V)
+    spread = (came - guessed).var(correction=0) / came.var(correction=0)
+    wanted_log = {
+        "returns": sum(map(sum, R)) / len(everything),
+        "value/explained": 1 - spread.item(),
+        "reward": sum(scores) / 8,
+        "kl/ref": kl_ref,
+        "kl/penalty": f["beta"] * kl_ref,
+        "length": len(everything) / 8,
+        "truncated": sum(not x for x in s.finished.tolist()) / 8,
+        "learning_rate": f["learning_rate"],
+        "value/learning_rate": f["critic_learning_rate"],
+        "time/sample": 2.0,
+        "time/train": 3.0,
+        "tokens_per_second": len(everything) / 5,
+        "updates": 4,
+        "ratio/first": 0.0,
+    }
     if whiten:
         mean, spread = everything.mean().item(), everything.std(correction=0).item()
         A = [[(a - mean) / (spread + 1e-4) for a in row] for row in A]
 
     order = torch.randperm(8, generator=torch.Generator().manual_seed(common.fold(1, 1, 0, common.CUT))).view(2, 4)
-    clipped = 0
+    sums = collections.Counter()
+    norms = {"policy": [], "critic": []}
     for epoch in range(2):
         for m in random.Random(common.fold(1, 1, epoch, common.PASS)).sample(range(2), 2):
-            mine, loss = order[m].tolist(), 0.0
+            mine, loss, v_loss = order[m].tolist(), 0.0, 0.0
             tokens = sum(len(rows[i][1]) for i in mine)
             for i in mine:
-                now = logprobs_row(policy, *rows[i], f["temperature"])
+                now, entropy = logprobs_row(policy, *rows[i], f["temperature"], True)
                 values = values_row(critic, policy, *rows[i])
                 for t in range(len(now)):
                     rho = (now[t] - old[i][t]).exp()
                     inside = rho.clamp(1 - f["clip_low"], 1 + f["clip_high"])
-                    clipped += bool(rho * A[i][t] > inside * A[i][t])
+                    stopped = bool(rho * A[i][t] > inside * A[i][t])
+                    logratio = (now[t] - old[i][t]).item()
+                    sums["tokens"] += 1
+                    sums["clip/low"] += stopped and rho.item() < 1
+                    sums["clip/high"] += stopped and rho.item() > 1
+                    sums["ratio/mean"] += rho.item()
+                    sums["entropy"] += entropy[t].item()
+                    sums["kl/sample"] += abs(old[i][t].item() - s.logprobs[i, t].item())
+                    # KL(pi_old || pi) of the four updates, 4 completions each
+                    sums["kl/old"] += (math.exp(logratio) - 1 - logratio) / 4 / 4
                     loss = loss - torch.minimum(rho * A[i][t], inside * A[i][t]) / tokens
                     near = V[i][t] + (values[t] - V[i][t]).clamp(-f["value_clip"], f["value_clip"])
                     worse = torch.maximum((values[t] - R[i][t]) ** 2, (near - R[i][t]) ** 2)
-                    loss = loss + f["value_coef"] * 0.5 * worse / tokens
+                    v_loss = v_loss + 0.5 * worse / tokens
+            sums["loss"] += loss.item() / 4
+            sums["value/loss"] += v_loss.item() / 4
             policy.zero_grad(), critic.zero_grad()
-            loss.backward()
+            (loss + f["value_coef"] * v_loss).backward()
+            for name, model in (("policy", policy), ("critic", critic)):
+                of_all = [p.grad.norm().item() for p in model.parameters() if p.grad is not None]
+                norms[name].append(math.hypot(*of_all))
             with torch.no_grad():
                 for model, rate in ((policy, f["learning_rate"]), (critic, f["critic_learning_rate"])):
                     for p in model.parameters():
                         if p.grad is not None:
                             p -= rate * p.grad
-    assert clipped > 0, "a clip that never acts would not be tested"
+    # clips that never act would not be tested
+    assert sums["clip/low"] > 0 and sums["clip/high"] > 0
+    for name in ("clip/low", "clip/high", "ratio/mean", "entropy", "kl/sample"):
+        wanted_log[name] = sums[name] / sums["tokens"]
+    for name in ("loss", "value/loss", "kl/old"):
+        wanted_log[name] = sums[name]
+    wanted_log["grad_norm"] = sum(norms["policy"]) / 4
+    wanted_log["value/grad_norm"] = sum(norms["critic"]) / 4
+    logged = {name: value for name, value in log[1].items() if name not in ("step", "memory_gib")}
+    assert logged == pytest.approx(wanted_log, rel=2e-3, abs=5e-5)
     for wanted, saved in ((policy, weights(tmp_path, "run")), (critic, critics(tmp_path, "run"))):
         start = seen["start_policy"] if wanted is policy else seen["start_critic"]
         for k, p in wanted.named_parameters():
@@ -520,6 +573,33 @@ def test_the_updates_of_a_rollout_end_when_the_kl_has_passed_its_stop(tmp_path):
     free, held, tight = (run(tmp_path, f"k{k}", kl_stop=k, **flags) for k in (0.0, 0.02, 1e-9))
     assert free[2]["updates"] == 8 and 1 <= held[2]["updates"] < 8
     assert tight[1]["updates"] == tight[2]["updates"] == 1, "the first finds a KL of exactly 0, the second anything else"
+
+
+def test_the_kl_stop_is_in_nats_a_completion_of_one_update(tmp_path, monkeypatch):
+    """A stop between the KLs that two updates find, measured in a run without one: updates are made
+    until the next one finds a KL above the stop, and that one is not made."""
+    found, honest = [], ppo.moved_by
+
+    def moved_by(logprobs, before):
+        kl = honest(logprobs, before)
+        found.append(kl.sum().item() / len(kl))
+        return kl
+
+    monkeypatch.setattr(ppo, "moved_by", moved_by)
+    flags = SMALL | {"steps": 1, "epochs": 3, "minibatches": 2, "tokens_per_micro_batch": 10**6}
+    flags |= {"learning_rate": 5e-5, "warmup": 0, "schedule": "constant"}
+    free = run(tmp_path, "free", **flags)
+    assert len(found) == 6 and free[1]["kl/old"] == pytest.approx(sum(found) / 6, rel=1e-5)
+    growing = list(found)
+    for updates in (1, 3):
+        before, past = max(growing[:updates]), growing[updates]
+        assert past > 1.05 * before, "a stop fits between"
+        found.clear()
+        held = run(tmp_path, f"held{updates}", kl_stop=(before + past) / 2, **flags)
+        assert held[1]["updates"] == updates
+        # a mean over the updates that were looked at, the one that was not made among them
+        assert found == growing[: updates + 1]
+        assert held[1]["kl/old"] == pytest.approx(sum(found) / len(found), rel=1e-5)
 
 
 def test_a_cut_completion_pays_for_its_missing_eos(tmp_path):

@@ -157,7 +157,8 @@ def test_reinforce_samples_and_evaluates_on_two_processes(tmp_path):
     run(train, 2, flags | {"out": str(tmp_path / "two")})
     log = [json.loads(x) for x in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in log] == [0, 1, 2] and log[1]["kl/ref"] == 0 and log[1]["ratio/first"] == 0
-    assert log[1]["kl/sample"] < 1e-5 and 0.1 < log[0]["eval/exact"] < 0.4
+    assert log[1]["kl/sample"] < 1e-5
+    assert log[0]["eval/exact"] * 512 == pytest.approx(160, abs=1), "that of the greedy completions"
     assert (tmp_path / "two" / "model" / "model.safetensors").is_file()
 
 

@@ -1,0 +1,467 @@
+"""What the five loops share: held-out scores by hand, and when they are taken; rates, limits, seeds
+and temperatures that are those of the flags in the steps, too.
+"""
+
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from processes import run as run_processes
+from test_reinforce import prompts_file
+
+import common
+import dpo
+import grpo
+import ppo
+import reinforce
+import reward_model
+from common import World
+
+CPU = World(0, 1, torch.device("cpu"), torch.float32)
+ROLLOUTS = [reinforce, ppo, grpo]  # scripts that draw what they learn from
+EVALUATED = [reinforce, ppo, grpo, dpo]  # scripts whose evaluation draws completions
+SCRIPTS = [reinforce, ppo, grpo, dpo, reward_model]
+
+
+def named(script):
+    return script.__name__
+
+
+# --- held-out scores, by hand ---
+
+
+def held_out_rows(count):
+    """As `load_prompts` gives them. A prompt's only id is the row's number; every fifth row has no
+    answer."""
+    rows = []
+    for i in range(count):
+        row = {"prompt": str(i)}
+        if i % 5 != 4:
+            row["answer"] = str(3 * i)
+        rows.append(([i], row))
+    return rows
+
+
+def kind_of_draw(i, j):
+    """What the stand-in says to prompt i: 0 the answer, 1 the right number in a sentence, 2 what is
+    wrong. Its greedy completion is j = 0, and what it draws at a temperature begins with j = 1."""
+    return (i + j * j) % 3
+
+
+def said(i, j):
+    """The stand-in's completion j of prompt i."""
+    return [f"{3 * i}", f"it is {3 * i}.", f"{3 * i + 1}"][kind_of_draw(i, j)]
+
+
+def stand_in(asked=None):
+    """In the place of common.sample. Nothing is drawn: what is said depends on the prompt, the
+    sample's number and the temperature."""
+
+    def sample(model, tokenizer, prompts, *, n=1, max_new_tokens, temperature=1.0, seed=None):
+        if asked is not None:
+            call = {"prompts": prompts, "n": n, "temperature": temperature, "seed": seed}
+            asked.append(call | {"max_new_tokens": max_new_tokens})
+        first = 0 if temperature == 0 else 1
+        return SimpleNamespace(texts=[said(ids[0], first + j) for ids in prompts for j in range(n)])
+
+    return sample
+
+
+def pay(texts, rows):
+    """Depends on completion and row, so that a completion scored with another's row shows."""
+    pairs = zip(texts, rows, strict=True)
+    return [len(text) + 0.001 * int(row["prompt"]) ** 1.5 for text, row in pairs]
+
+
+def scores_by_hand(count, rule, n):
+    """What evaluation is to say of `held_out_rows(count)`. `rule`: which kinds of completion are
+    right."""
+    rows = [row for _, row in held_out_rows(count)]
+    paid = [pay([said(i, 0)], [row])[0] for i, row in enumerate(rows)]
+    known = [i for i, row in enumerate(rows) if "answer" in row]
+    wanted = {"eval/reward": sum(paid) / count}
+    if known:
+        wanted["eval/exact"] = sum(kind_of_draw(i, 0) in rule for i in known) / len(known)
+    for k in (1, 2, 4, 8, n) if n and known else ():
+        if k <= n:
+            total = 0.0
+            for i in known:
+                right = [kind_of_draw(i, 1 + j) in rule for j in range(n)]
+                tries = [any(choice) for choice in itertools.combinations(right, k)]
+                total += sum(tries) / len(tries)
+            wanted[f"eval/pass@{k}"] = total / len(known)
+    return wanted
+
+
+def evaluated(script, count, reward, n=0, world=CPU):
+    flags = {"reward": reward, "temperature": 0.7, "max_new_tokens": 9, "seed": 5}
+    if script is dpo:
+        del flags["temperature"]
+    if script is grpo:
+        flags["eval_samples"] = n
+    args = script.Args(**flags)
+    found = script.evaluate(None, None, held_out_rows(count), pay, args, world)
+    return found[0] if script is dpo else found
+
+
+@pytest.mark.parametrize("reward, rule", [("exact", {0}), ("number", {0, 1}), ("r.py:f", {0})])
+@pytest.mark.parametrize("script", EVALUATED, ids=named)
+def test_held_out_scores_are_of_every_rows_greedy_completion(script, reward, rule, monkeypatch):
+    """More rows than one round draws for, and a last round that is not full. `number` says what is
+    right where that is the reward, and `exact` otherwise; a row without an answer is neither."""
+    asked = []
+    monkeypatch.setattr(common, "sample", stand_in(asked))
+    for count in (1, 5, 256, 600):
+        asked.clear()
+        assert evaluated(script, count, reward) == pytest.approx(scores_by_hand(count, rule, 0))
+        prompts = [ids for a in asked for ids in a["prompts"]]
+        assert prompts == [[i] for i in range(count)], "each once"
+        asked_for = {(a["temperature"], a["n"], a["max_new_tokens"]) for a in asked}
+        assert asked_for == {(0, 1, 9)}
+        assert max(len(a["prompts"]) for a in asked) <= 256
+
+
+@pytest.mark.parametrize("script", EVALUATED, ids=named)
+def test_rows_without_any_answer_have_a_reward_and_no_share_of_right_ones(script, monkeypatch):
+    monkeypatch.setattr(common, "sample", stand_in())
+    rows = [{"prompt": "0"}, {"prompt": "1"}]
+    args = script.Args(reward="r.py:f")
+    found = script.evaluate(None, None, [([0], rows[0]), ([1], rows[1])], pay, args, CPU)
+    scores = found[0] if script is dpo else found
+    paid = pay([said(0, 0), said(1, 0)], rows)
+    assert scores == pytest.approx({"eval/reward": sum(paid) / 2})
+
+
+@pytest.mark.parametrize("reward, rule", [("exact", {0}), ("number", {0, 1})])
+@pytest.mark.parametrize("n", [1, 2, 6, 300])
+def test_pass_at_k_counts_the_right_ones_of_each_prompts_samples(n, reward, rule, monkeypatch):
+    asked = []
+    monkeypatch.setattr(common, "sample", stand_in(asked))
+    count = 300 if n < 300 else 3
+    found = evaluated(grpo, count, reward, n)
+    if n < 300:
+        assert found == pytest.approx(scores_by_hand(count, rule, n))
+    else:  # too many choices to list
+        powers = [2**i for i in range(9)]
+        assert [k for k in found if "pass" in k] == [f"eval/pass@{k}" for k in (*powers, 300)]
+    drawn = [a for a in asked if a["temperature"] == 0.7]
+    assert [ids for a in drawn for ids in a["prompts"]] == [[i] for i in range(count)]
+    assert all(a["n"] == n and a["max_new_tokens"] == 9 for a in drawn)
+    assert max(len(a["prompts"]) for a in drawn) <= max(256 // n, 1), "no more rows than greedy"
+    assert len({a["seed"] for a in drawn}) == len(drawn), "each round draws with a seed of its own"
+    asked.clear()
+    assert evaluated(grpo, count, reward, n) == found
+    seeds = [a["seed"] for a in asked if a["temperature"] == 0.7]
+    assert seeds == [a["seed"] for a in drawn], "before and after training alike"
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """A folder of what each of two processes finds in all evaluations."""
+    folder = tmp_path_factory.mktemp("two")
+    run_processes(evaluate_everywhere, 2, folder)
+    return folder
+
+
+def evaluate_everywhere(out):
+    world = common.start("cpu")
+    best_of_everywhere(out, world)
+    asked, found = [], {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "sample", stand_in(asked))
+        # of 1 row the second process has none; of 513 the first has 257, a round more than it
+        for count in (1, 2, 7, 513):
+            for script in EVALUATED:
+                n = 2 if script is grpo else 0
+                found[f"{named(script)} {count}"] = evaluated(script, count, "number", n, world)
+        seeds = [a["seed"] for a in asked if a["temperature"] > 0]
+    (out / f"{world.rank}.json").write_text(json.dumps([found, seeds]))
+
+
+def test_two_processes_share_the_rows_out_and_count_each_once(two_processes):
+    tmp_path = two_processes
+    found, seeds = json.loads((tmp_path / "0.json").read_text())
+    same, others = json.loads((tmp_path / "1.json").read_text())
+    assert found == same
+    assert len(found) == 16 and not set(seeds) & set(others), "no seed serves two processes"
+    for case, scores in found.items():
+        script, count = case.split()
+        wanted = scores_by_hand(int(count), {0, 1}, 2 if script == "grpo" else 0)
+        assert scores == pytest.approx(wanted), case
+
+
+def test_dpo_shows_the_first_completions_with_their_prompts_and_rewards(monkeypatch):
+    monkeypatch.setattr(common, "sample", stand_in())
+    _, shown = dpo.evaluate(None, None, held_out_rows(300), pay, dpo.Args(), CPU)
+    texts, rows = [said(i, 0) for i in range(8)], [{"prompt": str(i)} for i in range(8)]
+    assert [x["prompt"] for x in shown] == [row["prompt"] for row in rows]
+    assert [x["completion"] for x in shown] == texts
+    assert [x["reward"] for x in shown] == pay(texts, rows)
+
+
+@pytest.mark.parametrize("script", ROLLOUTS, ids=named)
+def test_the_greedy_score_of_the_embedded_model_is_known(script, tmp_path):
+    """160 of 512. Sampled at temperature 1 it would be about 78, and at half the tokens 0."""
+    flags = {"steps": 0, "out": str(tmp_path / "run"), "device": "cpu"}
+    script.train(script.Args(**flags))
+    [line] = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    right = json.loads(line)["eval/exact"] * 512
+    assert right == pytest.approx(160, abs=1), "rounding may turn one"
+
+
+# --- best of N ---
+
+
+def best_of_everywhere(out, world):
+    """Best-of-N with a sampler that draws nothing; score and true reward depend on text and row."""
+
+    def sample(policy, tokenizer, prompts, *, n, max_new_tokens, temperature, seed):
+        return SimpleNamespace(texts=[f"{ids[0]} {j}" for ids in prompts for j in range(n)])
+
+    def score(model, tokenizer, texts, rows, world):
+        return [bon_score(t, r) for t, r in zip(texts, rows, strict=True)]
+
+    def reward(texts, rows):
+        return [bon_truth(t, r) for t, r in zip(texts, rows, strict=True)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "load_reference", lambda *a: None)
+        patch.setattr(common, "sample", sample)
+        patch.setattr(common, "score_texts", score)
+        found = {}
+        for count in (1, 7):
+            args = reward_model.Args(best_of=(1, 2, 4), sample_rows=8, policy="x")
+            rows = [([i], {"prompt": str(i)}) for i in range(count)]
+            asked = (None, None, None, rows, reward, args, world, lambda: False)
+            found[count] = reward_model.report_best_of(*asked)
+    (out / f"best{world.rank}.json").write_text(json.dumps(found))
+
+
+def bon_score(text, row):
+    i, j = map(int, text.split())
+    return float((3 * i + 5 * j) % 7) + 10 * (int(row["prompt"]) == i)
+
+
+def bon_truth(text, row):
+    i, j = map(int, text.split())
+    return i + 0.1 * j + 100 * (int(row["prompt"]) == i)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_best_of_n_asks_for_every_prompt_and_pays_by_its_own_row(size, request, tmp_path):
+    folder = request.getfixturevalue("two_processes") if size == 2 else tmp_path
+    if size == 1:
+        best_of_everywhere(folder, CPU)
+    for rank in range(size):
+        for count, found in json.loads((folder / f"best{rank}.json").read_text()).items():
+            wanted = {}
+            for n in (1, 2, 4):
+                scores, truths = [], []
+                for i in range(int(count)):
+                    drawn = [
+                        (
+                            bon_score(f"{i} {j}", {"prompt": str(i)}),
+                            bon_truth(f"{i} {j}", {"prompt": str(i)}),
+                        )
+                        for j in range(4)
+                    ]
+                    best = [max(choice) for choice in itertools.combinations(drawn, n)]
+                    scores.append(sum(s for s, _ in best) / len(best))
+                    truths.append(sum(t for _, t in best) / len(best))
+                wanted[f"best_of/score@{n}"] = sum(scores) / len(scores)
+                wanted[f"best_of/true@{n}"] = sum(truths) / len(truths)
+                wanted[f"best_of/kl@{n}"] = math.log(n) - (n - 1) / n
+            assert found == pytest.approx(wanted)
+
+
+# --- runs ---
+
+
+def run(script, tmp_path, name="run", **flags):
+    """A short run of any of the five scripts; what a script does not know is not given to it."""
+    settings = {
+        "out": str(tmp_path / name),
+        "device": "cpu",
+        "eval_data": "",
+        "eval_prompts": "",
+        "policy": "",
+    }
+    settings |= {"prompts_per_step": 4, "pairs_per_step": 4, "max_new_tokens": 6}
+    settings |= {"unit_scale": False}
+    task = "sort_train.jsonl" if script in ROLLOUTS else "pairs_train.jsonl"
+    settings |= {"data": str(grpo.TINY / task)} | flags
+    known = {k: v for k, v in settings.items() if k in vars(script.Args())}
+    script.train(script.Args(**known))
+    lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def saved(tmp_path, step, name="run"):
+    path = tmp_path / name / "checkpoint" / f"{step:06d}.pt"
+    return torch.load(path, weights_only=True)["models"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=named)
+def test_scores_and_checkpoints_are_made_when_the_flags_say(script, tmp_path, monkeypatch):
+    """Scores before the first step, every --eval_every steps, and after the last, of the weights as
+    that step has left them; checkpoints every --save_every steps, and after the last."""
+    seen = []
+
+    def evaluate(model, *rest):
+        seen.append({k: p.detach().clone() for k, p in model.named_parameters()})
+        scores = {"eval/reward": float(len(seen))}
+        return (scores, []) if script is dpo else scores
+
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    few = grpo.TINY / ("pairs_test.jsonl" if script is reward_model else "sort_test.jsonl")
+    held_out = {"eval_prompts" if script is dpo else "eval_data": str(few)}
+    flags = {"eval_every": 2, "save_every": 1, "keep": 9, "warmup": 0, "learning_rate": 1e-4}
+    log = run(script, tmp_path, steps=5, **held_out, **flags)
+    assert [(m["step"], m["eval/reward"]) for m in log if "eval/reward" in m] == [
+        (0, 1),
+        (2, 2),
+        (4, 3),
+        (5, 4),
+    ]
+    which = "model" if script is reward_model else "policy"
+    for weights, step in zip(seen[1:], (2, 4, 5)):
+        there = saved(tmp_path, step)[which]
+        assert all(torch.equal(p, there[k]) for k, p in weights.items())
+    monkeypatch.setattr(script, "evaluate", lambda *a: 1 / 0)
+    log = run(script, tmp_path, "other", steps=5, save_every=2, keep=9)
+    assert [p.stem for p in common.checkpoints(tmp_path / "other")] == [
+        "000002",
+        "000004",
+        "000005",
+    ]
+    assert not any(key.startswith("eval/") for m in log for key in m), "nothing was held out"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=named)
+def test_a_step_is_its_rate_times_the_limit_on_the_gradient(script, tmp_path, monkeypatch):
+    """Plain gradient descent under a limit that every gradient exceeds. A rate or a limit that is
+    logged and not used would be found here."""
+    limit, peak = 1e-3, {"learning_rate": 4.0, "critic_learning_rate": 8.0}
+
+    def sgd(model, rate):
+        return torch.optim.SGD(model.parameters(), lr=rate)
+
+    monkeypatch.setattr(common, "make_optimizer", sgd)
+    paid = "0.3 * len(completion) + completion.count('1')"
+    (tmp_path / "r.py").write_text(f"def f(completion, row):\n    return {paid}\n")
+    settings = {
+        "reward": f"{tmp_path}/r.py:f",
+        "epochs": 1,
+        "minibatches": 1,
+        "beta": 0.1,
+        "samples_per_prompt": 4,
+    }
+    settings |= {
+        "save_every": 1,
+        "keep": 9,
+        "max_grad_norm": limit,
+        "warmup": 1,
+        "schedule": "linear",
+    }
+    log = run(script, tmp_path, steps=4, **peak, **settings)
+    rates = [1 / 2, 1.0, 2 / 3, 1 / 3]
+    for name in saved(tmp_path, 1):
+        of_critic = name == "critic"
+        key = "value/" if of_critic else ""
+        top = peak["critic_learning_rate" if of_critic else "learning_rate"]
+        logged = [m[f"{key}learning_rate"] for m in log[1:5]]
+        assert logged == pytest.approx([rate * top for rate in rates])
+        for step in (2, 3, 4):
+            before, after = saved(tmp_path, step - 1)[name], saved(tmp_path, step)[name]
+            ways = [(after[k] - before[k]).double().norm().item() for k in after]
+            way = math.hypot(*ways)
+            assert log[step][f"{key}grad_norm"] > limit
+            assert way == pytest.approx(rates[step - 1] * top * limit, rel=1e-2), (
+                name,
+                step,
+            )
+
+
+@pytest.mark.parametrize("script", ROLLOUTS, ids=named)
+def test_a_rollout_is_drawn_from_the_steps_prompts_at_the_flags_temperature_with_a_seed_of_its_own(
+    script, tmp_path, monkeypatch
+):
+    """The prompts are shuffled copies of the data one after another, in an order of the seed."""
+    asked, honest = [], common.sample
+
+    def sample(model, tokenizer, prompts, **settings):
+        asked.append({"prompts": [tokenizer.decode(ids) for ids in prompts], **settings})
+        return honest(model, tokenizer, prompts, **settings)
+
+    monkeypatch.setattr(common, "sample", sample)
+    digits = [f"{i}{i}=" for i in range(6)]
+    data = prompts_file(tmp_path, [{"prompt": d, "answer": "1"} for d in digits])
+    flags = {
+        "data": data,
+        "samples_per_prompt": 2,
+        "temperature": 0.6,
+        "max_new_tokens": 5,
+        "steps": 3,
+    }
+    for seed in (1, 2):
+        run(script, tmp_path, f"seed{seed}", seed=seed, **flags)
+    assert all((a["n"], a["temperature"], a["max_new_tokens"]) == (2, 0.6, 5) for a in asked)
+    assert len({a["seed"] for a in asked}) == 6, "every step of every seed draws with another"
+    orders = [[p for a in asked[i : i + 3] for p in a["prompts"]] for i in (0, 3)]
+    for order in orders:
+        assert sorted(order[:6]) == sorted(order[6:]) == digits and order[:6] != order[6:]
+    assert orders[0] != orders[1]
+
+
+def test_a_learning_rate_falls_to_0_just_after_the_last_step_whatever_the_warm_up():
+    """In equal parts, or in half a cosine; step `steps + 1` would have none left."""
+    for steps, warmup in ((10, 0), (10, 3), (5, 4), (7, 1)):
+        linear, cosine = (
+            [common.learning_rate_at(s, steps, 2.0, schedule, warmup) for s in range(1, steps + 2)]
+            for schedule in ("linear", "cosine")
+        )
+        rising = [2.0 * s / (warmup + 1) for s in range(1, warmup + 1)]
+        falling = [i / (steps - warmup) for i in range(steps - warmup + 1)]
+        straight = [2.0 * (1 - done) for done in falling]
+        assert linear == pytest.approx(rising + straight, abs=1e-12)
+        curve = [1.0 + math.cos(math.pi * done) for done in falling]
+        assert cosine == pytest.approx(rising + curve, abs=1e-12)
+
+
+# --- what a run leaves behind ---
+
+
+def test_console_log_and_tensorboard_have_every_step_once(tmp_path, capsys):
+    """A run of 3 steps whose last checkpoint is of step 2, resumed and taken to step 4. What log
+    and TensorBoard had of step 3 is replaced."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = {"schedule": "constant", "warmup": 0, "eval_every": 9, "samples_per_prompt": 2}
+    lines = (grpo.TINY / "sort_test.jsonl").read_text().splitlines()[:20]
+    (tmp_path / "test.jsonl").write_text("\n".join(lines))
+    flags |= {"eval_data": str(tmp_path / "test.jsonl"), "save_every": 2, "keep": 9}
+    run(grpo, tmp_path, steps=3, **flags)
+    out = tmp_path / "run"
+    (out / "checkpoint" / "000003.pt").unlink()
+    capsys.readouterr()
+    log = run(grpo, tmp_path, steps=4, resume=True, **flags)
+    said = capsys.readouterr().out
+    assert [m["step"] for m in log] == [0, 1, 2, 3, 4]
+    shown = [json.loads(line)["step"] for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert shown == [1, 1, 2, 2, 3, 3, 4, 4]
+
+    first, last = log[0]["eval/exact"], log[4]["eval/exact"]
+    assert "going on after step 2 of 4" in said
+    assert f"held-out exact: {first:.3f} -> {last:.3f}" in said
+    assert f"step 4: held-out reward {log[4]['eval/reward']:.3f}, exact {last:.3f}" in said
+    assert 'print(pipeline("text-generation", ' in said
+
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    for name in ("reward", "loss", "learning_rate", "eval/exact"):
+        there = {e.step: e.value for e in events.Scalars(name)}
+        wanted = {m["step"]: m[name] for m in log if name in m}
+        assert there == pytest.approx(wanted) and len(there) == len(events.Scalars(name)), name
