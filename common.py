@@ -77,9 +77,9 @@ class World:
 def start(device="auto", dtype="auto", seed=0):
     """Joins the other processes (torchrun sets RANK and WORLD_SIZE) and picks device and precision.
 
-    On a CPU everything is float32 by default. On a GPU, and on a CPU with --dtype bfloat16, the weights
-    that compute are bfloat16 and the weights that learn are float32: a bfloat16 weight of 1.0 cannot even
-    move by the 1e-6 that a step at learning rate 1e-6 makes.
+    On a CPU everything is float32 by default. On a GPU, and on a CPU with --dtype bfloat16, the
+    weights that compute are bfloat16 and the weights that learn are float32: a bfloat16 weight of
+    1.0 cannot even move by the 1e-6 that a step at learning rate 1e-6 makes.
     """
     if device not in ("auto", "cpu", "cuda"):
         fail(f"--device {device}: choose auto, cpu or cuda")

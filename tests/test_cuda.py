@@ -1,5 +1,5 @@
-"""What only a GPU can show: python -m pytest tests -m cuda. test_bfloat16.py has the tests that a CPU can run as well; with
--m cuda they run on the GPU."""
+"""What only a GPU can show: python -m pytest tests -m cuda. What a CPU can show as well is in
+test_bfloat16.py; with -m cuda it is shown on the GPU."""
 
 import warnings
 
