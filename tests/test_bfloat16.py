@@ -230,7 +230,9 @@ def test_a_run_from_the_shell_ends_well_and_says_nothing_on_stderr(data, tmp_pat
     command = [sys.executable, str(ROOT / "grpo.py"), "--dtype", "bfloat16", "--steps", "1"]
     command += ["--data", str(data / "sort_train.jsonl"), "--prompts_per_step", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    # gloo's word on machines that do not know their own name
+    said = [line for line in done.stderr.splitlines() if "Unable to resolve hostname" not in line]
+    assert done.returncode == 0 and said == []
     assert "computing in bfloat16, learning in float32" in done.stdout
 
 
