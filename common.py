@@ -77,9 +77,9 @@ class World:
 def start(device="auto", dtype="auto", seed=0):
     """Joins the other processes (torchrun sets RANK and WORLD_SIZE) and picks device and precision.
 
-    On the CPU everything is float32 by default. On a GPU, and on a CPU with --dtype bfloat16, the weights that compute are
-    bfloat16 and the weights that learn are float32: a bfloat16 weight of 1.0 cannot even move by the 1e-6 that a step at
-    learning rate 1e-6 makes.
+    On a CPU everything is float32 by default. On a GPU, and on a CPU with --dtype bfloat16, the
+    weights that compute are bfloat16 and the weights that learn are float32: a bfloat16 weight of
+    1.0 cannot even move by the 1e-6 that a step at learning rate 1e-6 makes.
     """
     if device not in ("auto", "cpu", "cuda"):
         fail(f"--device {device}: choose auto, cpu or cuda")
@@ -365,7 +365,8 @@ def shard(model, world):
     # inner blocks before outer ones, the root last: each takes the weights that no other has taken
     units = [m for m in reversed(list(model.modules())) if type(m).__name__ in blocks and m is not model]
     if not units:  # the root alone would never learn of the backward pass, see `hidden_states`
-        fail(f"{type(model).__name__} names no blocks (_no_split_modules) to shard by: it trains in one CPU process only")
+        only = "it trains in one CPU process and in float32 only"
+        fail(f"{type(model).__name__} names no blocks (_no_split_modules) to shard by: {only}")
     for unit in [*units, model]:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
         # FSDP2 averages gradients over the processes. Our losses are divided by counts over *all* processes already,

@@ -88,3 +88,11 @@ FAMILIES = ["gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left_open():
+    """On one CPU process --dtype bfloat16 makes a group; a test on a GPU needs another kind."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -103,7 +103,7 @@ MISTAKES = [
     (ALL, None, {"tokens_per_micro_batch": 0}, ["--tokens_per_micro_batch 0"]),
     (ALL, None, {"keep": 0}, ["--keep 0"]),
     (ALL, None, {"device": "tpu"}, ["--device tpu"]),
-    (ALL, None, {"dtype": "bfloat16"}, ["--dtype bfloat16"]),
+    (ALL, None, {"dtype": "float16"}, ["--dtype float16", "bfloat16"]),
 ]
 
 

@@ -40,6 +40,12 @@ def test_grpo_learns_to_sort(tmp_path):
     assert curve[0] <= 0.40 and curve[-1] >= 0.90, curve
 
 
+def test_grpo_learns_to_sort_in_bfloat16(tmp_path):
+    """The GPU's arithmetic, held to what float32 is held to."""
+    curve = scores("grpo", tmp_path / "run", "--dtype", "bfloat16")
+    assert curve[0] <= 0.40 and curve[-1] >= 0.90, curve
+
+
 def test_a_reward_model_learns_and_makes_best_of_n(tmp_path):
     command = [sys.executable, str(ROOT / "reward_model.py"), "--out", str(tmp_path / "run")]
     subprocess.run(command, check=True, cwd=tmp_path)
