@@ -26,6 +26,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -679,18 +680,18 @@ def save_model(model, tokenizer, folder, world):
         temporary = folder.with_name(folder.name + ".tmp")
         try:
             model.save_pretrained(temporary, state_dict=state, safe_serialization=True)
-        except Exception as error:  # a full disk has many names here
+            if model.get_output_embeddings() is not None:  # whoever samples from it is to know all that ends its answers
+                generation, ends = copy.deepcopy(model.generation_config), stop_ids(model, tokenizer)
+                generation.eos_token_id = ends if len(ends) > 1 else ends[0]
+                generation.save_pretrained(temporary)
+            config = copy.deepcopy(model.config_to_save)
+            config.dtype = world.dtype
+            config.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            replace(temporary, folder)
+        except Exception as error:  # a full disk has many names here: each of these libraries has its own
             shutil.rmtree(temporary, ignore_errors=True)
             raise Stop(f"{folder} could not be written ({error})") from error
-        if model.get_output_embeddings() is not None:  # whoever samples from it is to know all that ends its answers
-            generation, ends = copy.deepcopy(model.generation_config), stop_ids(model, tokenizer)
-            generation.eos_token_id = ends if len(ends) > 1 else ends[0]
-            generation.save_pretrained(temporary)
-        config = copy.deepcopy(model.config_to_save)
-        config.dtype = world.dtype
-        config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        replace(temporary, folder)
     if world.size > 1:
         dist.barrier()
 
@@ -840,10 +841,15 @@ def write(path, data):
             torch.save(data, file) if isinstance(data, dict) else file.write(data.encode())
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save meets a full disk with a RuntimeError about its own format, and the OSError stands behind it
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
+    finally:
         temporary.unlink(missing_ok=True)  # on a full disk half a file is in the way
-        raise
-    os.replace(temporary, path)
 
 
 def replace(temporary, folder):
@@ -978,12 +984,24 @@ def introduce(out, args, world, tokenizer, ids, first, needed):
     what = "first text, a chosen side" if pairs else "first prompt"
     print(f"{what}: {tokenizer.decode(ids)!r}\n  as ids: {ids if len(ids) < 40 else [*ids[:30], '...', *ids[-8:]]}")
     print(f"writing to {out}" + (f", going on after step {first} of {args.steps}" if args.resume else "") + "\n")
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        cut_log(out / name, first or -1)  # what a resumed run will write again
-    writer = SummaryWriter(out / "tensorboard", purge_step=first + (first > 0) if args.resume else None)
-    writer.add_text("args", f"```\n{json.dumps(dataclasses.asdict(args), indent=1)}\n```")
+    threading.excepthook = quiet_threads
+    try:
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            cut_log(out / name, first or -1)  # what a resumed run will write again
+        writer = SummaryWriter(out / "tensorboard", purge_step=first + (first > 0) if args.resume else None)
+        writer.add_text("args", f"```\n{json.dumps(dataclasses.asdict(args), indent=1)}\n```")
+        writer.flush()
+    except OSError as error:
+        fail(f"--out {out}: cannot write there ({error.strerror})")
     # disable=None: no bar in a log file, where every step would be a line
     return writer, tqdm(total=args.steps, initial=first, desc=out.name, dynamic_ncols=True, disable=None)
+
+
+def quiet_threads(hook):
+    """TensorBoard writes in a thread. When that fails, `log` raises the same OSError, and `guarded` says it in a sentence;
+    Python would print the thread's traceback as well."""
+    if not issubclass(hook.exc_type, OSError):
+        threading.__excepthook__(hook)
 
 
 def log(out, writer, step, metrics, texts=()):

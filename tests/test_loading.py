@@ -4,13 +4,15 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from argparse import Namespace
 from dataclasses import dataclass
 
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, family, make_tokenizer
+from conftest import FAMILIES, ROOT, family, make_tokenizer
 
 import common
 from common import World, encode, encode_completion, encode_prompt, load_policy, load_reference, load_scalar
@@ -415,6 +417,73 @@ def test_a_crash_while_saving_leaves_the_older_checkpoint_whole(folder, tmp_path
     with pytest.raises(OSError):
         common.save_checkpoint(tmp_path, CPU, 2, {"policy": model}, {})
     assert common.read_checkpoint(tmp_path)["step"] == 1
+
+
+FULL_DISK = """
+import os, resource, sys
+import torch, transformers
+import common, grpo
+
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+def limit_before(owner, name, size, when=lambda *given: True):
+    honest = getattr(owner, name)
+    def limited(*given, **named):
+        if when(*given):
+            limit(size())
+        return honest(*given, **named)
+    setattr(owner, name, limited)
+
+def largest(pattern):
+    return max(path.stat().st_size for path in run.glob(pattern))
+
+second = lambda out, other, step, *rest: step == 2
+everywhere = {
+    "checkpoint": (common, "save_checkpoint", lambda: 100_000, second),
+    "metrics": (common, "log", lambda: largest("metrics.jsonl") + 10, second),
+    "tensorboard": (common, "log", lambda: largest("tensorboard/*") + 10, second),
+    "model": (common, "save_model", lambda: 100_000),
+    "tokenizer": (transformers.PreTrainedTokenizerBase, "save_pretrained", lambda: 10),
+    "start": (common, "introduce", lambda: 10),
+}
+for where, how in everywhere.items():
+    os.write(2, f"== {where}\\n".encode())
+    if os.fork():  # one import of torch for all
+        os.wait()
+        continue
+    run = common.Path(sys.argv[1]) / where
+    limit_before(*how)
+    few = dict(steps=2, save_every=1, prompts_per_step=2, samples_per_prompt=2, max_new_tokens=4)
+    grpo.train(grpo.Args(**few, eval_data="", device="cpu", out=str(run)))
+    raise SystemExit
+"""
+
+
+def test_a_disk_that_is_really_full_is_a_sentence_and_the_last_checkpoint_stays(tmp_path):
+    """The kernel refuses to make files longer (RLIMIT_FSIZE). torch.save turns that into a RuntimeError, safetensors and the
+    tokenizers have errors of their own, and TensorBoard writes in a thread: none of them may end in a traceback."""
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    parts = [part.partition("\n") for part in done.stderr.decode().split("== ")[1:]]
+    told = {where: said.strip() for where, _, said in parts}
+    wanted = {  # where the disk is full: the step of the last checkpoint, and what the sentence names
+        "checkpoint": (1, "000002.pt"),
+        "metrics": (1, "File too large"),
+        "tensorboard": (1, "File too large"),
+        "model": (2, "model could not be written"),
+        "tokenizer": (2, "model could not be written"),
+    }
+    for where, (step, words) in wanted.items():
+        said = told[where]
+        assert "Traceback" not in said, (where, said)
+        problem, command = said.splitlines()[-2:]
+        assert problem.startswith("error: ") and words in problem, said
+        assert "File too large" in problem and "--resume" in command, said
+        assert common.read_checkpoint(tmp_path / where)["step"] == step
+        assert not list((tmp_path / where).rglob("*.tmp")), "half a file would be in the way"
+    assert told["start"] == f"error: --out {tmp_path}/start: cannot write there (File too large)"
 
 
 def test_a_checkpoint_cut_short_or_of_another_model_gets_a_sentence(folder, tmp_path, capsys):
