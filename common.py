@@ -13,6 +13,8 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import errno
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -812,7 +814,7 @@ def open_run(args, script, world):
                 fail(f"--resume: --steps {args.steps}, and the run in {out} has made {at}")
             if before.get("steps", args.steps) != args.steps:
                 print(f"note: --steps was {before['steps']} and is {args.steps}; the learning rate's schedule changes with it")
-        elif args.out and out.exists() and (out.is_file() or any(p.suffix != ".tmp" for p in out.iterdir())):
+        elif args.out and out.exists() and not is_free(out):
             fail(
                 f"--out {out}: not an empty folder; add --resume to go on with the run in it, delete it, or choose another name"
             )
@@ -824,6 +826,7 @@ def open_run(args, script, world):
                 except FileExistsError:  # also when another run took the name a moment ago
                     number += 1
                     out = Path(f"runs/{script}-{number}")
+            lock(out)
             write(out / "args.json", json.dumps({"script": script, **flags}, indent=1) + "\n")
         except OSError as error:
             fail(f"--out {out}: cannot write there ({error.strerror})")
@@ -831,6 +834,30 @@ def open_run(args, script, world):
     if world.size > 1:
         dist.broadcast_object_list(answer)
     return Path(answer[0])
+
+
+def is_free(out):
+    """Whether an empty folder, or one in which a run was killed before it had written anything."""
+    return out.is_dir() and all(p.suffix in (".tmp", ".lock") for p in out.iterdir())
+
+
+HELD = {}  # the locks of this process, by the run's folder
+
+
+def lock(out):
+    """Keeps the run's folder for this process: two runs in one folder would overwrite each other's
+    files. The kernel frees the lock when the process ends, also when it is killed. lockf and not
+    flock: children of a fork inherit the latter, and may outlive the run."""
+    if out.resolve() in HELD:
+        return
+    file = open(out / "run.lock", "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            fail(f"--out {out}: another process is at work in it; wait for its end or choose another")
+        # a file system without locks: go on without
+    HELD[out.resolve()] = file
 
 
 def write(path, data):
@@ -908,6 +935,26 @@ def read_checkpoint(out):
     except Exception as error:
         before = f"; without it --resume goes on from {older[-1]}" if older else ""
         fail(f"{path}: this checkpoint cannot be read ({str(error).splitlines()[0]}); it may have been cut short{before}")
+
+
+def take_up(out, args, world):
+    """Where a run is resumed: its newest checkpoint, or None. A process that does not see it (its disk
+    is not shared, or the shared disk shows it an old listing) would begin at step 1 while the others
+    go on, and the mixed weights would replace the good checkpoint."""
+    state = read_checkpoint(out) if args.resume else None
+    agree(out, world, state["step"] if state else 0, "the last checkpoint is of step")
+    return state
+
+
+def agree(out, world, number, what):
+    """Stops if the processes do not find the same number in the run's folder."""
+    numbers = all_gather(world, torch.tensor([number], device=world.device)).tolist()
+    for rank, theirs in enumerate(numbers):
+        if theirs != numbers[0]:
+            if world.rank:
+                raise SystemExit(2)  # the first process says it
+            seen = f"{what} {numbers[0]} to process 0 and {theirs} to process {rank}"
+            fail(f"--out {out}: {seen}; put --out on a disk that all processes share")
 
 
 def load_checkpoint(state, models, optimizers):
@@ -1091,25 +1138,34 @@ def guarded(out, args, bar):
         on = "go on from the last checkpoint" if checkpoints(out) else "no checkpoint was written yet; begin from the start"
         command = "torchrun ..." if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "python"
         raise SystemExit(f"{what}\n{on} with: {command} {words}" if args.steps else what) from error
+    finally:
+        if out.resolve() in HELD:
+            HELD.pop(out.resolve()).close()
 
 
 def catch_signals(steps):
-    """SIGTERM (a cluster takes its machine back) and SIGINT (Ctrl-C) only set a flag; the loop finishes its step,
-    saves, and stops. A second one stops at once, and so does the first where there are no steps to finish. Returns the
-    function that tells whether one has come."""
+    """SIGTERM (a cluster takes its machine back), SIGINT (Ctrl-C) and SIGHUP (the terminal is gone)
+    only set a flag; the loop finishes its step, saves, and stops. A second one stops at once, and so
+    does the first where there are no steps to finish. Under nohup SIGHUP is ignored, and stays so.
+    Returns the function that tells whether a signal has come."""
     caught = []
 
     def handler(number, frame):
+        if caught and number == signal.SIGHUP:
+            return  # the shell and the kernel may both send one, and nobody has asked twice
         if caught or not steps:
             raise KeyboardInterrupt
         caught.append(number)
-        if int(os.environ.get("RANK", 0)) == 0:
-            with contextlib.suppress(OSError):  # from a terminal that is gone
-                # not by print, which the signal may have interrupted
-                os.write(2, b"\nstopping at the next safe place, and saving; a second signal stops at once\n")
+        words = b"\nstopping at the next safe place, and saving; a second signal stops at once\n"
+        for stream, text in ((1, b""), (2, words if int(os.environ.get("RANK", 0)) == 0 else b"")):
+            try:
+                os.write(stream, text)  # not by print, which the signal may have interrupted
+            except OSError:  # the terminal is gone; writing to it would end the run before it saves
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
-    signal.signal(signal.SIGTERM, handler)
-    signal.signal(signal.SIGINT, handler)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
     return lambda: bool(caught)
 
 

@@ -413,6 +413,9 @@ def reference_scores(policy, shared, tokenizer, pairs, held_out, args, out, worl
         if common.checkpoints(out):
             fail(f"--resume: {path} has scores of other pairs, or of another model or precision, than this run's")
         known = {"mark": mark}  # nothing was learnt by the old ones
+    tables = [known[name] for name in ("pairs", "held_out") if name in known]
+    scored = sum(int((~table[:, 0].isnan()).sum()) for table in tables)
+    common.agree(out, world, scored, "the number of pairs that the reference has scored is")
     visited = {common.pick(len(pairs), i, args.seed) for i in range(args.steps * args.pairs_per_step)} if pairs else ()
     for name, group, wanted in (("pairs", pairs, visited), ("held_out", held_out, range(len(held_out)))):
         table = known.setdefault(name, torch.full((len(group), 2), math.nan))
@@ -511,7 +514,7 @@ def train(args):
         frozen=(bool(prompts) and is_a_model(args.reward)) + (not args.steps),
         checkpointing=args.gradient_checkpointing, sample_rows=min(256, len(prompts)), sample_tokens=args.max_prompt_tokens + args.max_new_tokens,
     )  # fmt: skip
-    state = common.read_checkpoint(out) if args.resume else None
+    state = common.take_up(out, args, world)
     first, warned = state["step"] if state else 0, False
     first_pair = (pairs or held_out or [(prompts[0][0], [])])[0]
     writer, bar = common.introduce(out, args, world, tokenizer, first_pair[0] + first_pair[1], first, needed)

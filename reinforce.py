@@ -485,7 +485,7 @@ def train(args):
         args.model, world, max(args.tokens_per_micro_batch, row), frozen=frozen, checkpointing=args.gradient_checkpointing,
         sample_rows=max(mine * n, min(256, len(held_out))), sample_tokens=row,
     )  # fmt: skip
-    state = common.read_checkpoint(out) if args.resume else None
+    state = common.take_up(out, args, world)
     first, said = state["step"] if state else 0, set()
     writer, bar = common.introduce(out, args, world, tokenizer, prompts[0][0], first, needed)
 

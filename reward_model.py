@@ -503,7 +503,7 @@ def train(args):
         args.model, world, max(args.tokens_per_micro_batch, longest), frozen=bool(args.policy) + (not args.steps), learning=bool(args.steps), checkpointing=args.gradient_checkpointing,
         sample_rows=max(args.sample_rows, *args.best_of) * bool(args.policy), sample_tokens=args.max_prompt_tokens + args.max_new_tokens,
     )  # fmt: skip
-    state = common.read_checkpoint(out) if args.resume else None
+    state = common.take_up(out, args, world)
     first = state["step"] if state else 0
     shown, reader = (pairs or held_out or prompts)[0][0], tokenizer if pairs or held_out else policy_tokenizer
     writer, bar = common.introduce(out, args, world, reader, shown, first, needed)

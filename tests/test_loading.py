@@ -1,5 +1,6 @@
 """Loading: text to ids, models without dropout, heads, optimizer, and a run's folder that nothing can spoil."""
 
+import errno
 import json
 import math
 import os
@@ -461,8 +462,9 @@ for where, how in everywhere.items():
 
 
 def test_a_disk_that_is_really_full_is_a_sentence_and_the_last_checkpoint_stays(tmp_path):
-    """The kernel refuses to make files longer (RLIMIT_FSIZE). torch.save turns that into a RuntimeError, safetensors and the
-    tokenizers have errors of their own, and TensorBoard writes in a thread: none of them may end in a traceback."""
+    """The kernel refuses to make files longer (RLIMIT_FSIZE). torch.save turns that into a RuntimeError,
+    safetensors and the tokenizers have errors of their own, and TensorBoard writes in a thread: none
+    of them may end in a traceback."""
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
@@ -554,6 +556,112 @@ def test_where_there_are_no_steps_to_finish_the_first_signal_ends_the_run(tmp_pa
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
+
+
+@pytest.fixture
+def quiet():
+    """Signals as they were, afterwards."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_terminal_that_is_gone_asks_for_an_end_and_its_second_signal_for_no_more(quiet):
+    """The shell and the kernel may both send SIGHUP; a Ctrl-C after it still stops at once."""
+    asked = common.catch_signals(1)
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert asked()
+    os.kill(os.getpid(), signal.SIGHUP)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_under_nohup_the_terminal_may_go(quiet):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    asked = common.catch_signals(1)
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not asked() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+IN_A_TERMINAL = """
+import sys, time
+import common, grpo
+honest = common.save_checkpoint
+def slow(out, world, step, *rest):
+    honest(out, world, step, *rest)
+    if step == 1:
+        print("ready", flush=True)
+        time.sleep(2)
+common.save_checkpoint = slow
+few = dict(steps=9, save_every=1, prompts_per_step=2, samples_per_prompt=2, max_new_tokens=4)
+grpo.train(grpo.Args(**few, eval_data="", device="cpu", out=sys.argv[1]))
+"""
+
+
+def test_a_run_whose_terminal_is_closed_finishes_its_step_and_saves(tmp_path):
+    """Each write to the lost terminal (the progress bar, a line) fails; that must not end the run."""
+    import pty
+
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+        os.execv(sys.executable, [sys.executable, "-c", IN_A_TERMINAL, str(tmp_path / "run")])
+    said = b""
+    while b"ready" not in said:
+        said += os.read(terminal, 10_000)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 1, "as after any signal: ended, not killed"
+    assert common.read_checkpoint(tmp_path / "run")["step"] == 2
+    log = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [0, 1, 2]
+
+
+HOLD = """
+import sys, time, torch, common
+from test_loading import CPU, Flags
+common.open_run(Flags(out=sys.argv[1]), "x", CPU)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_in_which_another_process_works_is_left_alone_until_it_ends(tmp_path, capsys):
+    """Two --resume of one run, or a new run that begins in the same moment, would write into each
+    other's files. A killed run's lock is free again."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    other = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        written = (tmp_path / "run" / "args.json").read_bytes()
+        with pytest.raises(SystemExit, match="2"):
+            common.open_run(Flags(out=str(tmp_path / "run"), resume=True, steps=20), "x", CPU)
+        says(capsys, "--out", "another process is at work in it")
+        assert (tmp_path / "run" / "args.json").read_bytes() == written
+        # a new run that looks a moment before args.json is written finds the folder empty
+        (tmp_path / "run" / "args.json").unlink()
+        with pytest.raises(SystemExit, match="2"):
+            common.open_run(Flags(out=str(tmp_path / "run")), "x", CPU)
+        says(capsys, "another process is at work in it")
+    finally:
+        other.kill()
+        other.wait()
+    out = common.open_run(Flags(out=str(tmp_path / "run")), "x", CPU)
+    assert out.resolve() in common.HELD
+    with pytest.raises(SystemExit), common.guarded(out, Namespace(steps=1, out="x"), None):
+        raise common.Stop("its end")
+    assert out.resolve() not in common.HELD
+
+
+def test_without_locks_in_the_file_system_a_run_goes_on(tmp_path, monkeypatch):
+    def no_locks(*given):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(common.fcntl, "lockf", no_locks)
+    assert common.open_run(Flags(out=str(tmp_path / "run")), "x", CPU) == tmp_path / "run"
 
 
 def test_folded_seeds_differ_and_repeat():
