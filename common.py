@@ -23,6 +23,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -48,6 +49,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DynamicCache,
+    PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
@@ -59,6 +61,9 @@ def say(message):
     """A line on the console, once and not for each process."""
     if int(os.environ.get("RANK", 0)) == 0:
         tqdm.write(message)
+
+
+say_once = functools.lru_cache(say)
 
 
 def fail(message):
@@ -162,8 +167,24 @@ def check_flags(args):
         fail(f"--max_grad_norm {args.max_grad_norm}: must be above 0; inf scales nothing down")
     if "temperature" in names and not args.temperature:
         fail("--temperature must be above 0: a greedy policy tries nothing new, and its samples are all the same")
+    if args.template_args:
+        check_template_args(args.template_args)
     if args.resume and not args.steps:
         fail("--steps 0 evaluates a model; for what a run has made, leave out --resume and give its folder, --model RUN/model")
+
+
+def check_template_args(text):
+    """--template_args is a JSON object; what transformers itself takes is not for a template."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        fail(f"--template_args {text}: not JSON ({error})")
+    if not isinstance(values, dict):
+        fail(f'--template_args {text}: not an object like {{"enable_thinking": false}}')
+    taken = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    for name in values:
+        if name == "messages" or name in taken and name not in ("tools", "documents"):
+            fail(f"--template_args {text}: {name} is not for the template; common.py decides it")
 
 
 def read_json(path, flag):
@@ -205,7 +226,27 @@ def load_function(spec, flag):
 # -- Tokenizer: pad, stop set, chat template -------------------------------------------------------------------------
 
 
-def load_tokenizer(path):
+BEGAN = datetime.datetime.now().isoformat(timespec="seconds")
+
+
+def first_date(args):
+    """When the run began. A resumed run finds it in its args.json."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if args.resume:
+            return json.loads((Path(args.out) / "args.json").read_text())["began"]
+    return BEGAN
+
+
+def began(args, world):
+    """`first_date` of the first process, on all of them. Some chat templates print the date: without
+    this, a run that is resumed the next day would go on with other prompts."""
+    answer = [first_date(args)]
+    if world.size > 1:
+        dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def load_tokenizer(path, template_args="", date=None):
     """A tokenizer that has a pad token: its own, or else EOS. Pad may equal EOS here, because masks are made of lengths in
     this project. One that compares ids with the pad id hides the real EOS, too, and the model never learns to stop."""
     try:
@@ -220,7 +261,25 @@ def load_tokenizer(path):
         fail(f"{path}: its tokenizer has no EOS token, so no completion could end; set eos_token")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= words:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.template_args = json.loads(template_args or "{}")
+    tokenizer.date = date and datetime.datetime.fromisoformat(date)
+    for name in tokenizer.template_args:
+        if name not in str(tokenizer.chat_template):
+            fail(f"--template_args: the chat template of {path} does not know {name}")
     return tokenizer
+
+
+def render(tokenizer, talk, **settings):
+    """Chat messages as the tokenizer's chat template writes them, given --template_args, with the date
+    on which the run began. Templates ask for the date by `strftime_now`; transformers 5.24 gives a
+    template no function but its own, so the calls are replaced by their result."""
+    date = getattr(tokenizer, "date", None)
+    template = tokenizer.get_chat_template()
+    if date:
+        call = r"strftime_now\(\s*(?:\"([^\"]*)\"|'([^']*)')\s*\)"
+        template = re.sub(call, lambda m: json.dumps(date.strftime(m[1] or m[2] or "")), template)
+    given = getattr(tokenizer, "template_args", {})
+    return tokenizer.apply_chat_template(talk, chat_template=template, tokenize=False, **given, **settings)
 
 
 def own_pad(tokenizer):
@@ -246,15 +305,28 @@ def stop_ids(model, tokenizer):
 
 
 @functools.lru_cache
+def around_answer(tokenizer, template):
+    """What the chat template (here as a text, to remember by) writes around an answer that it is given:
+    between its generation prompt and the answer (thinking models: an empty thought; None if its
+    generation prompt does not begin such a text), and what ends the turn."""
+    question = messages("question")
+    try:
+        start = render(tokenizer, question, add_generation_prompt=True)
+        whole = render(tokenizer, [*question, {"role": "assistant", "content": "an answer"}])
+    except Exception:  # there is no template, or it wants more than these two
+        return "", ""
+    before, found, after = whole.rpartition("an answer")
+    if not found:
+        return "", ""
+    return before[len(start) :] if before.startswith(start) else None, after
+
+
+@functools.lru_cache
 def turn_end(tokenizer, template):
     """The id that ends an answer: the special token that the chat template (here as a text, to remember by) writes after
     it (that of Gemma or Phi is not their EOS), or else EOS."""
-    try:
-        talk = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "an answer"}]
-        _, found, after = tokenizer.apply_chat_template(talk, tokenize=False).rpartition("an answer")
-    except Exception:  # there is no template, or it wants more than these two
-        found, after = "", ""
-    first = tokenizer(after if found else "", add_special_tokens=False).input_ids[:1]
+    after = around_answer(tokenizer, template)[1]
+    first = tokenizer(after, add_special_tokens=False).input_ids[:1]
     special = first and first[0] in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[first[0]].special
     return first[0] if special else tokenizer.eos_token_id
 
@@ -266,41 +338,71 @@ def encode(tokenizer, text):
     return tokenizer(text, add_special_tokens=not doubled).input_ids
 
 
+def messages(prompt, system=""):
+    """A prompt as chat messages; the system message goes before those that have none."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if system and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": system}, *prompt]
+    return prompt
+
+
 def encode_prompt(tokenizer, prompt, system="", chat=True):
     """A prompt to ids. A list of chat messages goes through the chat template; a string becomes a user message (after
     the system message, if there is one) when there is a template and `chat` is on, and is raw text otherwise."""
     if isinstance(prompt, str):
         if not (chat and tokenizer.chat_template):
             return encode(tokenizer, f"{system}\n{prompt}" if system else prompt)
-        prompt = [{"role": "user", "content": prompt}]
-    if not tokenizer.chat_template:
+    elif not tokenizer.chat_template:
         fail("a prompt is a list of chat messages, but the tokenizer has no chat template; give it as text")
-    if system and prompt[0]["role"] != "system":
-        prompt = [{"role": "system", "content": system}, *prompt]
     try:
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        text = render(tokenizer, messages(prompt, system), add_generation_prompt=True)
     except Exception as error:  # some templates know no system message, or want user and assistant to take turns
         fail(f"the chat template refuses the prompt {str(prompt):.200}: {error}")
     # the template has written every special token itself; letting the tokenizer add its own would double the BOS
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def encode_completion(tokenizer, text, chat=False):
+def encode_completion(tokenizer, text, chat=False, prompt=None, system=""):
     """A given answer (a demonstration, one side of a pair) to ids, ended by EOS, or, in a chat, by what ends a turn: an
     answer without its end teaches the model never to stop. Prompt and answer are tokenised apart and their ids joined,
     because the sampler joins ids too: at the seam, tokenise(a) + tokenise(b) is not tokenise(a + b)."""
     end = turn_end(tokenizer, str(tokenizer.chat_template)) if chat else tokenizer.eos_token_id
+    if chat and tokenizer.chat_template and prompt is not None:
+        text = opening(tokenizer, prompt, text, system) + text
     ids = tokenizer(text, add_special_tokens=False).input_ids
     return ids if ids[-1:] == [end] else [*ids, end]
+
+
+def opening(tokenizer, prompt, answer, system):
+    """What the chat template writes between its generation prompt and a given answer. Templates of
+    thinking models write an empty thought there. A reward model reads it (`encode_answer`), and a model
+    that is asked to think learns it with the answer."""
+    before, after = around_answer(tokenizer, str(tokenizer.chat_template))
+    if before is None:
+        say_once(
+            "note: the chat template does not write its generation prompt before an answer that it is "
+            "given; given answers follow the generation prompt as they are"
+        )
+    if not before:
+        return ""
+    talk = messages(prompt, system)
+    start = render(tokenizer, talk, add_generation_prompt=True)
+    whole = render(tokenizer, [*talk, {"role": "assistant", "content": answer}])
+    between = whole.removeprefix(start).removesuffix(after)
+    for written in (answer, answer.strip()):  # many templates strip what they are given
+        if between.endswith(written):
+            return between[: len(between) - len(written)]
+    return ""  # the template writes this answer otherwise: it has a thought of its own
 
 
 def encode_answer(tokenizer, prompt, completion):
     """A whole conversation as a reward model reads it -> ids: rendered by its template, or else prompt and completion,
     ended by EOS."""
-    talk = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    talk = messages(prompt)
     if tokenizer.chat_template:
         try:
-            text = tokenizer.apply_chat_template([*talk, {"role": "assistant", "content": completion}], tokenize=False)
+            text = render(tokenizer, [*talk, {"role": "assistant", "content": completion}])
         except Exception as error:  # some templates know no system message, or want user and assistant to take turns
             fail(f"the reward model's chat template refuses the prompt {str(prompt):.200}: {error}")
         return tokenizer(text, add_special_tokens=False).input_ids
@@ -615,10 +717,10 @@ def together(reward, world):
     return scores
 
 
-def load_scorer(path, world):
+def load_scorer(path, world, date=None):
     """A reward model as a function from completions and their rows to scores. It reads text through its own tokenizer and
-    template, because its ids need not be the policy's."""
-    tokenizer = load_tokenizer(path)
+    template, because its ids need not be the policy's; --template_args are for the policy's template."""
+    tokenizer = load_tokenizer(path, date=date)
     model = load_scalar(path, world, tokenizer, frozen=True)
     return lambda completions, rows: score_texts(model, tokenizer, completions, rows, world)
 
@@ -827,7 +929,8 @@ def open_run(args, script, world):
                     number += 1
                     out = Path(f"runs/{script}-{number}")
             lock(out)
-            write(out / "args.json", json.dumps({"script": script, **flags}, indent=1) + "\n")
+            known = {"script": script, "began": first_date(args), **flags}
+            write(out / "args.json", json.dumps(known, indent=1) + "\n")
         except OSError as error:
             fail(f"--out {out}: cannot write there ({error.strerror})")
         answer = [str(out)]

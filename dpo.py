@@ -84,6 +84,8 @@ class Args:
     """what scores the samples of --eval_prompts: exact | number | FILE.py:function(completion, row) | a reward model"""
     chat: bool = True
     """a prompt that is a string goes through the chat template, if the tokenizer has one (--no_chat: raw text)"""
+    template_args: str = ""
+    """arguments of the chat template, a JSON object: '{"enable_thinking": false}'"""
     system: str = ""
     """system message before every prompt that has none of its own"""
     max_tokens: int = 1024
@@ -203,11 +205,17 @@ def read_pairs(path, flag):
 def encode_preferences(rows, tokenizer, args, flag):
     """[(prompt's ids, chosen's, rejected's), ...], each side with its end, without pairs of equal sides, which say nothing,
     and without those too long: cut, a pair may lose the very place where its sides differ. Says how many those were."""
-    pairs = [
-        (common.encode_prompt(tokenizer, row["prompt"], args.system, args.chat),
-         *(common.encode_completion(tokenizer, row[side], args.chat or isinstance(row["prompt"], list)) for side in ("chosen", "rejected")))
-        for row in rows
-    ]  # fmt: skip
+    pairs = []
+    for row in rows:
+        prompt = row["prompt"]
+        chat = args.chat or isinstance(prompt, list)
+        pairs.append(
+            (
+                common.encode_prompt(tokenizer, prompt, args.system, args.chat),
+                common.encode_completion(tokenizer, row["chosen"], chat, prompt, args.system),
+                common.encode_completion(tokenizer, row["rejected"], chat, prompt, args.system),
+            )
+        )
     differ = [p for p in pairs if p[1] != p[2] and p[0]]
     kept = [p for p in differ if len(p[0]) + max(len(p[1]), len(p[2])) <= args.max_tokens]
     if len(kept) < len(pairs):
@@ -270,12 +278,12 @@ def is_a_model(spec):
     return spec not in ("exact", "number") and not spec.partition(":")[0].endswith(".py")
 
 
-def load_reward(spec, world):
+def load_reward(spec, world, date=None):
     """--reward as a function from completions and their rows to scores. Mistakes are found before a policy is loaded."""
     if is_a_model(spec):
         if "/" not in spec and not Path(spec).exists():
             fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
-        return common.together(common.load_scorer(spec, world), world)
+        return common.together(common.load_scorer(spec, world, date), world)
     rules = {"exact": exact, "number": number}
     return common.together(common.checked(rules.get(spec) or common.load_function(spec, "--reward")), world)
 
@@ -484,7 +492,8 @@ def train(args):
         fail(f"--pairs_per_step {args.pairs_per_step} must be a multiple of the number of processes")
 
     # everything that can be wrong with the user's input is found here, before the policy is loaded or a file written
-    config, tokenizer = common.policy_config(args.model), common.load_tokenizer(args.model)
+    config, date = common.policy_config(args.model), common.began(args, world)
+    tokenizer = common.load_tokenizer(args.model, args.template_args, date)
     context = common.context_of(config)
     if args.reference:
         context = common.context_of(config, common.policy_config(args.reference))
@@ -502,7 +511,7 @@ def train(args):
         needs = f"--reward {args.reward}" if args.reward in ("exact", "number") else ""
         prompts = load_prompts(args.eval_prompts, "--eval_prompts", tokenizer, args, needs)
         args = common.fit_context(args, max(len(ids) for ids, _ in prompts), config)
-        reward = load_reward(args.reward, world)
+        reward = load_reward(args.reward, world, date)
     if not (pairs or held_out or prompts):
         fail("--steps 0 evaluates; name pairs with --eval_data, or prompts with --eval_prompts")
     out = common.open_run(args, "dpo", world)

@@ -71,6 +71,93 @@ def test_in_a_chat_an_answer_ends_as_the_template_ends_a_turn():
         assert encode_completion(tokenizer, "w5", True) == [5, 1] and common.stop_ids(family("llama"), tokenizer) == [1]
 
 
+THINKING = """{% for m in messages %}<start> {{ m.role }} \
+{% if m.role == 'assistant' %}{% if '</think>' in m.content %}{{ m.content.replace('</think>', ' </think> ') }}\
+{% else %}<think> </think> {{ m.content }}{% endif %}{% else %}{{ m.content }}{% endif %} <eos> \
+{% endfor %}{% if add_generation_prompt %}<start> assistant \
+{% if enable_thinking is defined and not enable_thinking %}<think> </think> {% endif %}{% endif %}"""
+
+
+def thinker(tmp_path, template_args=""):
+    """A tokenizer as thinking models have them: a given answer is written after an empty thought."""
+    tokenizer = make_tokenizer(template=THINKING)
+    tokenizer.add_tokens(["<start>", "<think>", "</think>"])
+    family("llama", vocab_size=60).save_pretrained(tmp_path / "thinker")
+    tokenizer.save_pretrained(tmp_path / "thinker")
+    return common.load_tokenizer(tmp_path / "thinker", template_args)
+
+
+@pytest.mark.parametrize("given, thoughts", [("", 1), ("true", 1), ("false", 0)])
+def test_prompt_and_given_answer_are_what_the_template_writes_of_both(given, thoughts, tmp_path):
+    """An answer from a file must be the sequence that a reward model reads. With thinking off the empty
+    thought is part of the prompt; otherwise the answer begins with it."""
+    tokenizer = thinker(tmp_path, f'{{"enable_thinking": {given}}}' if given else "")
+    thought = tokenizer("<think> </think>").input_ids
+    talk = [{"role": "system", "content": "w7"}, {"role": "user", "content": "w8"}]
+    for prompt, system in (("w8", ""), ("w8", "w7"), (talk, "")):
+        for answer in ("w5 w6", "w5", " w6 ", "", "<think> w9 </think> w5"):
+            asked = encode_prompt(tokenizer, prompt, system)
+            answered = encode_completion(tokenizer, answer, True, prompt, system)
+            whole = common.encode_answer(tokenizer, common.messages(prompt, system), answer)
+            own = "<think>" in answer
+            if not (own and thoughts == 0):  # thinking is off, and the answer thinks: no template writes that
+                assert asked + answered == whole, (prompt, answer)
+            assert answered[:2].count(thought[0]) == (own or thoughts)
+
+
+def test_an_answer_without_a_thought_in_its_template_is_what_it_was(tmp_path, capsys):
+    plain = make_tokenizer(template=GEMMA.replace("<start> w12", "<start> assistant "))
+    for answer in ("w5", " w6 ", "", "<start> w5"):
+        assert encode_completion(plain, answer, True, "w8") == encode_completion(plain, answer, True)
+    assert "note" not in capsys.readouterr().out
+    odd = make_tokenizer(bos="<bos>", template=TEMPLATE)  # writes w12 after an answer, too
+    assert encode_completion(odd, "w5", True, "w8") == [5, 1]
+    assert "given answers follow the generation prompt as they are" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ("{enable", "not JSON"),
+        ("[1]", "not an object"),
+        ('{"tokenize": true}', "tokenize is not for the template"),
+        ('{"messages": []}', "messages is not for the template"),
+        ('{"enable_thinkin_": false}', "does not know enable_thinkin_"),
+    ],
+)
+def test_arguments_of_the_template_that_are_none_get_a_sentence(given, words, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        common.check_template_args(given)
+        thinker(tmp_path, given)
+    says(capsys, "--template_args", words)
+
+
+DATED = "<bos> {{ strftime_now('w%d') }} {% set y = strftime_now(\"w%m\") %}{{ y }} {{ messages[0].content }}"
+
+
+def test_a_resumed_run_reads_the_date_on_which_it_began(tmp_path, monkeypatch):
+    """Some templates print the date: dpo.py's --resume failed the next day, and the other scripts went on
+    with other prompts."""
+    family("llama").save_pretrained(tmp_path / "m")
+    make_tokenizer(template=DATED).save_pretrained(tmp_path / "m")
+
+    def prompt(flags):
+        tokenizer = common.load_tokenizer(tmp_path / "m", "", common.began(flags, CPU))
+        return encode_prompt(tokenizer, "w5")
+
+    monkeypatch.setattr(common, "BEGAN", "2001-11-09T12:00:00")
+    flags = Flags(out=str(tmp_path / "run"))
+    first = prompt(flags)
+    assert first == make_tokenizer()("<bos> w09 w11 w5").input_ids
+    common.open_run(flags, "x", CPU)
+    monkeypatch.setattr(common, "BEGAN", "2001-12-10T12:00:00")
+    assert prompt(Flags(out=str(tmp_path / "new"))) == make_tokenizer()("<bos> w10 w12 w5").input_ids
+    again = Flags(out=str(tmp_path / "run"), resume=True)
+    assert prompt(again) == first
+    common.open_run(again, "x", CPU)
+    assert prompt(again) == first, "and a third day, too"
+
+
 def test_a_saved_model_knows_what_ends_its_answers(tmp_path):
     tokenizer = make_tokenizer(template=GEMMA)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<start>", "<end>"]})
