@@ -603,6 +603,26 @@ def fit_context(args, longest, *configs):
     return dataclasses.replace(args, max_new_tokens=min(args.max_new_tokens, context - longest))
 
 
+def fit_reward_model(args, tokenizer, prompts):
+    """The flags, with --max_new_tokens lowered to what the reward model (--reward FOLDER) can read after the
+    longest prompt, as its own template writes it. If its tokens are not the policy's, the length of an
+    answer is not known before; `score_ids` cuts what is too long."""
+    reader = load_tokenizer(args.reward)
+    context = context_of(scalar_config(args.reward))
+    longest = max(len(encode_answer(reader, row["prompt"], "")) for _, row in prompts)
+    room = context - longest
+    why = f"--reward {args.reward} reads {context} tokens, and the longest prompt has {longest} there"
+    if room < 1:
+        fail(f"{why}; a smaller --max_prompt_tokens would leave such prompts out")
+    if room >= args.max_new_tokens:
+        return args
+    if not tokenizer.get_vocab().items() <= reader.get_vocab().items():
+        say(f"note: {why}; of a text that is longer with its answer, the beginning will be cut off")
+        return args
+    say(f"--max_new_tokens {args.max_new_tokens} is lowered to {room}: {why}")
+    return dataclasses.replace(args, max_new_tokens=room)
+
+
 def policy_config(path):
     """The config of a language model; a reward model is refused, whose head would be a new one that knows no word."""
     config = read_config(path)
@@ -736,8 +756,10 @@ def score_ids(model, tokenizer, texts, world):
     limit = context_of(model.config)
     sizes = torch.tensor([[len(texts), max(map(len, texts))]], device=world.device)
     most, longest = all_gather(world, sizes).amax(0).tolist()  # over all processes
-    if longest > limit:
-        raise Stop(f"the reward model reads {limit} tokens, and one text has {longest}; lower --max_new_tokens")
+    if longest > limit:  # known only now; a run that stopped here could not go on with other flags
+        say_once(f"warning: the reward model reads {limit} tokens; of longer texts it reads the end")
+        texts = [text[-limit:] for text in texts]
+        longest = limit
     values = []
     size = max(1, min(64, 32_768 // longest))
     for i in range(0, most, size):  # as often on every process: sharded weights are gathered by all or by none

@@ -266,7 +266,8 @@ def number(completion, row):
     do not matter; compared as decimals, not as floats, which cannot tell long numbers apart."""
 
     def last(text):
-        found = re.findall(r"(?:(?<![\w.])-)?(?:\d[\d,]*\.?\d*|\.\d+)", str(text).replace("$", ""))
+        whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # "1,234" is one number, "1,2,3" are three
+        found = re.findall(rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)", str(text).replace("$", ""))
         return Decimal(found[-1].replace(",", "").rstrip(".")) if found else None
 
     wanted = last(row["answer"])
@@ -512,6 +513,8 @@ def train(args):
         prompts = load_prompts(args.eval_prompts, "--eval_prompts", tokenizer, args, needs)
         args = common.fit_context(args, max(len(ids) for ids, _ in prompts), config)
         reward = load_reward(args.reward, world, date)
+        if is_a_model(args.reward):
+            args = common.fit_reward_model(args, tokenizer, prompts)
     if not (pairs or held_out or prompts):
         fail("--steps 0 evaluates; name pairs with --eval_data, or prompts with --eval_prompts")
     out = common.open_run(args, "dpo", world)

@@ -235,7 +235,8 @@ def number(completion, row):
     do not matter; compared as decimals, not as floats, which cannot tell long numbers apart."""
 
     def last(text):
-        found = re.findall(r"(?:(?<![\w.])-)?(?:\d[\d,]*\.?\d*|\.\d+)", str(text).replace("$", ""))
+        whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # "1,234" is one number, "1,2,3" are three
+        found = re.findall(rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)", str(text).replace("$", ""))
         return Decimal(found[-1].replace(",", "").rstrip(".")) if found else None
 
     wanted = last(row["answer"])
@@ -523,6 +524,8 @@ def train(args):
             f"--critic separate: transformers has no sequence classifier for the family {config.model_type!r}; use --critic shared"
         )
     reward = load_reward(args.reward, world, date)
+    if is_a_model(args.reward):
+        args = common.fit_reward_model(args, tokenizer, prompts + held_out)
     if separate and is_a_model(args.reward):
         words = common.load_tokenizer(args.reward).get_vocab()
         room = common.context_of(common.read_config(args.reward))

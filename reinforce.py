@@ -218,7 +218,8 @@ def number(completion, row):
     do not matter; compared as decimals, not as floats, which cannot tell long numbers apart."""
 
     def last(text):
-        found = re.findall(r"(?:(?<![\w.])-)?(?:\d[\d,]*\.?\d*|\.\d+)", str(text).replace("$", ""))
+        whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # "1,234" is one number, "1,2,3" are three
+        found = re.findall(rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)", str(text).replace("$", ""))
         return Decimal(found[-1].replace(",", "").rstrip(".")) if found else None
 
     wanted = last(row["answer"])
@@ -274,7 +275,9 @@ def baselines(totals, scores, everyone, n, baseline, normalize, keep_max):
     groups = totals.view(-1, n)  # [prompts, n]
     b, spread = torch.zeros_like(groups), everyone.std(correction=int(len(everyone) > 1))
     if baseline == "batch":
-        b = b + everyone.mean()
+        # the mean of equal floats need not be equal to them, and Adam makes a step of any noise
+        equal = everyone.amax() == everyone.amin()
+        b = groups if equal else b + everyone.mean()
     elif baseline != "none":
         mean, spread = groups.mean(1, keepdim=True), groups.std(1, keepdim=True)
         b = mean if baseline == "prompt" else (n * mean - groups) / (n - 1)
@@ -481,6 +484,9 @@ def train(args):
         )
         prompts = short or fail(f"--demos: every answer is longer than --max_new_tokens {args.max_new_tokens}")
     reward = load_reward(args.reward, world, date)
+    scored = held_out if args.demos else prompts + held_out
+    if is_a_model(args.reward) and scored:
+        args = common.fit_reward_model(args, tokenizer, scored)
     out = common.open_run(args, "reinforce", world)
     stop_asked = common.catch_signals(args.steps)
 

@@ -246,7 +246,8 @@ def number(completion, row):
     do not matter; compared as decimals, not as floats, which cannot tell long numbers apart."""
 
     def last(text):
-        found = re.findall(r"(?:(?<![\w.])-)?(?:\d[\d,]*\.?\d*|\.\d+)", str(text).replace("$", ""))
+        whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # "1,234" is one number, "1,2,3" are three
+        found = re.findall(rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)", str(text).replace("$", ""))
         return Decimal(found[-1].replace(",", "").rstrip(".")) if found else None
 
     wanted = last(row["answer"])
@@ -496,6 +497,8 @@ def train(args):
         lacking = [row["prompt"] for _, row in prompts if not isinstance(row.get("answer"), (str, int, float))]
         if args.reward not in ("exact", "number") or not lacking:
             reward = load_reward(args.reward, world, date)
+            if is_a_model(args.reward):
+                args = common.fit_reward_model(args, policy_tokenizer, prompts)
         elif len(lacking) < len(prompts):
             fail(f'--eval_prompts: some rows have an "answer", but not the one with prompt {lacking[0]!r:.100}')
         else:
