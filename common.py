@@ -708,13 +708,17 @@ def checked(reward):
     def score(completion, row):
         try:
             value = reward(completion, row)
-            if math.isfinite(float(value)) and not isinstance(value, str):
-                return float(value)
-            wrong = f"{value!r:.100}, no finite number,"
         except Exception as error:
-            *_, at = traceback.extract_tb(error.__traceback__)
-            where = "" if at.filename == __file__ else f" in {Path(at.filename).name}, line {at.lineno}"
+            # the last line of the user's own file, which may have called a library that raised
+            frames = traceback.extract_tb(error.__traceback__)[1:]
+            lines = [f.lineno for f in frames if f.filename == frames[0].filename]
+            where = f" in {Path(frames[0].filename).name}, line {lines[-1]}" if lines else ""
             wrong = f"an error{where} ({type(error).__name__}: {error}),"
+        else:
+            with contextlib.suppress(Exception):  # whatever kind of thing was given
+                if math.isfinite(float(value)) and not isinstance(value, str):
+                    return float(value)
+            wrong = f"{value!r:.100}, no finite number,"
         raise Stop(f"--reward gave {wrong} for prompt {row['prompt']!r:.300} and completion {completion!r:.300}")
 
     return lambda completions, rows: [score(c, r) for c, r in zip(completions, rows)]

@@ -751,6 +751,15 @@ def test_without_locks_in_the_file_system_a_run_goes_on(tmp_path, monkeypatch):
     assert common.open_run(Flags(out=str(tmp_path / "run")), "x", CPU) == tmp_path / "run"
 
 
+def test_the_first_signal_says_that_it_was_heard_and_is_kept_for_later(quiet, capfd):
+    asked = common.catch_signals(5)
+    assert not asked()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert asked() and "a second signal stops at once" in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_folded_seeds_differ_and_repeat():
     seeds = {common.fold(a, b, c) for a in range(10) for b in range(10) for c in range(10)}
     assert len(seeds) == 1000 and common.fold(1, 2, 3) in seeds and all(0 <= s < 2**63 for s in seeds)

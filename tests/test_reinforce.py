@@ -479,13 +479,21 @@ def test_a_reward_model_with_other_tokens_reads_the_end_of_what_is_too_long(tmp_
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "1.0", None, torch.zeros(2), [1]])
 def test_a_reward_that_is_no_finite_number_names_row_and_completion(value):
-    with pytest.raises(common.Stop, match="(?s)the prompt.*the completion"):
+    words = "(?s)^--reward gave .*, no finite number, for prompt 'the prompt' and .*'the completion'"
+    with pytest.raises(common.Stop, match=words):
         common.checked(lambda c, r: value)(["the completion"], [{"prompt": "the prompt"}])
     assert common.checked(lambda c, r: torch.tensor(0.5))(["a", "b"], [{}, {}]) == [0.5, 0.5]
 
 
+def test_a_reward_whose_library_raises_names_the_line_of_the_reward():
+    (line,) = [i for i, text in enumerate(open(__file__), 1) if "json.loads(c" + ")" in text]
+    with pytest.raises(common.Stop, match=rf"in test_reinforce.py, line {line} \(JSONDecodeError"):
+        common.checked(lambda c, r: json.loads(c))(["no json"], [{"prompt": "p"}])
+
+
 def test_a_reward_that_raises_names_row_and_completion():
-    with pytest.raises(common.Stop, match="ZeroDivisionError.*'p7'.*'c7'"):
+    words = r"an error in test_reinforce.py, line \d+ \(ZeroDivisionError.*'p7'.*'c7'"
+    with pytest.raises(common.Stop, match=words):
         common.checked(lambda c, r: 1 / (c != "c7"))([f"c{i}" for i in range(9)], [{"prompt": f"p{i}"} for i in range(9)])
 
 
