@@ -238,8 +238,8 @@ def first_date(args):
 
 
 def began(args, world):
-    """`first_date` of the first process, on all of them. Some chat templates print the date: without
-    this, a run that is resumed the next day would go on with other prompts."""
+    """`first_date` of the first process, on all of them. Some chat templates print the date:
+    without this, a run that is resumed the next day would go on with other prompts."""
     answer = [first_date(args)]
     if world.size > 1:
         dist.broadcast_object_list(answer)
@@ -270,9 +270,9 @@ def load_tokenizer(path, template_args="", date=None):
 
 
 def render(tokenizer, talk, **settings):
-    """Chat messages as the tokenizer's chat template writes them, given --template_args, with the date
-    on which the run began. Templates ask for the date by `strftime_now`; transformers 5.24 gives a
-    template no function but its own, so the calls are replaced by their result."""
+    """Chat messages as the tokenizer's chat template writes them, given --template_args, with the
+    date on which the run began. Templates ask for the date by `strftime_now`; transformers 5.24
+    gives a template no function but its own, so the calls are replaced by their result."""
     date = getattr(tokenizer, "date", None)
     template = tokenizer.get_chat_template()
     if date:
@@ -306,9 +306,9 @@ def stop_ids(model, tokenizer):
 
 @functools.lru_cache
 def around_answer(tokenizer, template):
-    """What the chat template (here as a text, to remember by) writes around an answer that it is given:
-    between its generation prompt and the answer (thinking models: an empty thought; None if its
-    generation prompt does not begin such a text), and what ends the turn."""
+    """What the chat template (here as a text, to remember by) writes around an answer that it is
+    given: between its generation prompt and the answer (thinking models: an empty thought; None if
+    its generation prompt does not begin such a text), and what ends the turn."""
     question = messages("question")
     try:
         start = render(tokenizer, question, add_generation_prompt=True)
@@ -376,8 +376,8 @@ def encode_completion(tokenizer, text, chat=False, prompt=None, system=""):
 
 def opening(tokenizer, prompt, answer, system):
     """What the chat template writes between its generation prompt and a given answer. Templates of
-    thinking models write an empty thought there. A reward model reads it (`encode_answer`), and a model
-    that is asked to think learns it with the answer."""
+    thinking models write an empty thought there. A reward model reads it (`encode_answer`), and a
+    model that is asked to think learns it with the answer."""
     before, after = around_answer(tokenizer, str(tokenizer.chat_template))
     if before is None:
         say_once(
@@ -604,9 +604,9 @@ def fit_context(args, longest, *configs):
 
 
 def fit_reward_model(args, tokenizer, prompts):
-    """The flags, with --max_new_tokens lowered to what the reward model (--reward FOLDER) can read after the
-    longest prompt, as its own template writes it. If its tokens are not the policy's, the length of an
-    answer is not known before; `score_ids` cuts what is too long."""
+    """The flags, with --max_new_tokens lowered to what the reward model (--reward FOLDER) can read
+    after the longest prompt, as its own template writes it. If its tokens are not the policy's,
+    the length of an answer is not known before; `score_ids` cuts what is too long."""
     reader = load_tokenizer(args.reward)
     context = context_of(scalar_config(args.reward))
     longest = max(len(encode_answer(reader, row["prompt"], "")) for _, row in prompts)
@@ -742,8 +742,9 @@ def together(reward, world):
 
 
 def load_scorer(path, world, date=None):
-    """A reward model as a function from completions and their rows to scores. It reads text through its own tokenizer and
-    template, because its ids need not be the policy's; --template_args are for the policy's template."""
+    """A reward model as a function from completions and their rows to scores. It reads text
+    through its own tokenizer and template, because its ids need not be the policy's;
+    --template_args are for the policy's template."""
     tokenizer = load_tokenizer(path, date=date)
     model = load_scalar(path, world, tokenizer, frozen=True)
     return lambda completions, rows: score_texts(model, tokenizer, completions, rows, world)
@@ -819,7 +820,7 @@ def save_model(model, tokenizer, folder, world):
             config.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             replace(temporary, folder)
-        except Exception as error:  # a full disk has many names here: each of these libraries has its own
+        except Exception as error:  # each of these libraries has its own name for a full disk
             shutil.rmtree(temporary, ignore_errors=True)
             raise Stop(f"{folder} could not be written ({error})") from error
     if world.size > 1:
@@ -984,7 +985,7 @@ def lock(out):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            fail(f"--out {out}: another process is at work in it; wait for its end or choose another")
+            fail(f"--out {out}: another process is at work in it; wait for its end")
         # a file system without locks: go on without
     HELD[out.resolve()] = file
 
@@ -999,7 +1000,8 @@ def write(path, data):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch.save meets a full disk with a RuntimeError about its own format, and the OSError stands behind it
+        # on a full disk torch.save raises a RuntimeError about its own format
+        # the OSError is its context
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -1067,9 +1069,9 @@ def read_checkpoint(out):
 
 
 def take_up(out, args, world):
-    """Where a run is resumed: its newest checkpoint, or None. A process that does not see it (its disk
-    is not shared, or the shared disk shows it an old listing) would begin at step 1 while the others
-    go on, and the mixed weights would replace the good checkpoint."""
+    """Where a run is resumed: its newest checkpoint, or None. A process that does not see it (its
+    disk is not shared, or the shared disk shows it an old listing) would begin at step 1 while the
+    others go on, and the mixed weights would replace the good checkpoint."""
     state = read_checkpoint(out) if args.resume else None
     agree(out, world, state["step"] if state else 0, "the last checkpoint is of step")
     return state
@@ -1174,8 +1176,8 @@ def introduce(out, args, world, tokenizer, ids, first, needed):
 
 
 def quiet_threads(hook):
-    """TensorBoard writes in a thread. When that fails, `log` raises the same OSError, and `guarded` says it in a sentence;
-    Python would print the thread's traceback as well."""
+    """TensorBoard writes in a thread. When that fails, `log` raises the same OSError, and
+    `guarded` says it in a sentence; Python would print the thread's traceback as well."""
     if not issubclass(hook.exc_type, OSError):
         threading.__excepthook__(hook)
 
@@ -1273,10 +1275,10 @@ def guarded(out, args, bar):
 
 
 def catch_signals(steps):
-    """SIGTERM (a cluster takes its machine back), SIGINT (Ctrl-C) and SIGHUP (the terminal is gone)
-    only set a flag; the loop finishes its step, saves, and stops. A second one stops at once, and so
-    does the first where there are no steps to finish. Under nohup SIGHUP is ignored, and stays so.
-    Returns the function that tells whether a signal has come."""
+    """SIGTERM (a cluster takes its machine back), SIGINT (Ctrl-C) and SIGHUP (the terminal is
+    gone) only set a flag; the loop finishes its step, saves, and stops. A second one stops at
+    once, and so does the first where there are no steps to finish. Under nohup SIGHUP is ignored,
+    and stays so. Returns the function that tells whether a signal has come."""
     caught = []
 
     def handler(number, frame):

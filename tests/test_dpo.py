@@ -405,8 +405,9 @@ def test_held_out_prompts_are_sampled_for(tmp_path):
 
 
 def test_a_run_with_a_dated_thinking_template_goes_on_the_next_day(tmp_path, monkeypatch):
-    """The reference's scores are of prompts with the first day's date, and a resumed run must not read
-    others; the sides of a pair begin with the empty thought that the template gives a given answer."""
+    """The reference's scores are of prompts with the first day's date, and a resumed run must not
+    read others; the sides of a pair begin with the empty thought that the template gives a given
+    answer."""
     template = (
         "{{ strftime_now('w%d') }} {% for m in messages %}{{ m.content if m.role == 'user' else '<think> ' + m.content }} "
         "<eos> {% endfor %}{{ '<think> ' if add_generation_prompt and off is defined else '' }}"

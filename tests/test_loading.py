@@ -89,8 +89,8 @@ def thinker(tmp_path, template_args=""):
 
 @pytest.mark.parametrize("given, thoughts", [("", 1), ("true", 1), ("false", 0)])
 def test_prompt_and_given_answer_are_what_the_template_writes_of_both(given, thoughts, tmp_path):
-    """An answer from a file must be the sequence that a reward model reads. With thinking off the empty
-    thought is part of the prompt; otherwise the answer begins with it."""
+    """An answer from a file must be the sequence that a reward model reads. With thinking off the
+    empty thought is part of the prompt; otherwise the answer begins with it."""
     tokenizer = thinker(tmp_path, f'{{"enable_thinking": {given}}}' if given else "")
     thought = tokenizer("<think> </think>").input_ids
     talk = [{"role": "system", "content": "w7"}, {"role": "user", "content": "w8"}]
@@ -136,8 +136,8 @@ DATED = "<bos> {{ strftime_now('w%d') }} {% set y = strftime_now(\"w%m\") %}{{ y
 
 
 def test_a_resumed_run_reads_the_date_on_which_it_began(tmp_path, monkeypatch):
-    """Some templates print the date: dpo.py's --resume failed the next day, and the other scripts went on
-    with other prompts."""
+    """Some templates print the date: dpo.py's --resume failed the next day, and the other scripts
+    went on with other prompts."""
     family("llama").save_pretrained(tmp_path / "m")
     make_tokenizer(template=DATED).save_pretrained(tmp_path / "m")
 
@@ -549,9 +549,9 @@ for where, how in everywhere.items():
 
 
 def test_a_disk_that_is_really_full_is_a_sentence_and_the_last_checkpoint_stays(tmp_path):
-    """The kernel refuses to make files longer (RLIMIT_FSIZE). torch.save turns that into a RuntimeError,
-    safetensors and the tokenizers have errors of their own, and TensorBoard writes in a thread: none
-    of them may end in a traceback."""
+    """The kernel refuses to make files longer (RLIMIT_FSIZE). torch.save turns that into a
+    RuntimeError, safetensors and the tokenizers have errors of their own, and TensorBoard writes
+    in a thread: none of them may end in a traceback."""
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)

@@ -425,7 +425,8 @@ def test_commas_are_read_between_groups_of_three_digits_only():
 
 @pytest.mark.parametrize("reward", [0.1, 0.7, -1.3, 100.1])
 def test_a_batch_of_equal_rewards_teaches_exactly_nothing(reward):
-    """The mean of 24 rewards of 0.1 is not 0.1, and Adam makes a step of any noise that it is given."""
+    """The mean of 24 rewards of 0.1 is not 0.1, and Adam makes a step of any noise that it is
+    given."""
     totals = torch.full((24,), reward)
     b, _, _ = baselines(totals, totals, totals, 8, "batch", False, False)
     assert (totals - b).abs().max() == 0
