@@ -13,6 +13,8 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import errno
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -21,11 +23,13 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -45,6 +49,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DynamicCache,
+    PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
@@ -56,6 +61,9 @@ def say(message):
     """A line on the console, once and not for each process."""
     if int(os.environ.get("RANK", 0)) == 0:
         tqdm.write(message)
+
+
+say_once = functools.lru_cache(say)
 
 
 def fail(message):
@@ -159,8 +167,24 @@ def check_flags(args):
         fail(f"--max_grad_norm {args.max_grad_norm}: must be above 0; inf scales nothing down")
     if "temperature" in names and not args.temperature:
         fail("--temperature must be above 0: a greedy policy tries nothing new, and its samples are all the same")
+    if args.template_args:
+        check_template_args(args.template_args)
     if args.resume and not args.steps:
         fail("--steps 0 evaluates a model; for what a run has made, leave out --resume and give its folder, --model RUN/model")
+
+
+def check_template_args(text):
+    """--template_args is a JSON object; what transformers itself takes is not for a template."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        fail(f"--template_args {text}: not JSON ({error})")
+    if not isinstance(values, dict):
+        fail(f'--template_args {text}: not an object like {{"enable_thinking": false}}')
+    taken = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    for name in values:
+        if name == "messages" or name in taken and name not in ("tools", "documents"):
+            fail(f"--template_args {text}: {name} is not for the template; common.py decides it")
 
 
 def read_json(path, flag):
@@ -202,7 +226,27 @@ def load_function(spec, flag):
 # -- Tokenizer: pad, stop set, chat template -------------------------------------------------------------------------
 
 
-def load_tokenizer(path):
+BEGAN = datetime.datetime.now().isoformat(timespec="seconds")
+
+
+def first_date(args):
+    """When the run began. A resumed run finds it in its args.json."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if args.resume:
+            return json.loads((Path(args.out) / "args.json").read_text())["began"]
+    return BEGAN
+
+
+def began(args, world):
+    """`first_date` of the first process, on all of them. Some chat templates print the date:
+    without this, a run that is resumed the next day would go on with other prompts."""
+    answer = [first_date(args)]
+    if world.size > 1:
+        dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def load_tokenizer(path, template_args="", date=None):
     """A tokenizer that has a pad token: its own, or else EOS. Pad may equal EOS here, because masks are made of lengths in
     this project. One that compares ids with the pad id hides the real EOS, too, and the model never learns to stop."""
     try:
@@ -217,7 +261,25 @@ def load_tokenizer(path):
         fail(f"{path}: its tokenizer has no EOS token, so no completion could end; set eos_token")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= words:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.template_args = json.loads(template_args or "{}")
+    tokenizer.date = date and datetime.datetime.fromisoformat(date)
+    for name in tokenizer.template_args:
+        if name not in str(tokenizer.chat_template):
+            fail(f"--template_args: the chat template of {path} does not know {name}")
     return tokenizer
+
+
+def render(tokenizer, talk, **settings):
+    """Chat messages as the tokenizer's chat template writes them, given --template_args, with the
+    date on which the run began. Templates ask for the date by `strftime_now`; transformers 5.24
+    gives a template no function but its own, so the calls are replaced by their result."""
+    date = getattr(tokenizer, "date", None)
+    template = tokenizer.get_chat_template()
+    if date:
+        call = r"strftime_now\(\s*(?:\"([^\"]*)\"|'([^']*)')\s*\)"
+        template = re.sub(call, lambda m: json.dumps(date.strftime(m[1] or m[2] or "")), template)
+    given = getattr(tokenizer, "template_args", {})
+    return tokenizer.apply_chat_template(talk, chat_template=template, tokenize=False, **given, **settings)
 
 
 def own_pad(tokenizer):
@@ -243,15 +305,28 @@ def stop_ids(model, tokenizer):
 
 
 @functools.lru_cache
+def around_answer(tokenizer, template):
+    """What the chat template (here as a text, to remember by) writes around an answer that it is
+    given: between its generation prompt and the answer (thinking models: an empty thought; None if
+    its generation prompt does not begin such a text), and what ends the turn."""
+    question = messages("question")
+    try:
+        start = render(tokenizer, question, add_generation_prompt=True)
+        whole = render(tokenizer, [*question, {"role": "assistant", "content": "an answer"}])
+    except Exception:  # there is no template, or it wants more than these two
+        return "", ""
+    before, found, after = whole.rpartition("an answer")
+    if not found:
+        return "", ""
+    return before[len(start) :] if before.startswith(start) else None, after
+
+
+@functools.lru_cache
 def turn_end(tokenizer, template):
     """The id that ends an answer: the special token that the chat template (here as a text, to remember by) writes after
     it (that of Gemma or Phi is not their EOS), or else EOS."""
-    try:
-        talk = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "an answer"}]
-        _, found, after = tokenizer.apply_chat_template(talk, tokenize=False).rpartition("an answer")
-    except Exception:  # there is no template, or it wants more than these two
-        found, after = "", ""
-    first = tokenizer(after if found else "", add_special_tokens=False).input_ids[:1]
+    after = around_answer(tokenizer, template)[1]
+    first = tokenizer(after, add_special_tokens=False).input_ids[:1]
     special = first and first[0] in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[first[0]].special
     return first[0] if special else tokenizer.eos_token_id
 
@@ -263,41 +338,71 @@ def encode(tokenizer, text):
     return tokenizer(text, add_special_tokens=not doubled).input_ids
 
 
+def messages(prompt, system=""):
+    """A prompt as chat messages; the system message goes before those that have none."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if system and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": system}, *prompt]
+    return prompt
+
+
 def encode_prompt(tokenizer, prompt, system="", chat=True):
     """A prompt to ids. A list of chat messages goes through the chat template; a string becomes a user message (after
     the system message, if there is one) when there is a template and `chat` is on, and is raw text otherwise."""
     if isinstance(prompt, str):
         if not (chat and tokenizer.chat_template):
             return encode(tokenizer, f"{system}\n{prompt}" if system else prompt)
-        prompt = [{"role": "user", "content": prompt}]
-    if not tokenizer.chat_template:
+    elif not tokenizer.chat_template:
         fail("a prompt is a list of chat messages, but the tokenizer has no chat template; give it as text")
-    if system and prompt[0]["role"] != "system":
-        prompt = [{"role": "system", "content": system}, *prompt]
     try:
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        text = render(tokenizer, messages(prompt, system), add_generation_prompt=True)
     except Exception as error:  # some templates know no system message, or want user and assistant to take turns
         fail(f"the chat template refuses the prompt {str(prompt):.200}: {error}")
     # the template has written every special token itself; letting the tokenizer add its own would double the BOS
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def encode_completion(tokenizer, text, chat=False):
+def encode_completion(tokenizer, text, chat=False, prompt=None, system=""):
     """A given answer (a demonstration, one side of a pair) to ids, ended by EOS, or, in a chat, by what ends a turn: an
     answer without its end teaches the model never to stop. Prompt and answer are tokenised apart and their ids joined,
     because the sampler joins ids too: at the seam, tokenise(a) + tokenise(b) is not tokenise(a + b)."""
     end = turn_end(tokenizer, str(tokenizer.chat_template)) if chat else tokenizer.eos_token_id
+    if chat and tokenizer.chat_template and prompt is not None:
+        text = opening(tokenizer, prompt, text, system) + text
     ids = tokenizer(text, add_special_tokens=False).input_ids
     return ids if ids[-1:] == [end] else [*ids, end]
+
+
+def opening(tokenizer, prompt, answer, system):
+    """What the chat template writes between its generation prompt and a given answer. Templates of
+    thinking models write an empty thought there. A reward model reads it (`encode_answer`), and a
+    model that is asked to think learns it with the answer."""
+    before, after = around_answer(tokenizer, str(tokenizer.chat_template))
+    if before is None:
+        say_once(
+            "note: the chat template does not write its generation prompt before an answer that it is "
+            "given; given answers follow the generation prompt as they are"
+        )
+    if not before:
+        return ""
+    talk = messages(prompt, system)
+    start = render(tokenizer, talk, add_generation_prompt=True)
+    whole = render(tokenizer, [*talk, {"role": "assistant", "content": answer}])
+    between = whole.removeprefix(start).removesuffix(after)
+    for written in (answer, answer.strip()):  # many templates strip what they are given
+        if between.endswith(written):
+            return between[: len(between) - len(written)]
+    return ""  # the template writes this answer otherwise: it has a thought of its own
 
 
 def encode_answer(tokenizer, prompt, completion):
     """A whole conversation as a reward model reads it -> ids: rendered by its template, or else prompt and completion,
     ended by EOS."""
-    talk = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    talk = messages(prompt)
     if tokenizer.chat_template:
         try:
-            text = tokenizer.apply_chat_template([*talk, {"role": "assistant", "content": completion}], tokenize=False)
+            text = render(tokenizer, [*talk, {"role": "assistant", "content": completion}])
         except Exception as error:  # some templates know no system message, or want user and assistant to take turns
             fail(f"the reward model's chat template refuses the prompt {str(prompt):.200}: {error}")
         return tokenizer(text, add_special_tokens=False).input_ids
@@ -499,6 +604,26 @@ def fit_context(args, longest, *configs):
     return dataclasses.replace(args, max_new_tokens=min(args.max_new_tokens, context - longest))
 
 
+def fit_reward_model(args, tokenizer, prompts):
+    """The flags, with --max_new_tokens lowered to what the reward model (--reward FOLDER) can read
+    after the longest prompt, as its own template writes it. If its tokens are not the policy's,
+    the length of an answer is not known before; `score_ids` cuts what is too long."""
+    reader = load_tokenizer(args.reward)
+    context = context_of(scalar_config(args.reward))
+    longest = max(len(encode_answer(reader, row["prompt"], "")) for _, row in prompts)
+    room = context - longest
+    why = f"--reward {args.reward} reads {context} tokens, and the longest prompt has {longest} there"
+    if room < 1:
+        fail(f"{why}; a smaller --max_prompt_tokens would leave such prompts out")
+    if room >= args.max_new_tokens:
+        return args
+    if not tokenizer.get_vocab().items() <= reader.get_vocab().items():
+        say(f"note: {why}; of a text that is longer with its answer, the beginning will be cut off")
+        return args
+    say(f"--max_new_tokens {args.max_new_tokens} is lowered to {room}: {why}")
+    return dataclasses.replace(args, max_new_tokens=room)
+
+
 def policy_config(path):
     """The config of a language model; a reward model is refused, whose head would be a new one that knows no word."""
     config = read_config(path)
@@ -584,13 +709,17 @@ def checked(reward):
     def score(completion, row):
         try:
             value = reward(completion, row)
-            if math.isfinite(float(value)) and not isinstance(value, str):
-                return float(value)
-            wrong = f"{value!r:.100}, no finite number,"
         except Exception as error:
-            *_, at = traceback.extract_tb(error.__traceback__)
-            where = "" if at.filename == __file__ else f" in {Path(at.filename).name}, line {at.lineno}"
+            # the last line of the user's own file, which may have called a library that raised
+            frames = traceback.extract_tb(error.__traceback__)[1:]
+            lines = [f.lineno for f in frames if f.filename == frames[0].filename]
+            where = f" in {Path(frames[0].filename).name}, line {lines[-1]}" if lines else ""
             wrong = f"an error{where} ({type(error).__name__}: {error}),"
+        else:
+            with contextlib.suppress(Exception):  # whatever kind of thing was given
+                if math.isfinite(float(value)) and not isinstance(value, str):
+                    return float(value)
+            wrong = f"{value!r:.100}, no finite number,"
         raise Stop(f"--reward gave {wrong} for prompt {row['prompt']!r:.300} and completion {completion!r:.300}")
 
     return lambda completions, rows: [score(c, r) for c, r in zip(completions, rows)]
@@ -613,10 +742,11 @@ def together(reward, world):
     return scores
 
 
-def load_scorer(path, world):
-    """A reward model as a function from completions and their rows to scores. It reads text through its own tokenizer and
-    template, because its ids need not be the policy's."""
-    tokenizer = load_tokenizer(path)
+def load_scorer(path, world, date=None):
+    """A reward model as a function from completions and their rows to scores. It reads text
+    through its own tokenizer and template, because its ids need not be the policy's;
+    --template_args are for the policy's template."""
+    tokenizer = load_tokenizer(path, date=date)
     model = load_scalar(path, world, tokenizer, frozen=True)
     return lambda completions, rows: score_texts(model, tokenizer, completions, rows, world)
 
@@ -632,8 +762,10 @@ def score_ids(model, tokenizer, texts, world):
     limit = context_of(model.config)
     sizes = torch.tensor([[len(texts), max(map(len, texts))]], device=world.device)
     most, longest = all_gather(world, sizes).amax(0).tolist()  # over all processes
-    if longest > limit:
-        raise Stop(f"the reward model reads {limit} tokens, and one text has {longest}; lower --max_new_tokens")
+    if longest > limit:  # known only now; a run that stopped here could not go on with other flags
+        say_once(f"warning: the reward model reads {limit} tokens; of longer texts it reads the end")
+        texts = [text[-limit:] for text in texts]
+        longest = limit
     values = []
     size = max(1, min(64, 32_768 // longest))
     for i in range(0, most, size):  # as often on every process: sharded weights are gathered by all or by none
@@ -680,18 +812,18 @@ def save_model(model, tokenizer, folder, world):
         temporary = folder.with_name(folder.name + ".tmp")
         try:
             model.save_pretrained(temporary, state_dict=state, safe_serialization=True)
-        except Exception as error:  # a full disk has many names here
+            if model.get_output_embeddings() is not None:  # whoever samples from it is to know all that ends its answers
+                generation, ends = copy.deepcopy(model.generation_config), stop_ids(model, tokenizer)
+                generation.eos_token_id = ends if len(ends) > 1 else ends[0]
+                generation.save_pretrained(temporary)
+            config = copy.deepcopy(model.config_to_save)
+            config.dtype = world.dtype
+            config.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            replace(temporary, folder)
+        except Exception as error:  # each of these libraries has its own name for a full disk
             shutil.rmtree(temporary, ignore_errors=True)
             raise Stop(f"{folder} could not be written ({error})") from error
-        if model.get_output_embeddings() is not None:  # whoever samples from it is to know all that ends its answers
-            generation, ends = copy.deepcopy(model.generation_config), stop_ids(model, tokenizer)
-            generation.eos_token_id = ends if len(ends) > 1 else ends[0]
-            generation.save_pretrained(temporary)
-        config = copy.deepcopy(model.config_to_save)
-        config.dtype = world.dtype
-        config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        replace(temporary, folder)
     if world.size > 1:
         dist.barrier()
 
@@ -812,7 +944,7 @@ def open_run(args, script, world):
                 fail(f"--resume: --steps {args.steps}, and the run in {out} has made {at}")
             if before.get("steps", args.steps) != args.steps:
                 print(f"note: --steps was {before['steps']} and is {args.steps}; the learning rate's schedule changes with it")
-        elif args.out and out.exists() and (out.is_file() or any(p.suffix != ".tmp" for p in out.iterdir())):
+        elif args.out and out.exists() and not is_free(out):
             fail(
                 f"--out {out}: not an empty folder; add --resume to go on with the run in it, delete it, or choose another name"
             )
@@ -824,13 +956,39 @@ def open_run(args, script, world):
                 except FileExistsError:  # also when another run took the name a moment ago
                     number += 1
                     out = Path(f"runs/{script}-{number}")
-            write(out / "args.json", json.dumps({"script": script, **flags}, indent=1) + "\n")
+            lock(out)
+            known = {"script": script, "began": first_date(args), **flags}
+            write(out / "args.json", json.dumps(known, indent=1) + "\n")
         except OSError as error:
             fail(f"--out {out}: cannot write there ({error.strerror})")
         answer = [str(out)]
     if world.size > 1:
         dist.broadcast_object_list(answer)
     return Path(answer[0])
+
+
+def is_free(out):
+    """Whether an empty folder, or one in which a run was killed before it had written anything."""
+    return out.is_dir() and all(p.suffix in (".tmp", ".lock") for p in out.iterdir())
+
+
+HELD = {}  # the locks of this process, by the run's folder
+
+
+def lock(out):
+    """Keeps the run's folder for this process: two runs in one folder would overwrite each other's
+    files. The kernel frees the lock when the process ends, also when it is killed. lockf and not
+    flock: children of a fork inherit the latter, and may outlive the run."""
+    if out.resolve() in HELD:
+        return
+    file = open(out / "run.lock", "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            fail(f"--out {out}: another process is at work in it; wait for its end")
+        # a file system without locks: go on without
+    HELD[out.resolve()] = file
 
 
 def write(path, data):
@@ -841,10 +999,16 @@ def write(path, data):
             torch.save(data, file) if isinstance(data, dict) else file.write(data.encode())
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # on a full disk torch.save raises a RuntimeError about its own format
+        # the OSError is its context
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
+    finally:
         temporary.unlink(missing_ok=True)  # on a full disk half a file is in the way
-        raise
-    os.replace(temporary, path)
 
 
 def replace(temporary, folder):
@@ -903,6 +1067,26 @@ def read_checkpoint(out):
     except Exception as error:
         before = f"; without it --resume goes on from {older[-1]}" if older else ""
         fail(f"{path}: this checkpoint cannot be read ({str(error).splitlines()[0]}); it may have been cut short{before}")
+
+
+def take_up(out, args, world):
+    """Where a run is resumed: its newest checkpoint, or None. A process that does not see it (its
+    disk is not shared, or the shared disk shows it an old listing) would begin at step 1 while the
+    others go on, and the mixed weights would replace the good checkpoint."""
+    state = read_checkpoint(out) if args.resume else None
+    agree(out, world, state["step"] if state else 0, "the last checkpoint is of step")
+    return state
+
+
+def agree(out, world, number, what):
+    """Stops if the processes do not find the same number in the run's folder."""
+    numbers = all_gather(world, torch.tensor([number], device=world.device)).tolist()
+    for rank, theirs in enumerate(numbers):
+        if theirs != numbers[0]:
+            if world.rank:
+                raise SystemExit(2)  # the first process says it
+            seen = f"{what} {numbers[0]} to process 0 and {theirs} to process {rank}"
+            fail(f"--out {out}: {seen}; put --out on a disk that all processes share")
 
 
 def load_checkpoint(state, models, optimizers):
@@ -979,12 +1163,24 @@ def introduce(out, args, world, tokenizer, ids, first, needed):
     what = "first text, a chosen side" if pairs else "first prompt"
     print(f"{what}: {tokenizer.decode(ids)!r}\n  as ids: {ids if len(ids) < 40 else [*ids[:30], '...', *ids[-8:]]}")
     print(f"writing to {out}" + (f", going on after step {first} of {args.steps}" if args.resume else "") + "\n")
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        cut_log(out / name, first or -1)  # what a resumed run will write again
-    writer = SummaryWriter(out / "tensorboard", purge_step=first + (first > 0) if args.resume else None)
-    writer.add_text("args", f"```\n{json.dumps(dataclasses.asdict(args), indent=1)}\n```")
+    threading.excepthook = quiet_threads
+    try:
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            cut_log(out / name, first or -1)  # what a resumed run will write again
+        writer = SummaryWriter(out / "tensorboard", purge_step=first + (first > 0) if args.resume else None)
+        writer.add_text("args", f"```\n{json.dumps(dataclasses.asdict(args), indent=1)}\n```")
+        writer.flush()
+    except OSError as error:
+        fail(f"--out {out}: cannot write there ({error.strerror})")
     # disable=None: no bar in a log file, where every step would be a line
     return writer, tqdm(total=args.steps, initial=first, desc=out.name, dynamic_ncols=True, disable=None)
+
+
+def quiet_threads(hook):
+    """TensorBoard writes in a thread. When that fails, `log` raises the same OSError, and
+    `guarded` says it in a sentence; Python would print the thread's traceback as well."""
+    if not issubclass(hook.exc_type, OSError):
+        threading.__excepthook__(hook)
 
 
 def log(out, writer, step, metrics, texts=()):
@@ -1074,25 +1270,34 @@ def guarded(out, args, bar):
         on = "go on from the last checkpoint" if checkpoints(out) else "no checkpoint was written yet; begin from the start"
         command = "torchrun ..." if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "python"
         raise SystemExit(f"{what}\n{on} with: {command} {words}" if args.steps else what) from error
+    finally:
+        if out.resolve() in HELD:
+            HELD.pop(out.resolve()).close()
 
 
 def catch_signals(steps):
-    """SIGTERM (a cluster takes its machine back) and SIGINT (Ctrl-C) only set a flag; the loop finishes its step,
-    saves, and stops. A second one stops at once, and so does the first where there are no steps to finish. Returns the
-    function that tells whether one has come."""
+    """SIGTERM (a cluster takes its machine back), SIGINT (Ctrl-C) and SIGHUP (the terminal is
+    gone) only set a flag; the loop finishes its step, saves, and stops. A second one stops at
+    once, and so does the first where there are no steps to finish. Under nohup SIGHUP is ignored,
+    and stays so. Returns the function that tells whether a signal has come."""
     caught = []
 
     def handler(number, frame):
+        if caught and number == signal.SIGHUP:
+            return  # the shell and the kernel may both send one, and nobody has asked twice
         if caught or not steps:
             raise KeyboardInterrupt
         caught.append(number)
-        if int(os.environ.get("RANK", 0)) == 0:
-            with contextlib.suppress(OSError):  # from a terminal that is gone
-                # not by print, which the signal may have interrupted
-                os.write(2, b"\nstopping at the next safe place, and saving; a second signal stops at once\n")
+        words = b"\nstopping at the next safe place, and saving; a second signal stops at once\n"
+        for stream, text in ((1, b""), (2, words if int(os.environ.get("RANK", 0)) == 0 else b"")):
+            try:
+                os.write(stream, text)  # not by print, which the signal may have interrupted
+            except OSError:  # the terminal is gone; writing to it would end the run before it saves
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
-    signal.signal(signal.SIGTERM, handler)
-    signal.signal(signal.SIGINT, handler)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
     return lambda: bool(caught)
 
 

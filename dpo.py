@@ -84,6 +84,8 @@ class Args:
     """what scores the samples of --eval_prompts: exact | number | FILE.py:function(completion, row) | a reward model"""
     chat: bool = True
     """a prompt that is a string goes through the chat template, if the tokenizer has one (--no_chat: raw text)"""
+    template_args: str = ""
+    """arguments of the chat template, a JSON object: '{"enable_thinking": false}'"""
     system: str = ""
     """system message before every prompt that has none of its own"""
     max_tokens: int = 1024
@@ -205,11 +207,17 @@ def read_pairs(path, flag):
 def encode_preferences(rows, tokenizer, args, flag):
     """[(prompt's ids, chosen's, rejected's), ...], each side with its end, without pairs of equal sides, which say nothing,
     and without those too long: cut, a pair may lose the very place where its sides differ. Says how many those were."""
-    pairs = [
-        (common.encode_prompt(tokenizer, row["prompt"], args.system, args.chat),
-         *(common.encode_completion(tokenizer, row[side], args.chat or isinstance(row["prompt"], list)) for side in ("chosen", "rejected")))
-        for row in rows
-    ]  # fmt: skip
+    pairs = []
+    for row in rows:
+        prompt = row["prompt"]
+        chat = args.chat or isinstance(prompt, list)
+        pairs.append(
+            (
+                common.encode_prompt(tokenizer, prompt, args.system, args.chat),
+                common.encode_completion(tokenizer, row["chosen"], chat, prompt, args.system),
+                common.encode_completion(tokenizer, row["rejected"], chat, prompt, args.system),
+            )
+        )
     differ = [p for p in pairs if p[1] != p[2] and p[0]]
     kept = [p for p in differ if len(p[0]) + max(len(p[1]), len(p[2])) <= args.max_tokens]
     if len(kept) < len(pairs):
@@ -260,7 +268,8 @@ def number(completion, row):
     do not matter; compared as decimals, not as floats, which cannot tell long numbers apart."""
 
     def last(text):
-        found = re.findall(r"(?:(?<![\w.])-)?(?:\d[\d,]*\.?\d*|\.\d+)", str(text).replace("$", ""))
+        whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # "1,234" is one number, "1,2,3" are three
+        found = re.findall(rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)", str(text).replace("$", ""))
         return Decimal(found[-1].replace(",", "").rstrip(".")) if found else None
 
     wanted = last(row["answer"])
@@ -272,12 +281,12 @@ def is_a_model(spec):
     return spec not in ("exact", "number") and not spec.partition(":")[0].endswith(".py")
 
 
-def load_reward(spec, world):
+def load_reward(spec, world, date=None):
     """--reward as a function from completions and their rows to scores. Mistakes are found before a policy is loaded."""
     if is_a_model(spec):
         if "/" not in spec and not Path(spec).exists():
             fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
-        return common.together(common.load_scorer(spec, world), world)
+        return common.together(common.load_scorer(spec, world, date), world)
     rules = {"exact": exact, "number": number}
     return common.together(common.checked(rules.get(spec) or common.load_function(spec, "--reward")), world)
 
@@ -415,6 +424,9 @@ def reference_scores(policy, shared, tokenizer, pairs, held_out, args, out, worl
         if common.checkpoints(out):
             fail(f"--resume: {path} has scores of other pairs, or of another model or precision, than this run's")
         known = {"mark": mark}  # nothing was learnt by the old ones
+    tables = [known[name] for name in ("pairs", "held_out") if name in known]
+    scored = sum(int((~table[:, 0].isnan()).sum()) for table in tables)
+    common.agree(out, world, scored, "the number of pairs that the reference has scored is")
     visited = {common.pick(len(pairs), i, args.seed) for i in range(args.steps * args.pairs_per_step)} if pairs else ()
     for name, group, wanted in (("pairs", pairs, visited), ("held_out", held_out, range(len(held_out)))):
         table = known.setdefault(name, torch.full((len(group), 2), math.nan))
@@ -483,7 +495,8 @@ def train(args):
         fail(f"--pairs_per_step {args.pairs_per_step} must be a multiple of the number of processes")
 
     # everything that can be wrong with the user's input is found here, before the policy is loaded or a file written
-    config, tokenizer = common.policy_config(args.model), common.load_tokenizer(args.model)
+    config, date = common.policy_config(args.model), common.began(args, world)
+    tokenizer = common.load_tokenizer(args.model, args.template_args, date)
     context = common.context_of(config)
     if args.reference:
         context = common.context_of(config, common.policy_config(args.reference))
@@ -501,7 +514,9 @@ def train(args):
         needs = f"--reward {args.reward}" if args.reward in ("exact", "number") else ""
         prompts = load_prompts(args.eval_prompts, "--eval_prompts", tokenizer, args, needs)
         args = common.fit_context(args, max(len(ids) for ids, _ in prompts), config)
-        reward = load_reward(args.reward, world)
+        reward = load_reward(args.reward, world, date)
+        if is_a_model(args.reward):
+            args = common.fit_reward_model(args, tokenizer, prompts)
     if not (pairs or held_out or prompts):
         fail("--steps 0 evaluates; name pairs with --eval_data, or prompts with --eval_prompts")
     out = common.open_run(args, "dpo", world)
@@ -513,7 +528,7 @@ def train(args):
         frozen=(bool(prompts) and is_a_model(args.reward)) + (not args.steps),
         checkpointing=args.gradient_checkpointing, sample_rows=min(256, len(prompts)), sample_tokens=args.max_prompt_tokens + args.max_new_tokens,
     )  # fmt: skip
-    state = common.read_checkpoint(out) if args.resume else None
+    state = common.take_up(out, args, world)
     first, warned = state["step"] if state else 0, False
     first_pair = (pairs or held_out or [(prompts[0][0], [])])[0]
     writer, bar = common.introduce(out, args, world, tokenizer, first_pair[0] + first_pair[1], first, needed)

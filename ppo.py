@@ -87,6 +87,8 @@ class Args:
     """exact | number | FILE.py:function(completion, row) -> float | folder or hub name of a reward model"""
     chat: bool = True
     """a prompt that is a string goes through the chat template, if the tokenizer has one (--no_chat: raw text)"""
+    template_args: str = ""
+    """arguments of the chat template, a JSON object: '{"enable_thinking": false}'"""
     system: str = ""
     """system message before every prompt that has none of its own"""
     max_prompt_tokens: int = 512
@@ -235,7 +237,8 @@ def number(completion, row):
     do not matter; compared as decimals, not as floats, which cannot tell long numbers apart."""
 
     def last(text):
-        found = re.findall(r"(?:(?<![\w.])-)?(?:\d[\d,]*\.?\d*|\.\d+)", str(text).replace("$", ""))
+        whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # "1,234" is one number, "1,2,3" are three
+        found = re.findall(rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)", str(text).replace("$", ""))
         return Decimal(found[-1].replace(",", "").rstrip(".")) if found else None
 
     wanted = last(row["answer"])
@@ -247,12 +250,12 @@ def is_a_model(spec):
     return spec not in ("exact", "number") and not spec.partition(":")[0].endswith(".py")
 
 
-def load_reward(spec, world):
+def load_reward(spec, world, date=None):
     """--reward as a function from completions and their rows to scores. Mistakes are found before a policy is loaded."""
     if is_a_model(spec):
         if "/" not in spec and not Path(spec).exists():
             fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
-        return common.together(common.load_scorer(spec, world), world)
+        return common.together(common.load_scorer(spec, world, date), world)
     rules = {"exact": exact, "number": number}
     return common.together(common.checked(rules.get(spec) or common.load_function(spec, "--reward")), world)
 
@@ -510,7 +513,8 @@ def train(args):
         fail(f"--prompts_per_step {args.prompts_per_step} must be a multiple of --minibatches times the number of processes")
 
     # everything that can be wrong with the user's input is found here, before the policy is loaded or a file written
-    config, tokenizer = common.policy_config(args.model), common.load_tokenizer(args.model)
+    config, date = common.policy_config(args.model), common.began(args, world)
+    tokenizer = common.load_tokenizer(args.model, args.template_args, date)
     needs = f"--reward {args.reward}" if args.reward in ("exact", "number") else ""
     prompts = load_prompts(args.data, "--data", tokenizer, args, needs)
     held_out = load_prompts(args.eval_data, "--eval_data", tokenizer, args, needs)
@@ -521,7 +525,9 @@ def train(args):
         fail(
             f"--critic separate: transformers has no sequence classifier for the family {config.model_type!r}; use --critic shared"
         )
-    reward = load_reward(args.reward, world)
+    reward = load_reward(args.reward, world, date)
+    if is_a_model(args.reward):
+        args = common.fit_reward_model(args, tokenizer, prompts + held_out)
     if separate and is_a_model(args.reward):
         words = common.load_tokenizer(args.reward).get_vocab()
         room = common.context_of(common.read_config(args.reward))
@@ -535,7 +541,7 @@ def train(args):
         args.model, world, max(args.tokens_per_micro_batch, row), frozen=frozen, learning=1 + separate,
         checkpointing=args.gradient_checkpointing, sample_rows=max(mine * n, min(256, len(held_out))), sample_tokens=row,
     )  # fmt: skip
-    state = common.read_checkpoint(out) if args.resume else None
+    state = common.take_up(out, args, world)
     first, said = state["step"] if state else 0, set()
     writer, bar = common.introduce(out, args, world, tokenizer, prompts[0][0], first, needed)
 

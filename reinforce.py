@@ -78,6 +78,8 @@ class Args:
     """learn from the answers in this file instead of from samples: supervised fine-tuning (takes the place of --data)"""
     chat: bool = True
     """a prompt that is a string goes through the chat template, if the tokenizer has one (--no_chat: raw text)"""
+    template_args: str = ""
+    """arguments of the chat template, a JSON object: '{"enable_thinking": false}'"""
     system: str = ""
     """system message before every prompt that has none of its own"""
     max_prompt_tokens: int = 512
@@ -205,7 +207,8 @@ def load_prompts(path, flag, tokenizer, args, needs=""):
 
 def demonstration(tokenizer, row, args):
     """A row's answer as ids, ended as its prompt's format ends an answer."""
-    return common.encode_completion(tokenizer, str(row["answer"]), args.chat or isinstance(row["prompt"], list))
+    chat = args.chat or isinstance(row["prompt"], list)
+    return common.encode_completion(tokenizer, str(row["answer"]), chat, row["prompt"], args.system)
 
 
 def exact(completion, row):
@@ -218,7 +221,8 @@ def number(completion, row):
     do not matter; compared as decimals, not as floats, which cannot tell long numbers apart."""
 
     def last(text):
-        found = re.findall(r"(?:(?<![\w.])-)?(?:\d[\d,]*\.?\d*|\.\d+)", str(text).replace("$", ""))
+        whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # "1,234" is one number, "1,2,3" are three
+        found = re.findall(rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)", str(text).replace("$", ""))
         return Decimal(found[-1].replace(",", "").rstrip(".")) if found else None
 
     wanted = last(row["answer"])
@@ -230,12 +234,12 @@ def is_a_model(spec):
     return spec not in ("exact", "number") and not spec.partition(":")[0].endswith(".py")
 
 
-def load_reward(spec, world):
+def load_reward(spec, world, date=None):
     """--reward as a function from completions and their rows to scores. Mistakes are found before a policy is loaded."""
     if is_a_model(spec):
         if "/" not in spec and not Path(spec).exists():
             fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
-        return common.together(common.load_scorer(spec, world), world)
+        return common.together(common.load_scorer(spec, world, date), world)
     rules = {"exact": exact, "number": number}
     return common.together(common.checked(rules.get(spec) or common.load_function(spec, "--reward")), world)
 
@@ -278,7 +282,9 @@ def baselines(totals, scores, all_totals, all_scores, n, baseline, normalize, ke
     of_groups = scores.view(-1, n)  # [prompts, n]
     b = torch.zeros_like(groups)
     if baseline == "batch":
-        b = b + all_totals.mean()
+        # the mean of equal floats need not be equal to them, and Adam makes a step of any noise
+        equal = all_totals.amax() == all_totals.amin()
+        b = groups if equal else b + all_totals.mean()
     elif baseline != "none":
         mean = groups.mean(1, keepdim=True)
         b = mean if baseline == "prompt" else (n * mean - groups) / (n - 1)
@@ -476,7 +482,8 @@ def train(args):
 
     # everything that can be wrong with the user's input is found here, before the policy is loaded or a file written
     flag = "--demos" if args.demos else "--data"
-    config, tokenizer = common.policy_config(args.model), common.load_tokenizer(args.model)
+    config, date = common.policy_config(args.model), common.began(args, world)
+    tokenizer = common.load_tokenizer(args.model, args.template_args, date)
     needs = f"--reward {args.reward}" if args.demos or args.reward in ("exact", "number") else ""
     prompts = load_prompts(args.demos or args.data, flag, tokenizer, args, "a demonstration" if args.demos else needs)
     held_out = load_prompts(args.eval_data, "--eval_data", tokenizer, args, needs)
@@ -488,7 +495,10 @@ def train(args):
             f"--demos: {len(prompts) - len(short)} of {len(prompts)} left out (answers over --max_new_tokens {args.max_new_tokens})"
         )
         prompts = short or fail(f"--demos: every answer is longer than --max_new_tokens {args.max_new_tokens}")
-    reward = load_reward(args.reward, world)
+    reward = load_reward(args.reward, world, date)
+    scored = held_out if args.demos else prompts + held_out
+    if is_a_model(args.reward) and scored:
+        args = common.fit_reward_model(args, tokenizer, scored)
     out = common.open_run(args, "reinforce", world)
     stop_asked = common.catch_signals(args.steps)
 
@@ -497,7 +507,7 @@ def train(args):
         args.model, world, max(args.tokens_per_micro_batch, row), frozen=frozen, checkpointing=args.gradient_checkpointing,
         sample_rows=max(mine * n, min(256, len(held_out))), sample_tokens=row,
     )  # fmt: skip
-    state = common.read_checkpoint(out) if args.resume else None
+    state = common.take_up(out, args, world)
     first, said = state["step"] if state else 0, set()
     writer, bar = common.introduce(out, args, world, tokenizer, prompts[0][0], first, needed)
 

@@ -65,6 +65,8 @@ class Args:
     chat: bool = True
     """texts are rendered by the chat template, if the tokenizer has one
     (--no_chat: raw text, and the result has no template)"""
+    template_args: str = ""
+    """arguments of the chat template, a JSON object: '{"enable_thinking": false}'"""
     system: str = ""
     """system message before every prompt of --eval_prompts that has none of its own"""
     max_tokens: int = 1024
@@ -246,7 +248,8 @@ def number(completion, row):
     do not matter; compared as decimals, not as floats, which cannot tell long numbers apart."""
 
     def last(text):
-        found = re.findall(r"(?:(?<![\w.])-)?(?:\d[\d,]*\.?\d*|\.\d+)", str(text).replace("$", ""))
+        whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # "1,234" is one number, "1,2,3" are three
+        found = re.findall(rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)", str(text).replace("$", ""))
         return Decimal(found[-1].replace(",", "").rstrip(".")) if found else None
 
     wanted = last(row["answer"])
@@ -258,12 +261,12 @@ def is_a_model(spec):
     return spec not in ("exact", "number") and not spec.partition(":")[0].endswith(".py")
 
 
-def load_reward(spec, world):
+def load_reward(spec, world, date=None):
     """--reward as a function from completions and their rows to scores. Mistakes are found before a policy is loaded."""
     if is_a_model(spec):
         if "/" not in spec and not Path(spec).exists():
             fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
-        return common.together(common.load_scorer(spec, world), world)
+        return common.together(common.load_scorer(spec, world, date), world)
     rules = {"exact": exact, "number": number}
     return common.together(common.checked(rules.get(spec) or common.load_function(spec, "--reward")), world)
 
@@ -466,7 +469,8 @@ def train(args):
         fail(f"--pairs_per_step {args.pairs_per_step} must be a multiple of the number of processes")
 
     # everything that can be wrong with the user's input is found here, before the model is loaded or a file written
-    config, tokenizer = common.scalar_config(args.model), common.load_tokenizer(args.model)
+    config, date = common.scalar_config(args.model), common.began(args, world)
+    tokenizer = common.load_tokenizer(args.model, args.template_args, date)
     with torch.device("meta"):  # no weights yet: what kind of head would it be?
         head = getattr(AutoModelForSequenceClassification.from_config(config), "score", None)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not isinstance(head, torch.nn.Linear):
@@ -486,13 +490,17 @@ def train(args):
     held_out = encode_pairs(read_pairs(args.eval_data, "--eval_data"), tokenizer, args, "--eval_data") if args.eval_data else []
     prompts, reward, policy_tokenizer = [], None, None
     if args.policy:
-        policy_config, policy_tokenizer = common.policy_config(args.policy), common.load_tokenizer(args.policy)
+        policy_config = common.policy_config(args.policy)
+        policy_tokenizer = common.load_tokenizer(args.policy, date=date)
+        policy_tokenizer.template_args = tokenizer.template_args
         prompts = load_prompts(args.eval_prompts, "--eval_prompts", policy_tokenizer, args)
         read = [len(common.encode_answer(tokenizer, row["prompt"], "")) - 1 for _, row in prompts]  # without its end
         args = common.fit_context(args, max(*read, *(len(ids) for ids, _ in prompts)), config, policy_config)
         lacking = [row["prompt"] for _, row in prompts if not isinstance(row.get("answer"), (str, int, float))]
         if args.reward not in ("exact", "number") or not lacking:
-            reward = load_reward(args.reward, world)
+            reward = load_reward(args.reward, world, date)
+            if is_a_model(args.reward):
+                args = common.fit_reward_model(args, policy_tokenizer, prompts)
         elif len(lacking) < len(prompts):
             fail(f'--eval_prompts: some rows have an "answer", but not the one with prompt {lacking[0]!r:.100}')
         else:
@@ -505,7 +513,7 @@ def train(args):
         args.model, world, max(args.tokens_per_micro_batch, longest), frozen=bool(args.policy) + (not args.steps), learning=bool(args.steps), checkpointing=args.gradient_checkpointing,
         sample_rows=max(args.sample_rows, *args.best_of) * bool(args.policy), sample_tokens=args.max_prompt_tokens + args.max_new_tokens,
     )  # fmt: skip
-    state = common.read_checkpoint(out) if args.resume else None
+    state = common.take_up(out, args, world)
     first = state["step"] if state else 0
     shown, reader = (pairs or held_out or prompts)[0][0], tokenizer if pairs or held_out else policy_tokenizer
     writer, bar = common.introduce(out, args, world, reader, shown, first, needed)

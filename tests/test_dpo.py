@@ -402,3 +402,36 @@ def test_held_out_prompts_are_sampled_for(tmp_path):
     (tmp_path / "p.jsonl").write_text("\n".join(prompts))
     m = run(tmp_path, steps=1, data=few_pairs(tmp_path), eval_prompts=str(tmp_path / "p.jsonl"), **SMALL)
     assert 0 < m[0]["eval/exact"] < 1 and "eval/exact" in m[-1] and "eval/accuracy" not in m[-1]
+
+
+def test_a_run_with_a_dated_thinking_template_goes_on_the_next_day(tmp_path, monkeypatch):
+    """The reference's scores are of prompts with the first day's date, and a resumed run must not
+    read others; the sides of a pair begin with the empty thought that the template gives a given
+    answer."""
+    template = (
+        "{{ strftime_now('w%d') }} {% for m in messages %}{{ m.content if m.role == 'user' else '<think> ' + m.content }} "
+        "<eos> {% endfor %}{{ '<think> ' if add_generation_prompt and off is defined else '' }}"
+    )
+    tokenizer = make_tokenizer(template=template)
+    tokenizer.add_tokens(["<think>"])
+    think = tokenizer.convert_tokens_to_ids("<think>")
+    family("llama", vocab_size=60).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"prompt": "w5", "chosen": "w6", "rejected": "w7"}] * 4
+    honest = dpo.encode_preferences
+    seen = []
+
+    def watch(*given):
+        seen.append(honest(*given)[0])
+        return honest(*given)
+
+    monkeypatch.setattr(dpo, "encode_preferences", watch)
+    flags = {"model": str(tmp_path / "base"), "data": prompts_file(tmp_path, rows)}
+    flags |= {"pairs_per_step": 4, "learning_rate": 1e-4}
+    monkeypatch.setattr(common, "BEGAN", "2001-01-11T23:59:00")
+    run(tmp_path, steps=1, **flags)
+    monkeypatch.setattr(common, "BEGAN", "2001-01-12T00:01:00")
+    run(tmp_path, steps=2, resume=True, **flags)
+    run(tmp_path, "off", steps=1, template_args='{"off": true}', **flags)
+    asked, chosen, rejected = [11, 5, 1], [think, 6, 1], [think, 7, 1]
+    assert seen == [(asked, chosen, rejected)] * 2 + [([12, 5, 1, think], [6, 1], [7, 1])]

@@ -924,3 +924,14 @@ def test_resuming_equals_never_having_stopped(flags, tmp_path):
     ]
     a, b = weights(tmp_path, "a"), weights(tmp_path, "b")
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_printed_lines_of_python_use_the_model(tmp_path, capsys):
+    """With the first prompt of the data, so that they answer something."""
+    run(tmp_path, steps=1, **SMALL)
+    said = capsys.readouterr().out
+    prompt = json.loads((grpo.TINY / "sort_train.jsonl").read_text().splitlines()[0])["prompt"]
+    exec(said[said.index("  from transformers") :].replace("\n  ", "\n").strip(), {})
+    assert eval(capsys.readouterr().out)[0]["generated_text"].startswith(prompt)
+    assert "reward of the first step" in said and "nothing was held out" in said
+    assert "step 0:" not in said

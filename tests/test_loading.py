@@ -1,17 +1,20 @@
 """Loading: text to ids, models without dropout, heads, optimizer, and a run's folder that nothing can spoil."""
 
+import errno
 import importlib
 import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from argparse import Namespace
 from dataclasses import dataclass, make_dataclass
 
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, family, make_tokenizer
+from conftest import FAMILIES, ROOT, family, make_tokenizer
 
 import common
 from common import World, encode, encode_completion, encode_prompt, load_policy, load_reference, load_scalar
@@ -67,6 +70,93 @@ def test_in_a_chat_an_answer_ends_as_the_template_ends_a_turn():
     for template in (TEMPLATE, TEMPLATE.replace("<eos>", "w4"), "<bos> said", "{{ raise_exception('no') }}", None):
         tokenizer = make_tokenizer(bos="<bos>", template=template)
         assert encode_completion(tokenizer, "w5", True) == [5, 1] and common.stop_ids(family("llama"), tokenizer) == [1]
+
+
+THINKING = """{% for m in messages %}<start> {{ m.role }} \
+{% if m.role == 'assistant' %}{% if '</think>' in m.content %}{{ m.content.replace('</think>', ' </think> ') }}\
+{% else %}<think> </think> {{ m.content }}{% endif %}{% else %}{{ m.content }}{% endif %} <eos> \
+{% endfor %}{% if add_generation_prompt %}<start> assistant \
+{% if enable_thinking is defined and not enable_thinking %}<think> </think> {% endif %}{% endif %}"""
+
+
+def thinker(tmp_path, template_args=""):
+    """A tokenizer as thinking models have them: a given answer is written after an empty thought."""
+    tokenizer = make_tokenizer(template=THINKING)
+    tokenizer.add_tokens(["<start>", "<think>", "</think>"])
+    family("llama", vocab_size=60).save_pretrained(tmp_path / "thinker")
+    tokenizer.save_pretrained(tmp_path / "thinker")
+    return common.load_tokenizer(tmp_path / "thinker", template_args)
+
+
+@pytest.mark.parametrize("given, thoughts", [("", 1), ("true", 1), ("false", 0)])
+def test_prompt_and_given_answer_are_what_the_template_writes_of_both(given, thoughts, tmp_path):
+    """An answer from a file must be the sequence that a reward model reads. With thinking off the
+    empty thought is part of the prompt; otherwise the answer begins with it."""
+    tokenizer = thinker(tmp_path, f'{{"enable_thinking": {given}}}' if given else "")
+    thought = tokenizer("<think> </think>").input_ids
+    talk = [{"role": "system", "content": "w7"}, {"role": "user", "content": "w8"}]
+    for prompt, system in (("w8", ""), ("w8", "w7"), (talk, "")):
+        for answer in ("w5 w6", "w5", " w6 ", "", "<think> w9 </think> w5"):
+            asked = encode_prompt(tokenizer, prompt, system)
+            answered = encode_completion(tokenizer, answer, True, prompt, system)
+            whole = common.encode_answer(tokenizer, common.messages(prompt, system), answer)
+            own = "<think>" in answer
+            if not (own and thoughts == 0):  # thinking is off, and the answer thinks: no template writes that
+                assert asked + answered == whole, (prompt, answer)
+            assert answered[:2].count(thought[0]) == (own or thoughts)
+
+
+def test_an_answer_without_a_thought_in_its_template_is_what_it_was(tmp_path, capsys):
+    plain = make_tokenizer(template=GEMMA.replace("<start> w12", "<start> assistant "))
+    for answer in ("w5", " w6 ", "", "<start> w5"):
+        assert encode_completion(plain, answer, True, "w8") == encode_completion(plain, answer, True)
+    assert "note" not in capsys.readouterr().out
+    odd = make_tokenizer(bos="<bos>", template=TEMPLATE)  # writes w12 after an answer, too
+    assert encode_completion(odd, "w5", True, "w8") == [5, 1]
+    assert "given answers follow the generation prompt as they are" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ("{enable", "not JSON"),
+        ("[1]", "not an object"),
+        ('{"tokenize": true}', "tokenize is not for the template"),
+        ('{"messages": []}', "messages is not for the template"),
+        ('{"enable_thinkin_": false}', "does not know enable_thinkin_"),
+    ],
+)
+def test_arguments_of_the_template_that_are_none_get_a_sentence(given, words, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        common.check_template_args(given)
+        thinker(tmp_path, given)
+    says(capsys, "--template_args", words)
+
+
+DATED = "<bos> {{ strftime_now('w%d') }} {% set y = strftime_now(\"w%m\") %}{{ y }} {{ messages[0].content }}"
+
+
+def test_a_resumed_run_reads_the_date_on_which_it_began(tmp_path, monkeypatch):
+    """Some templates print the date: dpo.py's --resume failed the next day, and the other scripts
+    went on with other prompts."""
+    family("llama").save_pretrained(tmp_path / "m")
+    make_tokenizer(template=DATED).save_pretrained(tmp_path / "m")
+
+    def prompt(flags):
+        tokenizer = common.load_tokenizer(tmp_path / "m", "", common.began(flags, CPU))
+        return encode_prompt(tokenizer, "w5")
+
+    monkeypatch.setattr(common, "BEGAN", "2001-11-09T12:00:00")
+    flags = Flags(out=str(tmp_path / "run"))
+    first = prompt(flags)
+    assert first == make_tokenizer()("<bos> w09 w11 w5").input_ids
+    common.open_run(flags, "x", CPU)
+    monkeypatch.setattr(common, "BEGAN", "2001-12-10T12:00:00")
+    assert prompt(Flags(out=str(tmp_path / "new"))) == make_tokenizer()("<bos> w10 w12 w5").input_ids
+    again = Flags(out=str(tmp_path / "run"), resume=True)
+    assert prompt(again) == first
+    common.open_run(again, "x", CPU)
+    assert prompt(again) == first, "and a third day, too"
 
 
 def test_a_saved_model_knows_what_ends_its_answers(tmp_path):
@@ -498,6 +588,74 @@ def test_a_crash_while_saving_leaves_the_older_checkpoint_whole(folder, tmp_path
     assert common.read_checkpoint(tmp_path)["step"] == 1
 
 
+FULL_DISK = """
+import os, resource, sys
+import torch, transformers
+import common, grpo
+
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+def limit_before(owner, name, size, when=lambda *given: True):
+    honest = getattr(owner, name)
+    def limited(*given, **named):
+        if when(*given):
+            limit(size())
+        return honest(*given, **named)
+    setattr(owner, name, limited)
+
+def largest(pattern):
+    return max(path.stat().st_size for path in run.glob(pattern))
+
+second = lambda out, other, step, *rest: step == 2
+everywhere = {
+    "checkpoint": (common, "save_checkpoint", lambda: 100_000, second),
+    "metrics": (common, "log", lambda: largest("metrics.jsonl") + 10, second),
+    "tensorboard": (common, "log", lambda: largest("tensorboard/*") + 10, second),
+    "model": (common, "save_model", lambda: 100_000),
+    "tokenizer": (transformers.PreTrainedTokenizerBase, "save_pretrained", lambda: 10),
+    "start": (common, "introduce", lambda: 10),
+}
+for where, how in everywhere.items():
+    os.write(2, f"== {where}\\n".encode())
+    if os.fork():  # one import of torch for all
+        os.wait()
+        continue
+    run = common.Path(sys.argv[1]) / where
+    limit_before(*how)
+    few = dict(steps=2, save_every=1, prompts_per_step=2, samples_per_prompt=2, max_new_tokens=4)
+    grpo.train(grpo.Args(**few, eval_data="", device="cpu", out=str(run)))
+    raise SystemExit
+"""
+
+
+def test_a_disk_that_is_really_full_is_a_sentence_and_the_last_checkpoint_stays(tmp_path):
+    """The kernel refuses to make files longer (RLIMIT_FSIZE). torch.save turns that into a
+    RuntimeError, safetensors and the tokenizers have errors of their own, and TensorBoard writes
+    in a thread: none of them may end in a traceback."""
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    parts = [part.partition("\n") for part in done.stderr.decode().split("== ")[1:]]
+    told = {where: said.strip() for where, _, said in parts}
+    wanted = {  # where the disk is full: the step of the last checkpoint, and what the sentence names
+        "checkpoint": (1, "000002.pt"),
+        "metrics": (1, "File too large"),
+        "tensorboard": (1, "File too large"),
+        "model": (2, "model could not be written"),
+        "tokenizer": (2, "model could not be written"),
+    }
+    for where, (step, words) in wanted.items():
+        said = told[where]
+        assert "Traceback" not in said, (where, said)
+        problem, command = said.splitlines()[-2:]
+        assert problem.startswith("error: ") and words in problem, said
+        assert "File too large" in problem and "--resume" in command, said
+        assert common.read_checkpoint(tmp_path / where)["step"] == step
+        assert not list((tmp_path / where).rglob("*.tmp")), "half a file would be in the way"
+    assert told["start"] == f"error: --out {tmp_path}/start: cannot write there (File too large)"
+
+
 def test_a_checkpoint_cut_short_or_of_another_model_gets_a_sentence(folder, tmp_path, capsys):
     common.save_checkpoint(tmp_path, CPU, 1, {"policy": family("llama", hidden_size=64)}, {})
     with pytest.raises(SystemExit):
@@ -566,6 +724,121 @@ def test_where_there_are_no_steps_to_finish_the_first_signal_ends_the_run(tmp_pa
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
+
+
+@pytest.fixture
+def quiet():
+    """Signals as they were, afterwards."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_terminal_that_is_gone_asks_for_an_end_and_its_second_signal_for_no_more(quiet):
+    """The shell and the kernel may both send SIGHUP; a Ctrl-C after it still stops at once."""
+    asked = common.catch_signals(1)
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert asked()
+    os.kill(os.getpid(), signal.SIGHUP)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_under_nohup_the_terminal_may_go(quiet):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    asked = common.catch_signals(1)
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not asked() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+IN_A_TERMINAL = """
+import sys, time
+import common, grpo
+honest = common.save_checkpoint
+def slow(out, world, step, *rest):
+    honest(out, world, step, *rest)
+    if step == 1:
+        print("ready", flush=True)
+        time.sleep(2)
+common.save_checkpoint = slow
+few = dict(steps=9, save_every=1, prompts_per_step=2, samples_per_prompt=2, max_new_tokens=4)
+grpo.train(grpo.Args(**few, eval_data="", device="cpu", out=sys.argv[1]))
+"""
+
+
+def test_a_run_whose_terminal_is_closed_finishes_its_step_and_saves(tmp_path):
+    """Each write to the lost terminal (the progress bar, a line) fails; that must not end the run."""
+    import pty
+
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+        os.execv(sys.executable, [sys.executable, "-c", IN_A_TERMINAL, str(tmp_path / "run")])
+    said = b""
+    while b"ready" not in said:
+        said += os.read(terminal, 10_000)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 1, "as after any signal: ended, not killed"
+    assert common.read_checkpoint(tmp_path / "run")["step"] == 2
+    log = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [0, 1, 2]
+
+
+HOLD = """
+import sys, time, torch, common
+from test_loading import CPU, Flags
+common.open_run(Flags(out=sys.argv[1]), "x", CPU)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_in_which_another_process_works_is_left_alone_until_it_ends(tmp_path, capsys):
+    """Two --resume of one run, or a new run that begins in the same moment, would write into each
+    other's files. A killed run's lock is free again."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    other = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        written = (tmp_path / "run" / "args.json").read_bytes()
+        with pytest.raises(SystemExit, match="2"):
+            common.open_run(Flags(out=str(tmp_path / "run"), resume=True, steps=20), "x", CPU)
+        says(capsys, "--out", "another process is at work in it")
+        assert (tmp_path / "run" / "args.json").read_bytes() == written
+        # a new run that looks a moment before args.json is written finds the folder empty
+        (tmp_path / "run" / "args.json").unlink()
+        with pytest.raises(SystemExit, match="2"):
+            common.open_run(Flags(out=str(tmp_path / "run")), "x", CPU)
+        says(capsys, "another process is at work in it")
+    finally:
+        other.kill()
+        other.wait()
+    out = common.open_run(Flags(out=str(tmp_path / "run")), "x", CPU)
+    assert out.resolve() in common.HELD
+    with pytest.raises(SystemExit), common.guarded(out, Namespace(steps=1, out="x"), None):
+        raise common.Stop("its end")
+    assert out.resolve() not in common.HELD
+
+
+def test_without_locks_in_the_file_system_a_run_goes_on(tmp_path, monkeypatch):
+    def no_locks(*given):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(common.fcntl, "lockf", no_locks)
+    assert common.open_run(Flags(out=str(tmp_path / "run")), "x", CPU) == tmp_path / "run"
+
+
+def test_the_first_signal_says_that_it_was_heard_and_is_kept_for_later(quiet, capfd):
+    asked = common.catch_signals(5)
+    assert not asked()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert asked() and "a second signal stops at once" in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_folded_seeds_differ_and_repeat():

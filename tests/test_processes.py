@@ -454,3 +454,53 @@ def test_a_reward_that_fails_in_one_process_stops_both(tmp_path):
     run(fail_in_one, 2, tmp_path)
     said = [(tmp_path / n).read_text() for n in "01"]
     assert said == ["the reward failed in another process", "the reward of the second process failed"]
+
+
+def resume_with_disks_of_their_own(everything, folder):
+    """The first process sees the run; to the second its folder is empty."""
+    import importlib
+
+    world = start("cpu")
+    honest = common.open_run
+    own = "elsewhere" if world.rank else ""
+    common.open_run = lambda *given: honest(*given) / own
+    for script, flags in everything.items():
+        module = importlib.import_module(script)
+        try:
+            module.train(module.Args(device="cpu", out=f"{folder}/{script}", resume=True, **flags))
+        except SystemExit as stopped:
+            (folder / f"{script}.{world.rank}").write_text(str(stopped.code))
+
+
+def test_processes_that_see_different_checkpoints_stop_before_they_spoil_one(tmp_path, capfd):
+    """The second process would begin at step 1, and the next save would write the mixed weights."""
+    rollouts = dict.fromkeys(("reinforce", "ppo", "grpo"), {"steps": 9, "prompts_per_step": 8})
+    pairs = dict.fromkeys(("dpo", "reward_model"), {"steps": 9, "pairs_per_step": 8})
+    everything = rollouts | pairs
+    for script in everything:
+        (tmp_path / script / "checkpoint").mkdir(parents=True)
+        (tmp_path / script / "args.json").write_text(json.dumps({"script": script}))
+        torch.save({"step": 5}, tmp_path / script / "checkpoint" / "000005.pt")
+    run(resume_with_disks_of_their_own, 2, everything, tmp_path)
+    said = capfd.readouterr().err
+    for script in everything:
+        assert [(tmp_path / f"{script}.{rank}").read_text() for rank in range(2)] == ["2", "2"]
+        assert (tmp_path / script / "checkpoint" / "000005.pt").exists()
+    words = "the last checkpoint is of step 5 to process 0 and 0 to process 1; put --out on a disk"
+    assert said.count(words) == len(everything), said
+
+
+def test_processes_that_see_different_scores_of_the_reference_stop(tmp_path, capfd):
+    """The second process would score pairs that the first has, and wait for it without end."""
+    import dpo
+
+    lines = (dpo.TINY / "pairs_train.jsonl").read_text().splitlines()[:4]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    flags = {"data": f"{tmp_path}/pairs.jsonl", "steps": 1, "pairs_per_step": 4}
+    flags |= {"eval_data": "", "eval_prompts": ""}
+    train_dpo(flags | {"out": str(tmp_path / "dpo")})
+    for checkpoint in common.checkpoints(tmp_path / "dpo"):
+        checkpoint.unlink()
+    run(resume_with_disks_of_their_own, 2, {"dpo": flags}, tmp_path)
+    assert [(tmp_path / f"dpo.{rank}").read_text() for rank in range(2)] == ["2", "2"]
+    assert "the reference has scored is 4 to process 0 and 0 to process 1" in capfd.readouterr().err

@@ -436,15 +436,97 @@ def test_exact_ignores_white_space_around():
     assert reinforce.exact(" 12\n", {"answer": "12"}) == 1 and reinforce.exact("1 2", {"answer": "12"}) == 0
 
 
+def test_commas_are_read_between_groups_of_three_digits_only():
+    """A list of numbers is no number: "1,2,3" was read as 123."""
+    draw = random.Random(0)
+    for _ in range(200):
+        n = draw.randrange(10 ** draw.randrange(1, 13))
+        sign = draw.choice(["", "-"])
+        part = draw.choice(["", ".", ".0", ".25"])
+        value = str(float(f"{sign}{n}{part or '.0'}")) if n < 10**9 else f"{sign}{n}{part}"
+        for text in (f"{sign}{n:,}{part}", f"{sign}${n:,}{part}", f"so {sign}{n}{part}"):
+            assert reinforce.number(text, {"answer": value}), text
+        numbers = [draw.randrange(1000) for _ in range(3)] + [draw.randrange(100)]
+        assert reinforce.number(",".join(map(str, numbers)), {"answer": numbers[-1]}), numbers
+        assert reinforce.number(",".join(map(str, numbers)), {"answer": f"{numbers[-1]}.0"})
+    for text, last in (("1,2,3", 3), ("1,2345", 2345), ("1234,567", 567), ("1,234,56", 56)):
+        assert reinforce.number(text, {"answer": last}), text
+    for text, whole in (("1,234,567.5", "1234567.5"), ("$1,000", 1000), ("costs $12,000.", "12000")):
+        assert reinforce.number(text, {"answer": whole}) and reinforce.number(whole, {"answer": text})
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.7, -1.3, 100.1])
+def test_a_batch_of_equal_rewards_teaches_exactly_nothing(reward):
+    """The mean of 24 rewards of 0.1 is not 0.1, and Adam makes a step of any noise that it is
+    given."""
+    totals = torch.full((24,), reward)
+    b, _, _ = baselines(totals, totals, totals, 8, "batch", False, False)
+    assert (totals - b).abs().max() == 0
+    other = torch.cat([totals, totals + 1])  # another process has other rewards
+    b, _, _ = baselines(totals, totals, other, 8, "batch", False, False)
+    assert b.tolist() == [pytest.approx(reward + 0.5)] * 24
+
+
+def judge(tmp_path, places, words=None):
+    """A reward model that reads so many tokens; other words are a tokenizer of its own."""
+    tokenizer = words or common.load_tokenizer(reinforce.TINY / "model")
+    base = reinforce.TINY / "model"
+    if words:
+        family("llama").save_pretrained(tmp_path / "base")
+        words.save_pretrained(tmp_path / "base")
+        base = tmp_path / "base"
+    model = common.load_scalar(base, CPU, tokenizer, 0.5)
+    model.config_to_save.max_position_embeddings = places
+    common.save_model(model, tokenizer, tmp_path / "judge", CPU)
+    return str(tmp_path / "judge")
+
+
+def test_a_reward_model_with_a_short_context_lowers_the_length_of_answers(tmp_path, capsys):
+    """Found before the run: in its middle, --resume would refuse another --max_new_tokens."""
+    data = prompts_file(tmp_path, [{"prompt": "54321="}, {"prompt": "1="}])
+    flags = {"data": data, "reward": judge(tmp_path, 12), "prompts_per_step": 2, "max_new_tokens": 20}
+    run(tmp_path, steps=1, samples_per_prompt=2, **flags)
+    said = capsys.readouterr().out
+    assert "--max_new_tokens 20 is lowered to 5" in said and "reads 12 tokens, and the longest prompt has 7" in said
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["max_new_tokens"] == 5
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path, "none", steps=1, **flags | {"reward": judge(tmp_path, 7)})
+    assert "a smaller --max_prompt_tokens" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_a_reward_model_with_other_tokens_reads_the_end_of_what_is_too_long(tmp_path, capsys):
+    """How long an answer is in its tokens nobody knows before. The run goes on, and says it once."""
+    data = prompts_file(tmp_path, [{"prompt": "5 4 3 2 1 ="}])
+    other = judge(tmp_path, 8, make_tokenizer())
+    run(tmp_path, data=data, reward=other, steps=2, prompts_per_step=1, samples_per_prompt=2, max_new_tokens=20)
+    assert "the beginning will be cut off" in capsys.readouterr().out
+    tokenizer = common.load_tokenizer(other)
+    model = common.load_scalar(other, CPU, tokenizer, frozen=True)
+    texts = [list(range(3, 3 + n)) for n in (5, 8, 20)]
+    scores = common.score_ids(model, tokenizer, texts, CPU)
+    assert scores == pytest.approx(common.score_ids(model, tokenizer, [t[-8:] for t in texts], CPU), abs=1e-6)
+    assert len(set(scores)) == 3
+    common.score_ids(model, tokenizer, texts, CPU)
+    assert capsys.readouterr().out.count("reads 8 tokens; of longer texts it reads the end") == 1
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "1.0", None, torch.zeros(2), [1]])
 def test_a_reward_that_is_no_finite_number_names_row_and_completion(value):
-    with pytest.raises(common.Stop, match="(?s)the prompt.*the completion"):
+    words = "(?s)^--reward gave .*, no finite number, for prompt 'the prompt' and .*'the completion'"
+    with pytest.raises(common.Stop, match=words):
         common.checked(lambda c, r: value)(["the completion"], [{"prompt": "the prompt"}])
     assert common.checked(lambda c, r: torch.tensor(0.5))(["a", "b"], [{}, {}]) == [0.5, 0.5]
 
 
+def test_a_reward_whose_library_raises_names_the_line_of_the_reward():
+    (line,) = [i for i, text in enumerate(open(__file__), 1) if "json.loads(c" + ")" in text]
+    with pytest.raises(common.Stop, match=rf"in test_reinforce.py, line {line} \(JSONDecodeError"):
+        common.checked(lambda c, r: json.loads(c))(["no json"], [{"prompt": "p"}])
+
+
 def test_a_reward_that_raises_names_row_and_completion():
-    with pytest.raises(common.Stop, match="ZeroDivisionError.*'p7'.*'c7'"):
+    words = r"an error in test_reinforce.py, line \d+ \(ZeroDivisionError.*'p7'.*'c7'"
+    with pytest.raises(common.Stop, match=words):
         common.checked(lambda c, r: 1 / (c != "c7"))([f"c{i}" for i in range(9)], [{"prompt": f"p{i}"} for i in range(9)])
 
 

@@ -540,7 +540,16 @@ def test_what_the_console_shows_is_what_the_pipeline_is_to_be_given(tmp_path, ca
     """With a tokenizer that puts BOS before a text, too: the text shows it, and the printed line adds none."""
     run(tmp_path, steps=2)
     said = capsys.readouterr().out
-    assert "add_special_tokens=False" in said and "8" in said and "passes; the head is new" in said
+    assert "16 pairs will be drawn from 3711, 0.0 passes; the head is new" in said
+    shown = next(line for line in said.splitlines() if line.startswith("first text"))
+    shown = eval(shown.partition(": ")[2])
+    exec(said[said.index("  from transformers") :].replace("\n  ", "\n").strip(), {})
+    printed = eval(capsys.readouterr().out)[0]["score"]
+    folder = str(tmp_path / "run" / "model")
+    trained = common.load_tokenizer(folder)
+    ids = trained(shown, add_special_tokens=False).input_ids
+    model = common.load_scalar(folder, CPU, trained, frozen=True)
+    assert printed == pytest.approx(common.score_ids(model, trained, [ids], CPU)[0], abs=1e-5)
     tokenizer = make_tokenizer(bos="<bos>")
     family("llama").save_pretrained(tmp_path / "base")
     common.own_pad(tokenizer)
@@ -810,3 +819,16 @@ def test_where_all_scores_are_equal_the_logged_accuracy_is_that_of_a_coin(tmp_pa
 
     monkeypatch.setattr(common, "load_scalar", headless)
     assert run(tmp_path, steps=1)[1]["accuracy"] == 0.5
+
+
+def test_contents_in_parts_want_a_template(capsys):
+    with pytest.raises(SystemExit):
+        parts = [{"type": "text", "text": "w5"}]
+        common.encode_answer(make_tokenizer(), [{"role": "user", "content": parts}], "w6")
+    assert "no chat template to render it" in capsys.readouterr().err
+
+
+def test_an_empty_prompt_is_that_of_the_conversations(tmp_path):
+    talk = [{"role": "user", "content": "5="}]
+    sides = {side: [*talk, {"role": "assistant", "content": x}] for side, x in (("chosen", "5"), ("rejected", "7"))}
+    assert [r["prompt"] for r in read_pairs(pairs_file(tmp_path, [{"prompt": "", **sides}]), "--data")] == [talk]
