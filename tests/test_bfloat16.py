@@ -293,6 +293,22 @@ def test_frozen_models_rest_in_bfloat16(device):
         assert not any(p.requires_grad for p in model.parameters()) and not model.training
 
 
+def test_weights_are_copied_from_shard_to_shard(device):
+    """After a forward the root holds whole weights for a while. What is written to those is lost."""
+    world = common.start(device, "bfloat16")
+    policy, reference = common.load_policy(MODEL, world), common.load_reference(MODEL, world)
+    optimizer = common.make_optimizer(policy, 1e-2)
+    ids = torch.tensor([[5, 6, 7]], device=device)
+    common.hidden_states(policy, ids, ids > 0).float().square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        for model in (policy, reference):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    common.copy_weights(policy, reference)
+    for master, weight in zip(weights(policy), weights(reference), strict=True):
+        assert torch.equal(master.bfloat16(), weight)
+
+
 def test_masters_move_at_a_rate_of_1e_6(device):
     """Bfloat16 weights under the same AdamW stay where they are. A step has the size of the rate,
     and moves a bfloat16 weight only if it is more than about 1/500 of the weight."""
