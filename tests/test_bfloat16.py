@@ -294,7 +294,7 @@ def test_frozen_models_rest_in_bfloat16(device):
 
 
 def test_weights_are_copied_from_shard_to_shard(device):
-    """After a forward the root holds whole weights for a while. What is written to those is lost."""
+    """After a forward the root holds whole weights for a time; what is written to those is lost."""
     world = common.start(device, "bfloat16")
     policy, reference = common.load_policy(MODEL, world), common.load_reference(MODEL, world)
     optimizer = common.make_optimizer(policy, 1e-2)
@@ -347,7 +347,7 @@ def test_the_saved_model_computes_what_the_policy_computed(name, tmp_path):
     optimizer.step()
     common.save_model(policy, tokenizer, tmp_path / "model", world)
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-    assert plain.dtype == torch.bfloat16, "its config says so, though that of the start says float32"
+    assert plain.dtype == torch.bfloat16, "its config says so, and not float32 as before"
     reference = common.load_reference(tmp_path / "model", world)
     policy.eval()
     with torch.no_grad():
@@ -406,7 +406,7 @@ def test_scores_and_values_are_multiplied_in_float32(run_of):
 
 
 def test_a_model_without_blocks_is_left_to_float32(capsys):
-    """FSDP2 would never reduce the gradient of a model that is one unit, and no weight would move."""
+    """FSDP2 never reduces the gradient of a model that is one unit, so no weight would move."""
     model = family("llama")
     model._no_split_modules = []
     with pytest.raises(SystemExit):
