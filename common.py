@@ -410,6 +410,48 @@ def hidden_states(model, ids, mask, cache=None):
     return caught[0]
 
 
+class CutGraph(torch.autograd.Function):
+    """Cuts the graph between a prompt's forward and the forwards of its completions. Backward goes
+    through the completions first, and from here, by a backward of its own, through the prompt. In
+    one graph autograd would hold each weight's whole gradient of the completions until that of the
+    prompt arrives: twice the memory of all gradients, where this adds each to `.grad` at once."""
+
+    @staticmethod
+    def forward(ctx, anchor, tensors):
+        # in a list autograd does not see the prompt's tensors; the anchor is what it sees instead
+        ctx.tensors = tensors
+        return tuple(tensor.detach() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        # gradients of what nobody has used are zeros, so that FSDP2 learns of the last block's pass
+        torch.autograd.backward(ctx.tensors, gradients)
+        ctx.tensors = None  # the loss may live on through the next forward, and this with it
+        return None, None
+
+
+def prompt_states(model, ids, mask):
+    """The state at the last token of each prompt, [B, 1, width], and the cache from which
+    completions go on, as `hidden_states` takes it. The gradient flows back through both."""
+    cache = DynamicCache(config=model.config)
+    last = hidden_states(model, ids, mask, cache)[:, -1:]
+    if not last.requires_grad:
+        return last, cache
+    # keys and values are attributes of a layer; recurrent states may be in a dictionary
+    places = []
+    for layer in cache.layers:
+        for holder in (vars(layer), *(x for x in vars(layer).values() if isinstance(x, dict))):
+            for name, value in holder.items():
+                if isinstance(value, torch.Tensor) and value.requires_grad:
+                    places.append((holder, name))
+    anchor = last.new_zeros((), requires_grad=True)
+    tensors = [last] + [holder[name] for holder, name in places]
+    last, *states = CutGraph.apply(anchor, tensors)
+    for (holder, name), state in zip(places, states, strict=True):
+        holder[name] = state
+    return last, cache
+
+
 def logits_of(model, hidden):
     """The head on some positions, with what some families do after it in the model's own dtype; float32 comes last. Under
     FSDP2 the head has its whole weights here, because the root keeps them from its forward until the backward is over."""
@@ -459,10 +501,10 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
         weight = torch.linspace(-1, 1, plain.shape[1], device=world.device)
         (plain * weight).sum().backward()
         size = norm([p.grad for p in model.parameters() if p.grad is not None])
-        cache = DynamicCache(config=model.config)
-        start = hidden_states(model, ids[::2, :P], mask[::2, :P], cache)[owner, -1:]
+        start, cache = prompt_states(model, ids[::2, :P], mask[::2, :P])
         cache.reorder_cache(owner)
-        shared = torch.cat([start, hidden_states(model, ids[:, P:], mask, cache)], 1)[mask[:, P - 1 :]].float()
+        shared = torch.cat([start[owner], hidden_states(model, ids[:, P:], mask, cache)], 1)
+        shared = shared[mask[:, P - 1 :]].float()
         (shared * -weight).sum().backward()  # on top of the other gradient: what is left is how far they are apart
         far = [norm([p.grad for p in model.parameters() if p.grad is not None]) / size, norm([plain - shared]) / norm([plain])]
         same = all(x < (1e-3 if world.dtype == torch.float32 else 0.1) for x in far)

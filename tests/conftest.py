@@ -85,6 +85,15 @@ def family(name, scale=1.0, **changes):
 FAMILIES = ["gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "falcon", "gpt_neox", "bloom", "opt", "mixtral", "qwen3_moe", "mamba"]  # fmt: skip
 
 
+@pytest.fixture
+def bfloat16():
+    """The GPU's arithmetic on a CPU: FSDP2 over one process, with a process group of its own."""
+    import common
+
+    yield common.start("cpu", "bfloat16")
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
