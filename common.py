@@ -483,9 +483,9 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
 
     Attention does. A layer whose cache drops the gradient does not, and transformers drops the whole cache, with wrong
     results, where it checkpoints gradients. In bfloat16 rounding alone sets the two apart by per cents, so only what is
-    worse than a tenth is found there."""
-    if gradient_checkpointing or not cache_argument(model) or is_recurrent(DynamicCache(config=model.config)):
-        return False
+    worse than a tenth is found there.
+
+    A family that cannot be trained at all stops the run here, with a sentence."""
     P, owner = 16, torch.tensor([0, 0, 1, 1], device=world.device)
     many = min(model.config.get_text_config().vocab_size, 1000)
     ids = torch.randint(many, (4, 24), generator=torch.Generator().manual_seed(0)).to(world.device)
@@ -500,7 +500,20 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
         plain = hidden_states(model, ids, mask)[:, P - 1 :][mask[:, P - 1 :]].float()  # [tokens, width]
         weight = torch.linspace(-1, 1, plain.shape[1], device=world.device)
         (plain * weight).sum().backward()
-        size = norm([p.grad for p in model.parameters() if p.grad is not None])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no error of sharing: training would end in it, too
+        family, precision = model.config.model_type, str(world.dtype)[6:]
+        advice = "" if world.dtype == torch.float32 else "; --dtype float32 may work"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        message = f"the family {family!r} cannot be trained in {precision} ({reason}){advice}"
+        raise Stop(message) from error
+    size = norm([p.grad for p in model.parameters() if p.grad is not None])
+    without_cache = not cache_argument(model) or is_recurrent(DynamicCache(config=model.config))
+    if gradient_checkpointing or without_cache:
+        model.zero_grad()
+        return False
+    try:
         start, cache = prompt_states(model, ids[::2, :P], mask[::2, :P])
         cache.reorder_cache(owner)
         shared = torch.cat([start[owner], hidden_states(model, ids[:, P:], mask, cache)], 1)
@@ -511,9 +524,15 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a family's cache may say to this use of it
-        if isinstance(model, FSDPModule):  # left in the middle of a pass, a sharded model would go on without learning
-            raise Stop(f"prompts cannot be shared with this family ({error}); add --gradient_checkpointing") from error
         same = False
+        if isinstance(model, FSDPModule):
+            # In the middle of a pass FSDP2 would never reduce a gradient again. The first
+            # zero_grad takes what whole weights have got so far, which the reset leaves there.
+            if not hasattr(model, "reset_iter_state"):  # torch below 2.13
+                message = f"prompts cannot be shared with this family ({error})"
+                raise Stop(f"{message}; add --gradient_checkpointing, or use torch 2.13") from error
+            model.zero_grad()
+            model.reset_iter_state()
     model.zero_grad()
     same = all_sum(world, same)[0] == world.size
     if not same:
@@ -1292,7 +1311,11 @@ def rollout(model, tokenizer, prompts, n, max_new_tokens, temperature, seed):
         return model(input_ids=ids, attention_mask=mask, use_cache=True, **inputs).logits[:, -1]
 
     # 1. Every prompt once. Positions count real tokens, so a prompt's are the same however far it is padded.
-    logits = forward(prompt_ids, prompt_mask.long(), (prompt_mask.cumsum(1) - 1).clamp_(min=0))
+    positions = (prompt_mask.cumsum(1) - 1).clamp_(min=0)
+    try:
+        logits = forward(prompt_ids, prompt_mask.long(), positions)
+    except ValueError as error:  # MiniMax wants a cache of its own
+        raise Stop(f"{type(model).__name__} cannot be sampled from ({error})") from error
 
     # 2. n copies of its cache. From here on a row is a completion.
     prompt_ids, prompt_mask = prompt_ids.repeat_interleave(n, 0), prompt_mask.repeat_interleave(n, 0)

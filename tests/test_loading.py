@@ -262,6 +262,45 @@ def test_a_device_or_dtype_that_is_none(flags, capsys):
     says(capsys, "--d", "choose")
 
 
+# --- the self-check of shared prompts, where FSDP2 computes ---
+
+
+def whole_gradient(model):
+    """Of a small batch, whole; with what the model computed."""
+    ids = torch.arange(3, 27).view(2, 12)
+    logprobs = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().log_softmax(-1)
+    logprobs[..., 5].sum().backward()
+    return {k: common.whole(p.grad).clone() for k, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next", "olmo_hybrid"])
+def test_a_cache_that_ends_a_pass_in_the_middle_turns_sharing_off_and_leaves_no_trace(name, bfloat16, tmp_path):
+    """Their linear attention overwrites what backward needs, and says so when half of the gradient is there."""
+    if not hasattr(common.FSDPModule, "reset_iter_state"):
+        pytest.skip("this torch cannot begin anew after half a pass; the run ends with a sentence")
+    family(name).save_pretrained(tmp_path)
+    tried, fresh = load_policy(tmp_path, bfloat16), load_policy(tmp_path, bfloat16)
+    assert not common.prompts_can_be_shared(tried, bfloat16, False)
+    assert all(p.grad is None for p in common.at_rest(tried).parameters())
+    for _ in range(2):  # the second adds to the first
+        a, b = whole_gradient(tried), whole_gradient(fresh)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].any() for k in a)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name, why", [("xglm", "mixed dtype"), ("zamba2", "shared with a parameter"), ("minimax", "dtype")])
+def test_an_error_that_is_none_of_sharing_is_said_as_what_it_is(name, why, checkpointing, bfloat16, tmp_path):
+    family(name).save_pretrained(tmp_path)
+    model = load_policy(tmp_path, bfloat16)
+    with pytest.raises(common.Stop, match=f"^the family '{name}' cannot be trained in bfloat16 .*{why}.*--dtype float32"):
+        common.prompts_can_be_shared(model, bfloat16, checkpointing)
+
+
+def test_a_family_with_a_cache_of_its_own_gets_a_sentence(tmp_path):
+    with pytest.raises(common.Stop, match="^MiniMaxForCausalLM cannot be sampled from .*cache"):
+        common.sample(family("minimax"), make_tokenizer(), [[5, 6]], max_new_tokens=2)
+
+
 # --- memory ---
 
 
