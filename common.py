@@ -583,9 +583,20 @@ def prepare(model, world, gradient_checkpointing=False):
     return shard(model, world)
 
 
+def freeze(model, world):
+    """A model that never learns: weights in the computing dtype, shards, evaluation mode. The weights
+    alone are cast, one by one. `from_pretrained` in bfloat16 rounds the buffers, too (Falcon-H1 has
+    some), which the policy keeps in float32, and the KL to the reference would not start at 0."""
+    for weight in model.parameters():
+        weight.requires_grad_(False)
+        weight.data = weight.data.to(world.dtype)
+    return shard(model.eval(), world)
+
+
 def load_reference(path, world):
-    """A frozen model, for a KL penalty to hold on to or to draw best-of-N from: weights in the computing dtype."""
-    return shard(load(AutoModelForCausalLM, path, world.dtype)[0].requires_grad_(False).eval(), world)
+    """A frozen model, for a KL penalty to hold on to or to draw best-of-N from."""
+    model, _ = load(AutoModelForCausalLM, path, torch.float32)
+    return freeze(model, world)
 
 
 def scalar_config(path):
@@ -606,8 +617,7 @@ def load_scalar(path, world, tokenizer, head_std=None, gradient_checkpointing=Fa
     transformers scores the last id that is not `config.pad_token_id`; unset, it scores padding. It is set here.
     """
     scalar_config(path)
-    dtype = world.dtype if frozen else torch.float32
-    model, missing = load(AutoModelForSequenceClassification, path, dtype, num_labels=1)
+    model, missing = load(AutoModelForSequenceClassification, path, torch.float32, num_labels=1)
     if head_std is None and missing:
         fail(f"{path}: this is no reward model with one score: it has no weights for {', '.join(missing)}")
     if head_std is not None:
@@ -626,7 +636,7 @@ def load_scalar(path, world, tokenizer, head_std=None, gradient_checkpointing=Fa
         config.problem_type = "regression"
         config.architectures = [type(model).__name__]
     if frozen:
-        return shard(model.requires_grad_(False).eval(), world)
+        return freeze(model, world)
     return prepare(model, world, gradient_checkpointing)
 
 
