@@ -45,6 +45,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DynamicCache,
+    PreTrainedConfig,
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
@@ -322,9 +323,14 @@ def read_config(path, **changes):
         config = AutoConfig.from_pretrained(path, **changes)
     except (OSError, ValueError, ImportError, KeyError) as error:
         fail(f"{path}: no model could be loaded ({str(error).splitlines()[0]})")
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+    parts = [config]
+    for part in parts:
         for name, value in vars(part).items():
-            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+            if isinstance(value, PreTrainedConfig):
+                parts.append(value)
+            # PhiMoE's is no noise but a margin, and acts in evaluation, too; see `prepare`
+            margin = part.model_type == "phimoe" and name == "router_jitter_noise"
+            if isinstance(value, float) and ("drop" in name or "jitter" in name) and not margin:
                 setattr(part, name, 0.0)
     return config
 
@@ -577,6 +583,9 @@ def load_policy(path, world, gradient_checkpointing=False):
 def prepare(model, world, gradient_checkpointing=False):
     """Training mode, checkpointing if asked for, and shards."""
     model.train()
+    for module in model.modules():
+        if hasattr(module, "router_jitter_noise"):
+            module.eval()  # in training mode PhiMoE's router draws the experts at random
     if gradient_checkpointing:  # under two names: transformers 5.17 has only the older, 5.23 warns about it
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})

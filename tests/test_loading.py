@@ -130,6 +130,25 @@ def test_dropout_is_off_in_training_and_kept_in_the_saved_config(name, tmp_path)
     assert all(getattr(saved, k) == 0.5 for k in drops)
 
 
+def test_what_is_trained_is_what_the_saved_model_computes(tmp_path):
+    """PhiMoE's router has a margin that is called a jitter and acts in evaluation, too. In training mode it
+    draws experts at random; with a margin of 0 it would take them for sure, and be another function."""
+    family("phimoe", router_jitter_noise=0.4, input_jitter_noise=0.4).save_pretrained(tmp_path)
+    policy, plain = load_policy(tmp_path, CPU), transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.arange(3, 27).view(2, 12)
+    common.sample(policy, make_tokenizer(), [[5]], max_new_tokens=2)  # which leaves every module's mode as it was
+    for _ in range(2):
+        assert torch.equal(policy(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+def test_no_part_of_a_config_keeps_its_noise(tmp_path):
+    """DBRX keeps dropout and jitter in configs of its own inside the config."""
+    settings = {"attn_config": {"attn_pdrop": 0.3}, "ffn_config": {"moe_jitter_eps": 0.3}}
+    transformers.AutoConfig.for_model("dbrx", resid_pdrop=0.3, **settings).save_pretrained(tmp_path)
+    config = common.read_config(tmp_path)
+    assert (config.resid_pdrop, config.attn_config.attn_pdrop, config.ffn_config.moe_jitter_eps) == (0, 0, 0)
+
+
 def test_a_saved_model_is_an_ordinary_folder(folder, tmp_path):
     """The original generation config comes along untouched (transformers 48016), the tokenizer too."""
     settings = transformers.GenerationConfig.from_pretrained(folder)
