@@ -374,10 +374,11 @@ def shard(model, world):
         fail(f"{type(model).__name__} names no blocks (_no_split_modules) to shard by: it trains in one CPU process only")
     for unit in [*units, model]:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
-        # FSDP2 averages gradients over the processes. Our losses are divided by counts over *all* processes already,
-        # so the gradient of the whole batch is the sum; an average would be too small by the factor world.size.
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)
+        if world.size > 1:  # one process has nothing to sum, and dividing by 1.0 would copy each gradient
+            # FSDP2 averages gradients over the processes. Our losses are divided by counts over *all* processes already,
+            # so the gradient of the whole batch is the sum; an average would be too small by the factor world.size.
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
     return model
 
 
@@ -719,6 +720,7 @@ def score_ids(model, tokenizer, texts, world):
         part = texts[i : i + size] or texts[:1]
         s = given([[] for _ in part], part, tokenizer, world)
         values += model(input_ids=s.ids, attention_mask=s.mask.long(), use_cache=False).logits[:, 0].float().tolist()
+    forget_forwards(model)
     if all_sum(world, not all(map(math.isfinite, values)))[0]:  # asked of all, so that all stop
         raise Stop("the reward model gave a score that is not finite")
     return values[: len(texts)]
@@ -732,6 +734,14 @@ def at_rest(model):
     return model
 
 
+def forget_forwards(model):
+    """For forwards that no backward follows. FSDP2 keeps the root's whole weights and the order of its
+    blocks for the backward; in a model that never learns, the first stay and the second grows."""
+    at_rest(model)
+    if hasattr(model, "reset_iter_state"):  # FSDP2 of torch 2.13; before, the order stays
+        model.reset_iter_state()
+
+
 @torch.no_grad()
 def copy_weights(source, target):
     """The weights of one model into another of the same shape, perhaps of another dtype."""
@@ -739,11 +749,14 @@ def copy_weights(source, target):
         b.copy_(a)
 
 
-def whole(value):
-    """A tensor with all its shards, on the CPU, however it was distributed; what is not a tensor comes back as it is."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+def whole(value, keep=True):
+    """A tensor with all its shards, on the CPU, however it was distributed; what is not a tensor comes back as it is.
+    Every process must take part in this; those that do not `keep` the result get None, and copy nothing."""
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    if not keep:
+        return None
+    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
 
 
 def save_model(model, tokenizer, folder, world):
@@ -751,7 +764,7 @@ def save_model(model, tokenizer, folder, world):
     written in the dtype that computed, so they give the scores that were measured."""
     state = {}
     for name, value in tensors(model):  # a head tied to the embedding is one weight, written once
-        value = whole(value)  # every process takes part; only the first keeps the result
+        value = whole(value, keep=world.rank == 0)
         if world.rank == 0:
             state[name] = value.to(world.dtype) if value.is_floating_point() else value
     if world.rank == 0:
@@ -946,8 +959,7 @@ def save_checkpoint(out, world, step, models, optimizers, keep=1):
     in float32, whole, so that another number of processes can take them up. The last `keep` of them stay."""
 
     def plain(value):
-        value = whole(value)  # every process takes part, in the same order; the first keeps the result
-        return value if world.rank == 0 else None
+        return whole(value, keep=world.rank == 0)
 
     state = {"step": step, "world": world.size, "models": {}, "optimizers": {}}
     for name, model in models.items():
@@ -1279,6 +1291,7 @@ def whole_weights(model):
         for unit in units:
             unit.reshard()
             unit.set_reshard_after_forward(unit is not model, recurse=False)  # as FSDP2 has it: the root keeps its weights
+    forget_forwards(model)
 
 
 @torch.no_grad()

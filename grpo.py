@@ -347,7 +347,7 @@ def fill_in(samples, rewards, more, scores, n):
         a, b = getattr(samples, name), getattr(more, name)
         if name == "texts":
             both = a + b
-            return [both[i] for i in index]
+            return [both[i] for i in index.tolist()]  # of a tensor, each i would wait for the GPU
         if a.ndim == 2:  # prompts are padded on the left; which id pads does not matter, masks come from lengths
             width, left = max(a.shape[1], b.shape[1]), name.startswith("prompt")
             a, b = (F.pad(x, (width - x.shape[1], 0) if left else (0, width - x.shape[1])) for x in (a, b))
@@ -466,6 +466,7 @@ def rollout_logprobs(model, samples, parts, n, temperature):
         logprobs, _ = token_logprobs(model, *part, temperature)
         if rows:
             out[rows, : logprobs.shape[1]] = logprobs
+    common.forget_forwards(model)
     return out
 
 
@@ -689,7 +690,8 @@ def train(args):
             if step % args.eval_every == 0 or step == args.steps:
                 metrics |= held_out_scores()
             text = tokenizer.decode(samples.prompt_ids[0][samples.prompt_mask[0]])
-            shown = [{"prompt": text, "completion": samples.texts[j], "reward": rewards[j].item()} for j in range(n)]
+            of_the_first = zip(samples.texts[:n], rewards[:n].tolist())
+            shown = [{"prompt": text, "completion": t, "reward": r} for t, r in of_the_first]
             common.log(out, writer, step, metrics, shown)
             if bar:
                 advise(metrics, args, said)

@@ -412,6 +412,7 @@ def rollout_logprobs(model, samples, parts, n, temperature):
         logprobs, _ = token_logprobs(model, *part, temperature)
         if rows:
             out[rows, : logprobs.shape[1]] = logprobs
+    common.forget_forwards(model)
     return out
 
 
@@ -611,7 +612,8 @@ def train(args):
             if step % args.eval_every == 0 or step == args.steps:
                 metrics |= held_out_scores()
             text = tokenizer.decode(asked[0])
-            shown = [{"prompt": text, "completion": samples.texts[j], "reward": rewards[j].item()} for j in range(n)]
+            of_the_first = zip(samples.texts[:n], rewards[:n].tolist())
+            shown = [{"prompt": text, "completion": t, "reward": r} for t, r in of_the_first]
             common.log(out, writer, step, metrics, shown)
             if bar:
                 advise(metrics, args, said)

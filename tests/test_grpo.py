@@ -316,6 +316,16 @@ def test_groups_that_teach_are_put_in_the_place_of_those_that_do_not():
         assert filled.texts[i] == source.texts[j] and filled.finished[i] == source.finished[j]
 
 
+def test_putting_groups_in_place_waits_for_the_rows_once(monkeypatch):
+    """On a GPU each tensor that becomes a Python number waits for all that was asked before."""
+    model, tokenizer = family("llama"), make_tokenizer()
+    a = sample(model, tokenizer, [[5], [6, 7, 8]], n=2, max_new_tokens=5, seed=0)
+    waits, index = [], torch.Tensor.__index__
+    monkeypatch.setattr(torch.Tensor, "__index__", lambda tensor: waits.append(tensor) or index(tensor))
+    fill_in(a, torch.tensor([1.0, 0, 1, 1]), a, torch.tensor([2.0, 2, 3, 4]), 2)
+    assert not waits
+
+
 # --- whole runs, on the embedded model ---
 
 

@@ -331,6 +331,54 @@ def test_a_reference_computes_as_the_policy_does_to_the_last_bit(bfloat16, tmp_p
     assert torch.equal(a, b)
 
 
+def remembered(model):
+    """How many forwards FSDP2 keeps in mind for a backward."""
+    return len(model._get_fsdp_state()._comm_ctx.post_forward_order)
+
+
+@pytest.mark.parametrize("forward", ["logprobs", "scores", "sample"])
+def test_a_model_that_never_learns_keeps_nothing_of_its_forwards(forward, bfloat16, folder):
+    """FSDP2 notes the blocks of each forward, and keeps the root's whole weights, until a backward ends."""
+    import grpo
+
+    if not hasattr(common.FSDPModule, "reset_iter_state"):
+        pytest.skip("this torch has no public way to forget them")
+    reference, tokenizer = load_reference(folder, bfloat16), make_tokenizer()
+    samples = common.given([[5, 6], [7]], [[8, 9, 1], [10, 1]], tokenizer, bfloat16)
+    scorer = load_scalar(folder, bfloat16, tokenizer, head_std=0.1)
+    call = {
+        "logprobs": lambda: grpo.rollout_logprobs(reference, samples, [[0], [1]], 1, 1.0),
+        "scores": lambda: common.score_ids(scorer, tokenizer, [[5, 6], [7]], bfloat16),
+        "sample": lambda: common.sample(reference, tokenizer, [[5, 6]], max_new_tokens=3),
+    }[forward]
+    model = scorer if forward == "scores" else reference
+    for _ in range(10):
+        call()
+    assert remembered(model) == 0
+    assert all(isinstance(p, common.DTensor) for p in model.parameters()), "the root's weights are shards again"
+
+
+def test_one_process_does_not_divide_its_gradient_by_1(bfloat16, folder):
+    """A division copies the whole gradient of a block; one process has nothing to sum or to average."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Divisions(TorchDispatchMode):
+        sizes = ()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket is torch.ops.aten.div:
+                self.sizes = (*self.sizes, args[0].numel())
+            return function(*args, **(kwargs or {}))
+
+    sharded, plain = load_policy(folder, bfloat16), load_policy(folder, CPU)
+    block = sum(p.numel() for p in plain.model.layers[0].parameters())
+    with Divisions() as seen:
+        gradient = whole_gradient(sharded)
+    assert block not in seen.sizes
+    for name, value in whole_gradient(plain).items():
+        assert (gradient[name] - value).norm() < 0.1 * value.norm(), name
+
+
 # --- memory ---
 
 
