@@ -49,6 +49,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DynamicCache,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import DynamicLayer
@@ -427,9 +428,14 @@ def read_config(path, **changes):
         config = AutoConfig.from_pretrained(path, **changes)
     except (OSError, ValueError, ImportError, KeyError) as error:
         fail(f"{path}: no model could be loaded ({str(error).splitlines()[0]})")
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+    parts = [config]
+    for part in parts:
         for name, value in vars(part).items():
-            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+            if isinstance(value, PreTrainedConfig):
+                parts.append(value)
+            # PhiMoE's is no noise but a margin, and acts in evaluation, too; see `prepare`
+            margin = part.model_type == "phimoe" and name == "router_jitter_noise"
+            if isinstance(value, float) and ("drop" in name or "jitter" in name) and not margin:
                 setattr(part, name, 0.0)
     return config
 
@@ -474,10 +480,11 @@ def shard(model, world):
         fail(f"{type(model).__name__} names no blocks (_no_split_modules) to shard by: {only}")
     for unit in [*units, model]:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
-        # FSDP2 averages gradients over the processes. Our losses are divided by counts over *all* processes already,
-        # so the gradient of the whole batch is the sum; an average would be too small by the factor world.size.
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)
+        if world.size > 1:  # one process has nothing to sum, and dividing by 1.0 would copy each gradient
+            # FSDP2 averages gradients over the processes. Our losses are divided by counts over *all* processes already,
+            # so the gradient of the whole batch is the sum; an average would be too small by the factor world.size.
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
     return model
 
 
@@ -516,6 +523,48 @@ def hidden_states(model, ids, mask, cache=None):
     return caught[0]
 
 
+class CutGraph(torch.autograd.Function):
+    """Cuts the graph between a prompt's forward and the forwards of its completions. Backward goes
+    through the completions first, and from here, by a backward of its own, through the prompt. In
+    one graph autograd would hold each weight's whole gradient of the completions until that of the
+    prompt arrives: twice the memory of all gradients, where this adds each to `.grad` at once."""
+
+    @staticmethod
+    def forward(ctx, anchor, tensors):
+        # in a list autograd does not see the prompt's tensors; the anchor is what it sees instead
+        ctx.tensors = tensors
+        return tuple(tensor.detach() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        # gradients of what nobody has used are zeros, so that FSDP2 learns of the last block's pass
+        torch.autograd.backward(ctx.tensors, gradients)
+        ctx.tensors = None  # the loss may live on through the next forward, and this with it
+        return None, None
+
+
+def prompt_states(model, ids, mask):
+    """The state at the last token of each prompt, [B, 1, width], and the cache from which
+    completions go on, as `hidden_states` takes it. The gradient flows back through both."""
+    cache = DynamicCache(config=model.config)
+    last = hidden_states(model, ids, mask, cache)[:, -1:]
+    if not last.requires_grad:
+        return last, cache
+    # keys and values are attributes of a layer; recurrent states may be in a dictionary
+    places = []
+    for layer in cache.layers:
+        for holder in (vars(layer), *(x for x in vars(layer).values() if isinstance(x, dict))):
+            for name, value in holder.items():
+                if isinstance(value, torch.Tensor) and value.requires_grad:
+                    places.append((holder, name))
+    anchor = last.new_zeros((), requires_grad=True)
+    tensors = [last] + [holder[name] for holder, name in places]
+    last, *states = CutGraph.apply(anchor, tensors)
+    for (holder, name), state in zip(places, states, strict=True):
+        holder[name] = state
+    return last, cache
+
+
 def logits_of(model, hidden):
     """The head on some positions, with what some families do after it in the model's own dtype; float32 comes last. Under
     FSDP2 the head has its whole weights here, because the root keeps them from its forward until the backward is over."""
@@ -547,9 +596,9 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
 
     Attention does. A layer whose cache drops the gradient does not, and transformers drops the whole cache, with wrong
     results, where it checkpoints gradients. In bfloat16 rounding alone sets the two apart by per cents, so only what is
-    worse than a tenth is found there."""
-    if gradient_checkpointing or not cache_argument(model) or is_recurrent(DynamicCache(config=model.config)):
-        return False
+    worse than a tenth is found there.
+
+    A family that cannot be trained at all stops the run here, with a sentence."""
     P, owner = 16, torch.tensor([0, 0, 1, 1], device=world.device)
     many = min(model.config.get_text_config().vocab_size, 1000)
     ids = torch.randint(many, (4, 24), generator=torch.Generator().manual_seed(0)).to(world.device)
@@ -564,20 +613,39 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
         plain = hidden_states(model, ids, mask)[:, P - 1 :][mask[:, P - 1 :]].float()  # [tokens, width]
         weight = torch.linspace(-1, 1, plain.shape[1], device=world.device)
         (plain * weight).sum().backward()
-        size = norm([p.grad for p in model.parameters() if p.grad is not None])
-        cache = DynamicCache(config=model.config)
-        start = hidden_states(model, ids[::2, :P], mask[::2, :P], cache)[owner, -1:]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no error of sharing: training would end in it, too
+        family, precision = model.config.model_type, str(world.dtype)[6:]
+        advice = "" if world.dtype == torch.float32 else "; --dtype float32 may work"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        message = f"the family {family!r} cannot be trained in {precision} ({reason}){advice}"
+        raise Stop(message) from error
+    size = norm([p.grad for p in model.parameters() if p.grad is not None])
+    without_cache = not cache_argument(model) or is_recurrent(DynamicCache(config=model.config))
+    if gradient_checkpointing or without_cache:
+        model.zero_grad()
+        return False
+    try:
+        start, cache = prompt_states(model, ids[::2, :P], mask[::2, :P])
         cache.reorder_cache(owner)
-        shared = torch.cat([start, hidden_states(model, ids[:, P:], mask, cache)], 1)[mask[:, P - 1 :]].float()
+        shared = torch.cat([start[owner], hidden_states(model, ids[:, P:], mask, cache)], 1)
+        shared = shared[mask[:, P - 1 :]].float()
         (shared * -weight).sum().backward()  # on top of the other gradient: what is left is how far they are apart
         far = [norm([p.grad for p in model.parameters() if p.grad is not None]) / size, norm([plain - shared]) / norm([plain])]
         same = all(x < (1e-3 if world.dtype == torch.float32 else 0.1) for x in far)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a family's cache may say to this use of it
-        if isinstance(model, FSDPModule):  # left in the middle of a pass, a sharded model would go on without learning
-            raise Stop(f"prompts cannot be shared with this family ({error}); add --gradient_checkpointing") from error
         same = False
+        if isinstance(model, FSDPModule):
+            # In the middle of a pass FSDP2 would never reduce a gradient again. The first
+            # zero_grad takes what whole weights have got so far, which the reset leaves there.
+            if not hasattr(model, "reset_iter_state"):  # torch below 2.13
+                message = f"prompts cannot be shared with this family ({error})"
+                raise Stop(f"{message}; add --gradient_checkpointing, or use torch 2.13") from error
+            model.zero_grad()
+            model.reset_iter_state()
     model.zero_grad()
     same = all_sum(world, same)[0] == world.size
     if not same:
@@ -642,15 +710,29 @@ def load_policy(path, world, gradient_checkpointing=False):
 def prepare(model, world, gradient_checkpointing=False):
     """Training mode, checkpointing if asked for, and shards."""
     model.train()
+    for module in model.modules():
+        if hasattr(module, "router_jitter_noise"):
+            module.eval()  # in training mode PhiMoE's router draws the experts at random
     if gradient_checkpointing:  # under two names: transformers 5.17 has only the older, 5.23 warns about it
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return shard(model, world)
 
 
+def freeze(model, world):
+    """A model that never learns: weights in the computing dtype, shards, evaluation mode. The weights
+    alone are cast, one by one. `from_pretrained` in bfloat16 rounds the buffers, too (Falcon-H1 has
+    some), which the policy keeps in float32, and the KL to the reference would not start at 0."""
+    for weight in model.parameters():
+        weight.requires_grad_(False)
+        weight.data = weight.data.to(world.dtype)
+    return shard(model.eval(), world)
+
+
 def load_reference(path, world):
-    """A frozen model, for a KL penalty to hold on to or to draw best-of-N from: weights in the computing dtype."""
-    return shard(load(AutoModelForCausalLM, path, world.dtype)[0].requires_grad_(False).eval(), world)
+    """A frozen model, for a KL penalty to hold on to or to draw best-of-N from."""
+    model, _ = load(AutoModelForCausalLM, path, torch.float32)
+    return freeze(model, world)
 
 
 def scalar_config(path):
@@ -671,8 +753,7 @@ def load_scalar(path, world, tokenizer, head_std=None, gradient_checkpointing=Fa
     transformers scores the last id that is not `config.pad_token_id`; unset, it scores padding. It is set here.
     """
     scalar_config(path)
-    dtype = world.dtype if frozen else torch.float32
-    model, missing = load(AutoModelForSequenceClassification, path, dtype, num_labels=1)
+    model, missing = load(AutoModelForSequenceClassification, path, torch.float32, num_labels=1)
     if head_std is None and missing:
         fail(f"{path}: this is no reward model with one score: it has no weights for {', '.join(missing)}")
     if head_std is not None:
@@ -691,7 +772,7 @@ def load_scalar(path, world, tokenizer, head_std=None, gradient_checkpointing=Fa
         config.problem_type = "regression"
         config.architectures = [type(model).__name__]
     if frozen:
-        return shard(model.requires_grad_(False).eval(), world)
+        return freeze(model, world)
     return prepare(model, world, gradient_checkpointing)
 
 
@@ -772,6 +853,7 @@ def score_ids(model, tokenizer, texts, world):
         part = texts[i : i + size] or texts[:1]
         s = given([[] for _ in part], part, tokenizer, world)
         values += model(input_ids=s.ids, attention_mask=s.mask.long(), use_cache=False).logits[:, 0].float().tolist()
+    forget_forwards(model)
     if all_sum(world, not all(map(math.isfinite, values)))[0]:  # asked of all, so that all stop
         raise Stop("the reward model gave a score that is not finite")
     return values[: len(texts)]
@@ -785,6 +867,14 @@ def at_rest(model):
     return model
 
 
+def forget_forwards(model):
+    """For forwards that no backward follows. FSDP2 keeps the root's whole weights and the order of its
+    blocks for the backward; in a model that never learns, the first stay and the second grows."""
+    at_rest(model)
+    if hasattr(model, "reset_iter_state"):  # FSDP2 of torch 2.13; before, the order stays
+        model.reset_iter_state()
+
+
 @torch.no_grad()
 def copy_weights(source, target):
     """The weights of one model into another of the same shape, perhaps of another dtype."""
@@ -792,11 +882,14 @@ def copy_weights(source, target):
         b.copy_(a)
 
 
-def whole(value):
-    """A tensor with all its shards, on the CPU, however it was distributed; what is not a tensor comes back as it is."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+def whole(value, keep=True):
+    """A tensor with all its shards, on the CPU, however it was distributed; what is not a tensor comes back as it is.
+    Every process must take part in this; those that do not `keep` the result get None, and copy nothing."""
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    if not keep:
+        return None
+    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
 
 
 def save_model(model, tokenizer, folder, world):
@@ -804,7 +897,7 @@ def save_model(model, tokenizer, folder, world):
     written in the dtype that computed, so they give the scores that were measured."""
     state = {}
     for name, value in tensors(model):  # a head tied to the embedding is one weight, written once
-        value = whole(value)  # every process takes part; only the first keeps the result
+        value = whole(value, keep=world.rank == 0)
         if world.rank == 0:
             state[name] = value.to(world.dtype) if value.is_floating_point() else value
     if world.rank == 0:
@@ -1031,8 +1124,7 @@ def save_checkpoint(out, world, step, models, optimizers, keep=1):
     in float32, whole, so that another number of processes can take them up. The last `keep` of them stay."""
 
     def plain(value):
-        value = whole(value)  # every process takes part, in the same order; the first keeps the result
-        return value if world.rank == 0 else None
+        return whole(value, keep=world.rank == 0)
 
     state = {"step": step, "world": world.size, "models": {}, "optimizers": {}}
     for name, model in models.items():
@@ -1405,6 +1497,7 @@ def whole_weights(model):
         for unit in units:
             unit.reshard()
             unit.set_reshard_after_forward(unit is not model, recurse=False)  # as FSDP2 has it: the root keeps its weights
+    forget_forwards(model)
 
 
 @torch.no_grad()
@@ -1456,7 +1549,11 @@ def rollout(model, tokenizer, prompts, n, max_new_tokens, temperature, seed):
         return model(input_ids=ids, attention_mask=mask, use_cache=True, **inputs).logits[:, -1]
 
     # 1. Every prompt once. Positions count real tokens, so a prompt's are the same however far it is padded.
-    logits = forward(prompt_ids, prompt_mask.long(), (prompt_mask.cumsum(1) - 1).clamp_(min=0))
+    positions = (prompt_mask.cumsum(1) - 1).clamp_(min=0)
+    try:
+        logits = forward(prompt_ids, prompt_mask.long(), positions)
+    except ValueError as error:  # MiniMax wants a cache of its own
+        raise Stop(f"{type(model).__name__} cannot be sampled from ({error})") from error
 
     # 2. n copies of its cache. From here on a row is a completion.
     prompt_ids, prompt_mask = prompt_ids.repeat_interleave(n, 0), prompt_mask.repeat_interleave(n, 0)

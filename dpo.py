@@ -58,7 +58,6 @@ import torch.nn.functional as F
 import tyro
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import DynamicCache
 
 import common
 from common import fail
@@ -338,14 +337,14 @@ def completion_states(model, prompt_ids, prompt_mask, owner, ids, mask):
     if owner is None:
         inputs = torch.cat([prompt_ids, ids[:, :-1]], 1), torch.cat([prompt_mask, mask[:, :-1]], 1)
         return common.hidden_states(model, *inputs)[:, prompt_ids.shape[1] - 1 :]
-    cache = DynamicCache(config=model.config)
-    start = common.hidden_states(model, prompt_ids, prompt_mask, cache)[owner, -1:]  # [b, 1, width]
+    start, cache = common.prompt_states(model, prompt_ids, prompt_mask)  # [p, 1, width]
     cache.reorder_cache(owner)
     # also where all completions have one token, and nothing is left to compute: another process may have longer
     # ones, and sharded weights are gathered in as many forwards by all
     given = ids[:, : max(ids.shape[1] - 1, 1)]
     seen = torch.cat([prompt_mask[owner], mask[:, : given.shape[1]]], 1)
-    return torch.cat([start, common.hidden_states(model, given, seen, cache)], 1)[:, : ids.shape[1]]
+    states = common.hidden_states(model, given, seen, cache)
+    return torch.cat([start[owner], states], 1)[:, : ids.shape[1]]
 
 
 def logprobs_of(model, states, ids, mask, temperature, chunk=1024):

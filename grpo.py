@@ -55,7 +55,6 @@ import torch.nn.functional as F
 import tyro
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import DynamicCache
 
 import common
 from common import fail
@@ -353,7 +352,7 @@ def fill_in(samples, rewards, more, scores, n):
         a, b = getattr(samples, name), getattr(more, name)
         if name == "texts":
             both = a + b
-            return [both[i] for i in index]
+            return [both[i] for i in index.tolist()]  # of a tensor, each i would wait for the GPU
         if a.ndim == 2:  # prompts are padded on the left; which id pads does not matter, masks come from lengths
             width, left = max(a.shape[1], b.shape[1]), name.startswith("prompt")
             a, b = (F.pad(x, (width - x.shape[1], 0) if left else (0, width - x.shape[1])) for x in (a, b))
@@ -419,14 +418,14 @@ def completion_states(model, prompt_ids, prompt_mask, owner, ids, mask):
     if owner is None:
         inputs = torch.cat([prompt_ids, ids[:, :-1]], 1), torch.cat([prompt_mask, mask[:, :-1]], 1)
         return common.hidden_states(model, *inputs)[:, prompt_ids.shape[1] - 1 :]
-    cache = DynamicCache(config=model.config)
-    start = common.hidden_states(model, prompt_ids, prompt_mask, cache)[owner, -1:]  # [b, 1, width]
+    start, cache = common.prompt_states(model, prompt_ids, prompt_mask)  # [p, 1, width]
     cache.reorder_cache(owner)
     # also where all completions have one token, and nothing is left to compute: another process may have longer
     # ones, and sharded weights are gathered in as many forwards by all
     given = ids[:, : max(ids.shape[1] - 1, 1)]
     seen = torch.cat([prompt_mask[owner], mask[:, : given.shape[1]]], 1)
-    return torch.cat([start, common.hidden_states(model, given, seen, cache)], 1)[:, : ids.shape[1]]
+    states = common.hidden_states(model, given, seen, cache)
+    return torch.cat([start[owner], states], 1)[:, : ids.shape[1]]
 
 
 def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
@@ -472,6 +471,7 @@ def rollout_logprobs(model, samples, parts, n, temperature):
         logprobs, _ = token_logprobs(model, *part, temperature)
         if rows:
             out[rows, : logprobs.shape[1]] = logprobs
+    common.forget_forwards(model)
     return out
 
 
@@ -698,7 +698,8 @@ def train(args):
             if step % args.eval_every == 0 or step == args.steps:
                 metrics |= held_out_scores()
             text = tokenizer.decode(samples.prompt_ids[0][samples.prompt_mask[0]])
-            shown = [{"prompt": text, "completion": samples.texts[j], "reward": rewards[j].item()} for j in range(n)]
+            of_the_first = zip(samples.texts[:n], rewards[:n].tolist())
+            shown = [{"prompt": text, "completion": t, "reward": r} for t, r in of_the_first]
             common.log(out, writer, step, metrics, shown)
             if bar:
                 advise(metrics, args, said)

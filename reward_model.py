@@ -44,7 +44,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForSequenceClassification, DynamicCache
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForSequenceClassification
 
 import common
 from common import fail
@@ -351,8 +351,7 @@ def pair_scores(model, tokenizer, pairs, shared, world):
     starts, chosen, rejected = zip(*split_pairs(pairs, shared))
     s, b = common.given(starts * 2, chosen + rejected, tokenizer, world), len(pairs)  # rows: all chosen, then all rejected
     if shared:
-        cache = DynamicCache(config=model.config)
-        start = common.hidden_states(model, s.prompt_ids[:b], s.prompt_mask[:b], cache)
+        _, cache = common.prompt_states(model, s.prompt_ids[:b], s.prompt_mask[:b])
         cache.reorder_cache(torch.arange(b, device=s.ids.device).repeat(2))  # each start for both of its sides
         states = common.hidden_states(model, s.ids, torch.cat([s.prompt_mask, s.mask], 1), cache)
     else:
@@ -360,10 +359,6 @@ def pair_scores(model, tokenizer, pairs, shared, world):
     last = states[torch.arange(2 * b, device=s.ids.device), s.mask.sum(1) - 1].float()  # [2b, width]
     head = common.scalar_head(model)
     scores = F.linear(last, head.weight.float(), None if head.bias is None else head.bias.float())[:, 0]
-    if shared:
-        # FSDP2 fetches a block's weights for the backward pass when its output gets a gradient. The last block's output for
-        # the start gets none, its keys and values do: 0 times it is enough.
-        scores = scores + 0.0 * start[:, -1].float().sum()
     return scores.chunk(2)
 
 

@@ -49,6 +49,8 @@ def family(name, scale=1.0, **changes):
     """A tiny random model of a family of transformers. Its weights are scaled up, so that attention is sharp and a
     wrong mask or position shows; with the usual small ones every token would attend to all others about equally."""
     common = {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
+    linear = {"layer_types": ["linear_attention", "full_attention"]}
+    delta = linear | {f"linear_{kind}_head_dim": 8 for kind in ("key", "value")}
     own = {
         "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
         "mistral": {"sliding_window": 8},
@@ -67,7 +69,15 @@ def family(name, scale=1.0, **changes):
         "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
         "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8},
         "mamba": {"state_size": 8, "num_attention_heads": None},
-    }.get(name, {})
+        "qwen3_5_text": {**delta, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2},
+        "qwen3_next": {**delta, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+        "olmo_hybrid": {**delta, "linear_num_key_heads": 4, "linear_num_value_heads": 4},
+        "minimax": {**linear, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "xglm": {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4},
+        "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1, "num_key_value_heads": 4, "mamba_d_state": 8, "mamba_ngroups": 1, "n_mamba_heads": 4},
+        "falcon_h1": {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+        "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    }.get(name, {})  # fmt: skip
     settings = {**common, **own, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0, **changes}
     config = transformers.AutoConfig.for_model(
         name, **{k: v for k, v in settings.items() if k == "bos_token_id" or v is not None}
@@ -83,6 +93,15 @@ def family(name, scale=1.0, **changes):
 
 
 FAMILIES = ["gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "falcon", "gpt_neox", "bloom", "opt", "mixtral", "qwen3_moe", "mamba"]  # fmt: skip
+
+
+@pytest.fixture
+def bfloat16():
+    """The GPU's arithmetic on a CPU: FSDP2 over one process, with a process group of its own."""
+    import common
+
+    yield common.start("cpu", "bfloat16")
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -243,6 +243,30 @@ def test_a_prompt_computed_once_gives_the_gradient_of_a_prompt_computed_for_each
     assert (g - h).norm() < 1e-4 * g.norm()
 
 
+def gradients_added(model, s):
+    """How often the gradients of the blocks' weights are added to in one backward of shared prompts."""
+    count, weights = [], list(model.model.layers.parameters())
+    for p in weights:
+        p.register_post_accumulate_grad_hook(lambda p: count.append(p))
+    logprobs, _ = token_logprobs(model, *trim(s, list(range(len(s.ids))), 3), 1.0)
+    logprobs.sum().backward()
+    return {sum(p is q for q in count) for p in weights}
+
+
+def test_no_gradient_waits_for_that_of_the_prompts():
+    """In one graph autograd holds a weight's gradient of the completions until that of the prompts has
+    come, then adds both: twice the memory of all gradients. Here each is added as soon as it is there."""
+    assert gradients_added(family("llama"), rollout(family("llama"), n=3)) == {2}
+
+
+def test_no_gradient_waits_for_that_of_the_prompts_where_fsdp2_computes(bfloat16, tmp_path):
+    """And prompts are shared there: the self-check finds the gradient of prompts computed again."""
+    family("llama").save_pretrained(tmp_path)
+    model = common.load_policy(tmp_path, bfloat16)
+    assert common.prompts_can_be_shared(model, bfloat16, False)
+    assert gradients_added(model, rollout(family("llama"), n=3)) == {2}
+
+
 def test_completions_of_one_token_need_no_second_forward_to_be_right():
     model = family("llama")
     s = sample(model, make_tokenizer(), [[5, 6, 7], [8]], n=2, max_new_tokens=1, seed=0)
@@ -259,7 +283,7 @@ def test_the_self_check_turns_sharing_off_where_it_would_be_wrong(monkeypatch):
     assert check(model, CPU, False)
     assert not check(family("mamba"), CPU, False)
 
-    honest = grpo.DynamicCache.reorder_cache
+    honest = common.DynamicCache.reorder_cache
 
     def forgetful(self, rows):
         honest(self, rows)
@@ -267,13 +291,13 @@ def test_the_self_check_turns_sharing_off_where_it_would_be_wrong(monkeypatch):
             layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
 
     with monkeypatch.context() as patch:
-        patch.setattr(grpo.DynamicCache, "reorder_cache", forgetful)
+        patch.setattr(common.DynamicCache, "reorder_cache", forgetful)
         assert not check(model, CPU, False)
     with monkeypatch.context() as patch:  # a cache that mixes up whose prompt is whose: rows of two prompts show it
-        patch.setattr(grpo.DynamicCache, "reorder_cache", lambda self, rows: honest(self, rows * 0))
+        patch.setattr(common.DynamicCache, "reorder_cache", lambda self, rows: honest(self, rows * 0))
         assert not check(model, CPU, False)
     with monkeypatch.context() as patch:  # a cache that cannot do it at all
-        patch.setattr(grpo.DynamicCache, "reorder_cache", lambda self, rows: 1 / 0)
+        patch.setattr(common.DynamicCache, "reorder_cache", lambda self, rows: 1 / 0)
         assert not check(model, CPU, False)
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -697,6 +721,16 @@ def test_the_steps_of_the_script_are_the_steps_written_out(changed, tmp_path, mo
     assert clipped_low > 0 or f.epochs == 1 or f.keep_max  # the best completions have A > 0
     assert left_out > 0 or not f.mask_truncated
     assert drawn_again > 0 or not f.drop_equal_groups
+
+
+def test_putting_groups_in_place_waits_for_the_rows_once(monkeypatch):
+    """On a GPU each tensor that becomes a Python number waits for all that was asked before."""
+    model, tokenizer = family("llama"), make_tokenizer()
+    a = sample(model, tokenizer, [[5], [6, 7, 8]], n=2, max_new_tokens=5, seed=0)
+    waits, index = [], torch.Tensor.__index__
+    monkeypatch.setattr(torch.Tensor, "__index__", lambda tensor: waits.append(tensor) or index(tensor))
+    fill_in(a, torch.tensor([1.0, 0, 1, 1]), a, torch.tensor([2.0, 2, 3, 4]), 2)
+    assert not waits
 
 
 # --- whole runs, on the embedded model ---

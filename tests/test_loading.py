@@ -221,6 +221,25 @@ def test_dropout_is_off_in_training_and_kept_in_the_saved_config(name, tmp_path)
     assert all(getattr(saved, k) == 0.5 for k in drops)
 
 
+def test_what_is_trained_is_what_the_saved_model_computes(tmp_path):
+    """PhiMoE's router has a margin that is called a jitter and acts in evaluation, too. In training mode it
+    draws experts at random; with a margin of 0 it would take them for sure, and be another function."""
+    family("phimoe", router_jitter_noise=0.4, input_jitter_noise=0.4).save_pretrained(tmp_path)
+    policy, plain = load_policy(tmp_path, CPU), transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.arange(3, 27).view(2, 12)
+    common.sample(policy, make_tokenizer(), [[5]], max_new_tokens=2)  # which leaves every module's mode as it was
+    for _ in range(2):
+        assert torch.equal(policy(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+def test_no_part_of_a_config_keeps_its_noise(tmp_path):
+    """DBRX keeps dropout and jitter in configs of its own inside the config."""
+    settings = {"attn_config": {"attn_pdrop": 0.3}, "ffn_config": {"moe_jitter_eps": 0.3}}
+    transformers.AutoConfig.for_model("dbrx", resid_pdrop=0.3, **settings).save_pretrained(tmp_path)
+    config = common.read_config(tmp_path)
+    assert (config.resid_pdrop, config.attn_config.attn_pdrop, config.ffn_config.moe_jitter_eps) == (0, 0, 0)
+
+
 def test_a_saved_model_is_an_ordinary_folder(folder, tmp_path):
     """The original generation config comes along untouched (transformers 48016), the tokenizer too."""
     settings = transformers.GenerationConfig.from_pretrained(folder)
@@ -374,6 +393,104 @@ def test_a_device_or_dtype_that_is_none(flags, capsys):
     with pytest.raises(SystemExit):
         common.start(**flags)
     says(capsys, "--d", "choose")
+
+
+# --- the self-check of shared prompts, where FSDP2 computes ---
+
+
+def whole_gradient(model):
+    """Of a small batch, whole; with what the model computed."""
+    ids = torch.arange(3, 27).view(2, 12)
+    logprobs = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().log_softmax(-1)
+    logprobs[..., 5].sum().backward()
+    return {k: common.whole(p.grad).clone() for k, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next", "olmo_hybrid"])
+def test_a_cache_that_ends_a_pass_in_the_middle_turns_sharing_off_and_leaves_no_trace(name, bfloat16, tmp_path):
+    """Their linear attention overwrites what backward needs, and says so when half of the gradient is there."""
+    if not hasattr(common.FSDPModule, "reset_iter_state"):
+        pytest.skip("this torch cannot begin anew after half a pass; the run ends with a sentence")
+    family(name).save_pretrained(tmp_path)
+    tried, fresh = load_policy(tmp_path, bfloat16), load_policy(tmp_path, bfloat16)
+    assert not common.prompts_can_be_shared(tried, bfloat16, False)
+    assert all(p.grad is None for p in common.at_rest(tried).parameters())
+    for _ in range(2):  # the second adds to the first
+        a, b = whole_gradient(tried), whole_gradient(fresh)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].any() for k in a)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name, why", [("xglm", "mixed dtype"), ("zamba2", "shared with a parameter"), ("minimax", "dtype")])
+def test_an_error_that_is_none_of_sharing_is_said_as_what_it_is(name, why, checkpointing, bfloat16, tmp_path):
+    family(name).save_pretrained(tmp_path)
+    model = load_policy(tmp_path, bfloat16)
+    with pytest.raises(common.Stop, match=f"^the family '{name}' cannot be trained in bfloat16 .*{why}.*--dtype float32"):
+        common.prompts_can_be_shared(model, bfloat16, checkpointing)
+
+
+def test_a_family_with_a_cache_of_its_own_gets_a_sentence(tmp_path):
+    with pytest.raises(common.Stop, match="^MiniMaxForCausalLM cannot be sampled from .*cache"):
+        common.sample(family("minimax"), make_tokenizer(), [[5, 6]], max_new_tokens=2)
+
+
+def test_a_reference_computes_as_the_policy_does_to_the_last_bit(bfloat16, tmp_path):
+    """Falcon-H1 scales by a float32 buffer: rounded in the reference alone, it made a KL of 0.02 in step 1."""
+    family("falcon_h1", ssm_multipliers=[0.35, 0.71, 1.3, 0.9, 1.1]).save_pretrained(tmp_path)
+    policy, reference = load_policy(tmp_path, bfloat16), load_reference(tmp_path, bfloat16)
+    assert {p.dtype for p in reference.parameters()} == {torch.bfloat16}, "half the memory of the policy's"
+    ids = torch.arange(3, 27).view(2, 12)
+    with torch.no_grad():
+        a, b = (m(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for m in (policy, reference))
+    assert torch.equal(a, b)
+
+
+def remembered(model):
+    """How many forwards FSDP2 keeps in mind for a backward."""
+    return len(model._get_fsdp_state()._comm_ctx.post_forward_order)
+
+
+@pytest.mark.parametrize("forward", ["logprobs", "scores", "sample"])
+def test_a_model_that_never_learns_keeps_nothing_of_its_forwards(forward, bfloat16, folder):
+    """FSDP2 notes the blocks of each forward, and keeps the root's whole weights, until a backward ends."""
+    import grpo
+
+    if not hasattr(common.FSDPModule, "reset_iter_state"):
+        pytest.skip("this torch has no public way to forget them")
+    reference, tokenizer = load_reference(folder, bfloat16), make_tokenizer()
+    samples = common.given([[5, 6], [7]], [[8, 9, 1], [10, 1]], tokenizer, bfloat16)
+    scorer = load_scalar(folder, bfloat16, tokenizer, head_std=0.1)
+    call = {
+        "logprobs": lambda: grpo.rollout_logprobs(reference, samples, [[0], [1]], 1, 1.0),
+        "scores": lambda: common.score_ids(scorer, tokenizer, [[5, 6], [7]], bfloat16),
+        "sample": lambda: common.sample(reference, tokenizer, [[5, 6]], max_new_tokens=3),
+    }[forward]
+    model = scorer if forward == "scores" else reference
+    for _ in range(10):
+        call()
+    assert remembered(model) == 0
+    assert all(isinstance(p, common.DTensor) for p in model.parameters()), "the root's weights are shards again"
+
+
+def test_one_process_does_not_divide_its_gradient_by_1(bfloat16, folder):
+    """A division copies the whole gradient of a block; one process has nothing to sum or to average."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Divisions(TorchDispatchMode):
+        sizes = ()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket is torch.ops.aten.div:
+                self.sizes = (*self.sizes, args[0].numel())
+            return function(*args, **(kwargs or {}))
+
+    sharded, plain = load_policy(folder, bfloat16), load_policy(folder, CPU)
+    block = sum(p.numel() for p in plain.model.layers[0].parameters())
+    with Divisions() as seen:
+        gradient = whole_gradient(sharded)
+    assert block not in seen.sizes
+    for name, value in whole_gradient(plain).items():
+        assert (gradient[name] - value).norm() < 0.1 * value.norm(), name
 
 
 # --- memory ---

@@ -71,6 +71,26 @@ def test_two_processes_and_one_have_the_same_gradient(name, checkpointing, tmp_p
     torch.testing.assert_close(two["logprobs"], one["logprobs"], atol=1e-5, rtol=0)
 
 
+def save_and_count(folder, out):
+    """How many tensors this process copies to the CPU to save a model and a checkpoint."""
+    world, count, copy = start("cpu"), [], torch.Tensor.cpu
+    model = load_policy(folder, world)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "cpu", lambda tensor: count.append(tensor) or copy(tensor))
+        common.save_checkpoint(out, world, 1, {"policy": model}, {})
+        common.save_model(model, make_tokenizer(), out / "model", world)
+    (out / f"{world.rank}").write_text(str(len(count)))
+
+
+def test_only_the_process_that_writes_copies_whole_weights_to_the_cpu(tmp_path):
+    """All take part in gathering them; on a machine of eight GPUs eight copies would be made, seven for nothing."""
+    model = family("llama")
+    model.save_pretrained(tmp_path / "start")
+    run(save_and_count, 2, tmp_path / "start", tmp_path)
+    counts = [int((tmp_path / n).read_text()) for n in "01"]
+    assert counts == [2 * len(list(model.parameters())), 0]
+
+
 def test_a_model_without_blocks_is_refused_and_not_left_untrained(tmp_path, capfd):
     """With the root as the only unit FSDP2 would never reduce a gradient, and no weight would move."""
     import transformers

@@ -460,10 +460,10 @@ def test_a_batch_of_equal_rewards_teaches_exactly_nothing(reward):
     """The mean of 24 rewards of 0.1 is not 0.1, and Adam makes a step of any noise that it is
     given."""
     totals = torch.full((24,), reward)
-    b, _, _ = baselines(totals, totals, totals, 8, "batch", False, False)
+    b, _, _ = baselines(totals, totals, totals, totals, 8, "batch", False, False)
     assert (totals - b).abs().max() == 0
     other = torch.cat([totals, totals + 1])  # another process has other rewards
-    b, _, _ = baselines(totals, totals, other, 8, "batch", False, False)
+    b, _, _ = baselines(totals, totals, other, other, 8, "batch", False, False)
     assert b.tolist() == [pytest.approx(reward + 0.5)] * 24
 
 
