@@ -416,6 +416,26 @@ def test_a_rollout_is_drawn_from_the_steps_prompts_at_the_flags_temperature_with
     assert orders[0] != orders[1]
 
 
+@pytest.mark.parametrize("script", ROLLOUTS, ids=named)
+def test_the_first_ratio_tells_of_two_probabilities_for_one_token(script, tmp_path, monkeypatch):
+    """Old log-probabilities that are 0.1 too high at each completion's first token: the first ratio
+    is exp(-0.1) there, and 1 elsewhere."""
+    name = "before_update" if script is ppo else "rollout_logprobs"
+    honest = getattr(script, name)
+
+    def too_high(*inputs):
+        found = honest(*inputs)
+        old = found[0] if script is ppo else found
+        old[:, 0] += 0.1
+        return found
+
+    monkeypatch.setattr(script, name, too_high)
+    flags = {"steps": 1, "epochs": 2, "minibatches": 1, "beta": 0.0, "samples_per_prompt": 8}
+    (tmp_path / "r.py").write_text("def f(completion, row):\n    return sum(map(ord, completion)) % 7\n")
+    log = run(script, tmp_path, reward=f"{tmp_path}/r.py:f", **flags)
+    assert log[1]["ratio/first"] == pytest.approx(1 - math.exp(-0.1), abs=1e-5)
+
+
 def test_a_learning_rate_falls_to_0_just_after_the_last_step_whatever_the_warm_up():
     """In equal parts, or in half a cosine; step `steps + 1` would have none left."""
     for steps, warmup in ((10, 0), (10, 3), (5, 4), (7, 1)):
