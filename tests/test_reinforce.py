@@ -990,14 +990,14 @@ def test_the_first_ratio_logged_is_the_largest_of_the_first_mini_batch(tmp_path,
 
     def off(model, samples, parts, *rest):
         old = honest(model, samples, parts, *rest)
-        old[parts[0][-1], 0] -= 0.3
-        old[parts[0][0], 0] += 0.1
+        old[parts[0][-1], 0] += 0.3
+        old[parts[0][0], 0] -= 0.1
         return old
 
     monkeypatch.setattr(reinforce, "rollout_logprobs", off)
     flags = {"steps": 1, "epochs": 2, "beta": 0.0, "prompts_per_step": 4, "max_new_tokens": 6}
     m = run(tmp_path, **flags)
-    assert m[1]["ratio/first"] == pytest.approx(math.exp(0.3) - 1, rel=1e-4)
+    assert m[1]["ratio/first"] == pytest.approx(1 - math.exp(-0.3), rel=1e-4)
 
 
 # --- mistakes: one line, status 2, nothing loaded, nothing written ---

@@ -1,6 +1,7 @@
 """The reward model: Bradley-Terry's loss, where the score is read, what is saved, and best-of-N against brute force."""
 
 import copy
+import inspect
 import itertools
 import json
 import math
@@ -617,6 +618,12 @@ ASKED = [
 ]
 
 
+def paid(completion, row):
+    """A true reward by which other completions are best than by the score."""
+    started = completion[:1] == row["answer"][:1]
+    return 0.1 * len(completion) - 0.3 * len(row["prompt"]) + float(started)
+
+
 def score_by_hand(model, tokenizer, prompt, completion):
     """The head on the state of the last token, the end, by a plain forward of one text."""
     ids = [*tokenizer(prompt + completion).input_ids, tokenizer.eos_token_id]
@@ -700,7 +707,7 @@ def evaluated_by_hand(model, tokenizer, pairs):
 
 @torch.no_grad()
 def best_by_hand(model, policy, tokenizer, f, asked):
-    """Draws token by token, in rounds of as many prompts as --sample_rows has room for; then takes the
+    """Draws token by token, in rounds of as many prompts as --sample_rows has room for; takes the
     best of every N of a prompt's samples, one choice after the other."""
     M, found, end = max(f.best_of), {}, tokenizer.eos_token_id
     size = f.sample_rows // M
@@ -721,7 +728,7 @@ def best_by_hand(model, policy, tokenizer, f, asked):
         scores, true = [], []
         for row, text in zip(rows, texts):
             scores.append(score_by_hand(model, tokenizer, row["prompt"], text).item())
-            true.append(float(text == row["answer"]))
+            true.append(paid(text, row))
         for first in range(0, len(rows), M):
             for N in f.best_of:
                 best = []
@@ -746,7 +753,7 @@ def best_by_hand(model, policy, tokenizer, f, asked):
 )
 def test_every_step_of_the_script_is_the_step_written_out(flags, tmp_path, monkeypatch):
     """Every flag in its place: weights after each of three steps, each logged number, the held-out
-    scores, the unit scale and best-of-N. The optimizer is plain gradient descent, the clock the test's."""
+    scores, the unit scale, best-of-N. The optimizer is gradient descent, the clock the test's."""
     f = {
         "steps": 3, "pairs_per_step": 4, "use_margin": True, "center": 0.05, "learning_rate": 0.02,
         "schedule": "cosine", "warmup": 1, "max_grad_norm": 1.0, "tokens_per_micro_batch": 40,
@@ -768,10 +775,12 @@ def test_every_step_of_the_script_is_the_step_written_out(flags, tmp_path, monke
     monkeypatch.setattr(common, "make_optimizer", descent)
     monkeypatch.setattr(common, "memory_used", lambda world: 5 * 2**30)
     monkeypatch.setattr(reward_model, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    (tmp_path / "r.py").write_text(inspect.getsource(paid))
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, ASKED)))
     data = pairs_file(tmp_path, PAIRS)
     start = str(reward_model.TINY / "model")
-    files = {"data": data, "eval_data": data, "policy": start, "eval_prompts": str(tmp_path / "asked.jsonl")}
+    files = {"data": data, "eval_data": data, "policy": start}
+    files |= {"eval_prompts": str(tmp_path / "asked.jsonl"), "reward": f"{tmp_path}/r.py:paid"}
     log = run(tmp_path, **vars(f) | files | {"save_every": 1, "keep": 9})
 
     model, tokenizer = seen["model"], common.load_tokenizer(start)
@@ -807,7 +816,6 @@ def test_every_step_of_the_script_is_the_step_written_out(flags, tmp_path, monke
             assert got[name] == pytest.approx(value, rel=1e-3, abs=2e-6), (got["step"], name)
     # what would not act would not be tested
     assert f.max_grad_norm > 1e6 or max(norms) > 1.1 * f.max_grad_norm
-    assert wanted[-1]["best_of/true@1"] > 0
 
 
 def test_where_all_scores_are_equal_the_logged_accuracy_is_that_of_a_coin(tmp_path, monkeypatch):
