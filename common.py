@@ -1147,9 +1147,13 @@ class RoomyLayer(DynamicLayer):
         return self.filled
 
     def reorder_cache(self, rows):
-        for i, buffer in enumerate(self.buffers):  # none where a layer reads another's cache and has none of its own
-            self.buffers[i] = buffer.new_empty(len(rows), *buffer.shape[1:])
-            torch.index_select(buffer[:, :, : self.filled], 0, rows, out=self.buffers[i][:, :, : self.filled])
+        # The views keep their whole buffers alive. Without them an old buffer is freed once it is copied, so a
+        # copy of the cache needs room for one buffer more, and not for a second cache.
+        self.keys = self.values = None
+        for i in range(len(self.buffers)):  # none where a layer reads another's cache and has none of its own
+            old = self.buffers[i]
+            self.buffers[i] = old.new_empty(len(rows), *old.shape[1:])
+            torch.index_select(old[:, :, : self.filled], 0, rows, out=self.buffers[i][:, :, : self.filled])
 
 
 def draw(logits, u, block=256):
