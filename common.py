@@ -45,6 +45,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DynamicCache,
+    GenerationConfig,
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
@@ -677,20 +678,28 @@ def save_model(model, tokenizer, folder, world):
     if world.rank == 0:
         folder = Path(folder)
         temporary = folder.with_name(folder.name + ".tmp")
+        generation = getattr(model, "generation_config", None)
+        ends = stop_ids(model, tokenizer)
+        config = copy.deepcopy(model.config_to_save)
+        config.dtype = world.dtype
         try:
+            # save_pretrained refuses to write a temperature without do_sample, which Llama-2's folder has. So it is
+            # shown no generation config, and the model's own is written below without that check.
+            model.generation_config = GenerationConfig()
             model.save_pretrained(temporary, state_dict=state, safe_serialization=True)
+            if model.get_output_embeddings() is not None:
+                settings = copy.deepcopy(generation)
+                # whoever samples from the model must know every id that ends an answer
+                settings.eos_token_id = ends if len(ends) > 1 else ends[0]
+                settings.to_json_file(temporary / "generation_config.json", keys_to_pop=["compile_config"])
+            config.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            replace(temporary, folder)
         except Exception as error:  # a full disk has many names here
             shutil.rmtree(temporary, ignore_errors=True)
             raise Stop(f"{folder} could not be written ({error})") from error
-        if model.get_output_embeddings() is not None:  # whoever samples from it is to know all that ends its answers
-            generation, ends = copy.deepcopy(model.generation_config), stop_ids(model, tokenizer)
-            generation.eos_token_id = ends if len(ends) > 1 else ends[0]
-            generation.save_pretrained(temporary)
-        config = copy.deepcopy(model.config_to_save)
-        config.dtype = world.dtype
-        config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        replace(temporary, folder)
+        finally:
+            model.generation_config = generation
     if world.size > 1:
         dist.barrier()
 
