@@ -207,7 +207,9 @@ def load_tokenizer(path):
     """A tokenizer that has a pad token: its own, or else EOS. Pad may equal EOS here, because masks are made of lengths in
     this project. One that compares ids with the pad id hides the real EOS, too, and the model never learns to stop."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        # without trust_remote_code=False, here and wherever a folder is read, transformers asks on the terminal
+        # whether to run code from the folder
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
         read_config(path)  # where there is no model at all, it says so better
         fail(f"{path}: no tokenizer could be loaded ({str(error).splitlines()[0]})")
@@ -320,7 +322,7 @@ def read_config(path, **changes):
     elif Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
         fail(f"{path}: no such model folder (and a model's name on a hub looks like owner/name)")
     try:
-        config = AutoConfig.from_pretrained(path, **changes)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **changes)
     except (OSError, ValueError, ImportError, KeyError) as error:
         fail(f"{path}: no model could be loaded ({str(error).splitlines()[0]})")
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
@@ -341,7 +343,7 @@ def load(auto, path, dtype, **changes):
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         fail(f"{path}: no model could be loaded ({str(error).splitlines()[0]})")
     # what `save_model` writes: the config as it came, with its dropout, so that others find what they know
-    model.config_to_save = AutoConfig.from_pretrained(path, **changes)
+    model.config_to_save = AutoConfig.from_pretrained(path, trust_remote_code=False, **changes)
     may_lack = set(scalar_head(model).parameters()) if auto is AutoModelForSequenceClassification else set()
     weights = dict(model.named_parameters())
     missing = sorted(info["missing_keys"])
@@ -718,7 +720,8 @@ def memory_needed(path, world, train_tokens, *, frozen=0, learning=1, sample_row
     """
     config = read_config(path)
     with torch.device("meta"):  # a model without memory: its count is exact
-        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    count = sum(p.numel() for p in model.parameters())
     text = config.get_text_config()
     layers, width, heads = text.num_hidden_layers, text.hidden_size, getattr(text, "num_attention_heads", 1)
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width

@@ -1,5 +1,6 @@
 """Loading: text to ids, models without dropout, heads, optimizer, and a run's folder that nothing can spoil."""
 
+import io
 import json
 import math
 import os
@@ -261,6 +262,37 @@ def test_a_head_that_is_not_understood_is_refused(name, settings, tmp_path, caps
         says(capsys, "falcon_h1", "logits")
     else:
         load_policy(tmp_path, CPU)
+
+
+UNKNOWN = {"auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}, "model_type": "unheard_of"}
+KNOWN = {"auto_map": {name: "code.Model" for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification")}}
+WORDS_BY_CODE = {"auto_map": {"AutoTokenizer": ["code.Words", None]}, "tokenizer_class": "Words"}
+
+
+@pytest.mark.parametrize(
+    "file, lines",
+    [("config.json", UNKNOWN), ("config.json", KNOWN), ("tokenizer_config.json", WORDS_BY_CODE)],
+)
+def test_no_code_of_a_folder_is_run_though_the_user_would_say_yes(file, lines, folder, tmp_path, monkeypatch, capsys):
+    """transformers asks on the terminal, unless it is told, and "y" runs what the folder brings."""
+    answers = io.StringIO("y\n" * 9)
+    monkeypatch.setattr("sys.stdin", answers)
+    written = tmp_path / "the code was run"
+    (folder / "code.py").write_text(f"open({str(written)!r}, 'w')\n")
+    settings = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(settings | lines))
+    steps = [
+        lambda: common.load_tokenizer(folder),
+        lambda: common.memory_needed(folder, CPU, 1000),
+        lambda: load_policy(folder, CPU),
+        lambda: load_scalar(folder, CPU, make_tokenizer(), head_std=0),
+    ]
+    for step in steps:
+        try:
+            step()  # transformers has classes of its own for the second folder and for the third's model
+        except SystemExit:
+            says(capsys, folder, "could be loaded")
+        assert not written.exists() and answers.tell() == 0, "the user was asked"
 
 
 def test_two_runs_started_at_once_get_two_folders(tmp_path, monkeypatch):
