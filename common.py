@@ -49,6 +49,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DynamicCache,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -251,7 +252,9 @@ def load_tokenizer(path, template_args="", date=None):
     """A tokenizer that has a pad token: its own, or else EOS. Pad may equal EOS here, because masks are made of lengths in
     this project. One that compares ids with the pad id hides the real EOS, too, and the model never learns to stop."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        # without trust_remote_code=False, here and wherever a folder is read, transformers asks on the terminal
+        # whether to run code from the folder
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
         read_config(path)  # where there is no model at all, it says so better
         fail(f"{path}: no tokenizer could be loaded ({str(error).splitlines()[0]})")
@@ -425,7 +428,7 @@ def read_config(path, **changes):
     elif Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
         fail(f"{path}: no such model folder (and a model's name on a hub looks like owner/name)")
     try:
-        config = AutoConfig.from_pretrained(path, **changes)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **changes)
     except (OSError, ValueError, ImportError, KeyError) as error:
         fail(f"{path}: no model could be loaded ({str(error).splitlines()[0]})")
     parts = [config]
@@ -451,7 +454,7 @@ def load(auto, path, dtype, **changes):
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         fail(f"{path}: no model could be loaded ({str(error).splitlines()[0]})")
     # what `save_model` writes: the config as it came, with its dropout, so that others find what they know
-    model.config_to_save = AutoConfig.from_pretrained(path, **changes)
+    model.config_to_save = AutoConfig.from_pretrained(path, trust_remote_code=False, **changes)
     may_lack = set(scalar_head(model).parameters()) if auto is AutoModelForSequenceClassification else set()
     weights = dict(model.named_parameters())
     missing = sorted(info["missing_keys"])
@@ -903,20 +906,28 @@ def save_model(model, tokenizer, folder, world):
     if world.rank == 0:
         folder = Path(folder)
         temporary = folder.with_name(folder.name + ".tmp")
+        generation = getattr(model, "generation_config", None)
+        ends = stop_ids(model, tokenizer)
+        config = copy.deepcopy(model.config_to_save)
+        config.dtype = world.dtype
         try:
+            # save_pretrained refuses to write a temperature without do_sample, which Llama-2's folder has. So it is
+            # shown no generation config, and the model's own is written below without that check.
+            model.generation_config = GenerationConfig()
             model.save_pretrained(temporary, state_dict=state, safe_serialization=True)
-            if model.get_output_embeddings() is not None:  # whoever samples from it is to know all that ends its answers
-                generation, ends = copy.deepcopy(model.generation_config), stop_ids(model, tokenizer)
-                generation.eos_token_id = ends if len(ends) > 1 else ends[0]
-                generation.save_pretrained(temporary)
-            config = copy.deepcopy(model.config_to_save)
-            config.dtype = world.dtype
+            if model.get_output_embeddings() is not None:
+                settings = copy.deepcopy(generation)
+                # whoever samples from the model must know every id that ends an answer
+                settings.eos_token_id = ends if len(ends) > 1 else ends[0]
+                settings.to_json_file(temporary / "generation_config.json", keys_to_pop=["compile_config"])
             config.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             replace(temporary, folder)
-        except Exception as error:  # each of these libraries has its own name for a full disk
+        except Exception as error:  # a full disk has many names here
             shutil.rmtree(temporary, ignore_errors=True)
             raise Stop(f"{folder} could not be written ({error})") from error
+        finally:
+            model.generation_config = generation
     if world.size > 1:
         dist.barrier()
 
@@ -935,7 +946,8 @@ def memory_needed(path, world, train_tokens, *, frozen=0, learning=1, sample_row
     """
     config = read_config(path)
     with torch.device("meta"):  # a model without memory: its count is exact
-        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    count = sum(p.numel() for p in model.parameters())
     text = config.get_text_config()
     layers, width, heads = text.num_hidden_layers, text.hidden_size, getattr(text, "num_attention_heads", 1)
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width
@@ -1445,9 +1457,13 @@ class RoomyLayer(DynamicLayer):
         return self.filled
 
     def reorder_cache(self, rows):
-        for i, buffer in enumerate(self.buffers):  # none where a layer reads another's cache and has none of its own
-            self.buffers[i] = buffer.new_empty(len(rows), *buffer.shape[1:])
-            torch.index_select(buffer[:, :, : self.filled], 0, rows, out=self.buffers[i][:, :, : self.filled])
+        # The views keep their whole buffers alive. Without them an old buffer is freed once it is copied, so a
+        # copy of the cache needs room for one buffer more, and not for a second cache.
+        self.keys = self.values = None
+        for i in range(len(self.buffers)):  # none where a layer reads another's cache and has none of its own
+            old = self.buffers[i]
+            self.buffers[i] = old.new_empty(len(rows), *old.shape[1:])
+            torch.index_select(old[:, :, : self.filled], 0, rows, out=self.buffers[i][:, :, : self.filled])
 
 
 def draw(logits, u, block=256):

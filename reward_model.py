@@ -467,7 +467,8 @@ def train(args):
     config, date = common.scalar_config(args.model), common.began(args, world)
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)
     with torch.device("meta"):  # no weights yet: what kind of head would it be?
-        head = getattr(AutoModelForSequenceClassification.from_config(config), "score", None)
+        empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    head = getattr(empty, "score", None)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not isinstance(head, torch.nn.Linear):
         fail(f"--model {args.model}: the family {config.model_type!r} has no score that is read at a text's last token")
     finished = any("SequenceClassification" in name for name in config.architectures or ())

