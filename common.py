@@ -1407,6 +1407,8 @@ def catch_signals(steps):
 
 # -- Sampling --------------------------------------------------------------------------------------------------------
 
+PREFILL_TOKENS = 8192  # of prompts in one forward, padding included: more would hold more memory and be no faster
+
 
 @dataclass
 class Samples:
@@ -1439,14 +1441,16 @@ class RoomyLayer(DynamicLayer):
     """One layer's keys and values, written into room made once. The stock layer makes a longer copy of its whole
     cache at every token. Reading goes through views of the filled part, so the model sees no difference."""
 
-    def __init__(self, room):
+    def __init__(self, stock, rows, room):
+        """Takes over the chosen rows of a stock layer; room: columns for the longest prompt and all new tokens."""
         super().__init__()
-        self.room, self.filled, self.buffers = room, 0, []  # room: columns for the longest prompt and all new tokens
+        self.dtype, self.device, self.is_initialized = stock.keys.dtype, stock.keys.device, True
+        self.room, self.filled = room, stock.keys.shape[2]
+        self.buffers = [stock.keys, stock.values]  # [B, heads, room, d] each, once they are copied
+        stock.keys = stock.values = None
+        self.reorder_cache(rows)
 
     def update(self, keys, values, *args, **kwargs):
-        if not self.buffers:
-            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-            self.buffers = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (keys, values)]  # [B, heads, room, d]
         begin, self.filled = self.filled, self.filled + keys.shape[2]
         for buffer, new in zip(self.buffers, (keys, values)):
             buffer[:, :, begin : self.filled] = new
@@ -1460,10 +1464,29 @@ class RoomyLayer(DynamicLayer):
         # The views keep their whole buffers alive. Without them an old buffer is freed once it is copied, so a
         # copy of the cache needs room for one buffer more, and not for a second cache.
         self.keys = self.values = None
-        for i in range(len(self.buffers)):  # none where a layer reads another's cache and has none of its own
+        for i in range(len(self.buffers)):
             old = self.buffers[i]
-            self.buffers[i] = old.new_empty(len(rows), *old.shape[1:])
+            self.buffers[i] = old.new_empty(len(rows), old.shape[1], self.room, old.shape[3])
             torch.index_select(old[:, :, : self.filled], 0, rows, out=self.buffers[i][:, :, : self.filled])
+
+
+def join_caches(caches):
+    """One cache out of those of the slices of a batch. transformers' layers keep what belongs to the rows (keys and
+    values, states of a convolution or a recurrence) in tensors, or in dicts of tensors, whose first dimension is the
+    row; the rest (numbers of tokens, windows) is equal in all slices, because all are padded to one length."""
+
+    def join(parts):
+        if isinstance(parts[0], dict):
+            return {key: join([part[key] for part in parts]) for key in parts[0]}
+        if isinstance(parts[0], torch.Tensor) and parts[0].ndim > 1:
+            return torch.cat(parts)
+        return parts[0]
+
+    for layers in zip(*(cache.layers for cache in caches)):
+        for name in list(vars(layers[0])):
+            # taken out of the slices' layers, so that no more than one tensor is held twice
+            setattr(layers[0], name, join([vars(layer).pop(name) for layer in layers]))
+    return caches[0]
 
 
 def draw(logits, u, block=256):
@@ -1549,14 +1572,11 @@ def rollout(model, tokenizer, prompts, n, max_new_tokens, temperature, seed):
     prompt_mask = torch.tensor([[False] * (P - len(p)) + [True] * len(p) for p in prompts], device=device)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
 
-    takes = inspect.signature(model.forward).parameters
-    cache = DynamicCache(config=model.config)
-    cache.layers = [RoomyLayer(P + max_new_tokens) if type(c) is DynamicLayer else c for c in cache.layers]
-    name, recurrent = cache_argument(model), is_recurrent(cache)
+    takes, name = inspect.signature(model.forward).parameters, cache_argument(model)
     if name is None:
         raise ValueError(f"{type(model).__name__} takes none of transformers' caches, so `sample` cannot continue with it")
 
-    def forward(ids, mask, positions):
+    def forward(cache, ids, mask, positions):
         inputs = {name: cache}
         if "position_ids" in takes:
             inputs["position_ids"] = positions
@@ -1564,18 +1584,29 @@ def rollout(model, tokenizer, prompts, n, max_new_tokens, temperature, seed):
             inputs["logits_to_keep"] = 1
         return model(input_ids=ids, attention_mask=mask, use_cache=True, **inputs).logits[:, -1]
 
-    # 1. Every prompt once. Positions count real tokens, so a prompt's are the same however far it is padded.
-    positions = (prompt_mask.cumsum(1) - 1).clamp_(min=0)
-    try:
-        logits = forward(prompt_ids, prompt_mask.long(), positions)
-    except ValueError as error:  # MiniMax wants a cache of its own
-        raise Stop(f"{type(model).__name__} cannot be sampled from ({error})") from error
+    # 1. Every prompt once, a slice of the rows at a time. Positions count real tokens, so a prompt's are the same
+    #    however far it is padded.
+    caches, logits, size = [], [], max(1, PREFILL_TOKENS // P)
+    for slice_ids, slice_mask in zip(prompt_ids.split(size), prompt_mask.split(size)):
+        caches.append(DynamicCache(config=model.config))
+        positions = (slice_mask.cumsum(1) - 1).clamp_(min=0)
+        try:
+            last = forward(caches[-1], slice_ids, slice_mask.long(), positions)
+        except ValueError as error:  # MiniMax wants a cache of its own
+            raise Stop(f"{type(model).__name__} cannot be sampled from ({error})") from error
+        logits.append(last.clone())  # `last` is a view, which may keep the logits of all positions
+    cache = join_caches(caches) if len(caches) > 1 else caches[0]
+    recurrent = is_recurrent(cache)
 
-    # 2. n copies of its cache. From here on a row is a completion.
-    prompt_ids, prompt_mask = prompt_ids.repeat_interleave(n, 0), prompt_mask.repeat_interleave(n, 0)
-    if n > 1:
-        cache.reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(n))
-        logits = logits.repeat_interleave(n, 0)
+    # 2. n copies of its cache, with room for the new tokens. From here on a row is a completion.
+    owner = torch.arange(len(prompts), device=device).repeat_interleave(n)  # [B] the prompt of each row
+    prompt_ids, prompt_mask, logits = prompt_ids[owner], prompt_mask[owner], torch.cat(logits)[owner]
+    for i, layer in enumerate(cache.layers):
+        # a layer that reads another's cache has no keys of its own
+        if type(layer) is DynamicLayer and layer.keys is not None:
+            cache.layers[i] = RoomyLayer(layer, owner, P + max_new_tokens)
+        elif n > 1:
+            layer.reorder_cache(owner)
     seen = F.pad(prompt_mask.long(), (0, max_new_tokens), value=1)  # [B, P + C] a token sees its prompt and its past
     position = prompt_mask.sum(1, keepdim=True)  # of a row's next token
 
@@ -1602,7 +1633,7 @@ def rollout(model, tokenizer, prompts, n, max_new_tokens, temperature, seed):
             kept = running.nonzero()[:, 0]
             cache.reorder_cache(kept)
             rows, token, position, seen, running = rows[kept], token[kept], position[kept], seen[kept], running[kept]
-        logits = forward(token[:, None], None if recurrent else seen[:, : P + t + 1], position + t)
+        logits = forward(cache, token[:, None], None if recurrent else seen[:, : P + t + 1], position + t)
 
     # 4. Masks from lengths. Comparing ids with the pad id instead would lose the EOS where pad == EOS.
     C = int(length.max())

@@ -193,6 +193,30 @@ def test_dropping_rows_holds_one_buffer_twice_and_not_the_whole_cache(monkeypatc
     assert max(alive) == 5
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompts_in_slices_give_the_samples_of_all_prompts_at_once(name, monkeypatch, tokenizer):
+    """All prompts in one forward hold as many activations as they have tokens. The slices' caches must come together
+    in order, for every kind of cache: full, sliding window, recurrent."""
+    model, prefills = family(name), []
+    model.generation_config.eos_token_id = stops_for(model, tokenizer)
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def spied(**inputs):
+        if inputs["input_ids"].shape[1] > 1:
+            prefills.append(len(inputs["input_ids"]))
+        return forward(**inputs)
+
+    model.forward = spied
+    prompts = [*PROMPTS, [8, 15]]
+    whole = sample(model, tokenizer, prompts, n=3, max_new_tokens=24, temperature=0.7, seed=1)
+    monkeypatch.setattr(common, "PREFILL_TOKENS", 2 * 11 + 10)  # room for two rows of the longest prompt
+    slices = sample(model, tokenizer, prompts, n=3, max_new_tokens=24, temperature=0.7, seed=1)
+    assert prefills == [5, 2, 2, 1]
+    assert torch.equal(whole.ids, slices.ids) and torch.equal(whole.mask, slices.mask)
+    torch.testing.assert_close(whole.logprobs, slices.logprobs, atol=1e-5 if name != "mamba" else 1e-4, rtol=0)
+
+
 class _Spy:
     """Counts the calls of a method and passes them on."""
 
