@@ -267,6 +267,31 @@ def test_no_gradient_waits_for_that_of_the_prompts_where_fsdp2_computes(bfloat16
     assert gradients_added(model, rollout(family("llama"), n=3)) == {2}
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_computes_on_a_gpus_path_as_in_float32(name, bfloat16, tmp_path):
+    """FSDP2 and bfloat16: prompts are shared where they are in float32, policy and reference agree to the
+    last bit, and the gradient is that of float32 but for rounding."""
+    family(name).save_pretrained(tmp_path)
+    plain, policy = common.load_policy(tmp_path, CPU), common.load_policy(tmp_path, bfloat16)
+    reference = common.load_reference(tmp_path, bfloat16)
+    shared = common.prompts_can_be_shared(policy, bfloat16, False)
+    assert shared == (name != "mamba")
+    n = 3 if shared else 1
+    s = rollout(policy, n=n)
+    parts = micro_batches(list(range(len(s.ids))), s.prompt_mask, s.mask, n, 40, bfloat16)
+    old = [grpo.rollout_logprobs(model, s, parts, n, 1.0) for model in (policy, reference)]
+    assert torch.equal(*old)
+    for model in (plain, policy):
+        for part in parts:
+            logprobs, _ = token_logprobs(model, *trim(s, part, n), 1.0)
+            logprobs.sum().backward()
+    a, b = (
+        torch.cat([common.whole(p.grad).flatten() for p in common.at_rest(model).parameters() if p.grad is not None])
+        for model in (plain, policy)
+    )
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.98 and 0.9 < b.norm() / a.norm() < 1.1
+
+
 def test_completions_of_one_token_need_no_second_forward_to_be_right():
     model = family("llama")
     s = sample(model, make_tokenizer(), [[5, 6, 7], [8]], n=2, max_new_tokens=1, seed=0)

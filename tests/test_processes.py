@@ -182,11 +182,11 @@ def test_reinforce_samples_and_evaluates_on_two_processes(tmp_path):
     assert (tmp_path / "two" / "model" / "model.safetensors").is_file()
 
 
-def grpo_gradient(folder, out):
+def grpo_gradient(folder, out, dtype="float32"):
     """The gradient of one GRPO step for every aggregation, with prompts shared (two forwards before one backward) and not."""
     import grpo
 
-    world = start("cpu", seed=0)
+    world = start("cpu", dtype, seed=0)
     model = load_policy(folder, world)
     model.generation_config.eos_token_id = [1, 5, 9, 20]
     prompts = [[7, 12, 3], [5, 9, 11, 30, 31, 14], [6], [33, 21]]
@@ -222,6 +222,22 @@ def test_two_processes_and_one_have_the_same_grpo_gradient(tmp_path):
     for case, grads in one["results"].items():
         close(two["results"][case], grads, 1e-5)
         close(grads, one["results"][case[0], 1], 1e-4)
+
+
+def test_two_processes_and_one_have_the_same_grpo_gradient_in_bfloat16(tmp_path):
+    """What GPUs compute: up to the rounding of a batch of another shape, and with prompts shared or not."""
+    family("llama").save_pretrained(tmp_path / "start")
+    for size in (1, 2):
+        run(grpo_gradient, size, tmp_path / "start", tmp_path / f"{size}.pt", "bfloat16")
+    one, two = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")
+
+    def flat(grads):
+        return torch.cat([g.flatten() for g in grads.values()])
+
+    for case, grads in one["results"].items():
+        size = flat(grads).norm()
+        assert (flat(two["results"][case]) - flat(grads)).norm() < 0.05 * size, case
+        assert (flat(one["results"][case[0], 1]) - flat(grads)).norm() < 0.05 * size, case
 
 
 def train_grpo(flags):
