@@ -431,7 +431,8 @@ def test_the_first_ratio_tells_of_two_probabilities_for_one_token(script, tmp_pa
 
     monkeypatch.setattr(script, name, too_high)
     flags = {"steps": 1, "epochs": 2, "minibatches": 1, "beta": 0.0, "samples_per_prompt": 8}
-    (tmp_path / "r.py").write_text("def f(completion, row):\n    return sum(map(ord, completion)) % 7\n")
+    paid = "sum(map(ord, completion)) % 7"
+    (tmp_path / "r.py").write_text(f"def f(completion, row):\n    return {paid}\n")
     log = run(script, tmp_path, reward=f"{tmp_path}/r.py:f", **flags)
     assert log[1]["ratio/first"] == pytest.approx(1 - math.exp(-0.1), abs=1e-5)
 
