@@ -969,6 +969,8 @@ def test_every_step_of_the_script_is_the_step_written_out(flags, tmp_path, monke
         saved = torch.load(tmp_path / "run" / "checkpoint" / f"{step:06d}.pt")["models"]["policy"]
         for k, p in policy.named_parameters():
             assert (saved[k] - p).norm() <= 2e-3 * (p - before[k]).norm() + 2e-6, (step, k)
+    kept = common.load_policy(tmp_path / "run" / "model", CPU)
+    assert all(torch.equal(p, saved[k]) for k, p in kept.named_parameters())
     assert len(log) == len(wanted)
     for got, numbers in zip(log, wanted):
         assert got.keys() == numbers.keys()
