@@ -191,8 +191,8 @@ def test_equal_rewards_leave_exactly_nothing(kind, value):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_normalize_divides_by_the_spread_of_the_scores_and_makes_nothing_large_out_of_the_kl(kind):
-    """Prompts whose samples all score the same, and a KL penalty that differs by 1e-3: divided by the
-    spread of the totals, these advantages were as large as those of a prompt with right and wrong answers."""
+    """Prompts whose samples all score the same, and a KL penalty that differs by 1e-3. Divided by the
+    spread of the totals, their advantages were as large as where some answers are right."""
     kl = 1e-3 * torch.tensor([0.0, 1.0, -1.0, 0.5, 0.0, -0.5, 1.0, 0.3])
     scores = torch.full((8,), 0.1)
     totals = scores - kl
