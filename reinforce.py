@@ -97,8 +97,8 @@ class Args:
     """subtracted from the reward: nothing, the batch's mean, the prompt's, or that of the prompt's other samples.
     None: loo, leave one out; none with --demos"""
     normalize: bool = False
-    """divide by the standard deviation of the prompt's scores (--baseline prompt, loo) or of the batch's (none, batch);
-    by 1 where they are all equal"""
+    """divide by the standard deviation of the prompt's scores (--baseline prompt, loo) or of the
+    batch's (none, batch); by 1 where they are all equal"""
     keep_max: bool = False
     """learn from each prompt's best samples only (all that tie)"""
     gamma: float = 1.0
@@ -264,9 +264,9 @@ def rewards_to_go(rewards, gamma):
 
 
 def baselines(totals, scores, all_totals, all_scores, n, baseline, normalize, keep_max):
-    """Equation (5). totals [B] are the samples' whole rewards, the KL paid, n to a prompt. scores [B] are
-    those before the KL. all_totals, all_scores [all B] are the same of all processes. -> (b, scale, keep),
-    each [B]: a token's weight is (G_t - b) * keep / scale.
+    """Equation (5). totals [B] are the samples' whole rewards, the KL paid, n to a prompt. scores [B]
+    are those before the KL. all_totals, all_scores [all B] are the same of all processes.
+    -> (b, scale, keep), each [B]: a token's weight is (G_t - b) * keep / scale.
 
         none    b = 0                                          unbiased
         loo     b = mean of the prompt's other n - 1 samples   unbiased: those do not depend on this sample
@@ -275,8 +275,8 @@ def baselines(totals, scores, all_totals, all_scores, n, baseline, normalize, ke
 
     A shrunken gradient points the right way, and Adam hardly notices; it is the variance that differs. `normalize` and
     `keep_max` change what is maximised: the first makes rare successes weigh more, the second forgets all but the best.
-    Both look at the scores, because no two samples have the same KL. Divided by the spread of the totals, a prompt
-    whose scores are all equal would get advantages of size 1 out of the differences of its KL."""
+    Both look at the scores, because no two samples have the same KL. Divided by the spread of the
+    totals, a prompt whose scores are all equal would get advantages of size 1 out of its KL alone."""
     groups = totals.view(-1, n)  # [prompts, n]
     of_groups = scores.view(-1, n)  # [prompts, n]
     b = torch.zeros_like(groups)
@@ -291,7 +291,8 @@ def baselines(totals, scores, all_totals, all_scores, n, baseline, normalize, ke
         b = torch.where(groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True), groups, b)
     scale = torch.ones_like(groups)
     if normalize:
-        peers = all_scores[None] if baseline in ("none", "batch") else of_groups  # whose spread it is
+        # whose spread it is: [1, all B] or [prompts, n]
+        peers = all_scores[None] if baseline in ("none", "batch") else of_groups
         equal = peers.amax(1, keepdim=True) == peers.amin(1, keepdim=True)
         scale = torch.where(equal, 1.0, peers.std(1, keepdim=True) + 1e-4).expand_as(groups)
     keep = torch.ones_like(groups)

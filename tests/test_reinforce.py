@@ -191,8 +191,8 @@ def test_equal_rewards_leave_exactly_nothing(kind, value):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_normalize_divides_by_the_spread_of_the_scores_and_makes_nothing_large_out_of_the_kl(kind):
-    """Prompts whose samples all score the same, and a KL penalty that differs by 1e-3: divided by the
-    spread of the totals, these advantages were as large as those of a prompt with right and wrong answers."""
+    """Prompts whose samples all score the same, and a KL penalty that differs by 1e-3. Divided by the
+    spread of the totals, their advantages were as large as where some answers are right."""
     kl = 1e-3 * torch.tensor([0.0, 1.0, -1.0, 0.5, 0.0, -0.5, 1.0, 0.3])
     scores = torch.full((8,), 0.1)
     totals = scores - kl
@@ -969,6 +969,8 @@ def test_every_step_of_the_script_is_the_step_written_out(flags, tmp_path, monke
         saved = torch.load(tmp_path / "run" / "checkpoint" / f"{step:06d}.pt")["models"]["policy"]
         for k, p in policy.named_parameters():
             assert (saved[k] - p).norm() <= 2e-3 * (p - before[k]).norm() + 2e-6, (step, k)
+    kept = common.load_policy(tmp_path / "run" / "model", CPU)
+    assert all(torch.equal(p, saved[k]) for k, p in kept.named_parameters())
     assert len(log) == len(wanted)
     for got, numbers in zip(log, wanted):
         assert got.keys() == numbers.keys()

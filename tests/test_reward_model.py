@@ -757,7 +757,7 @@ def test_every_step_of_the_script_is_the_step_written_out(flags, tmp_path, monke
     f = {
         "steps": 3, "pairs_per_step": 4, "use_margin": True, "center": 0.05, "learning_rate": 0.02,
         "schedule": "cosine", "warmup": 1, "max_grad_norm": 1.0, "tokens_per_micro_batch": 40,
-        "eval_every": 2, "unit_scale": True, "best_of": (1, 2, 3), "max_new_tokens": 6,
+        "eval_every": 2, "unit_scale": True, "best_of": (1, 2, 3), "max_new_tokens": 4,
         "temperature": 0.8, "sample_rows": 7, "seed": 5,
     } | flags  # fmt: skip
     f, seen, clock = types.SimpleNamespace(**f), {}, [0]
