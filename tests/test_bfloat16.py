@@ -645,3 +645,33 @@ def test_two_processes_log_what_one_does(two, data, tmp_path):
             assert a.keys() == b.keys()
             for k in a.keys() - {"accuracy"}:  # before the first step, rounding decides who wins
                 assert b[k] == pytest.approx(a[k], rel=0.05, abs=0.01), (name, a["step"], k)
+
+
+def test_sampling_puts_the_hooks_of_the_shards_aside_and_back(device):
+    """FSDP2's hooks take a fifth of a token's time and have nothing to do while the weights are whole. Without them, a forward
+    must still see the whole weights, and after it, even after one that failed, training must go on as before."""
+    world = common.start(device, "bfloat16")
+    model, tokenizer = common.load_policy(MODEL, world), common.load_tokenizer(MODEL)
+    units = [m for m in model.modules() if isinstance(m, common.FSDPModule)]
+
+    def hooks():
+        return [(dict(m._forward_pre_hooks), dict(m._forward_hooks)) for m in units]
+
+    def gradient():
+        ids = torch.tensor([[5, 6, 7, 8]], device=world.device)
+        common.hidden_states(model, ids, ids > 0).float().square().sum().backward()
+        found = [common.whole(p.grad) for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return torch.cat([g.flatten() for g in found])
+
+    before, before_gradient = hooks(), gradient()
+    assert len(units) == 4 and all(pre and post for pre, post in before), "FSDP2 has hooks on the root and on three blocks"
+    with common.whole_weights(model):
+        assert not any(pre or post for pre, post in hooks())
+    with pytest.raises(ZeroDivisionError), common.whole_weights(model):
+        raise ZeroDivisionError
+    first = common.sample(model, tokenizer, PROMPTS, n=2, max_new_tokens=8, seed=0)
+    assert hooks() == before
+    assert torch.equal(gradient(), before_gradient)
+    again = common.sample(model, tokenizer, PROMPTS, n=2, max_new_tokens=8, seed=0)
+    assert torch.equal(first.ids, again.ids) and torch.equal(first.logprobs, again.logprobs)
