@@ -954,26 +954,34 @@ def memory_needed(path, world, train_tokens, *, frozen=0, learning=1, sample_row
     if getattr(text, "num_experts_per_tok", None):
         inner = text.num_experts_per_tok * (getattr(text, "moe_intermediate_size", None) or inner)
     head = getattr(text, "head_dim", None) or width // heads
-    cache = 2 * layers * (getattr(text, "num_key_value_heads", None) or heads) * head  # keys and values of a token
+    shared_heads = getattr(text, "num_key_value_heads", None) or heads
+    cache = 2 * layers * shared_heads * head  # keys and values of a token
+    if shared_heads < heads:  # under a mask, attention repeats those of one layer for every head
+        cache += 2 * heads * head
     b = torch.finfo(world.dtype).bits // 8
     # Kept for backward in each layer and token: about 14 vectors of the model's width (norms, q, k, v, attention and
     # what it is made of, residuals) and 4 of the MLP's. With checkpointing, one vector a layer, and for the one layer
     # that is computed again and gone back through, about five times what it would keep.
     in_layer = (14 * width + 4 * inner) * b
     kept = layers * width * b + 5 * in_layer if checkpointing else layers * in_layer
-    gathered = (b < 4) * count * b  # whole weights, on a GPU: all of them to sample, a layer's to train
+    gathered = count * b if is_sharded(world) else 0  # whole weights: all of them to sample, a layer's to train
+    # without gradient a layer's vectors live one layer long: about 4 of the model's width and 3 of the MLP's
+    prefill = min(max(PREFILL_TOKENS, sample_tokens), sample_rows * sample_tokens) * (4 * width + 3 * inner) * b
     needed = {
         "weights": (learning * 4 * count + frozen * b * count) / world.size,
         "gradients": learning * 4 * count / world.size,
         "optimizer": learning * 8 * count / world.size,
         "training": train_tokens * (kept + 2 * width * b) + 12 * min(train_tokens, 1024) * text.vocab_size + gathered / layers,
-        "sampling": sample_rows * (sample_tokens * cache * b + 12 * text.vocab_size) + gathered,
+        "sampling": sample_rows * (sample_tokens * cache * b + 12 * text.vocab_size) + prefill + gathered,
+        # every process loads the whole float32 model before it keeps its shard; a GPU is given the shards only
+        "loading": 4 * count * (1 - 1 / world.size) if world.device.type == "cpu" else 0,
         # what Python and the libraries take before anything is loaded counts on a CPU, where it is the same memory
         "program": 0.4 * 2**30 if world.device.type == "cpu" else 0.5 * 2**30,
     }
     lasting = needed["weights"] + needed["optimizer"] + needed["program"]
-    # training and sampling take turns; the rest stays
+    # training and sampling take turns; the rest stays, but the optimizer comes after loading
     peak = lasting + max(needed["training"] + needed["gradients"], needed["sampling"])
+    peak = max(peak, needed["program"] + needed["weights"] + needed["loading"])
     return needed | {"peak": peak, "parameters": count}
 
 
@@ -1369,7 +1377,8 @@ def guarded(out, args, bar):
         if isinstance(error, torch.OutOfMemoryError):
             what += "; lower --tokens_per_micro_batch or add --gradient_checkpointing (training)"
             what += ", or lower --sample_rows (sampling)" if hasattr(args, "sample_rows") else ""
-            what += ", or, in a new run, --prompts_per_step (sampling)" if hasattr(args, "prompts_per_step") else ""
+            held = [f"--{n}" for n in ("prompts_per_step", "max_new_tokens") if hasattr(args, n)]
+            what += f", or, in a new run, {' or '.join(held)} (sampling)" if held else ""
         words = shlex.join([a for a in sys.argv if a != "--resume"] + ([] if args.out else ["--out", str(out)]) + ["--resume"])
         on = "go on from the last checkpoint" if checkpoints(out) else "no checkpoint was written yet; begin from the start"
         command = "torchrun ..." if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "python"
@@ -1408,6 +1417,13 @@ def catch_signals(steps):
 # -- Sampling --------------------------------------------------------------------------------------------------------
 
 PREFILL_TOKENS = 8192  # of prompts in one forward, padding included: more would hold more memory and be no faster
+
+
+def rows_at_once(held_out, max_new_tokens, rows=1):
+    """How many completions of held-out prompts [(ids, row), ...] are drawn at once, so that an evaluation holds no
+    more than a rollout of `rows` completions, or than 8192 tokens, which is little beside training; at most 256."""
+    longest = max((len(ids) for ids, _ in held_out), default=0) + max_new_tokens
+    return max(1, min(256, max(rows, 8192 // longest)))
 
 
 @dataclass
@@ -1599,10 +1615,10 @@ def rollout(model, tokenizer, prompts, n, max_new_tokens, temperature, seed):
         caches.append(DynamicCache(config=model.config))
         positions = (slice_mask.cumsum(1) - 1).clamp_(min=0)
         try:
-            last = forward(caches[-1], slice_ids, slice_mask.long(), positions)
+            # cloned, because the last position is a view that can keep the logits of all positions
+            logits.append(forward(caches[-1], slice_ids, slice_mask.long(), positions).clone())
         except ValueError as error:  # MiniMax wants a cache of its own
             raise Stop(f"{type(model).__name__} cannot be sampled from ({error})") from error
-        logits.append(last.clone())  # `last` is a view, which may keep the logits of all positions
     cache = join_caches(caches) if len(caches) > 1 else caches[0]
     recurrent = is_recurrent(cache)
 

@@ -464,14 +464,22 @@ def implicit_rewards(logprobs, reference, lengths, args):
     return (args.beta * (rewards / lengths if args.loss in ("ipo", "simpo") else rewards)).T
 
 
+def held_out_rows(prompts, args):
+    """How many held-out completions are drawn at once: what 4 micro-batches have as tokens, whose keys and values are
+    less than what one micro-batch keeps for its backward pass."""
+    longest = max((len(ids) for ids, _ in prompts), default=0) + args.max_new_tokens
+    return common.rows_at_once(prompts, args.max_new_tokens, 4 * args.tokens_per_micro_batch // longest)
+
+
 def evaluate(model, tokenizer, held_out, reward, args, world):
     """Greedy completions of held-out prompts -> {"eval/reward", "eval/exact"}, and the first few to be read; each process
     takes its share."""
     right = number if args.reward == "number" else exact
     mine, sums = held_out[world.rank :: world.size], [0.0] * 4  # sums: rewards, rows, right answers, rows with an answer
     shown = []
-    for i in range(0, -(-len(held_out) // world.size), 256):  # the same number of rounds on every process
-        part = mine[i : i + 256]
+    size = held_out_rows(held_out, args)
+    for i in range(0, -(-len(held_out) // world.size), size):  # the same number of rounds on every process
+        part = mine[i : i + size]
         ids, rows = zip(*(part or held_out[:1]))
         texts = common.sample(model, tokenizer, list(ids), max_new_tokens=args.max_new_tokens, temperature=0).texts
         values = reward(texts, rows)
@@ -525,7 +533,8 @@ def train(args):
     needed = common.memory_needed(
         args.model, world, max(args.tokens_per_micro_batch, longest), learning=bool(args.steps),
         frozen=(bool(prompts) and is_a_model(args.reward)) + (not args.steps),
-        checkpointing=args.gradient_checkpointing, sample_rows=min(256, len(prompts)), sample_tokens=args.max_prompt_tokens + args.max_new_tokens,
+        checkpointing=args.gradient_checkpointing, sample_rows=min(held_out_rows(prompts, args), len(prompts)),
+        sample_tokens=max((len(ids) for ids, _ in prompts), default=0) + args.max_new_tokens,
     )  # fmt: skip
     state = common.take_up(out, args, world)
     first, warned = state["step"] if state else 0, False

@@ -484,7 +484,8 @@ def evaluate(model, tokenizer, held_out, reward, args, world):
     right, n = number if args.reward == "number" else exact, args.eval_samples
     ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, n) if 0 < k <= n})
     mine, sums = held_out[world.rank :: world.size], [0.0] * (4 + len(ks))
-    size = max(256 // max(n, 1), 1)
+    drawn = args.prompts_per_step // world.size * args.samples_per_prompt  # completions of a rollout
+    size = max(common.rows_at_once(held_out, args.max_new_tokens, drawn) // max(n, 1), 1)
     for i in range(0, -(-len(held_out) // world.size), size):  # the same number of rounds on every process
         part = mine[i : i + size]
         ids, rows = zip(*(part or held_out[:1]))
@@ -548,9 +549,10 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
 
     row, frozen = longest + args.max_new_tokens, (args.beta > 0) + is_a_model(args.reward)
+    held_out_rows = common.rows_at_once(held_out, args.max_new_tokens, mine * n)
     needed = common.memory_needed(
         args.model, world, max(args.tokens_per_micro_batch, row), frozen=frozen, checkpointing=args.gradient_checkpointing,
-        sample_rows=max(mine * n, min(256, len(held_out))), sample_tokens=row,
+        sample_rows=max(mine * n, min(held_out_rows, len(held_out))), sample_tokens=row,
     )  # fmt: skip
     state = common.take_up(out, args, world)
     first, said = state["step"] if state else 0, set()

@@ -474,8 +474,10 @@ def evaluate(model, tokenizer, held_out, reward, args, world):
     """Greedy completions of held-out prompts -> {"eval/reward", "eval/exact"}; each process takes its share."""
     right = number if args.reward == "number" else exact
     mine, sums = held_out[world.rank :: world.size], [0.0] * 4  # sums: rewards, rows, right answers, rows with an answer
-    for i in range(0, -(-len(held_out) // world.size), 256):  # the same number of rounds on every process
-        part = mine[i : i + 256]
+    drawn = args.prompts_per_step // world.size * args.samples_per_prompt  # completions of a rollout
+    size = common.rows_at_once(held_out, args.max_new_tokens, drawn)
+    for i in range(0, -(-len(held_out) // world.size), size):  # the same number of rounds on every process
+        part = mine[i : i + size]
         ids, rows = zip(*(part or held_out[:1]))
         texts = common.sample(model, tokenizer, list(ids), max_new_tokens=args.max_new_tokens, temperature=0).texts
         values = reward(texts, rows)
@@ -538,9 +540,10 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
 
     row, frozen = longest + args.max_new_tokens, (args.beta > 0) + is_a_model(args.reward)  # sized as the policy
+    held_out_rows = common.rows_at_once(held_out, args.max_new_tokens, mine * n)
     needed = common.memory_needed(
         args.model, world, max(args.tokens_per_micro_batch, row), frozen=frozen, learning=1 + separate,
-        checkpointing=args.gradient_checkpointing, sample_rows=max(mine * n, min(256, len(held_out))), sample_tokens=row,
+        checkpointing=args.gradient_checkpointing, sample_rows=max(mine * n, min(held_out_rows, len(held_out))), sample_tokens=row,
     )  # fmt: skip
     state = common.take_up(out, args, world)
     first, said = state["step"] if state else 0, set()

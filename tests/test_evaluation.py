@@ -33,15 +33,16 @@ def named(script):
 # --- held-out scores, by hand ---
 
 
-def held_out_rows(count):
-    """As `load_prompts` gives them. A prompt's only id is the row's number; every fifth row has no
-    answer."""
+def held_out_rows(count, longest=1):
+    """As `load_prompts` gives them. A prompt's ids are the row's number, once or, in some rows, up to
+    `longest` times; every fifth row has no answer."""
     rows = []
     for i in range(count):
         row = {"prompt": str(i)}
         if i % 5 != 4:
             row["answer"] = str(3 * i)
-        rows.append(([i], row))
+        rows.append(([i] * (1 + i * (longest // 7) % longest), row))
+    rows[-1] = ([count - 1] * longest, rows[-1][1])
     return rows
 
 
@@ -96,14 +97,14 @@ def scores_by_hand(count, rule, n):
     return wanted
 
 
-def evaluated(script, count, reward, n=0, world=CPU):
-    flags = {"reward": reward, "temperature": 0.7, "max_new_tokens": 9, "seed": 5}
+def evaluated(script, count, reward, n=0, world=CPU, longest=1, **flags):
+    flags |= {"reward": reward, "temperature": 0.7, "max_new_tokens": 9, "seed": 5}
     if script is dpo:
         del flags["temperature"]
     if script is grpo:
         flags["eval_samples"] = n
-    args = script.Args(**flags)
-    found = script.evaluate(None, None, held_out_rows(count), pay, args, world)
+    args = script.resolve(script.Args(device="cpu", **flags))
+    found = script.evaluate(None, None, held_out_rows(count, longest), pay, args, world)
     return found[0] if script is dpo else found
 
 
@@ -128,7 +129,7 @@ def test_held_out_scores_are_of_every_rows_greedy_completion(script, reward, rul
 def test_rows_without_any_answer_have_a_reward_and_no_share_of_right_ones(script, monkeypatch):
     monkeypatch.setattr(common, "sample", stand_in())
     rows = [{"prompt": "0"}, {"prompt": "1"}]
-    args = script.Args(reward="r.py:f")
+    args = script.resolve(script.Args(reward="r.py:f"))
     found = script.evaluate(None, None, [([0], rows[0]), ([1], rows[1])], pay, args, CPU)
     scores = found[0] if script is dpo else found
     paid = pay([said(0, 0), said(1, 0)], rows)
@@ -158,6 +159,32 @@ def test_pass_at_k_counts_the_right_ones_of_each_prompts_samples(n, reward, rule
     assert seeds == [a["seed"] for a in drawn], "before and after training alike"
 
 
+@pytest.mark.parametrize("script", EVALUATED, ids=named)
+def test_no_more_is_drawn_at_once_than_in_a_rollout_however_long_the_prompts(script, monkeypatch):
+    """It was 256 rows, whatever their length and however few a rollout draws, and memory ran out in
+    the evaluation. 8192 tokens are always drawn at once, and a rollout's rows, too."""
+    asked = []
+    monkeypatch.setattr(common, "sample", stand_in(asked))
+    steps = {"pairs_per_step": 2} if script is dpo else {"prompts_per_step": 2, "samples_per_prompt": 4}
+    small = steps | ({"minibatches": 1} if script is ppo else {})
+    for longest, rows in ((119, 64), (1991, 4), (9991, 1)):  # 9 more are drawn
+        if script is dpo:
+            small["tokens_per_micro_batch"] = 4
+        asked.clear()
+        found = evaluated(script, 90, "number", longest=longest, **small)
+        assert found == pytest.approx(scores_by_hand(90, {0, 1}, 0))
+        drawn = [len(a["prompts"]) for a in asked]
+        assert [ids[0] for a in asked for ids in a["prompts"]] == list(range(90)), "each once, in order"
+        assert max(drawn) == (rows if script is dpo else max(rows, 8))
+
+
+def test_pass_at_k_draws_no_more_than_greedy(monkeypatch):
+    asked = []
+    monkeypatch.setattr(common, "sample", stand_in(asked))
+    evaluated(grpo, 90, "number", 4, longest=1991, prompts_per_step=2, samples_per_prompt=4)
+    assert max(len(a["prompts"]) * a["n"] for a in asked if a["temperature"]) == 8
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """A folder of what each of two processes finds in all evaluations."""
@@ -173,10 +200,11 @@ def evaluate_everywhere(out):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "sample", stand_in(asked))
         # of 1 row the second process has none; of 513 the first has 257, a round more than it
-        for count in (1, 2, 7, 513):
+        # of 37 long ones 4 are drawn at once, and the second process has 18, a round that is not full
+        for count, longest in ((1, 1), (2, 1), (7, 1), (513, 1), (37, 1991)):
             for script in EVALUATED:
                 n = 2 if script is grpo else 0
-                found[f"{named(script)} {count}"] = evaluated(script, count, "number", n, world)
+                found[f"{named(script)} {count}"] = evaluated(script, count, "number", n, world, longest)
         seeds = [a["seed"] for a in asked if a["temperature"] > 0]
     (out / f"{world.rank}.json").write_text(json.dumps([found, seeds]))
 
@@ -186,7 +214,7 @@ def test_two_processes_share_the_rows_out_and_count_each_once(two_processes):
     found, seeds = json.loads((tmp_path / "0.json").read_text())
     same, others = json.loads((tmp_path / "1.json").read_text())
     assert found == same
-    assert len(found) == 16 and not set(seeds) & set(others), "no seed serves two processes"
+    assert len(found) == 20 and not set(seeds) & set(others), "no seed serves two processes"
     for case, scores in found.items():
         script, count = case.split()
         wanted = scores_by_hand(int(count), {0, 1}, 2 if script == "grpo" else 0)
@@ -195,7 +223,7 @@ def test_two_processes_share_the_rows_out_and_count_each_once(two_processes):
 
 def test_dpo_shows_the_first_completions_with_their_prompts_and_rewards(monkeypatch):
     monkeypatch.setattr(common, "sample", stand_in())
-    _, shown = dpo.evaluate(None, None, held_out_rows(300), pay, dpo.Args(), CPU)
+    _, shown = dpo.evaluate(None, None, held_out_rows(300), pay, dpo.resolve(dpo.Args()), CPU)
     texts, rows = [said(i, 0) for i in range(8)], [{"prompt": str(i)} for i in range(8)]
     assert [x["prompt"] for x in shown] == [row["prompt"] for row in rows]
     assert [x["completion"] for x in shown] == texts

@@ -575,9 +575,39 @@ def test_memory_counts_what_is_there(folder):
     assert (two["weights"], two["gradients"], two["optimizer"]) == (12 * n, 8 * n, 16 * n)
     assert common.memory_needed(folder, World(0, 4, CPU.device, CPU.dtype), 1000)["optimizer"] == 2 * n
     assert common.memory_needed(folder, CPU, 1000, checkpointing=True)["training"] != one["training"]
-    cache = common.memory_needed(folder, CPU, 1000, sample_rows=8, sample_tokens=100)["sampling"] - 8 * 12 * 48
-    assert cache == 8 * 100 * 2 * 2 * 2 * 8 * 4  # rows, tokens, layers, keys and values, heads, width of a head, bytes
+    drawn = common.memory_needed(folder, CPU, 1000, sample_rows=8, sample_tokens=100)["sampling"]
+    # 800 tokens: keys and values of 2 layers in 2 heads of 8, and of one layer in 4 heads, as attention repeats
+    # them; then the logits of a token in 8 rows, and the prefill's 4 vectors of 32 and 3 of 64
+    assert drawn == 800 * 2 * (2 * 2 * 8 + 4 * 8) * 4 + 8 * 12 * 48 + 800 * (4 * 32 + 3 * 64) * 4
+    many = common.memory_needed(folder, CPU, 1000, sample_rows=8, sample_tokens=10_000)["sampling"]
+    assert many - 80_000 * 2 * (2 * 2 * 8 + 4 * 8) * 4 - 8 * 12 * 48 == 10_000 * 320 * 4, "prompts come in slices"
     assert common.memory_there(CPU) > 2**30 and common.memory_used(CPU) > 2**20
+
+
+def test_memory_counts_the_whole_weights_that_sampling_gathers_and_loading_makes(folder):
+    """FSDP2 holds shards, but sampling gathers the whole model, in float32, too; and loading makes all of it first."""
+    n = sum(p.numel() for p in family("llama").parameters())
+    alone = common.memory_needed(folder, CPU, 1, sample_rows=8, sample_tokens=100)
+    for size, dtype, width in ((2, torch.float32, 4), (8, torch.bfloat16, 2)):
+        world = World(0, size, CPU.device, dtype)
+        shared = common.memory_needed(folder, world, 1, sample_rows=8, sample_tokens=100)
+        rows = (alone["sampling"] - 8 * 12 * 48) * width / 4 + 8 * 12 * 48  # of each process
+        assert shared["sampling"] - rows == width * n
+        assert shared["loading"] == 4 * n * (1 - 1 / size)
+        assert shared["peak"] >= shared["program"] + shared["weights"] + shared["loading"]
+    assert alone["loading"] == 0
+
+
+def test_running_out_of_memory_names_the_flags_that_help(tmp_path):
+    """Held-out completions are as long as --max_new_tokens, in scripts without a rollout, too."""
+    for flags, words in (
+        ({"prompts_per_step": 8, "max_new_tokens": 9}, "in a new run, --prompts_per_step or --max_new_tokens (sampling)"),
+        ({"max_new_tokens": 9}, "in a new run, --max_new_tokens (sampling)"),
+    ):
+        args = Namespace(steps=0, out="o", **flags)
+        with pytest.raises(SystemExit) as stopped, common.guarded(tmp_path, args, None):
+            raise torch.OutOfMemoryError("no more")
+        assert "--tokens_per_micro_batch" in str(stopped.value.code) and words in str(stopped.value.code)
 
 
 # --- optimizer ---
