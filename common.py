@@ -105,12 +105,18 @@ def start(device="auto", dtype="auto", seed=0):
     where = torch.device("cpu")
     if device == "cuda":
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if where.index >= torch.cuda.device_count():
+            fail(f"process {where.index} finds only {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
         torch.cuda.set_device(where)
     world = World(rank, size, where, dtypes[dtype])
     if not dist.is_initialized() and is_sharded(world):
         # FSDP2 (see `shard`) wants a process group, even if it holds this process alone
-        lone = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=1), **lone)
+        settings = {"timeout": datetime.timedelta(hours=1)}
+        if size == 1:
+            settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        elif device == "cuda":
+            settings["device_id"] = where  # else a barrier has to guess it, and warns
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", **settings)
     torch.manual_seed(seed)
     transformers_logging.disable_progress_bar()  # ours is the only one; theirs are many and short
     transformers_logging.set_verbosity_error()
@@ -482,7 +488,10 @@ def shard(model, world):
         only = "it trains in one CPU process and in float32 only"
         fail(f"{type(model).__name__} names no blocks (_no_split_modules) to shard by: {only}")
     for unit in [*units, model]:
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        try:
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
+        except (ValueError, NotImplementedError) as error:  # weights without a dimension, or not contiguous
+            fail(f"{type(model).__name__} cannot be sharded ({error}): it trains in one CPU process and in float32 only")
         if world.size > 1:  # one process has nothing to sum, and dividing by 1.0 would copy each gradient
             # FSDP2 averages gradients over the processes. Our losses are divided by counts over *all* processes already,
             # so the gradient of the whole batch is the sum; an average would be too small by the factor world.size.
@@ -874,7 +883,8 @@ def forget_forwards(model):
     """For forwards that no backward follows. FSDP2 keeps the root's whole weights and the order of its
     blocks for the backward; in a model that never learns, the first stay and the second grows."""
     at_rest(model)
-    if hasattr(model, "reset_iter_state"):  # FSDP2 of torch 2.13; before, the order stays
+    started = isinstance(model, FSDPModule) and model._get_fsdp_state()._is_root is not None  # it had a forward
+    if started and hasattr(model, "reset_iter_state"):  # FSDP2 of torch 2.13; before, the order stays
         model.reset_iter_state()
 
 
@@ -1363,7 +1373,8 @@ def guarded(out, args, bar):
     try:
         yield
         if dist.is_initialized():
-            dist.barrier()
+            if dist.get_world_size() > 1:
+                dist.barrier()
             dist.destroy_process_group()
     except (Stop, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         if bar is not None:
@@ -1541,26 +1552,25 @@ def choose(logits, temperature, u):
 @contextlib.contextmanager
 def whole_weights(model):
     """While this lasts, a sharded model holds its whole weights, so that a forward gathers nothing. Without it, every
-    token drawn would send the whole model over the network. FSDP2's hooks on each block would have nothing to do and
-    take a fifth of the time of a token, so they are put aside."""
+    token drawn would send the whole model over the network.
+
+    FSDP2's hooks around the forward of each block, which gather and free weights, have nothing to do then. They are
+    put aside, because they would take a sixth of the CPU's time for a token, and come back for training. The root's
+    stay: FSDP2 makes its streams in the root's first forward."""
     units = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    hooks = [h for unit in units for h in (unit._forward_pre_hooks, unit._forward_hooks)]
-    put_aside = [dict(h) for h in hooks]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
+    blocks = [m for m in units if m is not model]
+    hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in blocks]
     try:
-        for h in hooks:
-            h.clear()
+        for unit in units:
+            unit.unshard()
+        for block in blocks:
+            block._forward_pre_hooks, block._forward_hooks = {}, {}
         yield
     finally:
-        for h, own in zip(hooks, put_aside):
-            h.update(own)
-        for unit in units:
-            unit.reshard()
-            # as FSDP2 has it: the root keeps its weights
-            unit.set_reshard_after_forward(unit is not model, recurse=False)
-    forget_forwards(model)
+        for block, (before, after) in zip(blocks, hooks):
+            block._forward_pre_hooks, block._forward_hooks = before, after
+        if units:
+            forget_forwards(model)
 
 
 @torch.no_grad()

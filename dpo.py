@@ -44,6 +44,7 @@ Rafailov et al. 2023 (DPO); Mitchell 2023 (label noise, cDPO); Azar et al. 2024 
 """
 
 import dataclasses
+import gc
 import hashlib
 import math
 import re
@@ -401,6 +402,7 @@ def score_pairs(model, tokenizer, pairs, shared, args, world):
         sums = torch.stack(pair_logprobs(model, tokenizer, [mine[i] for i in part or [0]], shared, world), 1)
         if part:
             table[part] = sums.cpu()
+    common.forget_forwards(model)
     everyone = common.all_gather(world, table.to(world.device)).cpu().view(world.size, -1, 2)
     return everyone.transpose(0, 1).reshape(-1, 2)[: len(pairs)]  # pair i was scored by process i modulo their number
 
@@ -556,6 +558,7 @@ def train(args):
             scorer, scorer_shares, tokenizer, pairs, held_out, args, out, world, stop_asked
         )
         del scorer  # a model of its own is not held while the policy learns
+        gc.collect()  # FSDP2's modules and their hooks hold each other
 
         optimizer = common.make_optimizer(policy, args.learning_rate)
         if state:

@@ -40,7 +40,7 @@ def measure(script):
 
 def apart(path, dtype):
     """`kl/sample` of the first 64 completions (of at most 22 tokens) that a model draws for the sorting task's prompts."""
-    world = common.World(0, 1, torch.device("cpu"), dtype)
+    world = common.start("cpu", str(dtype)[6:])
     model, tokenizer = common.load_reference(path, world), common.load_tokenizer(path)
     prompts = [ids for ids, _ in grpo.load_prompts(str(grpo.TINY / "sort_test.jsonl"), "--data", tokenizer, grpo.Args())[:8]]
     samples = common.sample(model, tokenizer, prompts, n=8, max_new_tokens=22, seed=0)
