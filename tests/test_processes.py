@@ -91,6 +91,43 @@ def test_only_the_process_that_writes_copies_whole_weights_to_the_cpu(tmp_path):
     assert counts == [2 * len(list(model.parameters())), 0]
 
 
+def sample_and_train(folder, out, dtype):
+    """Gradients without sampling, and after it, of models that have run nothing else."""
+    world, tokenizer = start("cpu", dtype), make_tokenizer()
+    assert common.is_sharded(world)
+    prompts = [[5, 6], [7, 8, 9, 10]]
+    grads, drawn = [], []
+    for order in ("train", "sample train", "train sample train sample train"):
+        model = load_policy(folder, world)
+        for what in order.split():
+            if what == "sample":
+                with torch.profiler.profile() as seen:
+                    drawn.append(sample(model, tokenizer, prompts, n=2, max_new_tokens=6, seed=3))
+                events = {event.key for event in seen.key_averages()}
+                assert "FSDP::pre_forward" not in events
+            else:
+                model.zero_grad()
+                with torch.profiler.profile() as seen:
+                    stand_in_loss(model, [world.rank]).backward()
+                assert "FSDP::pre_forward" in {event.key for event in seen.key_averages()}
+                grads.append({k: whole(p.grad) for k, p in model.named_parameters()})
+        assert not any(p.grad is None for p in model.parameters())
+    for other in grads[1:]:
+        assert all(torch.equal(other[k], grads[0][k]) for k in other)
+    for s in drawn[1:]:
+        assert torch.equal(s.ids, drawn[0].ids) and torch.equal(s.logprobs, drawn[0].logprobs)
+    (out / f"{world.rank}").touch()
+
+
+@pytest.mark.parametrize("size, dtype", [(1, "bfloat16"), (2, "float32")])
+def test_sampling_runs_none_of_fsdps_hooks_and_training_after_it_is_as_before(size, dtype, tmp_path):
+    """The hooks took a sixth of the CPU's time for a token. They are private attributes of torch's modules, and a
+    forward that trained without them would leave every gradient where it is."""
+    family("qwen2", tie_word_embeddings=True).save_pretrained(tmp_path / "start")
+    run(sample_and_train, size, tmp_path / "start", tmp_path, dtype)
+    assert {p.name for p in tmp_path.iterdir()} == {"start", *map(str, range(size))}
+
+
 def test_a_model_without_blocks_is_refused_and_not_left_untrained(tmp_path, capfd):
     """With the root as the only unit FSDP2 would never reduce a gradient, and no weight would move."""
     import transformers
