@@ -347,6 +347,18 @@ def test_groups_that_teach_are_put_in_the_place_of_those_that_do_not():
         assert filled.texts[i] == source.texts[j] and filled.finished[i] == source.finished[j]
 
 
+def test_no_more_groups_are_replaced_than_teach_nothing():
+    """A process without such a group draws one all the same, with the others, and leaves it."""
+    model, tokenizer = family("llama"), make_tokenizer()
+    a = sample(model, tokenizer, [[5], [6, 7]], n=2, max_new_tokens=4, seed=0)
+    b = sample(model, tokenizer, [[8], [9]], n=2, max_new_tokens=4, seed=1)
+    teaching = torch.tensor([2.0, 3.0, 4.0, 5.0])
+    _, kept = fill_in(a, torch.tensor([0.0, 1.0, 1.0, 0.0]), b, teaching, 2)
+    assert kept.tolist() == [0, 1, 1, 0]
+    _, one = fill_in(a, torch.tensor([0.0, 1.0, 1.0, 1.0]), b, teaching, 2)
+    assert one.tolist() == [0, 1, 2, 3], "the first of the two that teach"
+
+
 # --- whole steps, against ones written out in float64 ---
 
 BRIGHT = "52817= 4031= 993= 6120458= 71= 84403= 5=".split()
