@@ -105,7 +105,7 @@ def sample_and_train(folder, out, dtype):
                     drawn.append(sample(model, tokenizer, prompts, n=2, max_new_tokens=6, seed=3))
                 events = {event.key: event.count for event in seen.key_averages()}
                 forwards = 1 + max(s.ids.shape[1] for s in drawn)  # the root's hooks run in each, and no block's
-                assert "FSDP::all_gather" in events and 0 < events["FSDP::pre_forward"] <= forwards
+                assert 0 < events["FSDP::pre_forward"] <= forwards
             else:
                 model.zero_grad()
                 with torch.profiler.profile() as seen:
