@@ -743,8 +743,8 @@ def freeze(model, world):
 
 def load_reference(path, world):
     """A frozen model, for a KL penalty to hold on to or to draw best-of-N from."""
-    model, _ = load(AutoModelForCausalLM, path, torch.float32)
-    return freeze(model, world)
+    reference, _ = load(AutoModelForCausalLM, path, torch.float32)
+    return freeze(reference, world)
 
 
 def scalar_config(path):
