@@ -21,7 +21,7 @@ import transformers
 import tyro
 
 HERE = Path(__file__).resolve().parent
-ORDER = ("grpo.py", "reinforce.py", "ppo.py", "ppo.py --critic shared", "dpo.py", "reward_model.py")
+ORDER = ("grpo.py", "grpo.py --dtype bfloat16", "reinforce.py", "ppo.py", "ppo.py --critic shared", "dpo.py", "reward_model.py")
 
 
 @dataclass
