@@ -678,3 +678,29 @@ def test_sampling_puts_the_hooks_of_the_shards_aside_and_back(device):
     assert torch.equal(gradient(), before_gradient)
     again = common.sample(model, tokenizer, PROMPTS, n=2, max_new_tokens=8, seed=0)
     assert torch.equal(first.ids, again.ids) and torch.equal(first.logprobs, again.logprobs)
+
+
+def test_a_reference_that_only_scores_is_let_go_before_the_policy_learns(data, tmp_path, monkeypatch):
+    """FSDP2's modules and their hooks hold each other, so `del` alone would keep a second model beside the training."""
+    import gc
+    import weakref
+
+    scorers, alive, honest_load, honest_clip = [], [], common.load_reference, common.clip_gradients
+
+    def load(*a):
+        model = honest_load(*a)
+        scorers.append(weakref.ref(model))
+        return model
+
+    def clip(*a):
+        alive.extend(s() is not None for s in scorers)
+        return honest_clip(*a)
+
+    monkeypatch.setattr(common, "load_reference", load)
+    monkeypatch.setattr(common, "clip_gradients", clip)
+    gc.disable()  # as where no collection happens to come by
+    try:
+        train("dpo", tmp_path / "run", data, reference=str(MODEL), steps=1)
+    finally:
+        gc.enable()
+    assert alive == [False]

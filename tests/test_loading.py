@@ -512,9 +512,10 @@ def remembered(model):
     return len(model._get_fsdp_state()._comm_ctx.post_forward_order)
 
 
-@pytest.mark.parametrize("forward", ["logprobs", "scores", "sample"])
+@pytest.mark.parametrize("forward", ["logprobs", "scores", "sample", "pairs"])
 def test_a_model_that_never_learns_keeps_nothing_of_its_forwards(forward, bfloat16, folder):
     """FSDP2 notes the blocks of each forward, and keeps the root's whole weights, until a backward ends."""
+    import dpo
     import grpo
 
     if not hasattr(common.FSDPModule, "reset_iter_state"):
@@ -526,6 +527,9 @@ def test_a_model_that_never_learns_keeps_nothing_of_its_forwards(forward, bfloat
         "logprobs": lambda: grpo.rollout_logprobs(reference, samples, [[0], [1]], 1, 1.0),
         "scores": lambda: common.score_ids(scorer, tokenizer, [[5, 6], [7]], bfloat16),
         "sample": lambda: common.sample(reference, tokenizer, [[5, 6]], max_new_tokens=3),
+        "pairs": lambda: dpo.score_pairs(
+            reference, tokenizer, [([5, 6], [8, 9, 1], [10, 1])], False, Namespace(tokens_per_micro_batch=99), bfloat16
+        ),
     }[forward]
     model = scorer if forward == "scores" else reference
     for _ in range(10):
@@ -1053,3 +1057,62 @@ def test_the_first_signal_says_that_it_was_heard_and_is_kept_for_later(quiet, ca
 def test_folded_seeds_differ_and_repeat():
     seeds = {common.fold(a, b, c) for a in range(10) for b in range(10) for c in range(10)}
     assert len(seeds) == 1000 and common.fold(1, 2, 3) in seeds and all(0 <= s < 2**63 for s in seeds)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_on_gpus_each_process_takes_its_own_and_computes_in_bfloat16(size, monkeypatch, capsys):
+    """Where there is no GPU: the device, the backend and what NCCL is told."""
+    chosen, made = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
+    monkeypatch.setattr(common.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(common.dist, "init_process_group", lambda *a, **settings: made.append((a, settings)))
+    for name, value in {"RANK": size - 1, "LOCAL_RANK": size - 1, "WORLD_SIZE": size}.items():
+        monkeypatch.setenv(name, str(value))
+    world, device = common.start(), torch.device("cuda", size - 1)
+    assert world == World(size - 1, size, device, torch.bfloat16) and chosen == [device] and common.is_sharded(world)
+    (backend,), settings = made[0]
+    assert backend == "nccl" and settings["timeout"].total_seconds() == 3600
+    if size == 1:
+        assert settings["world_size"] == 1 and settings["rank"] == 0 and "store" in settings
+    else:
+        assert settings["device_id"] == device and "store" not in settings
+    assert common.start(dtype="float32").dtype == torch.float32
+    assert common.start("cpu").device.type == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(SystemExit, match="2"):
+        common.start()
+    assert "process 2 finds only 2 GPUs here: lower --nproc_per_node" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_memory_that_runs_out_in_the_self_check_is_no_reason_to_compute_prompts_anew(call, folder, monkeypatch):
+    """The plain forward, the prompts' or the completions': `guarded` says which flags help."""
+    model, calls, honest = load_policy(folder, CPU), [], common.hidden_states
+
+    def full(*a):
+        calls.append(1)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError
+        return honest(*a)
+
+    monkeypatch.setattr(common, "hidden_states", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        common.prompts_can_be_shared(model, CPU, False)
+
+
+def test_after_backward_nothing_of_a_prompts_pass_is_held_by_the_loss(folder):
+    """A script keeps the loss until the next micro-batch's, through whose forward the keys would stay alive."""
+    import weakref
+
+    model = load_policy(folder, CPU)
+    ids = torch.tensor([[5, 6, 7]])
+    last, cache = common.prompt_states(model, ids, ids > 0)
+    held = [weakref.ref(t) for t in last.grad_fn.tensors]
+    loss = (last.sum() + sum(layer.keys.sum() + layer.values.sum() for layer in cache.layers)).square()
+    loss.backward()
+    del last, cache
+    assert len(held) > 2 and not any(t() is not None for t in held)
+    assert all(p.grad is not None for n, p in model.named_parameters() if "layers" in n), "and the gradient has passed"
