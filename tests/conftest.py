@@ -1,6 +1,7 @@
 """Markers, and what several tests need: tiny random models of many families, and a tokenizer of whole words."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ WORDS = 48  # of the tiny vocabulary
 
 
 def pytest_configure(config):
+    # under nohup SIGHUP is ignored, by whatever the tests start, too; those of a closed terminal need it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     config.addinivalue_line("markers", "learning: trains until a score is reached; minutes (pytest -m learning)")
     config.addinivalue_line("markers", "cuda: needs a GPU (pytest -m cuda)")
 
