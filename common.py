@@ -274,7 +274,9 @@ def load_tokenizer(path, template_args="", date=None):
     tokenizer.template_args = json.loads(template_args or "{}")
     tokenizer.date = date and datetime.datetime.fromisoformat(date)
     for name in tokenizer.template_args:
-        if name not in str(tokenizer.chat_template):
+        if not tokenizer.chat_template:
+            fail(f"--template_args: the tokenizer of {path} has no chat template")
+        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
             fail(f"--template_args: the chat template of {path} does not know {name}")
     return tokenizer
 
@@ -690,7 +692,7 @@ def fit_reward_model(args, tokenizer, prompts):
     the length of an answer is not known before; `score_ids` cuts what is too long."""
     reader = load_tokenizer(args.reward)
     context = context_of(scalar_config(args.reward))
-    longest = max(len(encode_answer(reader, row["prompt"], "")) for _, row in prompts)
+    longest = max(len(encode_answer(reader, row["prompt"], "a")) for _, row in prompts)
     room = context - longest
     why = f"--reward {args.reward} reads {context} tokens, and the longest prompt has {longest} there"
     if room < 1:
@@ -1323,12 +1325,14 @@ def log(out, writer, step, metrics, texts=()):
     writer.flush()
     scores = ", ".join(f"{k[5:]} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/"))
     if scores:
-        tqdm.write(f"step {step}: held-out {scores}")
+        with contextlib.suppress(BrokenPipeError):  # of `| tee`, which the same Ctrl-C has ended
+            tqdm.write(f"step {step}: held-out {scores}")
     elif not sys.stderr.isatty() and time.monotonic() > getattr(writer, "quiet_until", 0):  # no bar: a line a minute
         names = [k for k in ("reward", "accuracy", "loss", "kl/ref", "tokens_per_second") if k in metrics]
         if names:
             writer.quiet_until = time.monotonic() + 60
-            tqdm.write(f"step {step}: " + ", ".join(f"{k} {metrics[k]:.3g}" for k in names))
+            with contextlib.suppress(BrokenPipeError):
+                tqdm.write(f"step {step}: " + ", ".join(f"{k} {metrics[k]:.3g}" for k in names))
 
 
 def conclude(out, args, writer, bar, use):
@@ -1401,8 +1405,8 @@ def guarded(out, args, bar):
 
 def catch_signals(steps):
     """SIGTERM (a cluster takes its machine back), SIGINT (Ctrl-C) and SIGHUP (the terminal is
-    gone) only set a flag; the loop finishes its step, saves, and stops. A second one stops at
-    once, and so does the first where there are no steps to finish. Under nohup SIGHUP is ignored,
+    gone) only set a flag; the loop finishes its step, saves, and stops. A second SIGTERM or SIGINT
+    stops at once, and so does the first signal where there are no steps to finish. Under nohup SIGHUP is ignored,
     and stays so. Returns the function that tells whether a signal has come."""
     caught = []
 

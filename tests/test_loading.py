@@ -125,6 +125,7 @@ def test_an_answer_without_a_thought_in_its_template_is_what_it_was(tmp_path, ca
         ('{"tokenize": true}', "tokenize is not for the template"),
         ('{"messages": []}', "messages is not for the template"),
         ('{"enable_thinkin_": false}', "does not know enable_thinkin_"),
+        ('{"thinking": false}', "does not know thinking"),  # a part of a name that it knows
     ],
 )
 def test_arguments_of_the_template_that_are_none_get_a_sentence(given, words, tmp_path, capsys):

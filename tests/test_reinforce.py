@@ -660,6 +660,19 @@ def test_demonstrations_are_fine_tuning(tmp_path):
     assert abs(m[1]["loss"] - nll / 2) < 1e-4 and m[1]["reward"] == 1 and "kl/sample" not in m[1]
 
 
+def test_held_out_rows_need_answers_only_for_rewards_that_read_them(tmp_path, capsys):
+    """Also when the run learns from demonstrations."""
+    (tmp_path / "r.py").write_text("def f(completion, row):\n    return float(len(completion))\n")
+    demos = prompts_file(tmp_path, [{"prompt": "52=", "answer": "25"}])
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "31="}\n')
+    flags = {"demos": demos, "eval_data": str(tmp_path / "asked.jsonl"), "steps": 1, "prompts_per_step": 1}
+    m = run(tmp_path, reward=f"{tmp_path}/r.py:f", **flags)
+    assert m[0]["eval/reward"] > 0 and "eval/exact" not in m[0]
+    with pytest.raises(SystemExit):
+        run(tmp_path, "b", **flags)
+    assert '--reward exact needs an "answer"' in capsys.readouterr().err
+
+
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "catch_signals", lambda steps: lambda: True)
     with pytest.raises(SystemExit, match="(?s)stopped by a signal after step 1 of 5.*--resume"):
