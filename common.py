@@ -692,7 +692,7 @@ def fit_reward_model(args, tokenizer, prompts):
     the length of an answer is not known before; `score_ids` cuts what is too long."""
     reader = load_tokenizer(args.reward)
     context = context_of(scalar_config(args.reward))
-    longest = max(len(encode_answer(reader, row["prompt"], "a")) for _, row in prompts)
+    longest = max(len(encode_answer(reader, row["prompt"], "")) for _, row in prompts)
     room = context - longest
     why = f"--reward {args.reward} reads {context} tokens, and the longest prompt has {longest} there"
     if room < 1:
