@@ -1559,7 +1559,7 @@ def whole_weights(model):
     token drawn would send the whole model over the network.
 
     FSDP2's hooks around the forward of each block, which gather and free weights, have nothing to do then. They are
-    put aside, because they would take a sixth of the CPU's time for a token, and come back for training. The root's
+    put aside, because they would take time of the CPU for every token, and come back for training. The root's
     stay: FSDP2 makes its streams in the root's first forward."""
     units = [m for m in model.modules() if isinstance(m, FSDPModule)]
     blocks = [m for m in units if m is not model]

@@ -152,7 +152,7 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """what computes (auto: bfloat16 on a GPU, float32 on a CPU); weights that learn stay float32.
     bfloat16 on a CPU needs less memory. With avx512_bf16 or amx in /proc/cpuinfo it is faster too:
-    a GRPO step of a 135M model took 0.62 of the time (tests/bench/vs_trl.py); without, slower"""
+    a GRPO step of a 135M model took 0.62 of the time (tests/bench/vs_trl.py)"""
     eval_every: int = 50
     """steps between scores on --eval_data"""
     save_every: int = 50

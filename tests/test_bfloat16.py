@@ -648,7 +648,7 @@ def test_two_processes_log_what_one_does(two, data, tmp_path):
 
 
 def test_sampling_puts_the_hooks_of_the_shards_aside_and_back(device):
-    """FSDP2's hooks take a fifth of a token's time and have nothing to do while the weights are whole. Without them, a forward
+    """FSDP2's hooks take time for every token and have nothing to do while the weights are whole. Without them, a forward
     must still see the whole weights, and after it, even after one that failed, training must go on as before."""
     world = common.start(device, "bfloat16")
     model, tokenizer = common.load_policy(MODEL, world), common.load_tokenizer(MODEL)

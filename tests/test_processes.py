@@ -122,7 +122,7 @@ def sample_and_train(folder, out, dtype):
 
 @pytest.mark.parametrize("size, dtype", [(1, "bfloat16"), (2, "float32")])
 def test_sampling_runs_none_of_fsdps_hooks_and_training_after_it_is_as_before(size, dtype, tmp_path):
-    """The hooks took a sixth of the CPU's time for a token. They are private attributes of torch's modules, and a
+    """The hooks take time of the CPU for every token. They are private attributes of torch's modules, and a
     forward that trained without them would leave every gradient where it is."""
     family("qwen2", tie_word_embeddings=True).save_pretrained(tmp_path / "start")
     run(sample_and_train, size, tmp_path / "start", tmp_path, dtype)
