@@ -1,4 +1,7 @@
-"""What holds for all files together: copies are copies, imports are few, and the README says what is there."""
+"""What holds for all files together: copies are copies, imports are few, the pages are true.
+
+python tests/test_repository.py     # writes the line numbers of all links to code anew
+"""
 
 import ast
 import importlib
@@ -11,15 +14,48 @@ import sys
 import pytest
 from conftest import ROOT
 
-SCRIPTS = [p for p in (ROOT / f"{n}.py" for n in ("reinforce", "ppo", "grpo", "dpo", "reward_model")) if p.exists()]
-README = (ROOT / "README.md").read_text()
-MEASURED = (ROOT / "tests" / "bench" / "README.md").read_text()
-TABLES = [p for p in sorted((ROOT / "tests" / "bench").glob("*.md")) if p.name != "README.md"]
+NAMES = ("reinforce", "ppo", "grpo", "dpo", "reward_model")
+SCRIPTS = [ROOT / f"{name}.py" for name in NAMES if (ROOT / f"{name}.py").exists()]
+BENCH = ROOT / "tests" / "bench"
+DOCS = ROOT / "tests" / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"), reverse=True), BENCH / "README.md"]
+TABLES = [path for path in sorted(BENCH.glob("*.md")) if path.name != "README.md"]
+FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)  # (language, text)
+
+
+def page_name(path):
+    return str(path.relative_to(ROOT))
+
+
+def prose(path):
+    """A page without its blocks of code."""
+    return FENCED.sub("", path.read_text())
+
+
+def section(path, heading):
+    """What stands under a heading, up to the next one of the same level."""
+    _, found, rest = path.read_text().partition(f"\n## {heading}\n")
+    assert found, f"{page_name(path)} has no section {heading}"
+    return rest.partition("\n## ")[0]
+
+
+# -- The scripts -----------------------------------------------------------------------------------
 
 
 def functions(path):
     tree = ast.parse(path.read_text())
-    return {f.name: ast.unparse(f) for f in tree.body if isinstance(f, (ast.FunctionDef, ast.ClassDef))}
+    parts = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return {part.name: ast.unparse(part) for part in parts}
+
+
+def flags_of(path):
+    """The class Args of a script."""
+    classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+    return next(node for node in classes if node.name == "Args")
+
+
+def names_of_flags(path):
+    return [f.target.id for f in flags_of(path).body if isinstance(f, ast.AnnAssign)]
 
 
 @pytest.mark.parametrize("a, b", list(itertools.combinations(SCRIPTS, 2)))
@@ -31,34 +67,42 @@ def test_functions_of_the_same_name_are_the_same_in_every_script(a, b):
 
 @pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "common.py"])
 def test_scripts_import_only_what_requirements_bring(path):
-    allowed = {
-        "torch",
-        "transformers",
-        "numpy",
-        "tyro",
-        "tensorboard",
-        "tqdm",
-        "safetensors",
-        "common",
-    } | sys.stdlib_module_names
+    libraries = {"torch", "transformers", "numpy", "tyro", "tensorboard", "tqdm", "safetensors"}
+    allowed = libraries | {"common"} | sys.stdlib_module_names
     for node in ast.walk(ast.parse(path.read_text())):
-        names = (
-            [a.name for a in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
-        assert {n.split(".")[0] for n in names} <= allowed
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        assert {name.split(".")[0] for name in names} <= allowed
 
 
 @pytest.mark.parametrize("path", SCRIPTS)
 def test_every_flag_says_what_it_does(path):
     """A string follows every field of Args: it is the flag's line in --help."""
-    args = next(n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args")
-    for field, after in zip(args.body, [*args.body[1:], None]):
+    body = flags_of(path).body
+    for field, after in zip(body, [*body[1:], None]):
         if isinstance(field, ast.AnnAssign):
-            assert isinstance(after, ast.Expr) and isinstance(after.value.value, str), field.target.id
+            assert isinstance(after, ast.Expr), field.target.id
+            assert isinstance(after.value.value, str), field.target.id
+
+
+# -- Flags and logged numbers are explained --------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_the_page_of_flags_has_every_flag_in_its_table(path):
+    rows = re.findall(r"^\| .+ \|$", (DOCS / "flags.md").read_text(), re.M)
+    for name in names_of_flags(path):
+        assert any(f"`{name}`" in row for row in rows), name
+
+
+def test_the_page_of_flags_has_no_flag_that_no_script_has():
+    text = (DOCS / "flags.md").read_text()
+    known = set(itertools.chain.from_iterable(names_of_flags(path) for path in SCRIPTS))
+    for row in re.findall(r"^\| .+ \|$", text, re.M):
+        assert set(re.findall(r"`(\w+)`", row)) <= known, row
 
 
 FULL = {  # short runs that log everything their script can
@@ -68,133 +112,212 @@ FULL = {  # short runs that log everything their script can
     "dpo": {},
     "reward_model": {"best_of": (1, 2)},
 }
+FIRST = '{"prompt": "12=", "chosen": "21", "rejected": "1"}\n'  # the shorter side is rejected
+SECOND = '{"prompt": "12=", "chosen": "2", "rejected": "12"}\n'  # the longer side is
 
 
 def logged(script, folder):
     """The names of all numbers in metrics.jsonl of a short run on the embedded task."""
     module = importlib.import_module(script)
     flags = FULL[script] | {"steps": 1, "max_new_tokens": 4, "device": "cpu", "out": str(folder)}
-    rows = "pairs_per_step" if hasattr(module.Args, "pairs_per_step") else "prompts_per_step"
+    takes_pairs = hasattr(module.Args, "pairs_per_step")
     prompts = "".join(f'{{"prompt": "{n}=", "answer": "{n}"}}\n' for n in "123")
     (folder.parent / "prompts.jsonl").write_text(prompts)
-    sides = '"prompt": "12=", "chosen": "21", "rejected": "1"', '"prompt": "12=", "chosen": "2", "rejected": "12"'
-    (folder.parent / "pairs.jsonl").write_text("".join(f"{{{side}}}\n" for side in sides))
-    kind = "pairs" if rows == "pairs_per_step" else "prompts"
-    (folder.parent / "r.py").write_text("def f(completion, row):\n    return int(row['answer'])\n")
+    (folder.parent / "pairs.jsonl").write_text(FIRST + SECOND)
+    reward = "def f(completion, row):\n    return int(row['answer'])\n"
+    (folder.parent / "r.py").write_text(reward)
     flags["reward"] = f"{folder.parent}/r.py:f"
-    flags |= {rows: 4, "data": f"{folder.parent}/{kind}.jsonl", "eval_data": f"{folder.parent}/{kind}.jsonl"}
-    if kind == "pairs":
+    data = f"{folder.parent}/{'pairs' if takes_pairs else 'prompts'}.jsonl"
+    flags |= {"data": data, "eval_data": data}
+    flags["pairs_per_step" if takes_pairs else "prompts_per_step"] = 4
+    if takes_pairs:
         flags["eval_prompts"] = f"{folder.parent}/prompts.jsonl"
     if script == "reward_model":
         flags["policy"] = module.Args.model
     module.train(module.Args(**flags))
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return {name for line in lines for name in json.loads(line)} - {"step"}
+    names = set()
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        names |= json.loads(line).keys()
+    return names - {"step"}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
 def test_every_logged_number_and_only_those_is_in_the_readme(path, tmp_path):
     """A row of the table names numbers and the letters of the scripts that log them; both ways."""
-    table = README[README.index("## Every logged number") : README.index("## Why the loss says little")]
-    letters = {file.removesuffix(".py"): letter for letter, file in re.findall(r"\b([A-Z]) (\w+\.py)", table)}
+    table = section(ROOT / "README.md", "Every logged number")
+    letters = {name: letter for letter, name in re.findall(r"\b([A-Z]) (\w+)\.py", table)}
     rows = re.findall(r"^\| (`.+?) \| ([A-Z]+) \|", table, re.M)
     explained = set()
     for names, scripts in rows:
         if letters[path.stem] in scripts:
             explained |= set(re.findall(r"`([^`]+)`", names))
-    found = {re.sub(r"(?<=pass@)\d+", "K", n) for n in logged(path.stem, tmp_path / "run")}
+    found = {re.sub(r"(?<=pass@)\d+", "K", name) for name in logged(path.stem, tmp_path / "run")}
     found = {re.sub(r"(?<=@)\d+", "N", name) for name in found}
-    assert len(rows) > 20 and found - explained == set(), "logged, and not explained"
+    assert len(rows) > 20
+    assert found - explained == set(), "logged, and not explained"
     assert explained - found == set(), "explained, and not logged"
 
 
+# -- Measurements ----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("path", TABLES, ids=lambda p: p.name)
-def test_every_benchs_table_stands_in_one_readme_as_it_was_written(path):
-    assert (path.read_text() in README) + (path.read_text() in MEASURED) == 1
+def test_every_benchs_table_stands_on_one_page_as_it_was_written(path):
+    assert sum(page.read_text().count(path.read_text()) for page in PAGES) == 1
+
+
+def test_the_readme_has_the_table_of_results():
+    assert (BENCH / "results.md").read_text() in (ROOT / "README.md").read_text()
 
 
 def test_the_rounding_that_the_readme_names_is_the_measured_one():
-    row = next(line for line in README.splitlines() if line.startswith("| `kl/sample` | RPG"))
-    known = json.loads((ROOT / "tests" / "bench" / "first.json").read_text())["kl/sample"]
+    table = section(ROOT / "README.md", "Every logged number")
+    row = next(line for line in table.splitlines() if line.startswith("| `kl/sample` | RPG"))
+    known = json.loads((BENCH / "first.json").read_text())["kl/sample"]
     assert len(known) == 4
     for value in known.values():
         shown = f"{value:.0e}".replace("e-0", "e-") if value < 1e-4 else f"{value:.1g}"
         assert re.search(rf"\b{shown}\b", row), shown
 
 
-def test_the_readme_counts_the_cases_of_faults():
-    command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "test_faults.py"), "--collect-only", "-q"]
+def test_the_page_of_measurements_counts_the_cases_of_faults():
+    faults = str(ROOT / "tests" / "test_faults.py")
+    command = [sys.executable, "-m", "pytest", faults, "--collect-only", "-q"]
     said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
-    assert re.search(r"holds (\d+) cases", MEASURED).group(1) == re.search(r"(\d+) tests collected", said).group(1)
+    written = re.search(r"holds (\d+) cases", (BENCH / "README.md").read_text()).group(1)
+    assert written == re.search(r"(\d+) tests collected", said).group(1)
 
 
-def test_no_section_of_the_readme_stands_twice():
-    headings = re.findall(r"^#+ .+$", README + MEASURED, re.M)
+# -- Pages -----------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= 25_000
+
+
+@pytest.mark.parametrize("path", PAGES[1:], ids=page_name)
+def test_a_page_says_first_whom_it_is_for_and_the_readme_links_it(path):
+    title, _, rest = path.read_text().partition("\n\n")
+    assert title.startswith("# ") and rest.startswith("This page is for those who "), rest[:80]
+    assert f"]({page_name(path)})" in (ROOT / "README.md").read_text()
+
+
+def test_no_heading_stands_twice():
+    headings = []
+    for path in PAGES:
+        headings += re.findall(r"^#+ .+$", prose(path), re.M)
     assert len(headings) > 20 and len(headings) == len(set(headings))
 
 
-def anchors(text):
-    return {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in re.findall(r"^## (.+)$", text, re.M)}
+@pytest.mark.parametrize("path", PAGES, ids=page_name)
+def test_all_code_of_a_page_is_fenced_and_names_its_language(path):
+    """What is not fenced is not found by the tests of test_readme.py."""
+    text = prose(path)
+    assert "```" not in text, "a fence is not closed, or names no language"
+    assert not re.search(r"^(    |\t)", text, re.M), "an indented block"
 
 
-@pytest.mark.parametrize(
-    "path", [ROOT / "README.md", ROOT / "tests" / "bench" / "README.md"], ids=["README", "tests/bench/README"]
-)
-def test_every_file_section_and_flag_that_a_readme_names_exists(path):
-    text = path.read_text()
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        if not target.startswith("https://"):
-            file, _, section = target.partition("#")
-            file = path.parent / file if file else path
-            assert file.exists(), target
-            assert not section or re.fullmatch(r"L\d+", section) or section in anchors(file.read_text()), target
-    fields = {f for p in SCRIPTS for f in re.findall(r"^    (\w+): ", p.read_text(), re.M)}
-    torchrun = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "rdzv_id"}
-    slurm = {"nodes", "ntasks", "gpus", "requeue", "signal"}
-    known = {"help", "logdir", "agree", "learn", "time"} | torchrun | slurm | fields | {f"no_{f}" for f in fields}
-    assert set(re.findall(r"--(\w+)", text)) <= known
+def anchors(path):
+    """The names that GitHub gives to the headings of a page."""
+    titles = re.findall(r"^##+ (.+)$", prose(path), re.M)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_name)
+def test_every_file_and_section_that_a_page_links_exists(path):
+    for target in re.findall(r"\]\(([^)]+)\)", prose(path)):
+        if target.startswith("https://"):
+            continue
+        file, _, place = target.partition("#")
+        file = path.parent / file if file else path
+        assert file.exists(), target
+        assert not place or re.fullmatch(r"L\d+", place) or place in anchors(file), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_name)
+def test_every_flag_that_a_page_names_exists(path):
+    known = {"help", "logdir", "agree", "learn", "time", "script"}
+    known |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "rdzv_id"}  # torchrun's
+    known |= {"nodes", "ntasks", "gpus", "requeue", "signal"}  # SLURM's
+    for script in SCRIPTS:
+        for name in names_of_flags(script):
+            known |= {name, f"no_{name}"}
+    assert set(re.findall(r"--(\w+)", path.read_text())) <= known
+
+
+def test_the_readme_and_the_citation_file_say_the_same():
+    citing = section(ROOT / "README.md", "Citing")
+    citation = (ROOT / "CITATION.cff").read_text()
+    version = re.search(r"^version: (.+)$", citation, re.M).group(1)
+    title = re.search(r'^title: "(.+)"$', citation, re.M).group(1)
+    assert f"version = {{{version}}}" in citing
+    assert f"`v{version}`" in citing
+    assert f"title = {{{title}}}" in citing
 
 
 def test_the_repository_speaks_of_itself_alone():
     """No path of the machine that it was written on."""
+    kinds = (".py", ".md", ".txt", ".toml", ".cff", ".json")
     for path in ROOT.rglob("*"):
-        if (
-            path.suffix in (".py", ".md", ".txt", ".toml", ".cff", ".json")
-            and ".git" not in path.parts
-            and "runs" not in path.parts
-        ):
+        if path.suffix in kinds and not {".git", "runs"} & set(path.parts):
             text = path.read_text(errors="replace")
             assert not re.search(r"/(work|root|home)/\w|/tmp/\w+/(main|v)\b", text), path
 
 
-def places(readme):
-    """Every link of the README to a line: (what the line says, file, the line's number, the number that it should be)."""
-    for text, file, number in re.findall(r"\[`([^`]+)`\]\(([\w/]+\.py)#L(\d+)\)", readme):
-        lines = (ROOT / file).read_text().splitlines()
-        forms = (rf"def {text}\(", rf"    {text}: ", rf"{text} = ") if text.isidentifier() else (rf".*{re.escape(text)}",)
-        hits = ([i for i, line in enumerate(lines, 1) if re.match(form, line)] for form in forms)
-        here = next(filter(None, hits), [])
-        yield text, file, int(number), here
+# -- Lines of code that the pages name -------------------------------------------------------------
 
 
-def test_every_line_that_the_readme_names_is_there():
+LINK = re.compile(r"\[`([^`]+)`\]\(([\w/.]+\.py)#L(\d+)\)")
+
+
+def lines_that_say(text, file):
+    """The numbers of the lines to which a link with this text may lead.
+
+    An identifier is a function, a flag or a name that is set; anything else is a part of a line."""
+    forms = [rf".*{re.escape(text)}"]
+    if text.isidentifier():
+        forms = [rf"def {text}\(", rf"    {text}: ", rf"{text} = "]
+    lines = file.read_text().splitlines()
+    for form in forms:
+        found = [number for number, line in enumerate(lines, 1) if re.match(form, line)]
+        if found:
+            return found
+    return []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_name)
+def test_every_line_that_a_page_names_is_there(path):
     """`python tests/test_repository.py` writes the numbers anew."""
-    found = list(places(README))
-    assert len(found) > 80
-    for text, file, number, here in found:
-        assert here == [number], (text, file, here)
+    for text, file, number in LINK.findall(path.read_text()):
+        assert lines_that_say(text, path.parent / file) == [int(number)], (text, file)
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
-def test_the_readme_has_every_flag_in_its_group(path):
-    section = README[README.index("## The flags") : README.index("## A run's folder")]
-    args = next(n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args")
-    for field in (n.target.id for n in args.body if isinstance(n, ast.AnnAssign)):
-        assert f"`{field}`" in section, field
+def test_many_lines_are_named():
+    assert sum(len(LINK.findall(path.read_text())) for path in PAGES) > 100
+
+
+def test_the_loop_in_the_readme_is_that_of_grpo():
+    """Every line of the block is a line of grpo.py, in its order; `...` marks what is left out."""
+    block = FENCED.search(section(ROOT / "README.md", "The loop of grpo.py"))[2]
+    if "<!-- LOOP -->" in block:
+        pytest.skip("the block is a draft")
+    lines = iter([line.strip() for line in (ROOT / "grpo.py").read_text().splitlines()])
+    for shown in block.splitlines():
+        if shown.strip() not in ("", "..."):
+            assert shown.strip() in lines, shown  # `in` goes on from the line found before
+
+
+def write_line_numbers():
+    for path in PAGES:
+        text = path.read_text()
+        for words, file, number in LINK.findall(text):
+            here = lines_that_say(words, path.parent / file)
+            if len(here) != 1:
+                print(f"{page_name(path)}: `{words}` must be on one line of {file}, not {here}")
+                continue
+            text = text.replace(f"[`{words}`]({file}#L{number})", f"[`{words}`]({file}#L{here[0]})")
+        path.write_text(text)
 
 
 if __name__ == "__main__":
-    for text, file, number, here in places(README):
-        if len(here) == 1:
-            README = README.replace(f"[`{text}`]({file}#L{number})", f"[`{text}`]({file}#L{here[0]})")
-    (ROOT / "README.md").write_text(README)
+    write_line_numbers()
