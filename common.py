@@ -1684,11 +1684,11 @@ def rollout(model, tokenizer, prompts, n, max_new_tokens, temperature, seed):
 
 
 # ---- shims for the new interface ----
-Samples.group = 1
+Samples.rows_per_prompt = 1
 _sample = sample
 def sample(*a, n=1, **k):
     s = _sample(*a, n=n, **k)
-    s.group = n
+    s.rows_per_prompt = n
     return s
 as_samples = given
 rows_of_step = picked
@@ -1708,7 +1708,7 @@ def take(self, rows):
 Samples.take = take
 
 def completion_states(model, samples, rows):
-    n = samples.group
+    n = samples.rows_per_prompt
     device = samples.ids.device
     prompts, owner = torch.tensor(rows, device=device).div(n, rounding_mode="floor").unique(return_inverse=True)
     P = int(samples.prompt_mask[rows].sum(1).max())
@@ -1778,3 +1778,33 @@ def save_if_due(out, args, world, step, models, optimizers, stop_asked):
         save_checkpoint(out, world, step, models, optimizers, args.keep)
     if ending and step < args.steps:
         raise Ended(f"stopped by a signal after step {step} of {args.steps}, which is saved")
+
+
+def has_answer(record):
+    return isinstance(record.get("answer"), (str, int, float))
+
+
+def load_prompts(path, flag, tokenizer, args, answer_flag):
+    """[(token ids of the prompt, its line of the file as a dict), ...]. Prompts that are too long
+    are left out, and counted."""
+    kept = []
+    left_out = 0
+    for number, record in read_json(path, flag) if path else ():
+        where = f"{flag} {path}, line {number}"
+        record = record if isinstance(record, dict) else {}
+        record = {**record, "prompt": record.get("prompt", record.get("question"))}
+        if not is_prompt(record["prompt"]):
+            fail(f'{where}: needs a "prompt" (or "question"), a text or a list of messages')
+        ids = encode_prompt(tokenizer, record["prompt"], args.system, args.chat)
+        if not 0 < len(ids) <= args.max_prompt_tokens:
+            left_out += 1
+        elif answer_flag and not has_answer(record):
+            fail(f'{where}: {answer_flag} needs an "answer", a text or a number')
+        else:
+            kept.append((ids, record))
+    if left_out:
+        limit = f"--max_prompt_tokens {args.max_prompt_tokens}"
+        say(f"{flag}: {left_out} of {left_out + len(kept)} prompts left out ({limit})")
+        if not kept:
+            fail(f"{flag}: no prompt is left")
+    return kept

@@ -5,40 +5,42 @@ is good if its reward is above the mean of its group. That mean takes the place 
 function that PPO has to learn.
 
     (1)  A_i   = (r_i - mean(r_1 .. r_G)) / (std(r_1 .. r_G) + 1e-4)          `group_advantages`
-    (2)  rho_t = pi(a_t | x, a_<t) / pi_old(a_t | x, a_<t)                    pi_old drew y
+    (2)  rho_t = pi(a_t | x, a_<t) / pi_old(a_t | x, a_<t)                    `update_loss`
     (3)  l_t   = -min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A)    `clipped_loss`
     (4)  k_t   = exp(-d) - 1 + d,  d = log pi(a_t | ..) - log ref(a_t | ..)   `k3`
     (5)  loss  = sum over tokens of w_t (l_t + beta k_t)                      `token_weights`
 
-The ratio (2) allows several updates with one rollout. The clip (3) sets a token's gradient to zero
-once its ratio has left the clip range. With one update per rollout, the default, every ratio is 1
-and nothing is clipped. The gradient is then that of REINFORCE with (1) as the weight, and the value
-of the loss is -sum_i A_i |y_i| / sum_i |y_i|. It says how much longer bad completions are than good
-ones, and nothing about learning. Watch the reward.
+pi_old is the policy that drew the completions. The ratio (2) allows several updates with one
+rollout. The clip (3) sets a token's gradient to zero once its ratio has gone too far in the
+direction that A pushes. With one update per rollout, the default, every ratio is 1, and the
+gradient is that of REINFORCE with (1) as the weight. The value of the loss then says nothing about
+learning. Watch the reward.
 
 Variants are flags. Those that change ratio or clip act only with several updates per rollout.
 
-    GRPO as published   --aggregate sequence --beta 0.04     mean over tokens, then completions
+    GRPO as published   --aggregate sequence --beta 0.04    mean over tokens, then completions
     DAPO                --drop_equal_groups --mask_truncated --clip_high 0.28 --minibatches 4
-    Dr. GRPO            --scale none --aggregate constant    divides by nothing that was sampled
-    GSPO                --ratio sequence --minibatches 4     one ratio for a whole completion
+    Dr. GRPO            --scale none --aggregate constant   no divisor depends on the samples
+    GSPO                --ratio sequence --minibatches 4    one ratio for a whole completion
 
     python grpo.py                       # a tiny model learns to sort digits; needs no download
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --reward number \
         --data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl
     torchrun --nproc_per_node 8 grpo.py --model ... --data ... --reward my_reward.py:score
 
-What is biased:
-  * The division by the group's std multiplies a prompt's gradient by 1 / sqrt(p (1 - p)), where p
-    is its share of right answers. Very easy and very hard prompts weigh more than in E[r].
-  * The group's mean contains the sample itself. This alone shrinks the gradient by 1 - 1/G.
-  * k3 in the loss has the KL as its mean, but its gradient is not the KL's. It is kept as
-    published. reinforce.py has the unbiased way, k1 in the reward.
-  * pi_old comes from the trainer's forward. The sampler's numbers differ from it by rounding
-    (`kl/sample`; with 135M parameters 8e-6 in float32 and 0.04 in bfloat16).
+Shapes: B completions of this process in a rollout, n of each prompt (G above), b of them in one
+forward; C tokens in the longest completion, V in the vocabulary.
 
-Left out: a critic and credit for single tokens (ppo.py), rewards for steps of an answer or for its
-length, and sampling that runs ahead of the update.
+What is biased:
+  * With rewards of 0 and 1 the division by the std multiplies a prompt's gradient by
+    1 / sqrt(p (1 - p)), p its share of right answers. Very easy and very hard prompts count more.
+  * The group's mean contains the sample itself. This alone shrinks the gradient by 1 - 1/n.
+  * k3 in the loss has another gradient than the KL. It is kept as published (see `k3`).
+    reinforce.py has the unbiased way: log pi - log ref, subtracted from the reward.
+  * pi_old comes from the trainer's forward. The sampler's log-probabilities differ from it by
+    rounding (`kl/sample`: their mean distance).
+
+Left out: a critic and per-token credit (ppo.py), process rewards, asynchronous sampling.
 
 Papers: Shao et al. 2024 (GRPO), Schulman et al. 2017 (the clip), Liu et al. 2025 (Dr. GRPO), Yu et
 al. 2025 (DAPO), Zheng et al. 2025 (GSPO), Chen et al. 2021 (pass@k).
@@ -63,8 +65,8 @@ from torch.utils.checkpoint import checkpoint
 import common
 from common import fail
 
-TINY = Path(__file__).resolve().parent / "tests" / "tiny"  # the embedded model and its task
-OVERSAMPLING = 2  # --drop_equal_groups draws so many times --prompts_per_step
+TINY = Path(__file__).resolve().parent / "tests" / "tiny"  # the bundled model and its task
+OVERSAMPLING = 2  # --drop_equal_groups draws this many times --prompts_per_step
 
 
 @dataclass
@@ -75,10 +77,10 @@ class Args:
     data: str = str(TINY / "sort_train.jsonl")
     """training prompts: JSON lines with "prompt" (or "question") and usually "answer" """
     eval_data: str | None = None
-    """held-out prompts, as --data; None: those of the embedded task, or none with other data"""
+    """held-out prompts, as --data (None: those of the bundled task, or none with other data)"""
     eval_samples: int = 0
-    """completions also drawn of each held-out prompt, to log eval/pass@K: the chance that one of K
-    is right (by the rule of --reward number where that is the reward, else of exact)"""
+    """completions drawn of each held-out prompt, for eval/pass@K: the chance that one of K is right
+    (judged by `number` with --reward number, else by `exact`)"""
     reward: str = "exact"
     """exact | number | FILE.py:function(completion, row) -> float | a reward model's folder"""
     chat: bool = True
@@ -102,34 +104,33 @@ class Args:
     scale: Literal["group", "batch", "none"] = "group"
     """divide advantages by the std of the group's rewards, of the batch's, or by nothing"""
     keep_max: bool = False
-    """learn only from each group's best samples (all that tie)"""
+    """learn only from the best completions of each group (all of them on a tie)"""
     drop_equal_groups: bool = False
     """draw twice as many prompts, and keep those whose rewards are not all equal"""
     mask_truncated: bool = False
-    """leave completions that were cut at --max_new_tokens out of the loss (not out of the mean)"""
+    """leave completions that were cut out of the loss (they still count in the group's mean)"""
     ratio: Literal["token", "sequence"] = "token"
-    """importance ratio of each token, or their geometric mean over the completion"""
+    """importance ratio: one for each token, or their geometric mean over the completion"""
     clip_low: float | None = None
-    """the ratio is clipped below 1 minus this (None: 0.2, and 3e-4 with --ratio sequence)"""
+    """lower bound of the ratio is 1 - this (None: 0.2, and 3e-4 with --ratio sequence)"""
     clip_high: float | None = None
-    """the ratio is clipped above 1 plus this (None: 0.2, and 4e-4 with --ratio sequence)"""
+    """upper bound of the ratio is 1 + this (None: 0.2, and 4e-4 with --ratio sequence)"""
     aggregate: Literal["sequence", "token", "constant"] | None = None
-    """what a token's loss is divided by.
-    sequence: its completion's length x the number of completions (None, with --ratio sequence);
-    token: the number of all tokens in the optimizer update (None, otherwise);
-    constant: the number of completions x --max_new_tokens"""
+    """divisor of a token's loss. sequence: its completion's length x the number of completions;
+    token: all tokens of the update; constant: the number of completions x --max_new_tokens
+    (None: token, and sequence with --ratio sequence)"""
     beta: float = 0.0
     """weight of the KL penalty, k3 in the loss; at 0 no reference model is loaded"""
     ref_update_every: int = 0
-    """copy the policy into the reference every so many steps; 0: never"""
+    """copy the policy into the reference every N steps; 0: never"""
 
     # --- optimisation ---
     steps: int = 400
     """rollouts in all; 0 evaluates only"""
     learning_rate: float | None = None
-    """AdamW's (None: 1e-6, and 2e-4 for the embedded model, which is small)"""
+    """peak of AdamW's learning rate (None: 1e-6, and 2e-4 for the bundled model, which is small)"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """of the learning rate after the warm-up"""
+    """what the learning rate does after the warm-up"""
     warmup: int = 10
     """steps over which the learning rate rises"""
     max_grad_norm: float = 1.0
@@ -146,17 +147,16 @@ class Args:
 
     # --- run ---
     out: str = ""
-    """the run's folder (empty: runs/grpo, then runs/grpo-2, ...)"""
+    """the run's folder (empty: runs/SCRIPT, then runs/SCRIPT-2, ...)"""
     resume: bool = False
     """go on with the run in --out; give it the flags it was started with"""
     seed: int = 1
-    """of the order of prompts and of sampling"""
+    """decides the order of prompts and what is drawn"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the computation (auto: bfloat16 on a GPU, float32 on a CPU); weights learn in float32.
-    On a CPU bfloat16 needs less memory. With avx512_bf16 or amx in /proc/cpuinfo it is faster:
-    a GRPO step of a 135M model took 0.62 of the time (tests/bench/vs_trl.py)"""
+    """compute type (auto: bfloat16 on a GPU, float32 on a CPU); trained weights stay float32.
+    On a CPU bfloat16 saves memory, and time where /proc/cpuinfo lists avx512_bf16 or amx"""
     eval_every: int = 50
     """steps between scores on --eval_data"""
     save_every: int = 50
@@ -166,7 +166,7 @@ class Args:
 
 
 def resolve(args):
-    """Fills in defaults that depend on other flags, and refuses what contradicts itself."""
+    """Fills in defaults that depend on other flags, and rejects contradictory flags."""
     by_sequence = args.ratio == "sequence"
     is_tiny_model = Path(args.model).resolve() == TINY / "model"
     is_tiny_data = Path(args.data).resolve().parent == TINY
@@ -179,8 +179,8 @@ def resolve(args):
         "tokens_per_micro_batch": 2048 if on_cpu else 8192,
         "eval_data": str(TINY / "sort_test.jsonl") if is_tiny_data else "",
     }
-    open_flags = {name: value for name, value in defaults.items() if getattr(args, name) is None}
-    args = dataclasses.replace(args, **open_flags)
+    unset = {name: value for name, value in defaults.items() if getattr(args, name) is None}
+    args = dataclasses.replace(args, **unset)
     common.check_flags(args)
     if args.samples_per_prompt < 2:
         fail("--samples_per_prompt must be 2 or more: a sample is compared with its group")
@@ -200,9 +200,8 @@ def resolve(args):
 def group_advantages(rewards, all_rewards, n, scale, keep_max):
     """Equation (1): rewards [B], n for each prompt -> advantages [B].
 
-    all_rewards are those of all processes, for --scale batch. A group of equal rewards gets
-    exactly 0. Without that line rounding would decide: the mean of eight rewards of 0.1 is not 0.1
-    in floating point, and the tiny difference would be divided by a std of almost 0.
+    all_rewards are those of all processes, for --scale batch. Equal rewards give exactly 0.
+    Otherwise rounding (the mean of eight rewards of 0.1 is not 0.1) is divided by a std near 0.
     """
     groups = rewards.view(-1, n)
     A = groups - groups.mean(1, keepdim=True)
@@ -210,12 +209,16 @@ def group_advantages(rewards, all_rewards, n, scale, keep_max):
         A = A / (groups.std(1, keepdim=True) + 1e-4)
     if scale == "batch":
         A = A / (all_rewards.std() + 1e-4)
-    best = groups.amax(1, keepdim=True)
-    worst = groups.amin(1, keepdim=True)
-    A = A.masked_fill(best == worst, 0.0)
+    A = A.masked_fill(equal_groups(rewards, n)[:, None], 0.0)
     if keep_max:
-        A = A * (groups == best)
+        A = A * (groups == groups.amax(1, keepdim=True))
     return A.flatten()
+
+
+def equal_groups(rewards, n):
+    """Which groups have equal rewards, [B / n]. They teach nothing."""
+    groups = rewards.view(-1, n)
+    return groups.amax(1) == groups.amin(1)
 
 
 def sequence_logratio(logratio, mask):
@@ -229,12 +232,12 @@ def sequence_logratio(logratio, mask):
 def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
     """Equation (3), summed with weights: ratio [b, C] with gradient, advantages [b, C] or [b, 1].
 
-    The minimum takes the clipped term where a further step would look better, and never where the
-    ratio should come back. So the gradient is that of ratio * A times this factor:
+    The minimum takes the clipped, constant term only where the ratio has already gone too far in
+    the direction that A pushes. So the gradient is that of ratio * A times this factor:
 
                  ratio < 1 - low    between    ratio > 1 + high
-        A > 0           1              1              0           good, already more likely
-        A < 0           0              1              1           bad, already less likely
+        A > 0           1              1              0           0: good, already likelier
+        A < 0           0              1              1           0: bad, already less likely
 
     Without the minimum all four corners would be 0. A good token that an earlier update made
     less likely could then not be brought back.
@@ -245,7 +248,7 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
 
 
 def is_clipped(ratio, advantages, clip_low, clip_high):
-    """Where the clip has stopped the gradient: below the range and above it, two times [b, C]."""
+    """Where the clip has stopped the gradient: below the range and above it, two tensors [b, C]."""
     low = (advantages < 0) & (ratio < 1 - clip_low)
     high = (advantages > 0) & (ratio > 1 + clip_high)
     return low, high
@@ -254,44 +257,40 @@ def is_clipped(ratio, advantages, clip_low, clip_high):
 def k3(logprobs, ref_logprobs):
     """Equation (4), [b, C]: an estimate of KL(pi || ref) on tokens that pi drew, never negative.
 
-    Its mean is the KL, but the mean of its gradient is the gradient of KL(ref || pi). Near the
-    reference the two are alike. (k3 times a ratio that has its gradient gives that of KL(pi || ref)
-    itself.) expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
+    Its mean is that KL, but the mean of its gradient is the gradient of KL(ref || pi). Near the
+    reference the two agree. (The gradient of ratio * k3, through both, is that of KL(pi || ref).)
+    expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
     """
     d = (logprobs - ref_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
 
 
 def token_weights(mask, aggregate, longest, world):
-    """w_t of equation (5) [b, C], for the samples of one optimizer update, mask [b, C].
+    """w_t of equation (5), for all rows of an optimizer update: mask and result [rows, C].
 
         sequence   1 / (K |y|)      K completions. Each completion counts the same (as published).
         token      1 / sum of |y|   Each token counts the same (DAPO).
-        constant   1 / (N longest)  Nothing sampled divides (Dr. GRPO): the only one of the three
-                                    that is E[A grad log pi] of whole completions, times a number.
+        constant   1 / (N longest)  N completions, those left out too; longest: --max_new_tokens.
+                                    The only unbiased one, up to a factor (Dr. GRPO).
 
-    With `sequence` a token of a short completion counts for more. This favours short answers where
-    A > 0, and long ones where A < 0: wrong answers grow longer although nothing is learnt.
-
-    The counts are of all processes, and of the whole update. Counted for each micro-batch instead,
-    the gradient would depend on how the update is cut.
+    `sequence` favours short answers where A > 0 and long ones where A < 0: wrong answers grow
+    longer although nothing is learnt. The counts are of all processes and of the whole update, so
+    the gradient does not depend on how the update is cut into micro-batches.
     """
     length = mask.sum(1, keepdim=True)  # [b, 1]
-    counts = common.all_sum(world, (length > 0).sum(), length.sum(), len(mask))
-    completions, tokens, rows = counts
+    K, tokens, N = common.all_sum(world, (length > 0).sum(), length.sum(), len(mask))
     if aggregate == "sequence":
-        return mask / (max(completions, 1.0) * length.clamp(min=1))
+        return mask / (max(K, 1.0) * length.clamp(min=1))
     if aggregate == "token":
         return mask / max(tokens, 1.0)
-    return mask / (rows * longest)
+    return mask / (N * longest)
 
 
 def has_gradient(weights, advantages, beta):
-    """Which rows teach something: weights [b, C], advantages [b] -> [b].
+    """Which rows have a gradient: weights [rows, C], advantages [rows] -> [rows].
 
-    A row whose weights or advantage are 0 adds nothing to the gradient, unless the loss has a KL
-    term. Such rows are left out of the forward and backward. `token_weights` counts them all the
-    same, so the gradient does not change.
+    Rows with advantage 0 have none, unless the loss has another term (KL; an entropy bonus would
+    be one too). They need no forward. `token_weights` has counted them, so the sum stays the same.
     """
     factors = weights if beta else weights * advantages[:, None]
     return (factors != 0).any(1)
@@ -302,17 +301,16 @@ def has_gradient(weights, advantages, beta):
 
 def token_logprobs(model, samples, rows, temperature):
     """log pi(a_t | x, a_<t) and the policy's entropy at each token of these rows of the rollout
-    -> two times [b, C]."""
-    states, ids, mask = common.completion_states(model, samples, rows)  # states [b, C, width]
+    -> two tensors [b, C]."""
+    states, ids, mask = common.completion_states(model, samples, rows)
     return logprobs_of(model, states, ids, mask, temperature)
 
 
 def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
-    """From the states that predict the tokens `ids` to log-probabilities and entropies, in nats.
-    The entropy has no gradient.
+    """states [b, C, width], which predict the tokens ids [b, C] -> log-probabilities, entropies.
 
-    The head makes logits of `chunk` tokens at a time, and makes them again in backward. So
-    [b, C, V] never exists. With 150,000 words it would be larger than the model.
+    The head computes the logits of `chunk` tokens at a time, and computes them again in backward.
+    So [b, C, V] never exists. With a vocabulary of 150,000 it would be larger than the model.
     """
 
     def head(states, tokens):
@@ -323,7 +321,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # keep this last: recomputation in backward stops once it has what it needs
+            # Without gradient, and last: recomputation in backward stops before it.
+            # An entropy bonus needs `logprobs` itself here.
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -343,14 +342,14 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
     """Log-probabilities [B, C] of a rollout, without gradient, in the micro-batches of the update.
-    In bfloat16 they depend on a batch's shape: with other ones the first ratio is off by percents.
+    In bfloat16 they depend on a batch's shape. Other batches would move the first ratio from 1.
     """
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
             logprobs, _ = token_logprobs(model, samples, rows, temperature)
             out[rows, : logprobs.shape[1]] = logprobs
-    common.forget_forwards(model)
+    common.forget_forwards(model)  # FSDP expects a backward after a forward
     return out
 
 
@@ -362,9 +361,8 @@ class Batch:
     """What the updates of a step need of its rollout."""
 
     samples: common.Samples
-    mask: torch.Tensor  # [B, C], true on the tokens of rows that are trained
     advantages: torch.Tensor  # [B], equation (1)
-    weights: torch.Tensor  # [B, C], w_t of equation (5)
+    weights: torch.Tensor  # [B, C], w_t of equation (5), 0 in rows without gradient
     old_logprobs: torch.Tensor | None = None  # [B, C]; not needed with one update
     ref_logprobs: torch.Tensor | None = None  # [B, C]; not needed without a KL penalty
 
@@ -373,11 +371,12 @@ def update_loss(policy, batch, rows, args, meter, is_first):
     """Equations (2) to (5) for one micro-batch, some `rows` of the rollout -> its loss."""
     logprobs, entropy = token_logprobs(policy, batch.samples, rows, args.temperature)  # [b, C]
     C = logprobs.shape[1]  # the longest completion of these rows
-    mask = batch.mask[rows, :C]
     w = batch.weights[rows, :C]
+    mask = w > 0
     A = batch.advantages[rows, None]  # [b, 1]
-    old = logprobs.detach()  # equal to pi_old with one update, so no second forward is needed
-    if batch.old_logprobs is not None:
+    if batch.old_logprobs is None:  # one update per rollout: pi is still pi_old
+        old = logprobs.detach()
+    else:
         old = batch.old_logprobs[rows, :C]
 
     logratio = logprobs - old
@@ -388,7 +387,7 @@ def update_loss(policy, batch, rows, args, meter, is_first):
     if args.beta:
         ref = batch.ref_logprobs[rows, :C]
         loss = loss + args.beta * (k3(logprobs, ref) * w).sum()
-        meter.add("kl/ref", ((old - ref) * mask).sum(1), mask.any(1))  # k1, nats a completion
+        meter.add("kl/ref", ((old - ref) * mask).sum(1), mask.any(1))  # nats a completion
 
     with torch.no_grad():  # the rest is for the log
         low, high = is_clipped(ratio, A, args.clip_low, args.clip_high)
@@ -415,12 +414,14 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     frozen_models = int(args.beta > 0) + int(reward.is_model)
+    # says what the run is, with its first prompt
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen_models
     )
 
     with common.guarded(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing)
+        # training computes a prompt once for its n completions, if the model's cache allows it
         share_prompts = args.steps > 0 and common.prompts_can_be_shared(
             policy, world, args.gradient_checkpointing
         )
@@ -438,7 +439,7 @@ def train(args):
             scores = evaluate(policy, tokenizer, held_out, reward, args, world)
             common.log(out, writer, 0, scores)
 
-        warned = set()
+        warned = set()  # warnings that were given
         for step in range(done_steps + 1, args.steps + 1):
             step_began = time.perf_counter()
             meter = common.Meter()
@@ -453,40 +454,37 @@ def train(args):
             all_rewards = common.all_gather(world, rewards)
             advantages = group_advantages(rewards, all_rewards, n, args.scale, args.keep_max)
 
-            # 3. Mini-batches (an optimizer update each) of micro-batches (a forward each). They are
-            #    cut once for a rollout, so that a row's old and new log-probabilities come from the
-            #    same batch. Rows that teach nothing are left out.
+            # 3. Mini-batches (an optimizer update each) of micro-batches (a forward each), cut once
+            #    for all epochs: old and new log-probabilities of a row come from the same batch.
             counted = samples.mask
             if args.mask_truncated:
-                counted = counted & samples.finished[:, None]
-            weights = torch.zeros_like(samples.logprobs)  # w_t of equation (5), [B, C]
-            mask = torch.zeros_like(samples.mask)  # the tokens of rows that teach something
+                counted = counted & samples.finished[:, None]  # finished: ended by a stop token
+            weights = torch.zeros_like(samples.logprobs)  # [B, C]
             minibatches = []
             for rows in shuffled_groups(args, world, step):
                 w = token_weights(counted[rows], args.aggregate, args.max_new_tokens, world)
-                weights[rows] = w
-                teaches = has_gradient(w, advantages[rows], args.beta)  # [rows]
-                mask[rows] = samples.mask[rows] & teaches[:, None]
-                parts = micro_batches(rows, teaches, samples, args.tokens_per_micro_batch, world)
+                trained = has_gradient(w, advantages[rows], args.beta)  # [rows]
+                weights[rows] = w * trained[:, None]
+                parts = micro_batches(rows, trained, samples, args.tokens_per_micro_batch, world)
                 minibatches.append(parts)
             updates = shuffled_epochs(minibatches, args, step)
 
             # 4. Log-probabilities before the update, of the old policy and of the reference.
-            batch = Batch(samples, mask, advantages, weights)
+            batch = Batch(samples, advantages, weights)
             if len(updates) > 1:
                 old = rollout_logprobs(policy, samples, minibatches, args.temperature)
                 batch.old_logprobs = old
-            if reference:
+            if reference is not None:
                 ref = rollout_logprobs(reference, samples, minibatches, args.temperature)
                 batch.ref_logprobs = ref
 
-            # 5. Update. The weights hold every division, so losses and gradients are summed.
+            # 5. Update. The weights contain every divisor, so losses and gradients add up.
             rate = common.learning_rate_at(
                 step, args.steps, args.learning_rate, args.schedule, args.warmup
             )
             optimizer.param_groups[0]["lr"] = rate
             grad_norms = []
-            meter.total("loss", torch.zeros(()))
+            meter.total("loss", torch.zeros(()))  # logged even if no row has a gradient
             for parts in updates:
                 if not parts:
                     continue  # no row of this mini-batch has a gradient, on any process
@@ -496,15 +494,15 @@ def train(args):
                     meter.total("loss", loss.detach() / len(updates))
                 norm = common.clip_gradients(policy, args.max_grad_norm)
                 if not math.isfinite(norm):
-                    raise common.Stop(f"step {step}: the gradient is {norm}; no step was taken")
+                    raise common.Stop(f"step {step}: the gradient is {norm}; update not made")
                 grad_norms.append(norm)
                 optimizer.step()
                 optimizer.zero_grad()
             if args.ref_update_every and step % args.ref_update_every == 0:
                 common.copy_weights(policy, reference)
 
-            # 6. Log. Rewards are of everything drawn. KL, ratio, clip and entropy come from the
-            #    update's forward: they are of the rows that were trained.
+            # 6. Log. Rewards are of everything drawn; KL, ratio, clip and entropy of the rows that
+            #    were trained.
             step_ended = time.perf_counter()
             metrics = meter.result(world)
             tokens = metrics.pop("tokens")
@@ -522,7 +520,7 @@ def train(args):
             common.log(out, writer, step, metrics, shown)
             common.show_progress(bar, metrics, args, warned)
 
-            # 7. Save, if it is time or a signal (Ctrl-C, a cluster) has asked for the end.
+            # 7. Save, if it is time or a signal (Ctrl-C, SIGTERM) has asked to stop.
             common.save_if_due(out, args, world, step, models, {"policy": optimizer}, stop_asked)
 
         if args.steps:
@@ -550,30 +548,24 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
         temperature=args.temperature,
         seed=common.fold(args.seed, step, world.rank, common.DRAW),
     )
-    rows = [prompts[indices[i // n]][1] for i in range(len(samples.texts))]
-    rewards = torch.tensor(reward.score(samples.texts, rows), device=world.device)
-    equal = equal_groups(rewards, n)  # [prompts]
+    records = [prompts[indices[i // n]][1] for i in range(len(samples.texts))]
+    rewards = torch.tensor(reward.score(samples.texts, records), device=world.device)
+    equal = equal_groups(rewards, n)
     meter.add("reward", rewards)
     meter.add("equal_groups", equal)
     meter.total("tokens", samples.mask.sum())
 
     if args.drop_equal_groups:
-        # DAPO: groups that differ come first; equal ones fill the batch if there are too few.
-        # A few large batches cost less time than many small ones, so all are drawn at once.
+        # Groups with unequal rewards first; equal ones fill the batch if these are too few. (DAPO
+        # draws again and again until the batch is full. One large draw takes less time.)
         groups = equal.int().argsort(stable=True)[: len(equal) // OVERSAMPLING]
         kept = (groups[:, None] * n + torch.arange(n, device=world.device)).flatten()
         samples = samples.take(kept)
         rewards = rewards[kept]
     meter.add("length", samples.mask.sum(1))
     meter.add("truncated", ~samples.finished)
-    samples.group = n if share_prompts else 1
+    samples.rows_per_prompt = n if share_prompts else 1
     return samples, rewards
-
-
-def equal_groups(rewards, n):
-    """Which groups have rewards that are all the same, [prompts]."""
-    groups = rewards.view(-1, n)
-    return groups.amax(1) == groups.amin(1)
 
 
 # -- A first reading may end here: cutting a rollout into batches, held-out scores, prompts, rewards
@@ -597,21 +589,22 @@ def shuffled_epochs(minibatches, args, step):
     return updates
 
 
-def micro_batches(rows, teaches, samples, tokens, world):
+def micro_batches(rows, trained, samples, tokens, world):
     """Cuts the rows of a mini-batch into parts, one forward each -> lists of row numbers.
 
-    Only rows that teach something (teaches [rows]) are taken. A part has at most `tokens` tokens,
-    padding included and shared prompts counted once, or a single row. It holds whole groups where
-    they fit, and groups of like length together, because padding is work for nothing.
+    trained [rows] says which rows are taken. A part has at most `tokens` tokens (padding included,
+    a shared prompt counted once) or one row. Completions of a prompt stay together where they fit,
+    and rows of like length come together, to save padding.
 
-    Every process gets the same number of parts: sharded weights are gathered by all processes or
-    by none. A process that is short of parts takes a row that teaches nothing, or divides a part.
+    Every process gets the same number of parts: FSDP gathers weights in all processes or in none.
+    One that is short of parts takes a row that is not trained, or divides a part. That is always
+    possible, because all processes have equally many rows.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
 
     def fits(part):
-        prompts = len({row // samples.group for row in part})
+        prompts = len({row // samples.rows_per_prompt for row in part})
         longest_prompt = max(prompt_length[row] for row in part)
         longest = max(length[row] for row in part)
         return prompts * longest_prompt + len(part) * longest <= tokens
@@ -621,9 +614,9 @@ def micro_batches(rows, teaches, samples, tokens, world):
 
     spare = []
     groups = collections.defaultdict(list)
-    for row, has_use in zip(rows, teaches.tolist()):
-        if has_use:
-            groups[row // samples.group].append(row)
+    for row, is_trained in zip(rows, trained.tolist()):
+        if is_trained:
+            groups[row // samples.rows_per_prompt].append(row)
         else:
             spare.append(row)
     parts = []
@@ -635,8 +628,9 @@ def micro_batches(rows, teaches, samples, tokens, world):
                 parts.append([])
             parts[-1].append(row)
 
-    most = int(common.all_gather(world, torch.tensor([len(parts)], device=world.device)).max())
-    while len(parts) < most:
+    count = torch.tensor([len(parts)], device=world.device)
+    wanted = int(common.all_gather(world, count).max())
+    while len(parts) < wanted:
         if spare:
             parts.append([spare.pop()])
         else:
@@ -648,27 +642,28 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
     """Scores of held-out prompts: eval/reward and eval/exact of greedy completions, and with
     --eval_samples eval/pass@K. Each process takes its share."""
     n = args.eval_samples
-    powers_of_2 = [2**i for i in range(9) if 2**i < n]
-    ks = [*powers_of_2, n] if n else []
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < n]
+    if n:
+        ks.append(n)
     mine = held_out[world.rank :: world.size]
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     size = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     size = max(size // max(n, 1), 1)
     meter = common.Meter()
     for start in range(0, math.ceil(len(held_out) / world.size), size):
-        # every process takes part in every round; one that has no prompts left counts nothing
+        # a process without prompts left samples along with the others, and counts nothing
+        is_counted = start < len(mine)
         part = mine[start : start + size] or held_out[:1]
-        counts = start < len(mine)
         ids = [ids for ids, _ in part]
-        rows = [row for _, row in part]
-        known = torch.tensor([counts and has_answer(row) for row in rows])
+        records = [record for _, record in part]
+        known = torch.tensor([is_counted and common.has_answer(record) for record in records])
 
         texts = common.sample(
             policy, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=0
         ).texts
-        scores = torch.tensor(reward.score(texts, rows))
-        meter.add("eval/reward", scores, torch.full_like(known, counts))
-        meter.add("eval/exact", count_right(texts, rows, reward.rule), known)
+        scores = torch.tensor(reward.score(texts, records))
+        meter.add("eval/reward", scores, torch.full_like(known, is_counted))
+        meter.add("eval/exact", count_right(texts, records, reward.rule), known)
         if not n:
             continue
         texts = common.sample(
@@ -678,23 +673,23 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
             n=n,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
-            seed=common.fold(args.seed, start, world.rank, common.EVAL),  # the same every time
+            seed=common.fold(args.seed, start, world.rank, common.EVAL),  # the same in every step
         ).texts
-        rights = count_right(texts, rows, reward.rule)
+        right = count_right(texts, records, reward.rule)
         for k in ks:
-            chances = [pass_at_k(n, int(right), k) for right in rights]
+            chances = [pass_at_k(n, int(count), k) for count in right]
             meter.add(f"eval/pass@{k}", torch.tensor(chances), known)
     return meter.result(world)
 
 
-def count_right(texts, rows, rule):
-    """How many of each row's texts are right by `rule`, [rows]; 0 for rows without an answer."""
-    n = len(texts) // len(rows)
-    right = torch.zeros(len(rows))
+def count_right(texts, records, rule):
+    """How many texts of each record are right by `rule`; 0 for records without an answer."""
+    n = len(texts) // len(records)
+    right = torch.zeros(len(records))
     for i, text in enumerate(texts):
-        row = rows[i // n]
-        if has_answer(row):
-            right[i // n] += rule(text, row)
+        record = records[i // n]
+        if common.has_answer(record):
+            right[i // n] += rule(text, record)
     return right
 
 
@@ -702,10 +697,6 @@ def pass_at_k(n, right, k):
     """The chance that at least one of k completions is right, where `right` of n were:
     1 - C(n - right, k) / C(n, k). Unbiased; 1 - (1 - right / n)^k is not."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def has_answer(row):
-    return isinstance(row.get("answer"), (str, int, float))
 
 
 def exact(completion, row):
@@ -732,51 +723,27 @@ def last_number(text):
 
 @dataclass
 class Reward:
-    """What --reward names."""
+    """A loaded --reward."""
 
-    score: Callable  # from completions and their rows to a list of scores
-    rule: Callable  # the rule that says which held-out completions are right
-    needs_answer: str = ""  # the flag that needs an answer in every row
+    score: Callable  # completions and the lines of --data that they belong to -> scores
+    rule: Callable  # decides which held-out completions are right
+    answer_flag: str = ""  # the flag because of which every line needs an answer
     is_model: bool = False
 
 
 def load_reward(spec, world, date):
+    # `checked` refuses scores that are no finite numbers. `stop_together` stops every process
+    # when the reward fails in one.
     if spec in ("exact", "number"):
         rule = exact if spec == "exact" else number
         return Reward(common.stop_together(common.checked(rule), world), rule, f"--reward {spec}")
     if spec.partition(":")[0].endswith(".py"):
         function = common.checked(common.load_function(spec, "--reward"))
         return Reward(common.stop_together(function, world), exact)
-    if "/" not in spec and not Path(spec).exists():
+    if "/" not in spec and not Path(spec).exists():  # neither a hub name nor a folder
         fail(f"--reward {spec}: choose exact, number, FILE.py:function, or a reward model's folder")
     scorer = common.load_scorer(spec, world, date)
     return Reward(common.stop_together(scorer, world), exact, is_model=True)
-
-
-def load_prompts(path, flag, tokenizer, args, needs_answer):
-    """[(token ids of the prompt, row), ...] from a file of JSON lines. Prompts that are too long
-    are left out, and counted. `needs_answer` names the flag that wants an answer in each row."""
-    kept = []
-    left_out = 0
-    for line, row in common.read_json(path, flag) if path else ():
-        where = f"{flag} {path}, line {line}"
-        row = row if isinstance(row, dict) else {}
-        row = {**row, "prompt": row.get("prompt", row.get("question"))}
-        if not common.is_prompt(row["prompt"]):
-            fail(f'{where}: needs a "prompt" (or "question"), a text or a list of messages')
-        ids = common.encode_prompt(tokenizer, row["prompt"], args.system, args.chat)
-        if not 0 < len(ids) <= args.max_prompt_tokens:
-            left_out += 1
-            continue
-        if needs_answer and not has_answer(row):
-            fail(f'{where}: {needs_answer} needs an "answer", a text or a number')
-        kept.append((ids, row))
-    if left_out:
-        limit = f"--max_prompt_tokens {args.max_prompt_tokens}"
-        common.say(f"{flag}: {left_out} of {left_out + len(kept)} prompts left out ({limit})")
-        if not kept:
-            fail(f"{flag}: every prompt is longer than {limit}")
-    return kept
 
 
 def load_task(args, world):
@@ -786,14 +753,14 @@ def load_task(args, world):
         multiple = f"a multiple of --minibatches {args.minibatches} x {world.size} processes"
         fail(f"--prompts_per_step {args.prompts_per_step} must be {multiple}")
     config = common.policy_config(args.model)
-    date = common.run_date(args, world)
+    date = common.run_date(args, world)  # some chat templates print it
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)
     reward = load_reward(args.reward, world, date)
-    needs_answer = reward.needs_answer
-    prompts = load_prompts(args.data, "--data", tokenizer, args, needs_answer)
-    if args.eval_samples and not needs_answer:
-        needs_answer = "--eval_samples"
-    held_out = load_prompts(args.eval_data, "--eval_data", tokenizer, args, needs_answer)
+    prompts = common.load_prompts(args.data, "--data", tokenizer, args, reward.answer_flag)
+    answer_flag = reward.answer_flag
+    if args.eval_samples and not answer_flag:
+        answer_flag = "--eval_samples"
+    held_out = common.load_prompts(args.eval_data, "--eval_data", tokenizer, args, answer_flag)
     longest = max(len(ids) for ids, _ in prompts + held_out)
     args = common.fit_context(args, longest, config)
     if reward.is_model:

@@ -114,7 +114,7 @@ def test_ratios_beyond_floating_point_stay_finite(ratio, monkeypatch):
     samples = SimpleNamespace(logprobs=old)
     mask = torch.ones(1, 3).bool()
     monkeypatch.setattr(grpo, "token_logprobs", lambda *a: (logprobs, torch.zeros(1, 3)))
-    batch = grpo.Batch(samples, mask, torch.tensor([-1.0]), mask / 3, old, old)
+    batch = grpo.Batch(samples, torch.tensor([-1.0]), mask / 3, old, old)
     args = grpo.resolve(grpo.Args(ratio=ratio, beta=0.1))
     loss = grpo.update_loss(None, batch, [0], args, common.Meter(), True)
     loss.backward()
@@ -183,7 +183,7 @@ def test_the_gradient_is_the_same_however_the_step_is_cut(aggregate, sequence, s
     for tokens in (100_000, 90, 1):
         model.zero_grad()
         w = token_weights(s.mask, aggregate, 12, CPU)
-        s.group = shared
+        s.rows_per_prompt = shared
         for part in micro_batches(range(len(s.mask)), s.mask.any(1), s, tokens, CPU):
             logprobs, _ = token_logprobs(model, s, part, 1.0)
             C = logprobs.shape[1]
@@ -246,7 +246,7 @@ def test_a_prompt_computed_once_gives_the_gradient_of_a_prompt_computed_for_each
         model.zero_grad()
         seen = torch.zeros_like(s.logprobs)
         for part in ([0, 1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11]):  # the second group is cut
-            s.group = group
+            s.rows_per_prompt = group
             logprobs, _ = token_logprobs(model, s, part, 0.8)
             (logprobs * w[part, : logprobs.shape[1]]).sum().backward()
             seen[part, : logprobs.shape[1]] = logprobs.detach()
@@ -309,7 +309,7 @@ def test_completions_of_one_token_need_no_second_forward_to_be_right():
     model = family("llama")
     s = sample(model, make_tokenizer(), [[5, 6, 7], [8]], n=2, max_new_tokens=1, seed=0)
     shared, _ = token_logprobs(model, s, [0, 1, 2, 3], 1.0)
-    s.group = 1
+    s.rows_per_prompt = 1
     plain, _ = token_logprobs(model, s, [0, 1, 2, 3], 1.0)
     torch.testing.assert_close(shared, plain)
 
