@@ -1681,3 +1681,130 @@ def rollout(model, tokenizer, prompts, n, max_new_tokens, temperature, seed):
         for row, end, done in zip(ids.tolist(), length.tolist(), finished.tolist())
     ]
     return Samples(prompt_ids, prompt_mask, ids[:, :C], mask, logprobs[:, :C], finished, texts)
+
+
+# ---- shims for the new interface ----
+Samples.rows_per_prompt = 1
+_sample = sample
+def sample(*a, n=1, **k):
+    s = _sample(*a, n=n, **k)
+    s.rows_per_prompt = n
+    return s
+as_samples = given
+rows_of_step = picked
+nth_row = pick
+run_date = began
+stop_together = together
+
+def is_prompt(value):
+    messages = isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("content"), (str, list)) and "role" in m for m in value
+    )
+    return bool(value) and (isinstance(value, str) or messages)
+
+def take(self, rows):
+    tensors = {name: value[rows] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+    return dataclasses.replace(self, texts=[self.texts[i] for i in rows.tolist()], **tensors)
+Samples.take = take
+
+def completion_states(model, samples, rows):
+    n = samples.rows_per_prompt
+    device = samples.ids.device
+    prompts, owner = torch.tensor(rows, device=device).div(n, rounding_mode="floor").unique(return_inverse=True)
+    P = int(samples.prompt_mask[rows].sum(1).max())
+    C = int(samples.mask[rows].sum(1).max())
+    first = rows if n == 1 else prompts * n
+    prompt_ids, prompt_mask = samples.prompt_ids[first, -P:], samples.prompt_mask[first, -P:]
+    ids, mask = samples.ids[rows, :C], samples.mask[rows, :C]
+    if n == 1:
+        inputs = torch.cat([prompt_ids, ids[:, :-1]], 1), torch.cat([prompt_mask, mask[:, :-1]], 1)
+        return hidden_states(model, *inputs)[:, prompt_ids.shape[1] - 1 :], ids, mask
+    start, cache = prompt_states(model, prompt_ids, prompt_mask)  # [p, 1, width]
+    cache.reorder_cache(owner)
+    given = ids[:, : max(C - 1, 1)]
+    seen = torch.cat([prompt_mask[owner], mask[:, : given.shape[1]]], 1)
+    states = hidden_states(model, given, seen, cache)
+    return torch.cat([start[owner], states], 1)[:, :C], ids, mask
+
+class Meter:
+    """What a step collects for the log, over its micro-batches and all processes."""
+
+    def __init__(self):
+        self.sums = {}
+        self.counts = {}
+        self.maxima = {}
+    def add(self, name, values, mask=None):
+        values = values.double()
+        if mask is not None:
+            values = values * mask
+        count = values.numel() if mask is None else mask.sum()
+        self.sums[name] = self.sums.get(name, 0) + values.sum()
+        self.counts[name] = self.counts.get(name, 0) + count
+    def total(self, name, value):
+        self.sums[name] = self.sums.get(name, 0) + value.double()
+    def maximum(self, name, values):
+        self.maxima[name] = torch.maximum(self.maxima.get(name, values.max()), values.max())
+    def result(self, world):
+        sums = all_sum(world, *self.sums.values(), *self.counts.values())
+        counts = dict(zip(self.counts, sums[len(self.sums):]))
+        result = {}
+        for name, value in zip(self.sums, sums):
+            if counts.get(name, 1):
+                result[name] = value / counts.get(name, 1)
+        for name, value in self.maxima.items():
+            result[name] = all_gather(world, value.view(1)).max().item()
+        return result
+
+def examples(samples, rewards, tokenizer, n):
+    prompt = tokenizer.decode(samples.prompt_ids[0][samples.prompt_mask[0]])
+    rows = zip(samples.texts[:n], rewards[:n].tolist())
+    return [{"prompt": prompt, "completion": text, "reward": reward} for text, reward in rows]
+
+def advise(metrics, args, said):
+    pass
+def show_progress(bar, metrics, args, said):
+    if bar:
+        kl = f", kl {metrics['kl/ref']:.2f}" if "kl/ref" in metrics else ""
+        bar.set_postfix_str(f"reward {metrics['reward']:.3f}{kl}, {metrics['tokens_per_second']:,.0f} tokens/s")
+        bar.update()
+
+_introduce = introduce
+def introduce(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0):
+    return _introduce(out, args, world, tokenizer, ids, done_steps, {"parameters": 0, "peak": 0})
+
+def save_if_due(out, args, world, step, models, optimizers, stop_asked):
+    ending = all_sum(world, stop_asked())[0] > 0
+    if step % args.save_every == 0 or step == args.steps or ending:
+        save_checkpoint(out, world, step, models, optimizers, args.keep)
+    if ending and step < args.steps:
+        raise Ended(f"stopped by a signal after step {step} of {args.steps}, which is saved")
+
+
+def has_answer(record):
+    return isinstance(record.get("answer"), (str, int, float))
+
+
+def load_prompts(path, flag, tokenizer, args, answer_flag):
+    """[(token ids of the prompt, its line of the file as a dict), ...]. Prompts that are too long
+    are left out, and counted."""
+    kept = []
+    left_out = 0
+    for number, record in read_json(path, flag) if path else ():
+        where = f"{flag} {path}, line {number}"
+        record = record if isinstance(record, dict) else {}
+        record = {**record, "prompt": record.get("prompt", record.get("question"))}
+        if not is_prompt(record["prompt"]):
+            fail(f'{where}: needs a "prompt" (or "question"), a text or a list of messages')
+        ids = encode_prompt(tokenizer, record["prompt"], args.system, args.chat)
+        if not 0 < len(ids) <= args.max_prompt_tokens:
+            left_out += 1
+        elif answer_flag and not has_answer(record):
+            fail(f'{where}: {answer_flag} needs an "answer", a text or a number')
+        else:
+            kept.append((ids, record))
+    if left_out:
+        limit = f"--max_prompt_tokens {args.max_prompt_tokens}"
+        say(f"{flag}: {left_out} of {left_out + len(kept)} prompts left out ({limit})")
+        if not kept:
+            fail(f"{flag}: no prompt is left")
+    return kept

@@ -39,15 +39,15 @@ def train(script, folder, everything, flags):
     module, rows = SCRIPTS[script], []
     honest = module.token_logprobs
 
-    def count(model, prompt_ids, prompt_mask, owner, ids, mask, *rest):
-        rows.append(len(ids))
-        return honest(model, prompt_ids, prompt_mask, owner, ids, mask, *rest)
+    def count(model, samples, part, *rest):
+        rows.append(len(part))
+        return honest(model, samples, part, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "token_logprobs", count)
         patch.setattr(common, "make_optimizer", sgd)
         if everything:
-            patch.setattr(module, "has_gradient", lambda factors: torch.ones(len(factors), dtype=torch.bool))
+            patch.setattr(module, "has_gradient", lambda w, *a: torch.ones(len(w), dtype=torch.bool))
         module.train(module.Args(**{"out": str(folder), "device": "cpu", "eval_data": "", "warmup": 0} | flags))
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return log, common.read_checkpoint(folder)["models"]["policy"], sum(rows)
@@ -164,7 +164,7 @@ def train_here(script, out, flags):
     def stand_in(model, tokenizer, prompts, *, n=1, **settings):
         lengths = [(p, 1 + (len(p) + j) % (len(p) + 2)) for p in prompts for j in range(n)]
         texts = [[*itertools.islice(itertools.cycle(p[::-1]), length), tokenizer.eos_token_id] for p, length in lengths]
-        return common.given([p for p, _ in lengths], texts, tokenizer, common.start("cpu"))
+        return common.as_samples([p for p, _ in lengths], texts, tokenizer, common.start("cpu"))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "sample", stand_in)
@@ -178,7 +178,7 @@ def test_processes_with_unequal_numbers_of_rows_have_the_gradient_of_one(script,
     (tmp_path / "r.py").write_text(REWARDS)
     count, step = 8, 4  # rows in the file; prompts of a step, the first half of which is the first process's
     rows = [{"prompt": f"{'92417368'[i]}{'53' * (1 + i % 3)}=", "answer": str(i)} for i in range(count)]
-    order = [common.pick(count, i, 1) for i in range(2 * step)]
+    order = [common.nth_row(count, i, 1) for i in range(2 * step)]
     for place, number in enumerate(order):
         rows[number]["half"] = place % step // (step // 2)
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
