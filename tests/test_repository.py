@@ -319,5 +319,18 @@ def write_line_numbers():
         path.write_text(text)
 
 
+@pytest.mark.parametrize("broken, status", [(False, 0), (True, 1)])
+def test_somebodys_copy_of_a_script_is_tested_by_its_tests(broken, status, tmp_path):
+    """`--script my_grpo.py` tests that file: one that takes the loss with the wrong sign fails."""
+    text = (ROOT / "grpo.py").read_text()
+    assert "return -(gain * weights)" in text
+    if broken:
+        text = text.replace("return -(gain * weights)", "return (gain * weights)")
+    (tmp_path / "my_grpo.py").write_text(text)
+    tests = [str(ROOT / "tests" / "test_grpo.py"), "--script", str(tmp_path / "my_grpo.py")]
+    command = [sys.executable, "-m", "pytest", "-q", *tests, "-k", "the_clip_stops_the_gradient"]
+    assert subprocess.run(command, capture_output=True, cwd=ROOT).returncode == status
+
+
 if __name__ == "__main__":
     write_line_numbers()
