@@ -1,12 +1,19 @@
-"""What the five scripts share: loading (models, and whatever else a run begins and goes on with), and sampling. No
-algorithm lives here.
+"""What the five scripts share. No algorithm lives here: read a script first.
 
-Read an algorithm's script first; come here to see how a model is prepared or how a completion is drawn. In order:
-processes and seeds; flags, files and functions that the user gives; text to ids; models; memory; optimizer; a run's
-folder, checkpoint and end; then `sample`.
+LOADING: all that a run begins with and goes on from
+  Processes and seeds   start, fold, all_sum
+  The user's input      check_flags, read_json, load_function
+  Text to token ids     load_tokenizer, encode_prompt, encode_completion, encode_answer
+  Configs               read_config, fit_context
+  Models                load_policy, load_reference, load_scalar, shard, save_model
+  States and logits     hidden_states, prompt_states, completion_states, logits_of
+  Rewards               checked, stop_together, load_scorer
+  Memory and optimizer  make_optimizer, learning_rate_at, clip_gradients
+  A run                 open_run, introduce, save_checkpoint, load_checkpoint, log, guarded
+SAMPLING: `sample` and its parts
 
-Shapes: B rows, P prompt columns, C completion columns, V vocabulary. Prompts are padded on the left, so that every
-completion starts in the same column; completions are padded on the right.
+Shapes: B rows, P prompt columns, C completion columns, V vocabulary. Prompts are padded on
+the left, so all completions start in the same column; completions are padded on the right.
 """
 
 import contextlib
@@ -31,7 +38,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,16 +57,17 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     PreTrainedConfig,
-    PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
-# -- Processes, device, precision, seeds -----------------------------------------------------------------------------
+# ======================================== LOADING =================================================
+
+# -- Processes and seeds --------------------------
 
 
 def say(message):
-    """A line on the console, once and not for each process."""
+    """Prints a line on the first process only."""
     if int(os.environ.get("RANK", 0)) == 0:
         tqdm.write(message)
 
@@ -69,14 +76,19 @@ say_once = functools.lru_cache(say)
 
 
 def fail(message):
-    """A mistake of the user's: one sentence on stderr, exit status 2."""
+    """Ends the run after a mistake of the user's: one sentence, exit status 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
+def first_line(error):
+    """An exception's message without the paragraphs that libraries add."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 @dataclass(frozen=True)
 class World:
-    """Where this process runs: its rank among `size` processes, its device, and the dtype that computes."""
+    """One process among `size`: its rank, its device, the dtype in which it computes."""
 
     rank: int
     size: int
@@ -85,69 +97,58 @@ class World:
 
 
 def start(device="auto", dtype="auto", seed=0):
-    """Joins the other processes (torchrun sets RANK and WORLD_SIZE) and picks device and precision.
-
-    On a CPU everything is float32 by default. On a GPU, and on a CPU with --dtype bfloat16, the
-    weights that compute are bfloat16 and the weights that learn are float32: a bfloat16 weight of
-    1.0 cannot even move by the 1e-6 that a step at learning rate 1e-6 makes.
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        fail(f"--device {device}: choose auto, cpu or cuda")
+    """Chooses device and dtype and joins the other processes, which torchrun has started."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: torch finds no GPU here; use --device cpu, or install a torch built for CUDA")
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    dtypes["auto"] = torch.bfloat16 if device == "cuda" else torch.float32
-    if dtype not in dtypes:
-        fail(f"--dtype {dtype}: choose auto, float32 or bfloat16")
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    where = torch.device("cpu")
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    place = torch.device(device)
     if device == "cuda":
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if where.index >= torch.cuda.device_count():
-            fail(f"process {where.index} finds only {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
-        torch.cuda.set_device(where)
-    world = World(rank, size, where, dtypes[dtype])
-    if not dist.is_initialized() and is_sharded(world):
-        # FSDP2 (see `shard`) wants a process group, even if it holds this process alone
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(place)
+    rank = int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    world = World(rank, size, place, getattr(torch, dtype))
+    if is_sharded(world) and not dist.is_initialized():
         settings = {"timeout": datetime.timedelta(hours=1)}
-        if size == 1:
+        if size == 1:  # FSDP2 needs a process group even for one process
             settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         elif device == "cuda":
-            settings["device_id"] = where  # else a barrier has to guess it, and warns
+            settings["device_id"] = place  # otherwise barriers guess it and warn
         dist.init_process_group("nccl" if device == "cuda" else "gloo", **settings)
     torch.manual_seed(seed)
-    transformers_logging.disable_progress_bar()  # ours is the only one; theirs are many and short
+    transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     return world
 
 
 def is_sharded(world):
-    """Whether FSDP2 holds the weights (see `shard`). A lone CPU process that computes in float32 has no use for it."""
+    """Whether FSDP2 holds the weights: not in one CPU process in float32."""
     return world.size > 1 or world.device.type == "cuda" or world.dtype != torch.float32
 
 
-ORDER, DRAW, CUT, PASS, AGAIN, EVAL = range(6)  # what a random choice is for: no two of them share a seed
+# what a random number is for: no two purposes share a seed
+ORDER, DRAW, CUT, PASS, AGAIN, EVAL = range(6)
 
 
 def fold(*numbers):
-    """One seed out of several numbers (seed, step, rank, ...). Every random choice of a run is drawn from such a seed
-    and never from a generator that lives on, so a resumed run has no generator's state to restore."""
+    """One seed made of several numbers. All random choices are drawn from seeds made of seed,
+    step and rank, so a resumed run has no generator state to restore."""
     digest = hashlib.sha256(repr(tuple(int(n) for n in numbers)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def all_sum(world, *numbers):
-    """The sums over all processes, as a list of floats, added in float64."""
-    total = torch.tensor([float(x) for x in numbers], dtype=torch.float64, device=world.device)
+    """The sums over all processes, a list of floats, added in float64."""
+    floats = [float(x) for x in numbers]
+    total = torch.tensor(floats, dtype=torch.float64, device=world.device)
     if world.size > 1:
         dist.all_reduce(total)
     return total.tolist()
 
 
 def all_gather(world, tensor):
-    """The tensors of all processes, of one shape, joined along the first dimension in the order of their ranks."""
+    """Tensors of one shape from all processes, joined along dimension 0 by rank."""
     if world.size == 1:
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(world.size)]
@@ -155,64 +156,44 @@ def all_gather(world, tensor):
     return torch.cat(parts)
 
 
-# -- What the user gives: flags, files, functions ----------------------------------------------------------------------
+# -- The user's input -----------------------------
+
+COUNTS = """prompts_per_step samples_per_prompt pairs_per_step max_tokens max_prompt_tokens
+max_new_tokens epochs minibatches tokens_per_micro_batch sample_rows eval_every save_every
+keep""".split()
 
 
 def check_flags(args):
-    """Refuses numbers that no script could work with; what else a flag must not be, its script says."""
-    names = vars(args).keys()
-    counts = (
-        "prompts_per_step samples_per_prompt pairs_per_step max_tokens max_prompt_tokens max_new_tokens epochs minibatches "
-        "tokens_per_micro_batch sample_rows eval_every save_every keep"
-    )
-    for name in [n for n in counts.split() if n in names]:
-        if getattr(args, name) < 1:
-            fail(f"--{name} {getattr(args, name)}: must be 1 or more")
-    for name, value in vars(args).items():  # rates, weights, numbers of steps; nan is refused as well
-        if type(value) in (int, float) and name not in ("max_grad_norm", "simpo_margin") and not value >= 0:
-            fail(f"--{name} {value}: must be 0 or more")
-    if not args.max_grad_norm > 0:
-        fail(f"--max_grad_norm {args.max_grad_norm}: must be above 0; inf scales nothing down")
-    if "temperature" in names and not args.temperature:
-        fail("--temperature must be above 0: a greedy policy tries nothing new, and its samples are all the same")
-    if args.template_args:
-        check_template_args(args.template_args)
+    """Refuses numbers that no script can work with."""
+    for name, value in vars(args).items():
+        if type(value) not in (int, float) or name == "simpo_margin":
+            continue
+        if name in ("temperature", "max_grad_norm") and not value > 0:
+            fail(f"--{name} {value}: must be above 0")
+        least = 1 if name in COUNTS else 0
+        if not value >= least:  # also true of nan
+            fail(f"--{name} {value}: must be {least} or more")
     if args.resume and not args.steps:
-        fail("--steps 0 evaluates a model; for what a run has made, leave out --resume and give its folder, --model RUN/model")
-
-
-def check_template_args(text):
-    """--template_args is a JSON object; what transformers itself takes is not for a template."""
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        fail(f"--template_args {text}: not JSON ({error})")
-    if not isinstance(values, dict):
-        fail(f'--template_args {text}: not an object like {{"enable_thinking": false}}')
-    taken = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
-    for name in values:
-        if name == "messages" or name in taken and name not in ("tools", "documents"):
-            fail(f"--template_args {text}: {name} is not for the template; common.py decides it")
+        fail("--steps 0 evaluates a model: give --model RUN/model instead of --resume")
 
 
 def read_json(path, flag):
-    """[(line number, value), ...] of a JSON-lines file; a mistake is named with its line."""
+    """[(line number, value), ...] of a JSON-lines file."""
     try:
         text = Path(path).read_bytes().decode()
-    except OSError as error:
-        fail(f"{flag} {path}: {error.strerror}")
-    except UnicodeDecodeError:
-        fail(f"{flag} {path}: not a text file in UTF-8")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{flag} {path}: cannot be read as text in UTF-8 ({error})")
     values = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if len(line) > 10_000_000:
-            fail(f"{flag} {path}, line {number}: {len(line) / 1e6:.0f} million characters in one line")
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() also cuts at U+2028
         try:
-            values += [(number, json.loads(line))] if line.strip() else []
+            if line.strip():
+                values.append((number, json.loads(line)))
         except ValueError as error:
-            array = "; this looks like one array: give each object a line of its own" if text.lstrip().startswith("[") else ""
-            fail(f"{flag} {path}, line {number}: not JSON ({error}){array}")
-    return values or fail(f"{flag} {path}: no rows in it")
+            why = f"not JSON ({error}); write no array, but one object a line"
+            fail(f"{flag} {path}, line {number}: {why}")
+    if not values:
+        fail(f"{flag} {path}: no rows in it")
+    return values
 
 
 def load_function(spec, flag):
@@ -220,138 +201,127 @@ def load_function(spec, flag):
     file, _, name = spec.partition(":")
     if not Path(file).is_file():
         fail(f"{flag} {spec}: no such file {file}")
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file))
+    info = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
+    module = importlib.util.module_from_spec(info)
+    sys.modules[info.name] = module  # dataclasses in the file look themselves up there
     try:
-        sys.modules[module.__name__] = module  # as an import does: dataclasses in the file look themselves up there
-        module.__spec__.loader.exec_module(module)
+        info.loader.exec_module(module)
+        return getattr(module, name)
     except Exception as error:
-        fail(f"{flag} {spec}: {file} cannot be imported ({type(error).__name__}: {error})")
-    if not callable(getattr(module, name, None)):
-        fail(f"{flag} {spec}: {file} has no function {name!r}; write {flag} {file}:function")
-    return getattr(module, name)
+        why = f"cannot be imported or has no function {name!r}"
+        fail(f"{flag} {spec}: {file} {why} ({type(error).__name__}: {error})")
 
 
-# -- Tokenizer: pad, stop set, chat template -------------------------------------------------------------------------
-
+# -- Text to token ids ----------------------------
 
 BEGAN = datetime.datetime.now().isoformat(timespec="seconds")
 
 
 def first_date(args):
-    """When the run began. A resumed run finds it in its args.json."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        if args.resume:
+    """When the run began. A resumed run reads it from its args.json."""
+    if args.resume:
+        with contextlib.suppress(OSError, ValueError, KeyError):
             return json.loads((Path(args.out) / "args.json").read_text())["began"]
     return BEGAN
 
 
-def began(args, world):
-    """`first_date` of the first process, on all of them. Some chat templates print the date:
-    without this, a run that is resumed the next day would go on with other prompts."""
+def run_date(args, world):
+    """`first_date` of the first process. Some chat templates print the date: a run that is
+    resumed a day later must not go on with other prompts."""
     answer = [first_date(args)]
     if world.size > 1:
         dist.broadcast_object_list(answer)
     return answer[0]
 
 
-def load_tokenizer(path, template_args="", date=None):
-    """A tokenizer that has a pad token: its own, or else EOS. Pad may equal EOS here, because masks are made of lengths in
-    this project. One that compares ids with the pad id hides the real EOS, too, and the model never learns to stop."""
+@contextlib.contextmanager
+def loading(path):
+    """Turns transformers' errors into one sentence."""
     try:
-        # without trust_remote_code=False, here and wherever a folder is read, transformers asks on the terminal
-        # whether to run code from the folder
+        yield
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        fail(f"{path}: no such model could be loaded ({first_line(error)})")
+
+
+def load_tokenizer(path, template_args="", date=None):
+    """A tokenizer with a pad token: its own, or EOS. All masks are made from lengths: `ids != pad`
+    would hide EOS where it is pad, and the model would never learn to stop."""
+    vocab_size = read_config(path).get_text_config().vocab_size
+    with loading(path):
+        # without trust_remote_code=False transformers asks the user whether to run code
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        read_config(path)  # where there is no model at all, it says so better
-        fail(f"{path}: no tokenizer could be loaded ({str(error).splitlines()[0]})")
-    words = read_config(path).get_text_config().vocab_size
-    if tokenizer.vocab_size > words:
-        fail(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens and its model {words}; they do not belong together")
+    if tokenizer.vocab_size > vocab_size:
+        fail(f"{path}: tokenizer and model do not belong together: it has more tokens")
     if tokenizer.eos_token_id is None:
-        fail(f"{path}: its tokenizer has no EOS token, so no completion could end; set eos_token")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= words:
+        fail(f"{path}: its tokenizer has no EOS token, so no completion could end")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocab_size:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.template_args = json.loads(template_args or "{}")
     tokenizer.date = date and datetime.datetime.fromisoformat(date)
+    try:
+        tokenizer.template_args = dict(json.loads(template_args or "{}"))
+    except (ValueError, TypeError):
+        fail(f"--template_args {template_args}: not a JSON object")
     for name in tokenizer.template_args:
-        if not tokenizer.chat_template:
-            fail(f"--template_args: the tokenizer of {path} has no chat template")
         if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
             fail(f"--template_args: the chat template of {path} does not know {name}")
     return tokenizer
 
 
 def render(tokenizer, talk, **settings):
-    """Chat messages as the tokenizer's chat template writes them, given --template_args, with the
-    date on which the run began. Templates ask for the date by `strftime_now`; transformers 5.24
-    gives a template no function but its own, so the calls are replaced by their result."""
-    date = getattr(tokenizer, "date", None)
+    """Chat messages as the chat template writes them, with the date on which the run began."""
     template = tokenizer.get_chat_template()
+    date = getattr(tokenizer, "date", None)
     if date:
-        call = r"strftime_now\(\s*(?:\"([^\"]*)\"|'([^']*)')\s*\)"
-        template = re.sub(call, lambda m: json.dumps(date.strftime(m[1] or m[2] or "")), template)
-    given = getattr(tokenizer, "template_args", {})
-    return tokenizer.apply_chat_template(talk, chat_template=template, tokenize=False, **given, **settings)
+        call = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
+        template = re.sub(call, lambda found: json.dumps(date.strftime(found[2])), template)
+    settings = {**getattr(tokenizer, "template_args", {}), **settings}
+    return tokenizer.apply_chat_template(talk, chat_template=template, tokenize=False, **settings)
 
 
-def own_pad(tokenizer):
-    """A pad token that ends no text, for sequence classifiers: transformers' score the last id that is not pad, and where pad
-    is EOS that is the token before the end. One that the vocabulary has, or else a new one."""
-    end = tokenizer.convert_ids_to_tokens(turn_end(tokenizer, str(tokenizer.chat_template)))
-    taken = (tokenizer.eos_token, tokenizer.bos_token, end)
-    names = [t.content for t in tokenizer.added_tokens_decoder.values() if "pad" in t.content.lower()]
-    spare = [name for name in (*names, tokenizer.unk_token) if name and name not in taken]
-    if tokenizer.pad_token in taken:
-        tokenizer.add_special_tokens({"pad_token": spare[0] if spare else "<|pad|>"})
+@functools.lru_cache
+def text_after_answer(tokenizer, template):
+    """What the chat template writes after an answer. `template` is only the cache's key."""
+    talk = [*messages("question"), {"role": "assistant", "content": "an answer"}]
+    try:
+        _, found, after = render(tokenizer, talk).rpartition("an answer")
+    except Exception:  # there is no template, or it wants other messages
+        return ""
+    return after if found else ""
+
+
+def turn_end(tokenizer):
+    """The special token that the chat template writes after an answer (Gemma's is not EOS), or
+    else EOS."""
+    after = text_after_answer(tokenizer, str(tokenizer.chat_template))
+    ids = tokenizer(after, add_special_tokens=False).input_ids
+    added = tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
+    return ids[0] if added and added.special else tokenizer.eos_token_id
 
 
 def stop_ids(model, tokenizer):
-    """All ids that end a completion: the tokenizer's EOS, those of the generation config, and the template's end of a turn.
-    A chat model often has two (end of turn, end of text); knowing only one makes good answers look cut off."""
-    config = getattr(model, "generation_config", None)
-    listed = getattr(config, "eos_token_id", None)
-    listed = listed if isinstance(listed, (list, tuple)) else [listed]
-    return sorted(
-        {i for i in (*listed, tokenizer.eos_token_id, turn_end(tokenizer, str(tokenizer.chat_template))) if i is not None}
-    )
+    """All ids that end a completion. Without one of them good answers would look cut off."""
+    listed = model.generation_config.eos_token_id
+    if not isinstance(listed, list):
+        listed = [listed]
+    return sorted({*listed, tokenizer.eos_token_id, turn_end(tokenizer)} - {None})
 
 
-@functools.lru_cache
-def around_answer(tokenizer, template):
-    """What the chat template (here as a text, to remember by) writes around an answer that it is
-    given: between its generation prompt and the answer (thinking models: an empty thought; None if
-    its generation prompt does not begin such a text), and what ends the turn."""
-    question = messages("question")
-    try:
-        start = render(tokenizer, question, add_generation_prompt=True)
-        whole = render(tokenizer, [*question, {"role": "assistant", "content": "an answer"}])
-    except Exception:  # there is no template, or it wants more than these two
-        return "", ""
-    before, found, after = whole.rpartition("an answer")
-    if not found:
-        return "", ""
-    return before[len(start) :] if before.startswith(start) else None, after
-
-
-@functools.lru_cache
-def turn_end(tokenizer, template):
-    """The id that ends an answer: the special token that the chat template (here as a text, to remember by) writes after
-    it (that of Gemma or Phi is not their EOS), or else EOS."""
-    after = around_answer(tokenizer, template)[1]
-    first = tokenizer(after, add_special_tokens=False).input_ids[:1]
-    special = first and first[0] in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[first[0]].special
-    return first[0] if special else tokenizer.eos_token_id
+def own_pad(tokenizer):
+    """Gives a classifier's tokenizer a pad token that ends no text. transformers score the last
+    id that is not pad: if EOS were pad, that would be the token before the end."""
+    end = tokenizer.convert_ids_to_tokens(turn_end(tokenizer))
+    if tokenizer.pad_token in (tokenizer.eos_token, tokenizer.bos_token, end):
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
 
 
 def encode(tokenizer, text):
-    """Raw text to ids, with whatever the tokenizer puts before a text (Gemma and Llama want their BOS), but not twice:
-    a text that starts with BOS already, as rendered templates do, gets no second one."""
-    doubled = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return tokenizer(text, add_special_tokens=not doubled).input_ids
+    """Raw text to ids, after BOS if the tokenizer puts one and the text has none yet."""
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=not has_bos).input_ids
 
 
 def messages(prompt, system=""):
-    """A prompt as chat messages; the system message goes before those that have none."""
+    """A prompt as chat messages, after `system` if it has no system message of its own."""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if system and prompt[0]["role"] != "system":
@@ -359,547 +329,277 @@ def messages(prompt, system=""):
     return prompt
 
 
-def encode_prompt(tokenizer, prompt, system="", chat=True):
-    """A prompt to ids. A list of chat messages goes through the chat template; a string becomes a user message (after
-    the system message, if there is one) when there is a template and `chat` is on, and is raw text otherwise."""
-    if isinstance(prompt, str):
-        if not (chat and tokenizer.chat_template):
-            return encode(tokenizer, f"{system}\n{prompt}" if system else prompt)
-    elif not tokenizer.chat_template:
-        fail("a prompt is a list of chat messages, but the tokenizer has no chat template; give it as text")
+def encode_chat(tokenizer, talk, **settings):
     try:
-        text = render(tokenizer, messages(prompt, system), add_generation_prompt=True)
-    except Exception as error:  # some templates know no system message, or want user and assistant to take turns
-        fail(f"the chat template refuses the prompt {str(prompt):.200}: {error}")
-    # the template has written every special token itself; letting the tokenizer add its own would double the BOS
+        text = render(tokenizer, talk, **settings)
+    except Exception as error:  # some templates want no system message, or strict turns
+        why = f"no chat template to render it, or the template refuses it ({first_line(error)})"
+        fail(f"prompt {str(talk):.200}: {why}")
+    # the template has written BOS already
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
+def encode_prompt(tokenizer, prompt, system="", chat=True):
+    """A prompt to ids, through the chat template. A string is raw text if there is no template
+    or `chat` is off."""
+    if isinstance(prompt, str) and not (chat and tokenizer.chat_template):
+        return encode(tokenizer, f"{system}\n{prompt}" if system else prompt)
+    return encode_chat(tokenizer, messages(prompt, system), add_generation_prompt=True)
+
+
 def encode_completion(tokenizer, text, chat=False, prompt=None, system=""):
-    """A given answer (a demonstration, one side of a pair) to ids, ended by EOS, or, in a chat, by what ends a turn: an
-    answer without its end teaches the model never to stop. Prompt and answer are tokenised apart and their ids joined,
-    because the sampler joins ids too: at the seam, tokenise(a) + tokenise(b) is not tokenise(a + b)."""
-    end = turn_end(tokenizer, str(tokenizer.chat_template)) if chat else tokenizer.eos_token_id
+    """A given answer (a demonstration, one side of a pair) to ids. Without its end it would teach
+    the model never to stop. It is tokenized apart from its prompt, as in sampling."""
+    end = turn_end(tokenizer) if chat else tokenizer.eos_token_id
     if chat and tokenizer.chat_template and prompt is not None:
-        text = opening(tokenizer, prompt, text, system) + text
+        text = written_answer(tokenizer, messages(prompt, system), text)
     ids = tokenizer(text, add_special_tokens=False).input_ids
     return ids if ids[-1:] == [end] else [*ids, end]
 
 
-def opening(tokenizer, prompt, answer, system):
-    """What the chat template writes between its generation prompt and a given answer. Templates of
-    thinking models write an empty thought there. A reward model reads it (`encode_answer`), and a
-    model that is asked to think learns it with the answer."""
-    before, after = around_answer(tokenizer, str(tokenizer.chat_template))
-    if before is None:
-        say_once(
-            "note: the chat template does not write its generation prompt before an answer that it is "
-            "given; given answers follow the generation prompt as they are"
-        )
-    if not before:
-        return ""
-    talk = messages(prompt, system)
-    start = render(tokenizer, talk, add_generation_prompt=True)
+def written_answer(tokenizer, talk, answer):
+    """What the chat template writes after its generation prompt: in thinking models an empty
+    thought, which a reward model reads too, then the answer."""
+    before = render(tokenizer, talk, add_generation_prompt=True)
     whole = render(tokenizer, [*talk, {"role": "assistant", "content": answer}])
-    between = whole.removeprefix(start).removesuffix(after)
-    for written in (answer, answer.strip()):  # many templates strip what they are given
-        if between.endswith(written):
-            return between[: len(between) - len(written)]
-    return ""  # the template writes this answer otherwise: it has a thought of its own
+    if not whole.startswith(before):
+        say_once("note: given answers follow the generation prompt as they are")
+        return answer
+    after = text_after_answer(tokenizer, str(tokenizer.chat_template))
+    written = whole.removeprefix(before).removesuffix(after)
+    # some templates drop an answer's own thought
+    return written if written.strip().endswith(answer.strip()) else answer
 
 
 def encode_answer(tokenizer, prompt, completion):
-    """A whole conversation as a reward model reads it -> ids: rendered by its template, or else prompt and completion,
-    ended by EOS."""
+    """A whole conversation to ids, as a reward model reads it."""
     talk = messages(prompt)
-    if tokenizer.chat_template:
-        try:
-            text = render(tokenizer, [*talk, {"role": "assistant", "content": completion}])
-        except Exception as error:  # some templates know no system message, or want user and assistant to take turns
-            fail(f"the reward model's chat template refuses the prompt {str(prompt):.200}: {error}")
-        return tokenizer(text, add_special_tokens=False).input_ids
-    if any(not isinstance(m["content"], str) for m in talk):
-        fail(f"a message's content is no text, and the tokenizer has no chat template to render it: {str(prompt):.200}")
-    return encode(tokenizer, "\n".join(m["content"] for m in talk)) + encode_completion(tokenizer, completion)
+    texts = [message["content"] for message in talk]
+    if tokenizer.chat_template or not all(isinstance(text, str) for text in texts):
+        return encode_chat(tokenizer, [*talk, {"role": "assistant", "content": completion}])
+    return encode(tokenizer, "\n".join(texts)) + encode_completion(tokenizer, completion)
 
 
-# -- Models ----------------------------------------------------------------------------------------------------------
+# -- Configs --------------------------------------
 
 
 def read_config(path, **changes):
-    """A model's config with every dropout at 0. Dropout makes two forwards of one text differ: the first ratio is
-    then not 1, and the KL to a reference of the same weights not 0 but in the thousands."""
-    if Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
-            meant = f"; did you mean {path}/model?" if (Path(path) / "model").is_dir() else ""
-            fail(f"{path}: this folder has no config.json, so it holds no model{meant}")
-    elif Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
-        fail(f"{path}: no such model folder (and a model's name on a hub looks like owner/name)")
-    try:
+    """A model's config with every dropout at 0. With dropout the first ratio would not be 1, and
+    the KL to an equal reference would be in the thousands."""
+    with loading(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **changes)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        fail(f"{path}: no model could be loaded ({str(error).splitlines()[0]})")
-    parts = [config]
-    for part in parts:
-        for name, value in vars(part).items():
-            if isinstance(value, PreTrainedConfig):
-                parts.append(value)
-            # PhiMoE's is no noise but a margin, and acts in evaluation, too; see `prepare`
-            margin = part.model_type == "phimoe" and name == "router_jitter_noise"
-            if isinstance(value, float) and ("drop" in name or "jitter" in name) and not margin:
-                setattr(part, name, 0.0)
+    set_noise(config)
     return config
 
 
-def load(auto, path, dtype, **changes):
-    """from_pretrained, the careful way: the dtype is always given (the default is the file's, and a policy left in
-    bfloat16 learns nothing at small rates), weights come from safetensors only, and no code from the hub is run. A weight that
-    the folder lacks would be drawn at random, and trained in silence: only a scalar head may be new. Returns the model and the
-    names of what is new."""
-    settings = {"config": read_config(path, **changes), "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
-    try:
-        model, info = auto.from_pretrained(path, **settings, output_loading_info=True)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        fail(f"{path}: no model could be loaded ({str(error).splitlines()[0]})")
-    # what `save_model` writes: the config as it came, with its dropout, so that others find what they know
-    model.config_to_save = AutoConfig.from_pretrained(path, trust_remote_code=False, **changes)
-    may_lack = set(scalar_head(model).parameters()) if auto is AutoModelForSequenceClassification else set()
-    weights = dict(model.named_parameters())
-    missing = sorted(info["missing_keys"])
-    lacking = [k for k in missing if k in weights and weights[k] not in may_lack]
-    if lacking:
-        fail(f"{path}: the folder has no weights for {len(lacking)} parts of the model, among them {lacking[0]}")
-    return model, missing
+def set_noise(config, source=None):
+    """Sets every dropout and jitter to 0, or as in another config."""
+    for name, value in list(vars(config).items()):
+        wanted = getattr(source, name, None)
+        # PhiMoE's router_jitter_noise is a margin that acts in evaluation too (see `prepare`)
+        margin = config.model_type == "phimoe" and name == "router_jitter_noise"
+        if isinstance(value, PreTrainedConfig):
+            set_noise(value, wanted)
+        elif isinstance(value, float) and ("drop" in name or "jitter" in name) and not margin:
+            setattr(config, name, wanted or 0.0)
 
 
-def shard(model, world):
-    """Hands the model to FSDP2, unless a lone CPU process computes in float32, which keeps it as it is.
-
-    FSDP2 keeps each weight as a float32 shard (the master that AdamW steps) and, for the time of a forward or
-    backward, makes the whole weight in `world.dtype`. So one mechanism serves one GPU and many, and policy, rollout
-    and reference all compute with the same bfloat16 numbers: KL and log-ratio start at exactly 0 (given the same batches).
-    """
-    if not is_sharded(world):
-        return model
-    mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=world.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    blocks = set(model._no_split_modules or ())
-    # inner blocks before outer ones, the root last: each takes the weights that no other has taken
-    units = [m for m in reversed(list(model.modules())) if type(m).__name__ in blocks and m is not model]
-    if not units:  # the root alone would never learn of the backward pass, see `hidden_states`
-        only = "it trains in one CPU process and in float32 only"
-        fail(f"{type(model).__name__} names no blocks (_no_split_modules) to shard by: {only}")
-    for unit in [*units, model]:
-        try:
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
-        except (ValueError, NotImplementedError) as error:  # weights without a dimension, or not contiguous
-            fail(f"{type(model).__name__} cannot be sharded ({error}): it trains in one CPU process and in float32 only")
-        if world.size > 1:  # one process has nothing to sum, and dividing by 1.0 would copy each gradient
-            # FSDP2 averages gradients over the processes. Our losses are divided by counts over *all* processes already,
-            # so the gradient of the whole batch is the sum; an average would be too small by the factor world.size.
-            unit.set_gradient_divide_factor(1.0)
-            unit.set_force_sum_reduction_for_comms(True)
-    return model
+def policy_config(path):
+    """The config of a language model."""
+    config = read_config(path)
+    if "SequenceClassification" in str(config.architectures):
+        fail(f"{path}: this is a reward model, no language model")
+    return config
 
 
-def cache_argument(model):
-    """The name under which this model's forward takes a cache, or None: transformers 5.24 calls it `cache`; before, it was
-    `past_key_values`, and `cache_params` in Mamba."""
-    names = inspect.signature(model.forward).parameters
-    return next((name for name in ("cache", "past_key_values", "cache_params") if name in names), None)
-
-
-def is_recurrent(cache):
-    """Whether no layer of this cache keeps keys and values (Mamba): nothing to attend to, so no mask while decoding."""
-    return not any(isinstance(layer, DynamicLayer) for layer in cache.layers)
-
-
-def hidden_states(model, ids, mask, cache=None):
-    """What a model's head reads, [B, T, width], by an ordinary forward. A causal model's head is shown one position instead of
-    all: logits of every position, [B, T, V], are what runs out of memory first. With a cache, `ids` go on from what is in
-    it, `mask` covers both, and the gradient flows back into the cache."""
-    caught, vocabulary = [], model.get_output_embeddings()
-
-    def catch(head, inputs):
-        caught.append(inputs[0])
-        return inputs if vocabulary is None else (inputs[0][:, -1:],)
-
-    inputs = {"position_ids": (mask.long().cumsum(1) - 1).clamp_(min=0)[:, -ids.shape[1] :]}
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        inputs = {}
-    if cache is not None:
-        inputs[cache_argument(model)] = cache
-    hook = (scalar_head(model) if vocabulary is None else vocabulary).register_forward_pre_hook(catch)
-    try:
-        model(input_ids=ids, attention_mask=mask.long(), use_cache=cache is not None, **inputs)
-    finally:
-        hook.remove()
-    return caught[0]
-
-
-class CutGraph(torch.autograd.Function):
-    """Cuts the graph between a prompt's forward and the forwards of its completions. Backward goes
-    through the completions first, and from here, by a backward of its own, through the prompt. In
-    one graph autograd would hold each weight's whole gradient of the completions until that of the
-    prompt arrives: twice the memory of all gradients, where this adds each to `.grad` at once."""
-
-    @staticmethod
-    def forward(ctx, anchor, tensors):
-        # in a list autograd does not see the prompt's tensors; the anchor is what it sees instead
-        ctx.tensors = tensors
-        return tuple(tensor.detach() for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        # gradients of what nobody has used are zeros, so that FSDP2 learns of the last block's pass
-        torch.autograd.backward(ctx.tensors, gradients)
-        ctx.tensors = None  # the loss may live on through the next forward, and this with it
-        return None, None
-
-
-def prompt_states(model, ids, mask):
-    """The state at the last token of each prompt, [B, 1, width], and the cache from which
-    completions go on, as `hidden_states` takes it. The gradient flows back through both."""
-    cache = DynamicCache(config=model.config)
-    last = hidden_states(model, ids, mask, cache)[:, -1:]
-    if not last.requires_grad:
-        return last, cache
-    # keys and values are attributes of a layer; recurrent states may be in a dictionary
-    places = []
-    for layer in cache.layers:
-        for holder in (vars(layer), *(x for x in vars(layer).values() if isinstance(x, dict))):
-            for name, value in holder.items():
-                if isinstance(value, torch.Tensor) and value.requires_grad:
-                    places.append((holder, name))
-    anchor = last.new_zeros((), requires_grad=True)
-    tensors = [last] + [holder[name] for holder, name in places]
-    last, *states = CutGraph.apply(anchor, tensors)
-    for (holder, name), state in zip(places, states, strict=True):
-        holder[name] = state
-    return last, cache
-
-
-def logits_of(model, hidden):
-    """The head on some positions, with what some families do after it in the model's own dtype; float32 comes last. Under
-    FSDP2 the head has its whole weights here, because the root keeps them from its forward until the backward is over."""
-    logits, config = model.get_output_embeddings()(hidden), model.config.get_text_config()
-    if getattr(config, "logits_scaling", None):  # Granite
-        logits = logits / config.logits_scaling
-    if getattr(config, "logit_scale", None):  # Cohere
-        logits = logits * config.logit_scale
-    if getattr(config, "final_logit_softcapping", None):  # Gemma
-        logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
-    return logits.float()
-
-
-@torch.no_grad()
-def check_head(model):
-    """Whether `logits_of` knows all that this family does between its last state and its logits. If not, another
-    distribution than the sampled one would be trained, and no ratio or KL would show it."""
-    ids = torch.tensor([[1, 2, 3]], device=model.device)
-    own = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
-    if not torch.allclose(own, logits_of(model, hidden_states(model, ids, ids > 0)), atol=1e-3, rtol=1e-3):
-        fail(
-            f"the family {model.config.model_type!r} changes its logits after the head in a way that common.logits_of does not know"
-        )
-
-
-def prompts_can_be_shared(model, world, gradient_checkpointing):
-    """Whether a prompt that is computed once, its cache repeated for its completions, leads to the states and the gradient
-    of prompts computed again for each: tried on made-up ids, two prompts of two completions each.
-
-    Attention does. A layer whose cache drops the gradient does not, and transformers drops the whole cache, with wrong
-    results, where it checkpoints gradients. In bfloat16 rounding alone sets the two apart by per cents, so only what is
-    worse than a tenth is found there.
-
-    A family that cannot be trained at all stops the run here, with a sentence."""
-    P, owner = 16, torch.tensor([0, 0, 1, 1], device=world.device)
-    many = min(model.config.get_text_config().vocab_size, 1000)
-    ids = torch.randint(many, (4, 24), generator=torch.Generator().manual_seed(0)).to(world.device)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    ids[:, :P], mask[2:, :5], mask[1, -2:] = ids[owner * 2, :P], False, False  # lengths differ, on both sides
-
-    def norm(tensors):
-        size = torch.nn.utils.get_total_norm(tensors)
-        return (size.full_tensor() if isinstance(size, DTensor) else size).item()
-
-    try:
-        plain = hidden_states(model, ids, mask)[:, P - 1 :][mask[:, P - 1 :]].float()  # [tokens, width]
-        weight = torch.linspace(-1, 1, plain.shape[1], device=world.device)
-        (plain * weight).sum().backward()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # no error of sharing: training would end in it, too
-        family, precision = model.config.model_type, str(world.dtype)[6:]
-        advice = "" if world.dtype == torch.float32 else "; --dtype float32 may work"
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        message = f"the family {family!r} cannot be trained in {precision} ({reason}){advice}"
-        raise Stop(message) from error
-    size = norm([p.grad for p in model.parameters() if p.grad is not None])
-    without_cache = not cache_argument(model) or is_recurrent(DynamicCache(config=model.config))
-    if gradient_checkpointing or without_cache:
-        model.zero_grad()
-        return False
-    try:
-        start, cache = prompt_states(model, ids[::2, :P], mask[::2, :P])
-        cache.reorder_cache(owner)
-        shared = torch.cat([start[owner], hidden_states(model, ids[:, P:], mask, cache)], 1)
-        shared = shared[mask[:, P - 1 :]].float()
-        (shared * -weight).sum().backward()  # on top of the other gradient: what is left is how far they are apart
-        far = [norm([p.grad for p in model.parameters() if p.grad is not None]) / size, norm([plain - shared]) / norm([plain])]
-        same = all(x < (1e-3 if world.dtype == torch.float32 else 0.1) for x in far)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a family's cache may say to this use of it
-        same = False
-        if isinstance(model, FSDPModule):
-            # In the middle of a pass FSDP2 would never reduce a gradient again. The first
-            # zero_grad takes what whole weights have got so far, which the reset leaves there.
-            if not hasattr(model, "reset_iter_state"):  # torch below 2.13
-                message = f"prompts cannot be shared with this family ({error})"
-                raise Stop(f"{message}; add --gradient_checkpointing, or use torch 2.13") from error
-            model.zero_grad()
-            model.reset_iter_state()
-    model.zero_grad()
-    same = all_sum(world, same)[0] == world.size
-    if not same:
-        say("note: this family's cache does not serve the training forward, so a prompt is computed anew for each text")
-    return same
+def scalar_config(path):
+    """The config of a model that can have one number for a head."""
+    config = read_config(path)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        family = config.model_type
+        fail(f"{path}: transformers has no sequence classifier for the family {family!r}")
+    if "SequenceClassification" in str(config.architectures) and config.num_labels != 1:
+        fail(f"{path}: this classifier has {config.num_labels} labels; a reward model has one")
+    return config
 
 
 def context_of(*configs):
-    """How many tokens the models of these configs can read: the least of them, or a very large number."""
-    return min(getattr(c.get_text_config(), "max_position_embeddings", None) or 2**31 for c in configs)
+    """How many tokens all models of these configs can read."""
+    texts = [config.get_text_config() for config in configs]
+    return min(getattr(text, "max_position_embeddings", None) or 2**31 for text in texts)
 
 
 def fit_context(args, longest, *configs):
-    """The flags, with --max_new_tokens lowered to what the context of these models has room for after the longest prompt;
-    one place is left for the EOS that a reward model reads after a completion that was cut."""
-    context = context_of(*configs) - 1
-    if longest >= context:
-        half = f"--max_prompt_tokens {context // 2} would leave such prompts out"
-        fail(f"a prompt of {longest} tokens fills the model's context of {context + 1} (one is kept for the end); {half}")
-    if longest + args.max_new_tokens > context:
-        why = f"the model's context is {context + 1}, and the longest prompt has {longest}"
-        half = f"; --max_prompt_tokens {context // 2} would leave such prompts out" if longest > context // 2 else ""
-        say(f"--max_new_tokens {args.max_new_tokens} is lowered to {context - longest}: {why}{half}")
-    return dataclasses.replace(args, max_new_tokens=min(args.max_new_tokens, context - longest))
+    """The flags, with --max_new_tokens lowered to what fits after the longest prompt, and one
+    place left for the EOS that a reward model reads after a completion that was cut."""
+    context = context_of(*configs)
+    why = f"a prompt of {longest} tokens fills the model's context of {context}"
+    return lower_max_new_tokens(args, context - longest - 1, why)
 
 
 def fit_reward_model(args, tokenizer, prompts):
-    """The flags, with --max_new_tokens lowered to what the reward model (--reward FOLDER) can read
-    after the longest prompt, as its own template writes it. If its tokens are not the policy's,
-    the length of an answer is not known before; `score_ids` cuts what is too long."""
+    """The same for a reward model with the policy's tokens. With other tokens an answer's length
+    is not known before, and `score_ids` cuts what is too long."""
     reader = load_tokenizer(args.reward)
     context = context_of(scalar_config(args.reward))
     longest = max(len(encode_answer(reader, row["prompt"], "")) for _, row in prompts)
     room = context - longest
-    why = f"--reward {args.reward} reads {context} tokens, and the longest prompt has {longest} there"
-    if room < 1:
-        fail(f"{why}; a smaller --max_prompt_tokens would leave such prompts out")
-    if room >= args.max_new_tokens:
+    why = f"--reward {args.reward} reads {context} tokens, and the longest prompt has {longest}"
+    same_tokens = tokenizer.get_vocab().items() <= reader.get_vocab().items()
+    if 0 < room < args.max_new_tokens and not same_tokens:
+        say(f"note: {why}; of longer texts the beginning will be cut off")
         return args
-    if not tokenizer.get_vocab().items() <= reader.get_vocab().items():
-        say(f"note: {why}; of a text that is longer with its answer, the beginning will be cut off")
+    return lower_max_new_tokens(args, room, why)
+
+
+def lower_max_new_tokens(args, room, why):
+    if room < 1:
+        fail(f"{why}; a smaller --max_prompt_tokens leaves such prompts out")
+    if room >= args.max_new_tokens:
         return args
     say(f"--max_new_tokens {args.max_new_tokens} is lowered to {room}: {why}")
     return dataclasses.replace(args, max_new_tokens=room)
 
 
-def policy_config(path):
-    """The config of a language model; a reward model is refused, whose head would be a new one that knows no word."""
-    config = read_config(path)
-    if any("SequenceClassification" in name for name in config.architectures or ()):
-        fail(f"{path}: this is a reward model (a sequence classifier) and no language model; it can be a --reward")
-    return config
+# -- Models ---------------------------------------
+
+
+def load(auto, path, **changes):
+    """from_pretrained -> the model and the names of its new weights. Always in float32: at small
+    learning rates a step is too small to move a bfloat16 weight."""
+    settings = {"config": read_config(path, **changes), "dtype": torch.float32}
+    settings |= {"trust_remote_code": False, "use_safetensors": True}
+    with loading(path):
+        model, info = auto.from_pretrained(path, output_loading_info=True, **settings)
+    missing = sorted(info["missing_keys"])
+    weights = dict(model.named_parameters())
+    if auto is AutoModelForSequenceClassification:  # its head may be new
+        weights = dict(model.base_model.named_parameters(model.base_model_prefix))
+    lacking = [name for name in missing if name in weights]
+    if lacking:  # transformers has drawn them at random
+        fail(f"{path}: the folder has no weights for {len(lacking)} parts, such as {lacking[0]}")
+    return model, missing
 
 
 def load_policy(path, world, gradient_checkpointing=False):
-    """The model that learns: float32 masters, in training mode."""
-    model, _ = load(AutoModelForCausalLM, path, torch.float32)
+    """The model that learns: float32 weights, in training mode."""
+    model, _ = load(AutoModelForCausalLM, path)
     check_head(model.eval())
     return prepare(model, world, gradient_checkpointing)
 
 
-def prepare(model, world, gradient_checkpointing=False):
-    """Training mode, checkpointing if asked for, and shards."""
-    model.train()
-    for module in model.modules():
-        if hasattr(module, "router_jitter_noise"):
-            module.eval()  # in training mode PhiMoE's router draws the experts at random
-    if gradient_checkpointing:  # under two names: transformers 5.17 has only the older, 5.23 warns about it
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    return shard(model, world)
-
-
-def freeze(model, world):
-    """A model that never learns: weights in the computing dtype, shards, evaluation mode. The weights
-    alone are cast, one by one. `from_pretrained` in bfloat16 rounds the buffers, too (Falcon-H1 has
-    some), which the policy keeps in float32, and the KL to the reference would not start at 0."""
-    for weight in model.parameters():
-        weight.requires_grad_(False)
-        weight.data = weight.data.to(world.dtype)
-    return shard(model.eval(), world)
-
-
 def load_reference(path, world):
-    """A frozen model, for a KL penalty to hold on to or to draw best-of-N from."""
-    reference, _ = load(AutoModelForCausalLM, path, torch.float32)
-    return freeze(reference, world)
-
-
-def scalar_config(path):
-    """The config of a model that can have one number for a head; what cannot is refused before anything is loaded."""
-    config = read_config(path)
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        fail(f"{path}: transformers has no sequence classifier for the family {config.model_type!r}; choose another")
-    if any("SequenceClassification" in name for name in config.architectures or ()) and config.num_labels != 1:
-        fail(f"{path}: this classifier has {config.num_labels} labels; a reward model has one")
-    return config
+    """A frozen model, for a KL penalty or to draw best-of-N from."""
+    model, _ = load(AutoModelForCausalLM, path)
+    return freeze(model, world)
 
 
 def load_scalar(path, world, tokenizer, head_std=None, gradient_checkpointing=False, frozen=False):
-    """A model with one number for a head: a critic or a reward model, of the families that transformers has a sequence
-    classifier for. `head_std` starts the head anew: 0 for a critic (its first guess is 0, not noise), 1/sqrt(d + 1)
-    for a reward model; None takes the head that the folder has. A frozen one has its weights in the computing dtype.
-
-    transformers scores the last id that is not `config.pad_token_id`; unset, it scores padding. It is set here.
-    """
+    """A critic or reward model: its head gives one number. `head_std` makes the head new: 0 for
+    a critic, so that its first guess is 0; 1/sqrt(width + 1) for a reward model."""
     scalar_config(path)
-    model, missing = load(AutoModelForSequenceClassification, path, torch.float32, num_labels=1)
+    model, missing = load(AutoModelForSequenceClassification, path, num_labels=1)
     if head_std is None and missing:
-        fail(f"{path}: this is no reward model with one score: it has no weights for {', '.join(missing)}")
+        fail(f"{path}: this is no reward model with one score: it has no {', '.join(missing)}")
     if head_std is not None:
-        with torch.no_grad():
-            for p in scalar_head(model).parameters():
-                p.normal_(0.0, head_std if p.ndim > 1 else 0.0)
-    if frozen and model.config.pad_token_id is None:
-        own_pad(tokenizer)  # then transformers read a text's last id
-    elif frozen and 0 <= model.config.pad_token_id < len(tokenizer):
-        tokenizer.pad_token_id = model.config.pad_token_id  # whose model it is says what pads
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # `own_pad` has made a token
+        for p in scalar_head(model).parameters():
+            torch.nn.init.normal_(p, 0.0, head_std if p.ndim > 1 else 0.0)
+    config = model.config
+    if frozen and config.pad_token_id is None:
+        own_pad(tokenizer)
+    elif frozen and 0 <= config.pad_token_id < len(tokenizer):
+        tokenizer.pad_token_id = config.pad_token_id
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # own_pad made a token
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        model.config_to_save.get_text_config().vocab_size = len(tokenizer)
-    for config in (model.config, model.config_to_save):
-        config.get_text_config().pad_token_id = config.pad_token_id = tokenizer.pad_token_id
-        config.problem_type = "regression"
-        config.architectures = [type(model).__name__]
+    # transformers score the last id that is not this one; if it is None, they score padding
+    config.pad_token_id = tokenizer.pad_token_id
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    config.problem_type = "regression"
     if frozen:
         return freeze(model, world)
     return prepare(model, world, gradient_checkpointing)
 
 
 def scalar_head(model):
-    """The head of a sequence classifier (most families call it `score`): the one child beside the trunk with weights.
-    Called on all positions by the model's forward, so a hook on it sees a value for every token."""
-    heads = [m for name, m in model.named_children() if name != model.base_model_prefix and list(m.parameters())]
-    return heads[-1]
+    """A sequence classifier's head, mostly named `score`. It is called on all positions."""
+    children = [m for name, m in model.named_children() if name != model.base_model_prefix]
+    return [child for child in children if list(child.parameters())][-1]
 
 
-def checked(reward):
-    """A reward for one completion as one for many, which ends the run when it raises or gives no finite number: one NaN
-    among the rewards makes every weight NaN within a step."""
-
-    def score(completion, row):
-        try:
-            value = reward(completion, row)
-        except Exception as error:
-            # the last line of the user's own file, which may have called a library that raised
-            frames = traceback.extract_tb(error.__traceback__)[1:]
-            lines = [f.lineno for f in frames if f.filename == frames[0].filename]
-            where = f" in {Path(frames[0].filename).name}, line {lines[-1]}" if lines else ""
-            wrong = f"an error{where} ({type(error).__name__}: {error}),"
-        else:
-            with contextlib.suppress(Exception):  # whatever kind of thing was given
-                if math.isfinite(float(value)) and not isinstance(value, str):
-                    return float(value)
-            wrong = f"{value!r:.100}, no finite number,"
-        raise Stop(f"--reward gave {wrong} for prompt {row['prompt']!r:.300} and completion {completion!r:.300}")
-
-    return lambda completions, rows: [score(c, r) for c, r in zip(completions, rows)]
+def prepare(model, world, gradient_checkpointing=False):
+    """A model that learns: training mode, checkpointing if asked for, shards."""
+    model.train()
+    for module in model.modules():
+        if hasattr(module, "router_jitter_noise"):
+            module.eval()  # in training mode PhiMoE's router draws the experts at random
+    if gradient_checkpointing:  # transformers 5.17 has only the older name, 5.23 warns about it
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        enable = enable or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return shard(model, world)
 
 
-def together(reward, world):
-    """A reward that fails in one process stops all of them; otherwise the others would wait for it in their next sum."""
-
-    def scores(completions, rows):
-        values = problem = None
-        try:
-            values = reward(completions, rows)
-        except Stop as error:
-            problem = error
-            problem.own = True  # said by this process, whichever it is
-        if all_sum(world, problem is not None)[0]:
-            raise problem or Stop("the reward failed in another process")
-        return values
-
-    return scores
+def freeze(model, world):
+    """A model that never learns, its weights in the computing dtype. Its buffers stay float32, as
+    in the policy: otherwise the KL would not start at 0."""
+    for weight in model.parameters():
+        weight.requires_grad_(False)
+        weight.data = weight.data.to(world.dtype)
+    return shard(model.eval(), world)
 
 
-def load_scorer(path, world, date=None):
-    """A reward model as a function from completions and their rows to scores. It reads text
-    through its own tokenizer and template, because its ids need not be the policy's;
-    --template_args are for the policy's template."""
-    tokenizer = load_tokenizer(path, date=date)
-    model = load_scalar(path, world, tokenizer, frozen=True)
-    return lambda completions, rows: score_texts(model, tokenizer, completions, rows, world)
-
-
-def score_texts(model, tokenizer, completions, rows, world):
-    """The reward model's scores of completions, a list of floats."""
-    return score_ids(model, tokenizer, [encode_answer(tokenizer, row["prompt"], c) for c, row in zip(completions, rows)], world)
-
-
-@torch.no_grad()
-def score_ids(model, tokenizer, texts, world):
-    """The scores of texts as ids, by the model's own forward: as transformers' pipeline reads any classifier, ours or not."""
-    limit = context_of(model.config)
-    sizes = torch.tensor([[len(texts), max(map(len, texts))]], device=world.device)
-    most, longest = all_gather(world, sizes).amax(0).tolist()  # over all processes
-    if longest > limit:  # known only now; a run that stopped here could not go on with other flags
-        say_once(f"warning: the reward model reads {limit} tokens; of longer texts it reads the end")
-        texts = [text[-limit:] for text in texts]
-        longest = limit
-    values = []
-    size = max(1, min(64, 32_768 // longest))
-    for i in range(0, most, size):  # as often on every process: sharded weights are gathered by all or by none
-        part = texts[i : i + size] or texts[:1]
-        s = given([[] for _ in part], part, tokenizer, world)
-        values += model(input_ids=s.ids, attention_mask=s.mask.long(), use_cache=False).logits[:, 0].float().tolist()
-    forget_forwards(model)
-    if all_sum(world, not all(map(math.isfinite, values)))[0]:  # asked of all, so that all stop
-        raise Stop("the reward model gave a score that is not finite")
-    return values[: len(texts)]
+def shard(model, world):
+    """Hands the model to FSDP2. It keeps a shard of each weight, which AdamW steps in float32, and
+    makes the whole weight in `world.dtype` to compute. So policy, sampler and reference
+    compute with the same numbers, and KL and log-ratio start at exactly 0."""
+    if not is_sharded(world):
+        return model
+    mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(world.dtype, torch.float32, cast_forward_inputs=False)
+    names = model._no_split_modules or ()
+    blocks = [m for m in model.modules() if type(m).__name__ in names and m is not model]
+    if not blocks:  # FSDP2 never reduces the gradient of a model that is one unit
+        name = type(model).__name__
+        fail(f"{name} names no blocks to shard: it trains in one CPU process in float32 only")
+    # inner blocks first, the root last: each takes the weights that no other has taken
+    for unit in [*reversed(blocks), model]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        if world.size > 1:  # dividing by 1 would copy each gradient
+            # FSDP2 averages over the processes. Our losses are divided by counts over all
+            # processes already, so the right gradient is the sum.
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+    return model
 
 
 def at_rest(model):
-    """The model with every weight a shard. After a forward FSDP2's root holds whole weights for a while; what is written
-    to those is lost."""
-    for unit in (m for m in model.modules() if isinstance(m, FSDPModule)):
-        unit.reshard()
+    """The model with every weight a shard. After a forward FSDP2's root holds whole weights, and
+    what is written to those is lost."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
     return model
 
 
 def forget_forwards(model):
-    """For forwards that no backward follows. FSDP2 keeps the root's whole weights and the order of its
-    blocks for the backward; in a model that never learns, the first stay and the second grows."""
+    """After forwards without backward: FSDP2 would keep the root's whole weights, and a list of
+    blocks that grows with every forward."""
     at_rest(model)
-    started = isinstance(model, FSDPModule) and model._get_fsdp_state()._is_root is not None  # it had a forward
-    if started and hasattr(model, "reset_iter_state"):  # FSDP2 of torch 2.13; before, the order stays
-        model.reset_iter_state()
+    if hasattr(model, "reset_iter_state"):  # from torch 2.13 on
+        if model._get_fsdp_state()._is_root is not None:  # the model has had a forward
+            model.reset_iter_state()
 
 
 @torch.no_grad()
 def copy_weights(source, target):
-    """The weights of one model into another of the same shape, perhaps of another dtype."""
+    """Copies the weights of one model into another, perhaps of another dtype."""
     for a, b in zip(at_rest(source).parameters(), at_rest(target).parameters()):
         b.copy_(a)
 
 
 def whole(value, keep=True):
-    """A tensor with all its shards, on the CPU, however it was distributed; what is not a tensor comes back as it is.
-    Every process must take part in this; those that do not `keep` the result get None, and copy nothing."""
+    """A tensor with all its shards, on the CPU, or any other value. Every process must call this;
+    those that do not `keep` the result get None."""
     if isinstance(value, DTensor):
         value = value.full_tensor()
     if not keep:
@@ -908,40 +608,333 @@ def whole(value, keep=True):
 
 
 def save_model(model, tokenizer, folder, world):
-    """Writes an ordinary Hugging Face folder: what transformers, vLLM and llama.cpp's converter read. The weights are
-    written in the dtype that computed, so they give the scores that were measured."""
+    """Writes a Hugging Face folder, with the weights in the dtype that computed."""
     state = {}
-    for name, value in tensors(model):  # a head tied to the embedding is one weight, written once
+    for name, value in tensors(model):
         value = whole(value, keep=world.rank == 0)
         if world.rank == 0:
             state[name] = value.to(world.dtype) if value.is_floating_point() else value
     if world.rank == 0:
-        folder = Path(folder)
-        temporary = folder.with_name(folder.name + ".tmp")
-        generation = getattr(model, "generation_config", None)
-        ends = stop_ids(model, tokenizer)
-        config = copy.deepcopy(model.config_to_save)
-        config.dtype = world.dtype
-        try:
-            # save_pretrained refuses to write a temperature without do_sample, which Llama-2's folder has. So it is
-            # shown no generation config, and the model's own is written below without that check.
-            model.generation_config = GenerationConfig()
-            model.save_pretrained(temporary, state_dict=state, safe_serialization=True)
-            if model.get_output_embeddings() is not None:
-                settings = copy.deepcopy(generation)
-                # whoever samples from the model must know every id that ends an answer
-                settings.eos_token_id = ends if len(ends) > 1 else ends[0]
-                settings.to_json_file(temporary / "generation_config.json", keys_to_pop=["compile_config"])
-            config.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            replace(temporary, folder)
-        except Exception as error:  # a full disk has many names here
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise Stop(f"{folder} could not be written ({error})") from error
-        finally:
-            model.generation_config = generation
+        write_model(model, tokenizer, Path(folder), state, world.dtype)
     if world.size > 1:
         dist.barrier()
+
+
+def write_model(model, tokenizer, folder, state, dtype):
+    temporary = folder.with_name(folder.name + ".tmp")
+    generation = getattr(model, "generation_config", None)
+    try:
+        # save_pretrained refuses some generation configs (Llama-2's): hide it, write it later
+        model.generation_config = GenerationConfig()
+        model.save_pretrained(temporary, state_dict=state)
+        model.generation_config = generation
+        if model.get_output_embeddings() is not None:
+            settings = copy.deepcopy(generation)
+            ends = stop_ids(model, tokenizer)  # whoever samples must know all of them
+            settings.eos_token_id = ends if len(ends) > 1 else ends[0]
+            path = temporary / "generation_config.json"
+            settings.to_json_file(path, keys_to_pop=["compile_config"])
+        config = copy.deepcopy(model.config)
+        config.dtype = dtype
+        # the dropout that the model came with
+        set_noise(config, AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=False))
+        config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        replace(temporary, folder)
+    except Exception as error:  # each library has its own exception for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise Stop(f"{folder} could not be written ({error})") from error
+    finally:
+        model.generation_config = generation
+
+
+# -- States and logits ----------------------------
+
+
+def cache_argument(model):
+    """The name under which the model's forward takes a cache, or None."""
+    # `cache` from transformers 5.24 on; before, `past_key_values`, in Mamba `cache_params`
+    for name in ("cache", "past_key_values", "cache_params"):
+        if name in inspect.signature(model.forward).parameters:
+            return name
+    return None
+
+
+def is_recurrent(cache):
+    """Whether no layer keeps keys and values (Mamba): then decoding takes no mask."""
+    return not any(isinstance(layer, DynamicLayer) for layer in cache.layers)
+
+
+def hidden_states(model, ids, mask, cache=None):
+    """What the model's head reads, [B, T, width]. With a cache, `ids` go on from what is in it,
+    `mask` covers both, and the gradient flows back into the cache."""
+    vocabulary = model.get_output_embeddings()
+    head = scalar_head(model) if vocabulary is None else vocabulary
+    caught = []
+
+    def catch(head, inputs):
+        caught.append(inputs[0])
+        # logits of all positions, [B, T, V], would take the most memory: compute the last
+        return inputs if vocabulary is None else (inputs[0][:, -1:],)
+
+    inputs = {"attention_mask": mask.long(), "use_cache": cache is not None}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        positions = (mask.long().cumsum(1) - 1).clamp_(min=0)
+        inputs["position_ids"] = positions[:, -ids.shape[1] :]
+    if cache is not None:
+        inputs[cache_argument(model)] = cache
+    hook = head.register_forward_pre_hook(catch)
+    try:
+        model(input_ids=ids, **inputs)
+    finally:
+        hook.remove()
+    return caught[0]
+
+
+class CutGraph(torch.autograd.Function):
+    """Cuts the graph between a prompt and its completions, so that there are two backward passes.
+    In one, autograd would hold each weight's gradient of the completions until that of the
+    prompt arrives: twice the memory."""
+
+    @staticmethod
+    def forward(ctx, anchor, tensors):
+        # autograd does not see tensors in a list; it sees the anchor
+        ctx.tensors = tensors
+        return tuple(tensor.detach() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        # unused outputs have gradients of zeros, so FSDP2 sees a backward of every block
+        torch.autograd.backward(ctx.tensors, gradients)
+        ctx.tensors = None  # the loss lives on through the next forward and would keep them
+        return None, None
+
+
+def prompt_states(model, ids, mask):
+    """The state at each prompt's last token, [B, 1, width], and the cache from which the
+    completions go on. The gradient flows back through both."""
+    cache = DynamicCache(config=model.config)
+    last = hidden_states(model, ids, mask, cache)[:, -1:]
+    if not last.requires_grad:
+        return last, cache
+    places = []
+    for layer in cache.layers:
+        # keys and values are attributes of a layer; recurrent states may be in a dict
+        dicts = [x for x in vars(layer).values() if isinstance(x, dict)]
+        for holder in [vars(layer), *dicts]:
+            for name, value in holder.items():
+                if isinstance(value, torch.Tensor) and value.requires_grad:
+                    places.append((holder, name))
+    tensors = [last] + [holder[name] for holder, name in places]
+    last, *states = CutGraph.apply(last.new_zeros((), requires_grad=True), tensors)
+    for (holder, name), state in zip(places, states, strict=True):
+        holder[name] = state
+    return last, cache
+
+
+def completion_states(model, samples, rows):
+    """The states that predict the completion tokens of some rows -> (states [b, C, width], ids
+    [b, C], mask [b, C]), without columns in which none of these rows has a token.
+
+    A state predicts the next token, so they begin at the last prompt token. With samples.group
+    > 1 a prompt is computed once, and its keys and values are repeated for its rows.
+    """
+    P = int(samples.prompt_mask[rows].sum(1).max())
+    C = int(samples.mask[rows].sum(1).max())
+    ids = samples.ids[rows, :C]
+    mask = samples.mask[rows, :C]
+    if samples.group == 1:
+        all_ids = torch.cat([samples.prompt_ids[rows, -P:], ids[:, :-1]], 1)
+        all_mask = torch.cat([samples.prompt_mask[rows, -P:], mask[:, :-1]], 1)
+        return hidden_states(model, all_ids, all_mask)[:, P - 1 :], ids, mask
+    groups = torch.tensor(rows, device=ids.device) // samples.group
+    groups, owner = groups.unique(return_inverse=True)  # owner [b]: each row's prompt
+    prompt_ids = samples.prompt_ids[groups * samples.group, -P:]
+    prompt_mask = samples.prompt_mask[groups * samples.group, -P:]
+    start, cache = prompt_states(model, prompt_ids, prompt_mask)  # [prompts, 1, width]
+    cache.reorder_cache(owner)
+    # at least one column, because all processes must have equally many forwards
+    T = max(C - 1, 1)
+    seen = torch.cat([prompt_mask[owner], mask[:, :T]], 1)
+    states = hidden_states(model, ids[:, :T], seen, cache)
+    return torch.cat([start[owner], states], 1)[:, :C], ids, mask
+
+
+def logits_of(model, hidden):
+    """The head on some positions, and what some families do after it, in float32."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden)
+    if getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / config.logits_scaling
+    if getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * config.logit_scale
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    return logits.float()
+
+
+@torch.no_grad()
+def check_head(model):
+    """Stops if `logits_of` gives other logits than the model: training would use another
+    distribution than sampling, and nothing would show it."""
+    ids = torch.tensor([[1, 2, 3]], device=model.device)
+    own = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    ours = logits_of(model, hidden_states(model, ids, ids > 0))
+    if not torch.allclose(own.float(), ours, atol=1e-3, rtol=1e-3):
+        family = model.config.model_type
+        fail(f"the family {family!r} changes its logits in a way that logits_of does not know")
+
+
+def prompts_can_be_shared(model, world, gradient_checkpointing):
+    """Whether sharing prompts gives the right states and gradient, tried on made-up ids. It does
+    not where a cache drops the gradient, nor with gradient checkpointing, where transformers
+    drop the cache. A family that cannot be trained at all stops here."""
+    samples = made_up_samples(model, world.device)
+    rows = [0, 1, 2, 3]
+    same = False
+    size = None
+    try:
+        states, _, mask = completion_states(model, samples, rows)
+        plain = states[mask].float()  # [tokens, width]
+        weight = torch.linspace(-1, 1, plain.shape[1], device=world.device)
+        (plain * weight).sum().backward()
+        size = gradient_norm(model)
+        cached = cache_argument(model) and not is_recurrent(DynamicCache(config=model.config))
+        if cached and not gradient_checkpointing:
+            samples.group = 2
+            shared = completion_states(model, samples, rows)[0][mask].float()
+            # added with the opposite sign: what is left in .grad is the difference
+            (shared * -weight).sum().backward()
+            off = (plain - shared).norm() / plain.norm()
+            # in bfloat16 rounding alone makes a difference of some percent
+            limit = 1e-3 if world.dtype == torch.float32 else 0.1
+            same = gradient_norm(model) < limit * size and off.item() < limit
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a family's cache says to this use
+        sharded = isinstance(model, FSDPModule)
+        can_go_on = hasattr(model, "reset_iter_state") or not sharded  # torch below 2.13 cannot
+        if size is None or not can_go_on:
+            dtype = str(world.dtype).removeprefix("torch.")
+            why = f"cannot be trained in {dtype} ({first_line(error)})"
+            advice = "--dtype float32 or --gradient_checkpointing may work"
+            raise Stop(f"the family {model.config.model_type!r} {why}; {advice}") from error
+        model.zero_grad()
+        if sharded:  # in the middle of a pass FSDP2 would never reduce a gradient again
+            model.reset_iter_state()
+    model.zero_grad()
+    same = all_sum(world, same)[0] == world.size
+    if not same and not gradient_checkpointing:
+        say("note: this family's cache cannot be trained through: prompts are computed anew")
+    return same
+
+
+def made_up_samples(model, device):
+    """Two prompts of two completions, with unequal lengths on both sides."""
+    words = min(model.config.get_text_config().vocab_size, 1000)
+    ids = torch.randint(words, (4, 24), generator=torch.Generator().manual_seed(0)).to(device)
+    ids[1::2, :16] = ids[::2, :16]
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[2:, :5] = False
+    mask[1, -2:] = False
+    return Samples(ids[:, :16], mask[:, :16], ids[:, 16:], mask[:, 16:], None, None, None)
+
+
+def gradient_norm(model):
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return whole(torch.nn.utils.get_total_norm(gradients)).item()
+
+
+# -- Rewards --------------------------------------
+
+
+def checked(reward):
+    """A reward for one completion as one for many. A value that is no finite number ends the run:
+    one NaN makes every weight NaN within a step."""
+
+    def score(completion, row):
+        try:
+            value = reward(completion, row)
+            wrong = f"{value!r:.100}, no finite number,"
+        except Exception as error:
+            value = math.nan
+            wrong = f"an error{place_of(error)} ({type(error).__name__}: {error}),"
+        try:
+            number = math.nan if isinstance(value, str) else float(value)
+        except Exception:  # each library has its own
+            number = math.nan
+        if math.isfinite(number):
+            return number
+        texts = f"for prompt {row['prompt']!r:.300} and completion {completion!r:.300}"
+        raise Stop(f"--reward gave {wrong} {texts}")
+
+    return lambda completions, rows: [score(c, r) for c, r in zip(completions, rows)]
+
+
+def place_of(error):
+    entry = error.__traceback__.tb_next  # in the user's function; None if the call itself failed
+    if entry is None:
+        return ""
+    return f" in {Path(entry.tb_frame.f_code.co_filename).name}, line {entry.tb_lineno}"
+
+
+def stop_together(reward, world):
+    """A reward that fails in one process stops all of them: the others would wait for it."""
+
+    def scores(completions, rows):
+        values = None
+        problem = None
+        try:
+            values = reward(completions, rows)
+        except Stop as error:
+            problem = str(error)
+        problems = [problem] * world.size
+        if world.size > 1:
+            dist.all_gather_object(problems, problem)
+        for problem in problems:
+            if problem is not None:
+                raise Stop(problem)
+        return values
+
+    return scores
+
+
+def load_scorer(path, world, date=None):
+    """A reward model as a function from completions and their rows to scores. It reads text: its
+    ids need not be the policy's."""
+    tokenizer = load_tokenizer(path, date=date)
+    model = load_scalar(path, world, tokenizer, frozen=True)
+    return lambda completions, rows: score_texts(model, tokenizer, completions, rows, world)
+
+
+def score_texts(model, tokenizer, completions, rows, world):
+    """The reward model's scores of completions, a list of floats."""
+    texts = [encode_answer(tokenizer, row["prompt"], c) for c, row in zip(completions, rows)]
+    return score_ids(model, tokenizer, texts, world)
+
+
+@torch.no_grad()
+def score_ids(model, tokenizer, texts, world):
+    """The scores of texts, given as ids, by the model's own forward."""
+    limit = context_of(model.config)
+    sizes = torch.tensor([[len(texts), max(map(len, texts))]], device=world.device)
+    most, longest = all_gather(world, sizes).amax(0).tolist()  # over all processes
+    if longest > limit:
+        say_once(f"warning: --reward reads {limit} tokens; of longer texts it reads the end")
+        texts = [text[-limit:] for text in texts]
+    values = []
+    size = max(1, min(64, 32_768 // min(longest, limit)))
+    # as many rounds on every process: sharded weights are gathered by all or by none
+    for i in range(0, most, size):
+        part = texts[i : i + size] or texts[:1]
+        s = as_samples([[] for _ in part], part, tokenizer, world)
+        logits = model(input_ids=s.ids, attention_mask=s.mask.long(), use_cache=False).logits
+        values += logits[:, 0].float().tolist()
+    forget_forwards(model)
+    if all_sum(world, not all(map(math.isfinite, values)))[0]:
+        raise Stop("the reward model gave a score that is not finite")
+    return values[: len(texts)]
 
 
 # -- Memory: will it fit? --------------------------------------------------------------------------------------------
@@ -1452,9 +1445,10 @@ class Samples:
     logprobs: torch.Tensor  # [B, C] of softmax(logits / temperature), as the sampler saw them; 0 off the mask
     finished: torch.Tensor  # [B] false where the completion was cut at max_new_tokens and has no stop token
     texts: list  # [B] the completions as text, stop and special tokens left out
+    group: int = 1  # this many consecutive rows have one prompt, which training computes once
 
 
-def given(prompts, completions, tokenizer, world):
+def as_samples(prompts, completions, tokenizer, world):
     """Completions that nobody drew (demonstrations, preference pairs), as ids, in the shape of samples."""
     P, C, pad = max(map(len, prompts)), max(map(len, completions)), tokenizer.pad_token_id
     rows = [
@@ -1466,6 +1460,9 @@ def given(prompts, completions, tokenizer, world):
     tensors = [torch.tensor(r, device=world.device) for r in rows]
     texts = [tokenizer.decode(c, skip_special_tokens=True, clean_up_tokenization_spaces=False) for c in completions]
     return Samples(*tensors, torch.zeros(len(rows[2]), C, device=world.device), tensors[3].any(1), texts)
+
+
+given = as_samples
 
 
 class RoomyLayer(DynamicLayer):

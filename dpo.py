@@ -286,9 +286,9 @@ def load_reward(spec, world, date=None):
     if is_a_model(spec):
         if "/" not in spec and not Path(spec).exists():
             fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
-        return common.together(common.load_scorer(spec, world, date), world)
+        return common.stop_together(common.load_scorer(spec, world, date), world)
     rules = {"exact": exact, "number": number}
-    return common.together(common.checked(rules.get(spec) or common.load_function(spec, "--reward")), world)
+    return common.stop_together(common.checked(rules.get(spec) or common.load_function(spec, "--reward")), world)
 
 
 # -- The math ------------------------------------------------------------------------------------------------------
@@ -504,7 +504,7 @@ def train(args):
         fail(f"--pairs_per_step {args.pairs_per_step} must be a multiple of the number of processes")
 
     # everything that can be wrong with the user's input is found here, before the policy is loaded or a file written
-    config, date = common.policy_config(args.model), common.began(args, world)
+    config, date = common.policy_config(args.model), common.run_date(args, world)
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)
     context = common.context_of(config)
     if args.reference:

@@ -238,9 +238,9 @@ def load_reward(spec, world, date=None):
     if is_a_model(spec):
         if "/" not in spec and not Path(spec).exists():
             fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
-        return common.together(common.load_scorer(spec, world, date), world)
+        return common.stop_together(common.load_scorer(spec, world, date), world)
     rules = {"exact": exact, "number": number}
-    return common.together(common.checked(rules.get(spec) or common.load_function(spec, "--reward")), world)
+    return common.stop_together(common.checked(rules.get(spec) or common.load_function(spec, "--reward")), world)
 
 
 # -- The math: from rewards to a loss ------------------------------------------------------------------------------
@@ -485,7 +485,7 @@ def train(args):
 
     # everything that can be wrong with the user's input is found here, before the policy is loaded or a file written
     flag = "--demos" if args.demos else "--data"
-    config, date = common.policy_config(args.model), common.began(args, world)
+    config, date = common.policy_config(args.model), common.run_date(args, world)
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)
     needs = f"--reward {args.reward}" if args.reward in ("exact", "number") else ""
     prompts = load_prompts(args.demos or args.data, flag, tokenizer, args, "a demonstration" if args.demos else needs)

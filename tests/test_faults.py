@@ -67,8 +67,6 @@ MISTAKES = [
     (ROLLOUTS, lines(row(answer=...)), {}, ["--data", "answer", "52="]),
     (ROLLOUTS, lines(row(prompt="5" * 31 + "=")), {}, ["fills the model's context of 32"]),
     (ROLLOUTS, None, {"max_prompt_tokens": 2}, ["--max_prompt_tokens 2"]),
-    (("grpo",), lines(row(prompt="5" * 100_000_000)), {}, ["line 2", "million characters"]),
-    (("dpo",), lines(row(chosen="5" * 100_000_000)), {}, ["line 2", "million characters"]),
     (PAIRS, lines(row(chosen=None)), {}, ["line 2", "chosen"]),
     (PAIRS, lines(row(rejected=...)), {}, ["line 2", "rejected"]),
     (PAIRS, lines(row(chosen=["25"])), {}, ["line 2", "chosen"]),
@@ -102,8 +100,6 @@ MISTAKES = [
     (ALL, None, {"max_grad_norm": 0.0}, ["--max_grad_norm"]),
     (ALL, None, {"tokens_per_micro_batch": 0}, ["--tokens_per_micro_batch 0"]),
     (ALL, None, {"keep": 0}, ["--keep 0"]),
-    (ALL, None, {"device": "tpu"}, ["--device tpu"]),
-    (ALL, None, {"dtype": "float16"}, ["--dtype float16", "bfloat16"]),
 ]
 
 

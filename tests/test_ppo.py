@@ -640,7 +640,7 @@ def test_the_critic_starts_from_a_reward_model_that_has_the_policys_words(tmp_pa
         ({"beta": math.nan}, "--beta nan: must be 0 or more"),
         ({"max_grad_norm": 0.0}, "--max_grad_norm 0.0: must be above 0"),
         ({"value_coef": 0.0}, "--value_coef must be above 0"),
-        ({"temperature": 0.0}, "--temperature must be above 0"),
+        ({"temperature": 0.0}, "--temperature 0.0: must be above 0"),
         ({"resume": True, "steps": 0}, "--steps 0 evaluates a model"),
         ({"minibatches": 3}, "must be a multiple of --minibatches"),
         ({"reward": "no_such"}, "--reward no_such: choose exact, number"),

@@ -476,7 +476,7 @@ def judge(tmp_path, places, words=None):
         words.save_pretrained(tmp_path / "base")
         base = tmp_path / "base"
     model = common.load_scalar(base, CPU, tokenizer, 0.5)
-    model.config_to_save.max_position_embeddings = places
+    model.config.max_position_embeddings = places
     common.save_model(model, tokenizer, tmp_path / "judge", CPU)
     return str(tmp_path / "judge")
 

@@ -390,7 +390,7 @@ def test_a_finished_model_reports_best_of_n_without_training(tmp_path):
             ],
             "do not ask the same",
         ),
-        ({"temperature": 0.0}, [], "--temperature must be above 0"),
+        ({"temperature": 0.0}, [], "--temperature 0.0: must be above 0"),
         ({"steps": 0, "eval_data": "", "data": ""}, [], "--steps 0 evaluates; name pairs"),
         (
             {"steps": 0, "eval_data": "tests/tiny/pairs_test.jsonl"},
@@ -484,7 +484,7 @@ def test_a_models_own_config_says_what_pads_where_its_tokenizer_says_nothing(pad
     tokenizer = common.load_tokenizer(str(reward_model.TINY / "model"))
     torch.manual_seed(3)
     model = common.load_scalar(str(reward_model.TINY / "model"), CPU, tokenizer, 0.5)
-    model.config.pad_token_id = model.config_to_save.pad_token_id = pad
+    model.config.pad_token_id = pad
     common.save_model(model, tokenizer, tmp_path, CPU)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (tmp_path / name).exists():
@@ -584,7 +584,7 @@ def test_weights_that_a_folder_lacks_are_not_drawn_at_random(load, tmp_path, cap
 def test_the_end_of_a_turn_is_no_pad_either():
     """Where the template ends an answer with the token that pads, transformers would score the one before it."""
     tokenizer = make_tokenizer(template="{% for m in messages %}{{ m.content }}<pad>{% endfor %}")
-    assert common.turn_end(tokenizer, str(tokenizer.chat_template)) == tokenizer.pad_token_id
+    assert common.turn_end(tokenizer) == tokenizer.pad_token_id
     common.own_pad(tokenizer)
     assert tokenizer.pad_token not in ("<pad>", tokenizer.eos_token)
 
