@@ -358,7 +358,7 @@ def fill_in(samples, rewards, more, scores, n):
             a, b = (F.pad(x, (width - x.shape[1], 0) if left else (0, width - x.shape[1])) for x in (a, b))
         return torch.cat([a, b])[index]
 
-    return common.Samples(**{name: join(name) for name in vars(samples)}), torch.cat([rewards, scores])[index]
+    return dataclasses.replace(samples, **{name: join(name) for name in vars(samples) if name != "group"}), torch.cat([rewards, scores])[index]
 
 
 def pass_at_k(n, right, k):
@@ -549,14 +549,9 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
 
     row, frozen = longest + args.max_new_tokens, (args.beta > 0) + is_a_model(args.reward)
-    held_out_rows = common.rows_at_once(held_out, args.max_new_tokens, mine * n)
-    needed = common.memory_needed(
-        args.model, world, max(args.tokens_per_micro_batch, row), frozen=frozen, checkpointing=args.gradient_checkpointing,
-        sample_rows=max(mine * n, min(held_out_rows, len(held_out)), args.eval_samples), sample_tokens=row,
-    )  # fmt: skip
     state = common.take_up(out, args, world)
     first, said = state["step"] if state else 0, set()
-    writer, bar = common.introduce(out, args, world, tokenizer, prompts[0][0], first, needed)
+    writer, bar = common.introduce(out, args, world, tokenizer, prompts[0][0], first, frozen=frozen)
 
     if args.steps and args.ratio == "sequence" and args.epochs * args.minibatches == 1:
         common.say("note: with one update a rollout every ratio is 1 (this is --aggregate sequence); for GSPO, --minibatches 4")
@@ -594,7 +589,7 @@ def train(args):
             began = time.perf_counter()
 
             # 1. Rollout and scores.
-            picked = common.picked(len(prompts), step, args.prompts_per_step, world, args.seed)
+            picked = common.rows_of_step(len(prompts), step, args.prompts_per_step, world, args.seed)
             samples, rewards = draw(picked, step)  # rewards [B]
             drawn, tokens_drawn = [rewards], samples.mask.sum()
 
@@ -604,7 +599,7 @@ def train(args):
                 if not common.all_sum(world, equal.sum())[0]:
                     break
                 seed, number = common.fold(args.seed, common.AGAIN), step * REDRAWS + again + 1
-                others = common.picked(len(prompts), number, args.prompts_per_step, world, seed)
+                others = common.rows_of_step(len(prompts), number, args.prompts_per_step, world, seed)
                 count = max(int(equal.sum()), 1)  # at least one, so that all processes sample together
                 more, scores = draw(others[:count], step, again)
                 drawn, tokens_drawn = [*drawn, scores], tokens_drawn + more.mask.sum()

@@ -164,7 +164,7 @@ def train_here(script, out, flags):
     def stand_in(model, tokenizer, prompts, *, n=1, **settings):
         lengths = [(p, 1 + (len(p) + j) % (len(p) + 2)) for p in prompts for j in range(n)]
         texts = [[*itertools.islice(itertools.cycle(p[::-1]), length), tokenizer.eos_token_id] for p, length in lengths]
-        return common.given([p for p, _ in lengths], texts, tokenizer, common.start("cpu"))
+        return common.as_samples([p for p, _ in lengths], texts, tokenizer, common.start("cpu"))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "sample", stand_in)
@@ -178,7 +178,7 @@ def test_processes_with_unequal_numbers_of_rows_have_the_gradient_of_one(script,
     (tmp_path / "r.py").write_text(REWARDS)
     count, step = 8, 4  # rows in the file; prompts of a step, the first half of which is the first process's
     rows = [{"prompt": f"{'92417368'[i]}{'53' * (1 + i % 3)}=", "answer": str(i)} for i in range(count)]
-    order = [common.pick(count, i, 1) for i in range(2 * step)]
+    order = [common.nth_row(count, i, 1) for i in range(2 * step)]
     for place, number in enumerate(order):
         rows[number]["half"] = place % step // (step // 2)
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
