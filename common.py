@@ -20,12 +20,12 @@ import contextlib
 import copy
 import dataclasses
 import datetime
-import errno
 import fcntl
 import functools
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -46,6 +46,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import (
@@ -102,10 +103,13 @@ def start(device="auto", dtype="auto", seed=0):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
+    if device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: torch finds no GPU; use --device cpu, or install torch for CUDA")
     place = torch.device(device)
     if device == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(place)
+        torch.set_float32_matmul_precision("high")  # TF32 loses nothing of bfloat16 numbers
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     world = World(rank, size, place, getattr(torch, dtype))
@@ -128,7 +132,7 @@ def is_sharded(world):
 
 
 # what a random number is for: no two purposes share a seed
-ORDER, DRAW, CUT, PASS, AGAIN, EVAL = range(6)
+ORDER, DRAW, CUT, PASS, EVAL = range(5)
 
 
 def fold(*numbers):
@@ -307,11 +311,15 @@ def stop_ids(model, tokenizer):
 
 
 def own_pad(tokenizer):
-    """Gives a classifier's tokenizer a pad token that ends no text. transformers score the last
-    id that is not pad: if EOS were pad, that would be the token before the end."""
+    """Gives a classifier's tokenizer a pad token that ends no text: one that it has, or a new
+    one. transformers score the last id that is not pad: with EOS, the token before the end."""
     end = tokenizer.convert_ids_to_tokens(turn_end(tokenizer))
-    if tokenizer.pad_token in (tokenizer.eos_token, tokenizer.bos_token, end):
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    taken = (tokenizer.eos_token, tokenizer.bos_token, end, None)
+    if tokenizer.pad_token in taken:
+        known = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+        spare = [token for token in known if "pad" in token.lower()]
+        spare = [token for token in [*spare, tokenizer.unk_token] if token not in taken]
+        tokenizer.add_special_tokens({"pad_token": [*spare, "<|pad|>"][0]})
 
 
 def encode(tokenizer, text):
@@ -380,6 +388,50 @@ def encode_answer(tokenizer, prompt, completion):
     return encode(tokenizer, "\n".join(texts)) + encode_completion(tokenizer, completion)
 
 
+def is_prompt(value):
+    """Whether a text, or a list of chat messages."""
+    if isinstance(value, str):
+        return bool(value)
+    if not isinstance(value, list) or not value:
+        return False
+    for message in value:
+        if not isinstance(message, dict) or "role" not in message:
+            return False
+        if not isinstance(message.get("content"), (str, list)):
+            return False
+    return True
+
+
+def has_answer(record):
+    return isinstance(record.get("answer"), (str, int, float))
+
+
+def load_prompts(path, flag, tokenizer, args, answer_flag):
+    """[(token ids of the prompt, its line of the file as a dict), ...]. Prompts that are too long
+    are left out, and counted."""
+    kept = []
+    left_out = 0
+    for number, record in read_json(path, flag) if path else ():
+        where = f"{flag} {path}, line {number}"
+        record = record if isinstance(record, dict) else {}
+        record = {**record, "prompt": record.get("prompt", record.get("question"))}
+        if not is_prompt(record["prompt"]):
+            fail(f'{where}: needs a "prompt" (or "question"), a text or a list of messages')
+        ids = encode_prompt(tokenizer, record["prompt"], args.system, args.chat)
+        if not 0 < len(ids) <= args.max_prompt_tokens:
+            left_out += 1
+        elif answer_flag and not has_answer(record):
+            fail(f'{where}: {answer_flag} needs an "answer", a text or a number')
+        else:
+            kept.append((ids, record))
+    if left_out:
+        limit = f"--max_prompt_tokens {args.max_prompt_tokens}"
+        say(f"{flag}: {left_out} of {left_out + len(kept)} prompts left out ({limit})")
+        if not kept:
+            fail(f"{flag}: no prompt is left")
+    return kept
+
+
 # -- Configs --------------------------------------
 
 
@@ -433,7 +485,7 @@ def fit_context(args, longest, *configs):
     """The flags, with --max_new_tokens lowered to what fits after the longest prompt, and one
     place left for the EOS that a reward model reads after a completion that was cut."""
     context = context_of(*configs)
-    why = f"a prompt of {longest} tokens fills the model's context of {context}"
+    why = f"the longest prompt has {longest} tokens, and the model's context {context}"
     return lower_max_new_tokens(args, context - longest - 1, why)
 
 
@@ -485,12 +537,14 @@ def load_policy(path, world, gradient_checkpointing=False):
     """The model that learns: float32 weights, in training mode."""
     model, _ = load(AutoModelForCausalLM, path)
     check_head(model.eval())
+    widen_head(model, world)
     return prepare(model, world, gradient_checkpointing)
 
 
 def load_reference(path, world):
     """A frozen model, for a KL penalty or to draw best-of-N from."""
     model, _ = load(AutoModelForCausalLM, path)
+    widen_head(model, world)
     return freeze(model, world)
 
 
@@ -524,6 +578,24 @@ def scalar_head(model):
     """A sequence classifier's head, mostly named `score`. It is called on all positions."""
     children = [m for name, m in model.named_children() if name != model.base_model_prefix]
     return [child for child in children if list(child.parameters())][-1]
+
+
+class Float32Head(torch.nn.Linear):
+    """A head that computes float32 logits from bfloat16 weights and states. A logit of 20 in
+    bfloat16 is off by up to 0.06, and the sampler's is off otherwise than the trainer's."""
+
+    wide_weight = None  # kept while sampling, and else made for each call
+
+    def forward(self, states):
+        weight = self.weight.float() if self.wide_weight is None else self.wide_weight
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(states.float(), weight, bias)
+
+
+def widen_head(model, world):
+    head = model.get_output_embeddings()
+    if world.dtype != torch.float32 and type(head) is torch.nn.Linear:
+        head.__class__ = Float32Head
 
 
 def prepare(model, world, gradient_checkpointing=False):
@@ -736,21 +808,21 @@ def completion_states(model, samples, rows):
     """The states that predict the completion tokens of some rows -> (states [b, C, width], ids
     [b, C], mask [b, C]), without columns in which none of these rows has a token.
 
-    A state predicts the next token, so they begin at the last prompt token. With samples.group
-    > 1 a prompt is computed once, and its keys and values are repeated for its rows.
+    A state predicts the next token, so they begin at the last prompt token. If several rows share
+    a prompt, it is computed once, and its keys and values are repeated for them.
     """
     P = int(samples.prompt_mask[rows].sum(1).max())
     C = int(samples.mask[rows].sum(1).max())
     ids = samples.ids[rows, :C]
     mask = samples.mask[rows, :C]
-    if samples.group == 1:
+    if samples.rows_per_prompt == 1:
         all_ids = torch.cat([samples.prompt_ids[rows, -P:], ids[:, :-1]], 1)
         all_mask = torch.cat([samples.prompt_mask[rows, -P:], mask[:, :-1]], 1)
         return hidden_states(model, all_ids, all_mask)[:, P - 1 :], ids, mask
-    groups = torch.tensor(rows, device=ids.device) // samples.group
+    groups = torch.tensor(rows, device=ids.device) // samples.rows_per_prompt
     groups, owner = groups.unique(return_inverse=True)  # owner [b]: each row's prompt
-    prompt_ids = samples.prompt_ids[groups * samples.group, -P:]
-    prompt_mask = samples.prompt_mask[groups * samples.group, -P:]
+    prompt_ids = samples.prompt_ids[groups * samples.rows_per_prompt, -P:]
+    prompt_mask = samples.prompt_mask[groups * samples.rows_per_prompt, -P:]
     start, cache = prompt_states(model, prompt_ids, prompt_mask)  # [prompts, 1, width]
     cache.reorder_cache(owner)
     # at least one column, because all processes must have equally many forwards
@@ -802,7 +874,7 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
         size = gradient_norm(model)
         cached = cache_argument(model) and not is_recurrent(DynamicCache(config=model.config))
         if cached and not gradient_checkpointing:
-            samples.group = 2
+            samples.rows_per_prompt = 2
             shared = completion_states(model, samples, rows)[0][mask].float()
             # added with the opposite sign: what is left in .grad is the difference
             (shared * -weight).sum().backward()
@@ -937,200 +1009,167 @@ def score_ids(model, tokenizer, texts, world):
     return values[: len(texts)]
 
 
-# -- Memory: will it fit? --------------------------------------------------------------------------------------------
+# -- Memory and the optimizer ---------------------
 
 
-def memory_needed(path, world, train_tokens, *, frozen=0, learning=1, sample_rows=0, sample_tokens=0, checkpointing=False):
-    """The bytes one process will hold at its peak, by what they are for, and the model's number of parameters, from its config
-    alone. An estimate: exact for weights, gradients and optimizer, a rule of thumb for activations (measured within 25 %
-    on a 135M Llama on CPU).
-
-    `train_tokens` go through one forward and backward; `learning` models have gradients and Adam's two moments (the
-    policy, a separate critic), `frozen` ones only weights (the reference, a reward model); `sample_rows` completions
-    of `sample_tokens` tokens, prompt included, are drawn at once.
-    """
-    config = read_config(path)
-    with torch.device("meta"):  # a model without memory: its count is exact
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+def lasting_memory(path, world, learning=1, frozen=0):
+    """A model's parameters, exact from its config alone, and the bytes that a process holds
+    for good: a float32 weight, its gradient and two moments, or a frozen model's weight."""
+    with torch.device("meta"):  # takes no memory
+        model = AutoModelForCausalLM.from_config(read_config(path), trust_remote_code=False)
     count = sum(p.numel() for p in model.parameters())
-    text = config.get_text_config()
-    layers, width, heads = text.num_hidden_layers, text.hidden_size, getattr(text, "num_attention_heads", 1)
-    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width
-    if getattr(text, "num_experts_per_tok", None):
-        inner = text.num_experts_per_tok * (getattr(text, "moe_intermediate_size", None) or inner)
-    head = getattr(text, "head_dim", None) or width // heads
-    shared_heads = getattr(text, "num_key_value_heads", None) or heads
-    cache = 2 * layers * shared_heads * head  # keys and values of a token
-    if shared_heads < heads:  # under a mask, attention repeats those of one layer for every head
-        cache += 2 * heads * head
-    b = torch.finfo(world.dtype).bits // 8
-    # Kept for backward in each layer and token: about 14 vectors of the model's width (norms, q, k, v, attention and
-    # what it is made of, residuals) and 4 of the MLP's. With checkpointing, one vector a layer, and for the one layer
-    # that is computed again and gone back through, about five times what it would keep.
-    in_layer = (14 * width + 4 * inner) * b
-    kept = layers * width * b + 5 * in_layer if checkpointing else layers * in_layer
-    gathered = count * b if is_sharded(world) else 0  # whole weights: all of them to sample, a layer's to train
-    # without gradient a layer's vectors live one layer long: about 4 of the model's width and 3 of the MLP's
-    prefill = min(max(PREFILL_TOKENS, sample_tokens), sample_rows * sample_tokens) * (4 * width + 3 * inner) * b
-    needed = {
-        "weights": (learning * 4 * count + frozen * b * count) / world.size,
-        "gradients": learning * 4 * count / world.size,
-        "optimizer": learning * 8 * count / world.size,
-        "training": train_tokens * (kept + 2 * width * b) + 12 * min(train_tokens, 1024) * text.vocab_size + gathered / layers,
-        "sampling": sample_rows * (sample_tokens * cache * b + 12 * text.vocab_size) + prefill + gathered,
-        # every process loads the whole float32 model before it keeps its shard; a GPU is given the shards only
-        "loading": 4 * count * (1 - 1 / world.size) if world.device.type == "cpu" else 0,
-        # what Python and the libraries take before anything is loaded counts on a CPU, where it is the same memory
-        "program": 0.4 * 2**30 if world.device.type == "cpu" else 0.5 * 2**30,
-    }
-    lasting = needed["weights"] + needed["optimizer"] + needed["program"]
-    # training and sampling take turns; the rest stays, but the optimizer comes after loading
-    peak = lasting + max(needed["training"] + needed["gradients"], needed["sampling"])
-    peak = max(peak, needed["program"] + needed["weights"] + needed["loading"])
-    return needed | {"peak": peak, "parameters": count}
-
-
-def memory_there(world):
-    """The bytes of this GPU, or of this machine."""
-    if world.device.type == "cuda":
-        return torch.cuda.get_device_properties(world.device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    frozen_bytes = torch.finfo(world.dtype).bits // 8
+    return count, count * (16 * learning + frozen_bytes * frozen) / world.size
 
 
 def memory_used(world):
-    """The peak so far, in bytes: of torch's allocator on a GPU, of the process on a CPU."""
+    """The peak so far in bytes: torch's allocator on a GPU, the process on a CPU."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-# -- Optimizer -------------------------------------------------------------------------------------------------------
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def make_optimizer(model, learning_rate):
-    """AdamW as RL for language models is usually run: short memories (0.9, 0.95), no weight decay. It steps float32
-    weights, each process its own shard; `fused` makes it one kernel."""
+    """AdamW as RL for language models usually has it, on float32 shards."""
     weights = [p for p in at_rest(model).parameters() if p.requires_grad]
-    return torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True)
+    settings = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "fused": True}
+    return torch.optim.AdamW(weights, lr=learning_rate, **settings)
 
 
 def learning_rate_at(step, steps, peak, schedule="constant", warmup=0):
-    """The rate of step 1, 2, ..., steps (0 before them): a linear rise over `warmup` steps, then constant, or down to 0
-    after the last step in a line or half a cosine. A function of the step alone, so there is no scheduler to save."""
+    """The rate of step 1, 2, ..., steps: a linear rise over `warmup` steps, then
+    constant, or down to 0 after the last step, in a line or half a cosine. It
+    depends on the step alone, so a resumed run has no scheduler to restore."""
     if step <= warmup:
         return peak * max(step, 0) / (warmup + 1)
     done = (step - warmup - 1) / max(steps - warmup, 1)
-    return peak * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[schedule]
+    if schedule == "linear":
+        return peak * (1.0 - done)
+    if schedule == "cosine":
+        return peak * 0.5 * (1.0 + math.cos(math.pi * done))
+    return peak
 
 
 def clip_gradients(model, max_norm):
-    """Scales the whole gradient to at most `max_norm`; returns the norm it had, over all shards. A norm that is not
-    finite is returned as it is and nothing is scaled: the caller must not step on it (Adam's moments never recover)."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if torch.isfinite(norm):
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
-    return norm.item()
+    """Scales the whole gradient down to `max_norm`; returns the norm it had. The
+    caller must not step if that is not finite: Adam's moments never recover."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return whole(norm).item()
 
 
-# -- A run: its folder, its checkpoint, its end ----------------------------------------------------------------------
+# -- A run's folder -------------------------------
 
-# between a run and its resumption
-MAY_DIFFER = "steps eval_every save_every keep tokens_per_micro_batch gradient_checkpointing sample_rows resume out".split()
+MAY_DIFFER = (  # flags that --resume may change
+    "steps eval_every save_every keep tokens_per_micro_batch gradient_checkpointing "
+    "sample_rows resume out"
+).split()
 
 
 def open_run(args, script, world):
-    """The run's folder, made or found. A folder that holds a run is never overwritten: `--resume` goes on with it, and
-    only with the flags it was started with (a run that changes its batch size half-way is no longer one run)."""
-    flags, answer = json.loads(json.dumps(dataclasses.asdict(args))), [None]  # as they will be read: tuples are lists
-    if world.rank == 0:  # decides alone, before the others could see what it makes
-        out, number = Path(args.out or f"runs/{script}"), 1
-        if args.resume:
-            if not args.out:
-                fail("--resume: name the run's folder by --out")
-            if not (out / "args.json").is_file():
-                fail(f"--resume: --out {out} holds no run")
-            before = json.loads((out / "args.json").read_text())
-            if before["script"] != script:
-                fail(f"--resume: {out} is a run of {before['script']}.py, not of {script}.py")
-            for name, value in flags.items() if checkpoints(out) else ():  # before the first there is nothing to be true to
-                if name not in MAY_DIFFER and before.get(name, value) != value:
-                    fail(f"--resume: --{name} is {value}, but the run in {out} was started with {before[name]}")
-            at = int(checkpoints(out)[-1].stem) if checkpoints(out) else 0
-            if args.steps < at:
-                fail(f"--resume: --steps {args.steps}, and the run in {out} has made {at}")
-            if before.get("steps", args.steps) != args.steps:
-                print(f"note: --steps was {before['steps']} and is {args.steps}; the learning rate's schedule changes with it")
-        elif args.out and out.exists() and not is_free(out):
-            fail(
-                f"--out {out}: not an empty folder; add --resume to go on with the run in it, delete it, or choose another name"
-            )
+    """The run's folder: a new one, or with --resume that of an earlier run."""
+    answer = [None]
+    if world.rank == 0:  # alone, before the others can see what it makes
         try:
-            while True:
-                try:
-                    out.mkdir(parents=True, exist_ok=bool(args.out))
-                    break
-                except FileExistsError:  # also when another run took the name a moment ago
-                    number += 1
-                    out = Path(f"runs/{script}-{number}")
+            out = folder_to_resume(args, script) if args.resume else new_folder(args, script)
             lock(out)
-            known = {"script": script, "began": first_date(args), **flags}
+            known = {"script": script, "began": first_date(args), **dataclasses.asdict(args)}
             write(out / "args.json", json.dumps(known, indent=1) + "\n")
         except OSError as error:
-            fail(f"--out {out}: cannot write there ({error.strerror})")
+            fail(f"--out {args.out or 'runs'}: cannot write there ({error.strerror})")
         answer = [str(out)]
     if world.size > 1:
         dist.broadcast_object_list(answer)
     return Path(answer[0])
 
 
+def new_folder(args, script):
+    """--out if no run is in it; without --out runs/SCRIPT, runs/SCRIPT-2, ..."""
+    if args.out:
+        out = Path(args.out)
+        if out.exists() and not is_free(out):
+            fail(f"--out {out}: not an empty folder; --resume goes on with a run that is in it")
+        out.mkdir(parents=True, exist_ok=True)
+        return out
+    for number in itertools.count(1):
+        out = Path("runs", script if number == 1 else f"{script}-{number}")
+        with contextlib.suppress(FileExistsError):  # also if made a moment ago
+            out.mkdir(parents=True)
+            return out
+
+
 def is_free(out):
-    """Whether an empty folder, or one in which a run was killed before it had written anything."""
-    return out.is_dir() and all(p.suffix in (".tmp", ".lock") for p in out.iterdir())
+    """A run that was killed at its start leaves .tmp and .lock files only."""
+    return out.is_dir() and all(path.suffix in (".tmp", ".lock") for path in out.iterdir())
 
 
-HELD = {}  # the locks of this process, by the run's folder
+def folder_to_resume(args, script):
+    """--out, if it holds a run of this script with the same flags."""
+    out = Path(args.out)
+    if not args.out:
+        fail("--resume: name the run's folder by --out")
+    if not (out / "args.json").is_file():
+        fail(f"--resume: --out {out} holds no run")
+    before = json.loads((out / "args.json").read_text())
+    if before["script"] != script:
+        fail(f"--resume: {out} is a run of {before['script']}.py, not of {script}.py")
+    if not checkpoints(out):
+        return out  # no step is saved, so every flag may change
+    flags = json.loads(json.dumps(dataclasses.asdict(args)))  # tuples become lists, as in the file
+    for name, value in flags.items():
+        was = before.get(name, value)
+        if name not in MAY_DIFFER and was != value:
+            fail(f"--resume: --{name} is {value}, but the run in {out} was started with {was}")
+    made = int(checkpoints(out)[-1].stem)
+    if args.steps < made:
+        fail(f"--resume: --steps {args.steps}, and the run in {out} has made {made}")
+    if before.get("steps", args.steps) != args.steps:
+        print(f"note: --steps was {before['steps']}; the learning rate's schedule changes with it")
+    return out
+
+
+HELD = {}  # the open lock file of each run's folder
 
 
 def lock(out):
-    """Keeps the run's folder for this process: two runs in one folder would overwrite each other's
-    files. The kernel frees the lock when the process ends, also when it is killed. lockf and not
-    flock: children of a fork inherit the latter, and may outlive the run."""
-    if out.resolve() in HELD:
-        return
-    file = open(out / "run.lock", "a")
+    """Two runs in one folder would overwrite each other's files. The kernel frees the lock
+    when the process ends or is killed. Not flock, which child processes inherit."""
+    if out in HELD:
+        return  # closing a second file would free the lock
+    HELD[out] = open(out / "run.lock", "a")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            fail(f"--out {out}: another process is at work in it; wait for its end")
-        # a file system without locks: go on without
-    HELD[out.resolve()] = file
+        fcntl.lockf(HELD[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        HELD.pop(out).close()
+        fail(f"--out {out}: another process is at work in it; wait for its end")
+    except OSError:
+        pass  # a file system without locks
 
 
 def write(path, data):
-    """Writes a file whole or not at all: beside it first, to the disk, then renamed over it."""
+    """Writes a text or a dict of tensors, whole or not at all: beside the file first."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(data, file) if isinstance(data, dict) else file.write(data.encode())
+            if isinstance(data, dict):
+                torch.save(data, file)
+            else:
+                file.write(data.encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # on a full disk torch.save raises a RuntimeError about its own format
-        # the OSError is its context
+        # on a full disk torch.save raises a RuntimeError whose context is the OSError
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
         raise OSError(cause.errno, cause.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)  # on a full disk half a file is in the way
+        temporary.unlink(missing_ok=True)  # half a file would keep the disk full
 
 
 def replace(temporary, folder):
-    """Puts a finished folder in the place of an older one, which stays beside it as `.old` until the new one stands."""
+    """Puts a finished folder in the place of an older one."""
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -1139,119 +1178,120 @@ def replace(temporary, folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
+# -- Checkpoints ----------------------------------
+
+
 def checkpoints(out):
     """The files of a run's finished checkpoints, the oldest first."""
     return sorted((Path(out) / "checkpoint").glob("[0-9]*.pt"), key=lambda p: int(p.stem))
 
 
-def save_checkpoint(out, world, step, models, optimizers, keep=1):
-    """Everything a run needs to go on, in one file, so that one rename makes it a checkpoint: weights and moments
-    in float32, whole, so that another number of processes can take them up. The last `keep` of them stay."""
+def tensors(model):
+    """[(name, tensor)] of the weights and of the buffers that are saved. Unlike in
+    state_dict, a head that is tied to the embedding comes once."""
+    saved = at_rest(model).state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+    return [*model.named_parameters(), *buffers]
 
-    def plain(value):
-        return whole(value, keep=world.rank == 0)
+
+def save_checkpoint(out, world, step, models, optimizers, keep=1):
+    """All that a run needs to go on, in one file. Weights and moments are whole float32
+    tensors, so another number of processes can resume. The last `keep` files stay."""
+
+    def gather(values):
+        return {name: whole(value, keep=world.rank == 0) for name, value in values}
 
     state = {"step": step, "world": world.size, "models": {}, "optimizers": {}}
     for name, model in models.items():
-        # named_parameters, not state_dict: a head that is tied to the embedding is one weight, written once
-        state["models"][name] = {k: plain(v) for k, v in tensors(model)}
+        state["models"][name] = gather(tensors(model))
         moments = optimizers[name].state_dict()["state"] if name in optimizers else {}
-        state["optimizers"][name] = {i: {k: plain(v) for k, v in s.items()} for i, s in moments.items()}
+        state["optimizers"][name] = {i: gather(m.items()) for i, m in moments.items()}
     if world.rank == 0:
-        (out / "checkpoint").mkdir(exist_ok=True)
-        for torn in (out / "checkpoint").glob("*.tmp"):  # of a process that was killed
-            torn.unlink()
-        write(out / "checkpoint" / f"{step:06d}.pt", state)
-        for old in checkpoints(out)[:-keep]:
+        folder = out / "checkpoint"
+        folder.mkdir(exist_ok=True)
+        write(folder / f"{step:06d}.pt", state)
+        for old in [*folder.glob("*.tmp"), *checkpoints(out)[:-keep]]:  # .tmp: of a killed process
             old.unlink()
     if world.size > 1:
         dist.barrier()
 
 
-def tensors(model):
-    """A model's weights by name, and those buffers that a checkpoint keeps."""
-    saved = set(at_rest(model).state_dict().keys())
-    return [*model.named_parameters(), *((k, b) for k, b in model.named_buffers() if k in saved)]
-
-
-def read_checkpoint(out):
-    """The newest checkpoint of a run as a dict, its tensors left on the disk until they are copied, or None."""
-    *older, path = checkpoints(out) or [None]
-    if path is None:
-        return None
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:
-        before = f"; without it --resume goes on from {older[-1]}" if older else ""
-        fail(f"{path}: this checkpoint cannot be read ({str(error).splitlines()[0]}); it may have been cut short{before}")
+def save_if_due(out, args, world, step, models, optimizers, stop_asked):
+    """A checkpoint every --save_every steps, after the last step and after a signal. All
+    processes are asked, because a signal may reach only one."""
+    stopping = all_sum(world, stop_asked())[0] > 0
+    last = step == args.steps
+    if step % args.save_every == 0 or last or stopping:
+        save_checkpoint(out, world, step, models, optimizers, args.keep)
+    if stopping and not last:
+        raise Ended(f"stopped by a signal after step {step} of {args.steps}, which is saved")
 
 
 def take_up(out, args, world):
-    """Where a run is resumed: its newest checkpoint, or None. A process that does not see it (its
-    disk is not shared, or the shared disk shows it an old listing) would begin at step 1 while the
-    others go on, and the mixed weights would replace the good checkpoint."""
+    """The newest checkpoint if the run is resumed, or None. A process that does not see
+    it (its disk is not shared) would begin at step 1, and spoil the next checkpoint."""
     state = read_checkpoint(out) if args.resume else None
     agree(out, world, state["step"] if state else 0, "the last checkpoint is of step")
     return state
 
 
+def read_checkpoint(out):
+    """A run's newest checkpoint, its tensors left on the disk until used, or None."""
+    if not checkpoints(out):
+        return None
+    path = checkpoints(out)[-1]
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        fail(f"{path}: this checkpoint cannot be read ({reason}); it may have been cut short")
+
+
 def agree(out, world, number, what):
     """Stops if the processes do not find the same number in the run's folder."""
     numbers = all_gather(world, torch.tensor([number], device=world.device)).tolist()
-    for rank, theirs in enumerate(numbers):
-        if theirs != numbers[0]:
-            if world.rank:
-                raise SystemExit(2)  # the first process says it
-            seen = f"{what} {numbers[0]} to process 0 and {theirs} to process {rank}"
-            fail(f"--out {out}: {seen}; put --out on a disk that all processes share")
+    if len(set(numbers)) > 1:
+        if world.rank > 0:
+            raise SystemExit(2)  # the first process says it
+        where = "put --out on a disk that all processes share"
+        fail(f"--out {out}: {what} {numbers}, in the order of the processes; {where}")
 
 
 def load_checkpoint(state, models, optimizers):
-    """Puts a checkpoint's weights and moments into models and optimizers, each process its own shards."""
+    """Copies a checkpoint into models and optimizers, each process its own shards."""
 
     def like(value, p):
-        """As p is distributed: a moment has its weight's shape and takes its shards; Adam's count of steps is whole."""
-        if not isinstance(p, DTensor) or value.ndim == 0:
+        if not isinstance(p, DTensor) or value.ndim == 0:  # Adam's count of steps has no shards
             return value.to(p.device, copy=True)
-        return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+        value = value.to(p.device)
+        return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
 
     for name, model in models.items():
         saved = state["models"][name]
-        with torch.no_grad():
-            for k, p in tensors(model):
-                if k not in saved or saved[k].shape != p.shape:
-                    fail(f"--resume: the checkpoint is of another model ({k} is missing or has another shape)")
-                p.copy_(like(saved[k], p))
+        for key, p in tensors(model):
+            if key not in saved or saved[key].shape != p.shape:
+                fail(f"--resume: the checkpoint is of another model (see {key})")
+            p.data.copy_(like(saved[key], p))
         if name in optimizers:
-            weights = [p for group in optimizers[name].param_groups for p in group["params"]]
+            weights = optimizers[name].param_groups[0]["params"]
             for i, moments in state["optimizers"][name].items():
-                optimizers[name].state[weights[i]] = {k: like(v, weights[i]) for k, v in moments.items()}
+                p = weights[i]
+                optimizers[name].state[p] = {k: like(v, p) for k, v in moments.items()}
 
 
-def cut_log(path, step):
-    """Drops what a log (a JSON object a line, each with its `step`) says of steps after the checkpoint: the resumed run
-    will write them again, and a reader must not see them twice. A last line that a crash cut short goes too."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            row = json.loads(line)
-            if row["step"] <= step and not any(k.startswith(("best_of/", "scale/")) for k in row):  # those come after the end
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    write(path, "".join(kept))
+# -- The order of the data ------------------------
 
 
-def picked(count, step, rows, world, seed):
-    """This process's part of the `rows` row numbers of a step. The data is one endless sequence of shuffled copies: step and rank
-    alone say which come next, so a resumed run neither skips nor repeats any."""
+def rows_of_step(count, step, rows, world, seed):
+    """This process's share of a step's row numbers. The data is one endless sequence of
+    shuffled copies. Step and rank alone give the place in it, so a resumed run neither
+    skips nor repeats a row."""
     mine = rows // world.size
-    return [pick(count, (step - 1) * rows + world.rank * mine + i, seed) for i in range(mine)]
+    start = (step - 1) * rows + world.rank * mine
+    return [nth_row(count, start + i, seed) for i in range(mine)]
 
 
-def pick(count, i, seed):
+def nth_row(count, i, seed):
     """Element i of the endless sequence of shuffled copies of range(count)."""
     return shuffled(count, fold(seed, i // count, ORDER))[i % count]
 
@@ -1261,102 +1301,243 @@ def shuffled(count, seed):
     return random.Random(seed).sample(range(count), count)
 
 
-def introduce(out, args, world, tokenizer, ids, first, needed):
-    """Before anything is loaded: what it is, what memory it will need, the first prompt exactly as the model will see it.
-    Returns the run's log, (TensorBoard's writer, progress bar), or nothing but on the first process."""
-    if world.rank:
+# -- Log and console ------------------------------
+
+
+class Meter:
+    """What a step logs, over its micro-batches and all processes. Everything stays on the device
+    until `result` reads it: a number read in the loop would make the CPU wait for the GPU."""
+
+    def __init__(self):
+        self.means = {}  # name: [sum, count]
+        self.totals = {}
+        self.maxima = {}
+
+    def add(self, name, values, mask=None):
+        """For a mean over a tensor's elements, or those on the mask."""
+        values = values.detach().double()
+        mask = torch.ones_like(values) if mask is None else mask.expand_as(values)
+        mask = mask.bool()
+        # where, not a product: nan off the mask times 0 is nan
+        pair = torch.stack([torch.where(mask, values, 0.0).sum(), mask.sum()])
+        self.means[name] = self.means.get(name, 0.0) + pair
+
+    def total(self, name, value):
+        """For a sum."""
+        self.totals[name] = self.totals.get(name, 0.0) + value.detach().double()
+
+    def maximum(self, name, values):
+        """For the largest element."""
+        largest = values.detach().max().double()
+        self.maxima[name] = torch.maximum(self.maxima.get(name, largest), largest)
+
+    def result(self, world):
+        """{name: number}; means without elements are left out. Every process must have used the
+        same names in the same order."""
+        sums = []
+        for pair in self.means.values():
+            sums += pair.tolist()
+        for value in self.totals.values():
+            sums.append(value.item())
+        sums = all_sum(world, *sums)
+        result = {}
+        for i, name in enumerate(self.means):
+            if sums[2 * i + 1]:
+                result[name] = sums[2 * i] / sums[2 * i + 1]
+        for name, value in zip(self.totals, sums[2 * len(self.means) :]):
+            result[name] = value
+        for name, largest in self.maxima.items():
+            result[name] = all_gather(world, largest.view(1).to(world.device)).max().item()
+        return result
+
+
+class Writer(SummaryWriter):
+    quiet_until = 0.0  # when a console without a progress bar gets its next line
+
+
+def introduce(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0):
+    """Prints the model, its memory and the first text before anything is loaded
+    -> (writer, bar), or (None, None) but on the first process."""
+    if world.rank > 0:
         return None, None
-    there, precision = memory_there(world), str(world.dtype)[6:]
-    where = f"on {world.size} x {world.device.type}, computing in {precision}, learning in float32"
-    print(f"{args.model}: {needed['parameters'] / 1e6:.1f}M parameters {where}")
-    print(f"memory: about {needed['peak'] / 2**30:.1f} GiB of {there / 2**30:.1f} will be needed")
-    if needed["peak"] > there:
-        print("warning: this may not fit; lower --tokens_per_micro_batch, add --gradient_checkpointing, or use more processes")
-    # flags whose default depends on others
-    open_flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.default is None}
-    shown = [f"{k} {v if isinstance(v, str) else f'{v:g}'}" for k, v in open_flags.items() if v not in (None, "")]
-    print("flags left open: " + ", ".join(shown))
-    pairs = hasattr(args, "pairs_per_step") and (args.data or args.eval_data)
-    what = "first text, a chosen side" if pairs else "first prompt"
-    print(f"{what}: {tokenizer.decode(ids)!r}\n  as ids: {ids if len(ids) < 40 else [*ids[:30], '...', *ids[-8:]]}")
-    print(f"writing to {out}" + (f", going on after step {first} of {args.steps}" if args.resume else "") + "\n")
+    count, needed = lasting_memory(args.model, world, learning, frozen)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if world.device.type == "cuda":
+        there = torch.cuda.get_device_properties(world.device).total_memory
+    where = f"{world.size} x {world.device.type} in {str(world.dtype)[6:]}"
+    print(f"{args.model}: {count / 1e6:.1f}M parameters on {where}")
+    what = "for weights, gradients and moments; activations come on top"
+    print(f"memory: {needed / 2**30:.1f} GiB of {there / 2**30:.1f} {what}")
+    if needed > there:
+        print("warning: this does not fit; use more processes or a smaller model")
+    shown = ids if len(ids) < 40 else [*ids[:30], "...", *ids[-8:]]
+    print(f"first text, as the model sees it: {tokenizer.decode(ids)!r}\n  as ids: {shown}")
+    going_on = f", going on after step {done_steps} of {args.steps}" if args.resume else ""
+    print(f"writing to {out}{going_on}\n")
     threading.excepthook = quiet_threads
     try:
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            cut_log(out / name, first or -1)  # what a resumed run will write again
-        writer = SummaryWriter(out / "tensorboard", purge_step=first + (first > 0) if args.resume else None)
+        cut_log(out / "metrics.jsonl", done_steps)
+        cut_log(out / "samples.jsonl", done_steps)
+        writer = Writer(out / "tensorboard", purge_step=done_steps + 1 if done_steps else 0)
         writer.add_text("args", f"```\n{json.dumps(dataclasses.asdict(args), indent=1)}\n```")
         writer.flush()
     except OSError as error:
         fail(f"--out {out}: cannot write there ({error.strerror})")
-    # disable=None: no bar in a log file, where every step would be a line
-    return writer, tqdm(total=args.steps, initial=first, desc=out.name, dynamic_ncols=True, disable=None)
+    # disable=None: no bar in a log file, where each step would be a line
+    return writer, tqdm(total=args.steps, initial=done_steps, desc=out.name, disable=None)
 
 
 def quiet_threads(hook):
-    """TensorBoard writes in a thread. When that fails, `log` raises the same OSError, and
-    `guarded` says it in a sentence; Python would print the thread's traceback as well."""
+    """TensorBoard's thread fails with the OSError that `log` raises: no traceback of it."""
     if not issubclass(hook.exc_type, OSError):
         threading.__excepthook__(hook)
 
 
+def cut_log(path, step):
+    """Drops what a resumed run writes again: the steps after its checkpoint (all if it has
+    none), what follows the last step, and a line that a crash cut short."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            at_the_end = any(name.startswith(("best_of/", "scale/")) for name in row)
+            if step and row["step"] <= step and not at_the_end:
+                kept.append(line + "\n")
+    write(path, "".join(kept))
+
+
+def tell(message):
+    """Prints, but lets a broken pipe pass: Ctrl-C also ends `| tee`, and the run has to save."""
+    with contextlib.suppress(BrokenPipeError):
+        tqdm.write(message)
+
+
 def log(out, writer, step, metrics, texts=()):
-    """One line of metrics.jsonl, the same numbers for TensorBoard, and some of the step's completions as text. Without a
-    writer, on other processes than the first, nothing."""
+    """A step's numbers to metrics.jsonl, TensorBoard and the console; completions to
+    samples.jsonl. Does nothing without a writer."""
     if writer is None:
         return
-    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, **metrics}) + "\n")
-    if texts:
-        with open(out / "samples.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, **t}, ensure_ascii=False) + "\n" for t in texts)
+    for name, rows in (("metrics.jsonl", [metrics]), ("samples.jsonl", texts)):
+        for row in rows:
+            with open(out / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
     for name, value in metrics.items():
         writer.add_scalar(name, value, step)
     if texts:
         lines = [f"`{t['reward']:.3f}` {t['prompt']!r} -> {t['completion']!r}" for t in texts]
         writer.add_text("samples", "\n\n".join(lines), step)
     writer.flush()
-    scores = ", ".join(f"{k[5:]} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/"))
+    scores = [f"{name[5:]} {x:.3f}" for name, x in metrics.items() if name.startswith("eval/")]
     if scores:
-        with contextlib.suppress(BrokenPipeError):  # of `| tee`, which the same Ctrl-C has ended
-            tqdm.write(f"step {step}: held-out {scores}")
-    elif not sys.stderr.isatty() and time.monotonic() > getattr(writer, "quiet_until", 0):  # no bar: a line a minute
-        names = [k for k in ("reward", "accuracy", "loss", "kl/ref", "tokens_per_second") if k in metrics]
-        if names:
+        tell(f"step {step}: held-out {', '.join(scores)}")
+    elif not sys.stderr.isatty() and time.monotonic() > writer.quiet_until:  # a line a minute
+        names = ("reward", "accuracy", "loss", "kl/ref", "tokens_per_second")
+        shown = [f"{name} {metrics[name]:.3g}" for name in names if name in metrics]
+        if shown:
             writer.quiet_until = time.monotonic() + 60
-            with contextlib.suppress(BrokenPipeError):
-                tqdm.write(f"step {step}: " + ", ".join(f"{k} {metrics[k]:.3g}" for k in names))
+            tell(f"step {step}: {', '.join(shown)}")
+
+
+def advise(metrics, args, said):
+    """Warns, once each, of what a person watching should know. said: what has been."""
+    value = metrics.get
+    advice = {
+        "truncated": (
+            value("truncated", 0) > 0.5,
+            "most completions are cut off: raise --max_new_tokens (or lower --max_prompt_tokens, "
+            "if prompts fill the context), or ask for shorter answers with --system",
+        ),
+        "reward": (
+            value("reward") == 0 and args.reward == "exact",
+            "no completion was right: `exact` wants the answer and nothing else; "
+            "--reward number takes a text's last number",
+        ),
+        "equal_groups": (
+            value("equal_groups", 0) > 0.8,
+            "most prompts' samples score alike, which teaches little: "
+            "use prompts of middling difficulty, or raise --samples_per_prompt",
+        ),
+        "ratio/first": (
+            value("ratio/first", 0) > 1e-3,
+            "the first ratio is not 1: the model's forward is not deterministic",
+        ),
+        "entropy": (
+            value("entropy", 1) < 0.01,
+            "the policy tries nothing new: lower --learning_rate or raise --beta",
+        ),
+        "kl/ref": (
+            abs(value("kl/ref", 0)) > 100,
+            "KL to the reference runs away: raise --beta or lower --learning_rate",
+        ),
+        "value/explained": (
+            value("value/explained", 0) < -1,
+            "the critic is worse than a constant: lower --critic_learning_rate, "
+            "or let it learn alone first with --critic_warmup",
+        ),
+    }
+    for name, (sounds, words) in advice.items():
+        if sounds and name not in said:
+            said.add(name)
+            tell(f"warning: {words} ({name} {metrics[name]:.3g})")
+
+
+def show_progress(bar, metrics, args, warned):
+    """The progress bar of a script that samples, and what `advise` has to say."""
+    if bar is None:
+        return
+    advise(metrics, args, warned)
+    kl = f", kl {metrics['kl/ref']:.2f}" if "kl/ref" in metrics else ""
+    speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
+    bar.set_postfix_str(f"reward {metrics['reward']:.3f}{kl}, {speed}")
+    bar.update()
+
+
+def examples(samples, rewards, tokenizer, n):
+    """The completions of the first prompt, for the log."""
+    prompt = tokenizer.decode(samples.prompt_ids[0][samples.prompt_mask[0]])
+    shown = []
+    for text, reward in zip(samples.texts[:n], rewards[:n].tolist()):
+        shown.append({"prompt": prompt, "completion": text, "reward": reward})
+    return shown
 
 
 def conclude(out, args, writer, bar, use):
-    """The held-out scores before and after, and what a person wants to type next; `use` are the lines of Python for it."""
+    """The first and the last held-out scores, and `use`, a line of Python to go on with."""
     if writer is None:
         return
     bar.close()
     writer.close()
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    last = {k: v for line in lines for k, v in line.items()}
-    for name in [k for k in lines[0] if k.startswith("eval/")]:
-        print(f"held-out {name[5:]}: {lines[0][name]:.3f}" + (f" -> {last[name]:.3f}" if args.steps else ""))
-    if args.steps and not any(k.startswith("eval/") for k in last):
-        for name in [k for k in ("reward", "accuracy") if k in last]:
-            print(f"{name} of the first step: {next(m[name] for m in lines if name in m):.3f}, of the last: {last[name]:.3f}")
-        print("nothing was held out; --eval_data gives a score that training has not seen")
-    print(f"\n  tensorboard --logdir {out}")
+    scores = {}
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        for name, value in json.loads(line).items():
+            scores.setdefault(name, []).append(value)
+    for name, values in scores.items():
+        if name.startswith("eval/"):
+            last = f" -> {values[-1]:.3f}" if args.steps else ""
+            print(f"held-out {name[5:]}: {values[0]:.3f}{last}")
+    if not any(name.startswith("eval/") for name in scores):
+        print("nothing was held out: --eval_data gives a score of prompts that are not trained on")
+    print(f"\nto see the curves:\n\n  tensorboard --logdir {out}")
     if args.steps:
-        print("\nand, in Python, to use the model:\n\n  from transformers import pipeline\n  " + use)
+        print(f"\nto use the model, in Python:\n\n  from transformers import pipeline\n  {use}")
 
 
 def usage(out, tokenizer, prompt, args):
-    """The line of Python that samples from the model that a run has made, with a prompt of its own."""
+    """The line of Python that samples from the model that a run has made."""
     prompt = prompt if prompt and len(str(prompt)) < 200 else "your prompt"
-    if tokenizer.chat_template and args.chat and isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    return f'print(pipeline("text-generation", "{out / "model"}")({prompt!r}, max_new_tokens={args.max_new_tokens}))'
+    if tokenizer.chat_template and args.chat:
+        prompt = messages(prompt)
+    pipe = f'pipeline("text-generation", "{out / "model"}")'
+    return f"print({pipe}({prompt!r}, max_new_tokens={args.max_new_tokens}))"
+
+
+# -- The end of a run -----------------------------
 
 
 class Stop(Exception):
-    """Something in a run that it must not go on from."""
+    """A run cannot go on. All processes raise it, and the first one says it."""
 
 
 class Ended(Stop):
@@ -1365,8 +1546,8 @@ class Ended(Stop):
 
 @contextlib.contextmanager
 def guarded(out, args, bar):
-    """A run that cannot go on ends with one sentence and the command that resumes it, exit status 1. The checkpoint is
-    whole: it is replaced only by a finished one."""
+    """A run that cannot go on ends with a sentence and the command that resumes it, exit
+    status 1. The last checkpoint is whole: only a finished one replaces it."""
     try:
         yield
         if dist.is_initialized():
@@ -1376,62 +1557,69 @@ def guarded(out, args, bar):
     except (Stop, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         if bar is not None:
             bar.close()
-        if int(os.environ.get("RANK", 0)) and not getattr(error, "own", isinstance(error, (OSError, torch.OutOfMemoryError))):
-            raise SystemExit(1) from error  # the first process says it
-        what = "" if isinstance(error, (Ended, KeyboardInterrupt)) else "error: "
-        what += (
-            "stopped at once" if isinstance(error, KeyboardInterrupt) else (str(error) or type(error).__name__).splitlines()[0]
-        )
-        if isinstance(error, torch.OutOfMemoryError):
-            what += "; lower --tokens_per_micro_batch or add --gradient_checkpointing (training)"
-            what += ", or lower --sample_rows (sampling)" if hasattr(args, "sample_rows") else ""
-            held = [f"--{n}" for n in ("prompts_per_step", "max_new_tokens") if hasattr(args, n)]
-            what += f", or, in a new run, {' or '.join(held)} (sampling)" if held else ""
-        words = shlex.join([a for a in sys.argv if a != "--resume"] + ([] if args.out else ["--out", str(out)]) + ["--resume"])
-        on = "go on from the last checkpoint" if checkpoints(out) else "no checkpoint was written yet; begin from the start"
-        command = "torchrun ..." if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "python"
-        raise SystemExit(f"{what}\n{on} with: {command} {words}" if args.steps else what) from error
+        first = int(os.environ.get("RANK", 0)) == 0
+        alone = isinstance(error, (OSError, torch.OutOfMemoryError))
+        raise SystemExit(last_words(error, out, args) if first or alone else 1) from error
     finally:
-        if out.resolve() in HELD:
-            HELD.pop(out.resolve()).close()
+        if out in HELD:
+            HELD.pop(out).close()
+
+
+def last_words(error, out, args):
+    """What went wrong, and the command that goes on."""
+    words = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, KeyboardInterrupt):
+        words = "stopped at once"
+    elif not isinstance(error, Ended):
+        words = f"error: {words}"
+    if isinstance(error, torch.OutOfMemoryError):
+        words += "; lower --tokens_per_micro_batch or add --gradient_checkpointing"
+        names = ("sample_rows", "prompts_per_step", "max_new_tokens")
+        flags = [f"--{name}" for name in names if hasattr(args, name)]
+        words += f" (training), or lower {' or '.join(flags)} in a new run (sampling)"
+    if not args.steps:
+        return words
+    command = [word for word in sys.argv if word != "--resume"]
+    if not args.out:
+        command += ["--out", str(out)]
+    launcher = "torchrun ..." if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "python"
+    where = "go on from the last checkpoint"
+    if not checkpoints(out):
+        where = "no checkpoint was written yet; begin from the start"
+    return f"{words}\n{where} with: {launcher} {shlex.join([*command, '--resume'])}"
 
 
 def catch_signals(steps):
     """SIGTERM (a cluster takes its machine back), SIGINT (Ctrl-C) and SIGHUP (the terminal is
-    gone) only set a flag; the loop finishes its step, saves, and stops. A second SIGTERM or SIGINT
-    stops at once, and so does the first signal where there are no steps to finish. Under nohup SIGHUP is ignored,
-    and stays so. Returns the function that tells whether a signal has come."""
+    gone) set a flag: the loop finishes its step, saves and stops. A second SIGTERM or SIGINT
+    stops at once, as does the first if there are no steps. Returns a function: has one come?"""
     caught = []
+    message = b"\nstopping at the next safe place, and saving; a second signal stops at once\n"
+    if int(os.environ.get("RANK", 0)) > 0:
+        message = b""
 
     def handler(number, frame):
         if caught and number == signal.SIGHUP:
-            return  # the shell and the kernel may both send one, and nobody has asked twice
+            return  # the shell and the kernel may both send one
         if caught or not steps:
             raise KeyboardInterrupt
         caught.append(number)
-        words = b"\nstopping at the next safe place, and saving; a second signal stops at once\n"
-        for stream, text in ((1, b""), (2, words if int(os.environ.get("RANK", 0)) == 0 else b"")):
+        for stream, text in ((1, b""), (2, message)):
             try:
-                os.write(stream, text)  # not by print, which the signal may have interrupted
-            except OSError:  # the terminal is gone; writing to it would end the run before it saves
+                os.write(stream, text)  # not print, which the signal may have interrupted
+            except OSError:  # no terminal: the next line would end the run before it saves
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
+    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGINT, handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        signal.signal(signal.SIGHUP, handler)
     return lambda: bool(caught)
 
 
-# -- Sampling --------------------------------------------------------------------------------------------------------
+# ======================================== SAMPLING ================================================
 
-PREFILL_TOKENS = 8192  # of prompts in one forward, padding included: more would hold more memory and be no faster
-
-
-def rows_at_once(held_out, max_new_tokens, rows=1):
-    """How many completions of held-out prompts [(ids, row), ...] are drawn at once, so that an evaluation holds no
-    more than a rollout of `rows` completions, or than 8192 tokens, which is little beside training; at most 256."""
-    longest = max((len(ids) for ids, _ in held_out), default=0) + max_new_tokens
-    return max(1, min(256, max(rows, 8192 // longest)))
+PREFILL_TOKENS = 8192  # of prompts in one forward, with padding; more only holds more memory
 
 
 @dataclass
@@ -1441,47 +1629,224 @@ class Samples:
     prompt_ids: torch.Tensor  # [B, P] padded on the left
     prompt_mask: torch.Tensor  # [B, P] true on the prompt
     ids: torch.Tensor  # [B, C] padded on the right
-    mask: torch.Tensor  # [B, C] true on every token the policy chose, the stop token included
-    logprobs: torch.Tensor  # [B, C] of softmax(logits / temperature), as the sampler saw them; 0 off the mask
-    finished: torch.Tensor  # [B] false where the completion was cut at max_new_tokens and has no stop token
-    texts: list  # [B] the completions as text, stop and special tokens left out
-    group: int = 1  # this many consecutive rows have one prompt, which training computes once
+    mask: torch.Tensor  # [B, C] true on what the policy chose, the stop token included
+    logprobs: torch.Tensor  # [B, C] of softmax(logits / temperature); 0 off the mask
+    finished: torch.Tensor  # [B] false if cut at max_new_tokens, without a stop token
+    texts: list  # [B] without stop and special tokens
+    rows_per_prompt: int = 1  # so many consecutive rows have one prompt; training computes it once
+
+    def take(self, rows):
+        """Some of the rows, by a tensor of their numbers."""
+        values = {}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                values[name] = value[rows]
+        texts = [self.texts[row] for row in rows.tolist()]
+        return dataclasses.replace(self, texts=texts, **values)
 
 
-def as_samples(prompts, completions, tokenizer, world):
-    """Completions that nobody drew (demonstrations, preference pairs), as ids, in the shape of samples."""
-    P, C, pad = max(map(len, prompts)), max(map(len, completions)), tokenizer.pad_token_id
-    rows = [
-        [[pad] * (P - len(p)) + p for p in prompts],
-        [[False] * (P - len(p)) + [True] * len(p) for p in prompts],
-        [c + [pad] * (C - len(c)) for c in completions],
-        [[True] * len(c) + [False] * (C - len(c)) for c in completions],
-    ]
-    tensors = [torch.tensor(r, device=world.device) for r in rows]
-    texts = [tokenizer.decode(c, skip_special_tokens=True, clean_up_tokenization_spaces=False) for c in completions]
-    return Samples(*tensors, torch.zeros(len(rows[2]), C, device=world.device), tensors[3].any(1), texts)
+def pad_rows(rows, pad, device, side):
+    """Lists of ids, padded to one length -> ids, mask [rows, length]."""
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    mask = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    ids = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side=side)
+    mask = pad_sequence(mask, batch_first=True, padding_side=side)
+    return ids.to(device), mask.to(device)
 
 
-given = as_samples
+def to_text(tokenizer, ids):
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def as_samples(prompts, completions, tokenizer, world, rows_per_prompt=1):
+    """Given completions as ids (demonstrations, pairs) in the shape of samples."""
+    pad = tokenizer.pad_token_id
+    prompt_ids, prompt_mask = pad_rows(prompts, pad, world.device, "left")
+    ids, mask = pad_rows(completions, pad, world.device, "right")
+    logprobs = torch.zeros(ids.shape, device=world.device)
+    texts = [to_text(tokenizer, completion) for completion in completions]
+    finished = mask.any(1)
+    rows = (prompt_ids, prompt_mask, ids, mask, logprobs, finished, texts)
+    return Samples(*rows, rows_per_prompt)
+
+
+def rows_at_once(held_out, max_new_tokens, rows=1):
+    """How many completions of held-out prompts [(ids, row), ...] are drawn at once: a
+    rollout's `rows`, or 8192 tokens if that is more; at most 256 rows."""
+    longest = max((len(ids) for ids, _ in held_out), default=0) + max_new_tokens
+    return max(1, min(256, max(rows, 8192 // longest)))
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts, *, n=1, max_new_tokens, temperature=1.0, seed=None):
+    """n completions of every prompt (a rendered text or a list of ids), each token drawn from
+    softmax(logits / temperature). Equal seeds give equal samples.
+
+    No top-k, top-p or repetition penalty, whatever the generation config says: they draw from
+    another distribution than the one whose gradient, ratio and KL are computed.
+
+    Compared with `generate`: a prompt is computed once for its n samples, finished rows leave
+    the batch, and the cache is not copied at every token."""
+    device = next(model.parameters()).device
+    prompts = [encode(tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
+    if [] in prompts:
+        raise ValueError(f"prompt {prompts.index([])} is empty: there is nothing to continue")
+    pad = tokenizer.pad_token_id
+    stops = torch.tensor(stop_ids(model, tokenizer), device=device)
+    prompt_ids, prompt_mask = pad_rows(prompts, pad, device, "left")
+    owner = torch.arange(len(prompts), device=device).repeat_interleave(n)  # [B] a row's prompt
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+
+    def pick(logits, rows):
+        # one number for every row, finished or not: what a row draws depends on no other
+        u = torch.rand(len(owner), 1, dtype=torch.float64, device=device, generator=generator)
+        return choose(logits, temperature, u[rows])
+
+    with evaluating(model), whole_weights(model):
+        forward = cached_forward(model)
+        cache, logits = prefill(model, forward, prompt_ids, prompt_mask)
+        logits = logits[owner]
+        prompt_ids = prompt_ids[owner]
+        prompt_mask = prompt_mask[owner]
+        copy_rows(cache, owner, prompt_ids.shape[1] + max_new_tokens)
+        drawn = decode(forward, pick, cache, logits, prompt_mask, max_new_tokens, stops)
+    ids, logprobs, length, finished = drawn
+    C = int(length.max())
+    # from lengths: ids != pad would lose the EOS where pad is EOS
+    mask = torch.arange(C, device=device) < length[:, None]
+    ids = ids[:, :C].masked_fill(~mask, pad)
+    logprobs = logprobs[:, :C].masked_fill(~mask, 0.0)
+    ends = (length - finished.long()).tolist()  # the stop token is no part of the text
+    texts = [to_text(tokenizer, row[:end]) for row, end in zip(ids.tolist(), ends)]
+    return Samples(prompt_ids, prompt_mask, ids, mask, logprobs, finished, texts, n)
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Evaluation mode: no dropout, and no gradient checkpointing, which drops the cache."""
+    was_training = [module.training for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, mode in zip(model.modules(), was_training):
+            module.training = mode
+
+
+@contextlib.contextmanager
+def whole_weights(model):
+    """Gathers a sharded model's weights once, and not for every token. A float32 copy of the head's
+    is made once, too.
+
+    FSDP2's hooks on the blocks have nothing to gather then, and take the CPU's time at every
+    token: they are put aside. The root's stay, which make its streams in a first forward."""
+    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    blocks = [m for m in units if m is not model]
+    hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in blocks]
+    head = model.get_output_embeddings()
+    try:
+        for unit in units:
+            unit.unshard()
+        if isinstance(head, Float32Head):
+            head.wide_weight = head.weight.float()
+        for block in blocks:
+            block._forward_pre_hooks = {}
+            block._forward_hooks = {}
+        yield
+    finally:
+        for block, own in zip(blocks, hooks):
+            block._forward_pre_hooks, block._forward_hooks = own
+        if isinstance(head, Float32Head):
+            head.wide_weight = None
+        if units:
+            forget_forwards(model)
+
+
+def cached_forward(model):
+    """The model's forward as (cache, ids, mask, positions) -> the last logits [rows, V]."""
+    takes = inspect.signature(model.forward).parameters
+    cache_name = cache_argument(model)
+    if cache_name is None:
+        raise ValueError(f"{type(model).__name__} takes none of transformers' caches")
+
+    def forward(cache, ids, mask, positions):
+        inputs = {cache_name: cache}
+        if "position_ids" in takes:
+            inputs["position_ids"] = positions
+        if "logits_to_keep" in takes:
+            inputs["logits_to_keep"] = 1
+        return model(input_ids=ids, attention_mask=mask, use_cache=True, **inputs).logits[:, -1]
+
+    return forward
+
+
+def prefill(model, forward, prompt_ids, prompt_mask):
+    """Computes every prompt once, in slices -> their cache and next tokens' logits."""
+    caches = []
+    logits = []
+    size = max(1, PREFILL_TOKENS // prompt_ids.shape[1])
+    for ids, mask in zip(prompt_ids.split(size), prompt_mask.split(size)):
+        caches.append(DynamicCache(config=model.config))
+        positions = (mask.cumsum(1) - 1).clamp_(min=0)  # padding does not count
+        try:
+            last = forward(caches[-1], ids, mask.long(), positions)
+        except ValueError as error:  # MiniMax wants a cache of its own
+            raise Stop(f"{type(model).__name__} cannot be sampled from ({error})") from error
+        logits.append(last.clone())  # a view would keep the logits of all positions
+    return join_caches(caches), torch.cat(logits)
+
+
+def join_caches(caches):
+    """One cache out of those of a batch's slices. What belongs to the rows is in tensors, or
+    dicts of tensors, whose first dimension is the row; the rest is equal in all slices, because
+    all are padded to one length."""
+    if len(caches) == 1:
+        return caches[0]
+
+    def join(parts):
+        if isinstance(parts[0], torch.Tensor) and parts[0].ndim > 1:
+            return torch.cat(parts)
+        if not isinstance(parts[0], dict):
+            return parts[0]
+        joined = {}
+        for key in parts[0]:
+            joined[key] = join([part[key] for part in parts])
+        return joined
+
+    for layers in zip(*(cache.layers for cache in caches)):
+        for name in list(vars(layers[0])):
+            # popped, so that no more than one tensor is held twice
+            setattr(layers[0], name, join([vars(layer).pop(name) for layer in layers]))
+    return caches[0]
+
+
+def copy_rows(cache, owner, room):
+    """Makes a prompt's cache that of each of its completions, with room for all tokens."""
+    for i, layer in enumerate(cache.layers):
+        # a layer that reads another's keys has none
+        if type(layer) is DynamicLayer and layer.keys is not None:
+            cache.layers[i] = RoomyLayer(layer, owner, room)
+        else:
+            layer.reorder_cache(owner)
 
 
 class RoomyLayer(DynamicLayer):
-    """One layer's keys and values, written into room made once. The stock layer makes a longer copy of its whole
-    cache at every token. Reading goes through views of the filled part, so the model sees no difference."""
+    """A layer's keys and values in room made once. The stock layer copies its whole cache at
+    every token. The model reads views of the filled part."""
 
     def __init__(self, stock, rows, room):
-        """Takes over the chosen rows of a stock layer; room: columns for the longest prompt and all new tokens."""
         super().__init__()
-        self.dtype, self.device, self.is_initialized = stock.keys.dtype, stock.keys.device, True
-        self.room, self.filled = room, stock.keys.shape[2]
-        self.buffers = [stock.keys, stock.values]  # [B, heads, room, d] each, once they are copied
+        self.is_initialized = True
+        self.room = room
+        self.filled = stock.keys.shape[2]
+        self.buffers = [stock.keys, stock.values]  # [B, heads, room, d] each, once copied
         stock.keys = stock.values = None
         self.reorder_cache(rows)
 
     def update(self, keys, values, *args, **kwargs):
-        begin, self.filled = self.filled, self.filled + keys.shape[2]
-        for buffer, new in zip(self.buffers, (keys, values)):
-            buffer[:, :, begin : self.filled] = new
+        begin = self.filled
+        self.filled += keys.shape[2]
+        self.buffers[0][:, :, begin : self.filled] = keys
+        self.buffers[1][:, :, begin : self.filled] = values
         self.keys, self.values = (buffer[:, :, : self.filled] for buffer in self.buffers)
         return self.keys, self.values
 
@@ -1489,319 +1854,85 @@ class RoomyLayer(DynamicLayer):
         return self.filled
 
     def reorder_cache(self, rows):
-        # The views keep their whole buffers alive. Without them an old buffer is freed once it is copied, so a
-        # copy of the cache needs room for one buffer more, and not for a second cache.
+        # Views keep a whole buffer alive. Without them each old buffer is freed once it is
+        # copied, so this takes room for one buffer more and not for a second cache.
         self.keys = self.values = None
         for i in range(len(self.buffers)):
             old = self.buffers[i]
             self.buffers[i] = old.new_empty(len(rows), old.shape[1], self.room, old.shape[3])
-            torch.index_select(old[:, :, : self.filled], 0, rows, out=self.buffers[i][:, :, : self.filled])
+            new = self.buffers[i][:, :, : self.filled]
+            torch.index_select(old[:, :, : self.filled], 0, rows, out=new)
 
 
-def join_caches(caches):
-    """One cache out of those of the slices of a batch. transformers' layers keep what belongs to the rows (keys and
-    values, states of a convolution or a recurrence) in tensors, or in dicts of tensors, whose first dimension is the
-    row; the rest (numbers of tokens, windows) is equal in all slices, because all are padded to one length."""
-
-    def join(parts):
-        if isinstance(parts[0], dict):
-            return {key: join([part[key] for part in parts]) for key in parts[0]}
-        if isinstance(parts[0], torch.Tensor) and parts[0].ndim > 1:
-            return torch.cat(parts)
-        return parts[0]
-
-    for layers in zip(*(cache.layers for cache in caches)):
-        for name in list(vars(layers[0])):
-            # taken out of the slices' layers, so that no more than one tensor is held twice
-            setattr(layers[0], name, join([vars(layer).pop(name) for layer in layers]))
-    return caches[0]
-
-
-def draw(logits, u, block=256):
-    """One token a row from softmax(logits) by inverse CDF, and its log-probability. logits [B, V]; u [B, 1] uniform
-    in [0, 1), float64.
-
-    The token is the first whose cumulative probability exceeds u. The sum is taken in two levels: over blocks of the
-    vocabulary, then inside the block that u falls into; both in float64, because a float32 cumulative sum over
-    150,000 tokens is wrong in its fourth digit. torch.multinomial draws one random number for every entry of the
-    vocabulary where this draws one a row.
-    """
-    logits = logits.float()
-    top = logits.amax(-1, keepdim=True)
-    p = F.pad((logits - top).exp(), (0, -logits.shape[1] % block)).view(len(logits), -1, block)  # [B, blocks, block]
-    mass = p.sum(-1).double()  # [B, blocks]
-    total = mass.cumsum(-1)
-    # strictly below the total, here and inside the block, so that no token of probability 0 is ever reached
-    target = u * (1 - 1e-12) * total[:, -1:]
-    which = torch.searchsorted(total, target, right=True).clamp_(max=total.shape[1] - 1)  # [B, 1] the block
-    share = (1 + (target - total.gather(1, which)) / mass.gather(1, which)).clamp_(0, 1 - 1e-12)
-    inside = p.gather(1, which[:, :, None].expand(-1, -1, block))[:, 0].double().cumsum(-1)  # [B, block]
-    token = which * block + torch.searchsorted(inside, share * inside[:, -1:], right=True)
-    token = token.clamp_(max=logits.shape[1] - 1)  # only logits that are NaN get here; the update will say so
-    return token[:, 0], (logits.gather(1, token) - top)[:, 0] - total[:, -1].log().float()
-
-
-def choose(logits, temperature, u):
-    """The next token of every row and its log-probability: drawn from softmax(logits / temperature) and nothing else,
-    or, at temperature 0, the likeliest with its log-probability at temperature 1."""
-    if temperature > 0:
-        return draw(logits.float() / temperature, u)
-    token = logits.argmax(-1, keepdim=True)
-    return token[:, 0], logits.float().log_softmax(-1).gather(1, token)[:, 0]
-
-
-@contextlib.contextmanager
-def whole_weights(model):
-    """While this lasts, a sharded model holds its whole weights, so that a forward gathers nothing. Without it, every
-    token drawn would send the whole model over the network.
-
-    FSDP2's hooks around the forward of each block, which gather and free weights, have nothing to do then. They are
-    put aside, because they would take time of the CPU for every token, and come back for training. The root's
-    stay: FSDP2 makes its streams in the root's first forward."""
-    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    blocks = [m for m in units if m is not model]
-    hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in blocks]
-    try:
-        for unit in units:
-            unit.unshard()
-        for block in blocks:
-            block._forward_pre_hooks, block._forward_hooks = {}, {}
-        yield
-    finally:
-        for block, (before, after) in zip(blocks, hooks):
-            block._forward_pre_hooks, block._forward_hooks = before, after
-        if units:
-            forget_forwards(model)
-
-
-@torch.no_grad()
-def sample(model, tokenizer, prompts, *, n=1, max_new_tokens, temperature=1.0, seed=None):
-    """n completions of every prompt (text that is rendered already, or a list of token ids) from any causal model.
-
-    Each token is drawn from softmax(logits / temperature): no top-k, top-p or repetition penalty, whatever the
-    model's generation config says. They would change the distribution the sample comes from, and the policy gradient,
-    the ratio and the KL would be those of another one. Equal seeds give equal samples.
-
-    Compared with `generate`: a prompt is computed once for its n samples, finished rows leave the batch, the cache is
-    not copied at every token, and a row needs one random number a token.
-    """
-    was_training = [m.training for m in model.modules()]
-    try:
-        # eval mode: no dropout, and no gradient checkpointing (which would silently drop the cache)
-        model.eval()
-        with whole_weights(model):
-            return rollout(model, tokenizer, prompts, n, max_new_tokens, temperature, seed)
-    finally:
-        for module, mode in zip(model.modules(), was_training):
-            module.training = mode
-
-
-def rollout(model, tokenizer, prompts, n, max_new_tokens, temperature, seed):
-    device = next(model.parameters()).device
-    prompts = [encode(tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
-    if [] in prompts:
-        raise ValueError(f"prompt {prompts.index([])} is empty: there is nothing to continue")
-    B, P = len(prompts) * n, max(map(len, prompts))
-    pad, stops = tokenizer.pad_token_id, torch.tensor(stop_ids(model, tokenizer), device=device)
-    prompt_ids = torch.tensor([[pad] * (P - len(p)) + p for p in prompts], device=device)
-    prompt_mask = torch.tensor([[False] * (P - len(p)) + [True] * len(p) for p in prompts], device=device)
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-
-    takes, name = inspect.signature(model.forward).parameters, cache_argument(model)
-    if name is None:
-        raise ValueError(f"{type(model).__name__} takes none of transformers' caches, so `sample` cannot continue with it")
-
-    def forward(cache, ids, mask, positions):
-        inputs = {name: cache}
-        if "position_ids" in takes:
-            inputs["position_ids"] = positions
-        if "logits_to_keep" in takes:
-            inputs["logits_to_keep"] = 1
-        return model(input_ids=ids, attention_mask=mask, use_cache=True, **inputs).logits[:, -1]
-
-    # 1. Every prompt once, a slice of the rows at a time. Positions count real tokens, so a prompt's are the same
-    #    however far it is padded.
-    caches, logits, size = [], [], max(1, PREFILL_TOKENS // P)
-    for slice_ids, slice_mask in zip(prompt_ids.split(size), prompt_mask.split(size)):
-        caches.append(DynamicCache(config=model.config))
-        positions = (slice_mask.cumsum(1) - 1).clamp_(min=0)
-        try:
-            # cloned, because the last position is a view that can keep the logits of all positions
-            logits.append(forward(caches[-1], slice_ids, slice_mask.long(), positions).clone())
-        except ValueError as error:  # MiniMax wants a cache of its own
-            raise Stop(f"{type(model).__name__} cannot be sampled from ({error})") from error
-    cache = join_caches(caches) if len(caches) > 1 else caches[0]
-    recurrent = is_recurrent(cache)
-
-    # 2. n copies of its cache, with room for the new tokens. From here on a row is a completion.
-    owner = torch.arange(len(prompts), device=device).repeat_interleave(n)  # [B] the prompt of each row
-    prompt_ids, prompt_mask, logits = prompt_ids[owner], prompt_mask[owner], torch.cat(logits)[owner]
-    for i, layer in enumerate(cache.layers):
-        # a layer that reads another's cache has no keys of its own
-        if type(layer) is DynamicLayer and layer.keys is not None:
-            cache.layers[i] = RoomyLayer(layer, owner, P + max_new_tokens)
-        elif n > 1:
-            layer.reorder_cache(owner)
-    seen = F.pad(prompt_mask.long(), (0, max_new_tokens), value=1)  # [B, P + C] a token sees its prompt and its past
-    position = prompt_mask.sum(1, keepdim=True)  # of a row's next token
-
-    # 3. Token by token. `rows` are those still running, by their number in the whole batch.
-    ids = torch.full((B, max_new_tokens), pad, device=device)
+def decode(forward, pick, cache, logits, prompt_mask, max_new_tokens, stops):
+    """Draws token by token and drops finished rows -> ids, logprobs [B, max_new_tokens], of no
+    meaning from a row's end on, length [B], finished [B]."""
+    B, P = prompt_mask.shape
+    device = logits.device
+    ids = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(B, max_new_tokens, device=device)
     length = torch.full((B,), max_new_tokens, device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)
-    rows, running = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
+    recurrent = is_recurrent(cache)  # takes no mask
+    # of the rows in the batch: their numbers, what they attend to, their next position
+    rows = torch.arange(B, device=device)
+    seen = F.pad(prompt_mask.long(), (0, max_new_tokens), value=1)  # [rows, P + C]
+    position = prompt_mask.sum(1, keepdim=True)
     for t in range(max_new_tokens):
-        # one number for every row of the whole batch: what a row draws does not depend on which others have finished
-        u = torch.rand(B, 1, dtype=torch.float64, device=device, generator=generator)
-        token, logprob = choose(logits, temperature, u[rows])
-        ids[rows, t] = torch.where(running, token, pad)
-        logprobs[rows, t] = torch.where(running, logprob, 0.0)
-        ended = running & torch.isin(token, stops)
+        token, logprob = pick(logits, rows)
+        ids[rows, t] = token
+        logprobs[rows, t] = logprob
+        ended = torch.isin(token, stops) & ~finished[rows]
         length[rows] = torch.where(ended, t + 1, length[rows])
         finished[rows] |= ended
-        running &= ~ended
+        running = ~finished[rows]
         left = int(running.sum())
         if left == 0 or t + 1 == max_new_tokens:
             break
         if left <= 0.9 * len(rows):  # a tenth has finished: worth a copy of the others' cache
             kept = running.nonzero()[:, 0]
             cache.reorder_cache(kept)
-            rows, token, position, seen, running = rows[kept], token[kept], position[kept], seen[kept], running[kept]
-        logits = forward(cache, token[:, None], None if recurrent else seen[:, : P + t + 1], position + t)
-
-    # 4. Masks from lengths. Comparing ids with the pad id instead would lose the EOS where pad == EOS.
-    C = int(length.max())
-    mask = torch.arange(C, device=device) < length[:, None]
-    texts = [
-        tokenizer.decode(row[: end - done], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for row, end, done in zip(ids.tolist(), length.tolist(), finished.tolist())
-    ]
-    return Samples(prompt_ids, prompt_mask, ids[:, :C], mask, logprobs[:, :C], finished, texts)
+            rows = rows[kept]
+            token = token[kept]
+            seen = seen[kept]
+            position = position[kept]
+        mask = None if recurrent else seen[:, : P + t + 1]
+        logits = forward(cache, token[:, None], mask, position + t)
+    return ids, logprobs, length, finished
 
 
-# ---- shims for the new interface ----
-Samples.rows_per_prompt = 1
-_sample = sample
-def sample(*a, n=1, **k):
-    s = _sample(*a, n=n, **k)
-    s.rows_per_prompt = n
-    return s
-as_samples = given
-rows_of_step = picked
-nth_row = pick
-run_date = began
-stop_together = together
-
-def is_prompt(value):
-    messages = isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("content"), (str, list)) and "role" in m for m in value
-    )
-    return bool(value) and (isinstance(value, str) or messages)
-
-def take(self, rows):
-    tensors = {name: value[rows] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-    return dataclasses.replace(self, texts=[self.texts[i] for i in rows.tolist()], **tensors)
-Samples.take = take
-
-def completion_states(model, samples, rows):
-    n = samples.rows_per_prompt
-    device = samples.ids.device
-    prompts, owner = torch.tensor(rows, device=device).div(n, rounding_mode="floor").unique(return_inverse=True)
-    P = int(samples.prompt_mask[rows].sum(1).max())
-    C = int(samples.mask[rows].sum(1).max())
-    first = rows if n == 1 else prompts * n
-    prompt_ids, prompt_mask = samples.prompt_ids[first, -P:], samples.prompt_mask[first, -P:]
-    ids, mask = samples.ids[rows, :C], samples.mask[rows, :C]
-    if n == 1:
-        inputs = torch.cat([prompt_ids, ids[:, :-1]], 1), torch.cat([prompt_mask, mask[:, :-1]], 1)
-        return hidden_states(model, *inputs)[:, prompt_ids.shape[1] - 1 :], ids, mask
-    start, cache = prompt_states(model, prompt_ids, prompt_mask)  # [p, 1, width]
-    cache.reorder_cache(owner)
-    given = ids[:, : max(C - 1, 1)]
-    seen = torch.cat([prompt_mask[owner], mask[:, : given.shape[1]]], 1)
-    states = hidden_states(model, given, seen, cache)
-    return torch.cat([start[owner], states], 1)[:, :C], ids, mask
-
-class Meter:
-    """What a step collects for the log, over its micro-batches and all processes."""
-
-    def __init__(self):
-        self.sums = {}
-        self.counts = {}
-        self.maxima = {}
-    def add(self, name, values, mask=None):
-        values = values.double()
-        if mask is not None:
-            values = values * mask
-        count = values.numel() if mask is None else mask.sum()
-        self.sums[name] = self.sums.get(name, 0) + values.sum()
-        self.counts[name] = self.counts.get(name, 0) + count
-    def total(self, name, value):
-        self.sums[name] = self.sums.get(name, 0) + value.double()
-    def maximum(self, name, values):
-        self.maxima[name] = torch.maximum(self.maxima.get(name, values.max()), values.max())
-    def result(self, world):
-        sums = all_sum(world, *self.sums.values(), *self.counts.values())
-        counts = dict(zip(self.counts, sums[len(self.sums):]))
-        result = {}
-        for name, value in zip(self.sums, sums):
-            if counts.get(name, 1):
-                result[name] = value / counts.get(name, 1)
-        for name, value in self.maxima.items():
-            result[name] = all_gather(world, value.view(1)).max().item()
-        return result
-
-def examples(samples, rewards, tokenizer, n):
-    prompt = tokenizer.decode(samples.prompt_ids[0][samples.prompt_mask[0]])
-    rows = zip(samples.texts[:n], rewards[:n].tolist())
-    return [{"prompt": prompt, "completion": text, "reward": reward} for text, reward in rows]
-
-def advise(metrics, args, said):
-    pass
-def show_progress(bar, metrics, args, said):
-    if bar:
-        kl = f", kl {metrics['kl/ref']:.2f}" if "kl/ref" in metrics else ""
-        bar.set_postfix_str(f"reward {metrics['reward']:.3f}{kl}, {metrics['tokens_per_second']:,.0f} tokens/s")
-        bar.update()
-
-_introduce = introduce
-def introduce(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0):
-    return _introduce(out, args, world, tokenizer, ids, done_steps, {"parameters": 0, "peak": 0})
-
-def save_if_due(out, args, world, step, models, optimizers, stop_asked):
-    ending = all_sum(world, stop_asked())[0] > 0
-    if step % args.save_every == 0 or step == args.steps or ending:
-        save_checkpoint(out, world, step, models, optimizers, args.keep)
-    if ending and step < args.steps:
-        raise Ended(f"stopped by a signal after step {step} of {args.steps}, which is saved")
+def choose(logits, temperature, u):
+    """The next token of every row and its log-probability. At temperature 0: the likeliest
+    one, with its log-probability at temperature 1."""
+    if temperature > 0:
+        return draw(logits.float() / temperature, u)
+    token = logits.argmax(-1, keepdim=True)
+    return token[:, 0], logits.float().log_softmax(-1).gather(1, token)[:, 0]
 
 
-def has_answer(record):
-    return isinstance(record.get("answer"), (str, int, float))
+def draw(logits, u, block=256):
+    """One token a row from softmax(logits [B, V]) by inverse CDF, and its log-probability.
+    u [B, 1]: uniform in [0, 1), float64.
 
-
-def load_prompts(path, flag, tokenizer, args, answer_flag):
-    """[(token ids of the prompt, its line of the file as a dict), ...]. Prompts that are too long
-    are left out, and counted."""
-    kept = []
-    left_out = 0
-    for number, record in read_json(path, flag) if path else ():
-        where = f"{flag} {path}, line {number}"
-        record = record if isinstance(record, dict) else {}
-        record = {**record, "prompt": record.get("prompt", record.get("question"))}
-        if not is_prompt(record["prompt"]):
-            fail(f'{where}: needs a "prompt" (or "question"), a text or a list of messages')
-        ids = encode_prompt(tokenizer, record["prompt"], args.system, args.chat)
-        if not 0 < len(ids) <= args.max_prompt_tokens:
-            left_out += 1
-        elif answer_flag and not has_answer(record):
-            fail(f'{where}: {answer_flag} needs an "answer", a text or a number')
-        else:
-            kept.append((ids, record))
-    if left_out:
-        limit = f"--max_prompt_tokens {args.max_prompt_tokens}"
-        say(f"{flag}: {left_out} of {left_out + len(kept)} prompts left out ({limit})")
-        if not kept:
-            fail(f"{flag}: no prompt is left")
-    return kept
+    The token is the first whose cumulative probability exceeds u, summed over blocks of the
+    vocabulary, then inside the block that u falls into. In float64: a float32 sum over 150,000
+    tokens is wrong in its fourth digit. torch.multinomial draws a random number for each
+    entry of the vocabulary, where this takes one a row."""
+    logits = logits.float()
+    top = logits.amax(-1, keepdim=True)
+    p = F.pad((logits - top).exp(), (0, -logits.shape[1] % block))
+    p = p.view(len(logits), -1, block)  # [B, blocks, block]
+    mass = p.sum(-1).double()  # [B, blocks]
+    total = mass.cumsum(-1)
+    # strictly below the total, here and in the block: no token of probability 0 is drawn
+    target = u * (1 - 1e-12) * total[:, -1:]
+    which = torch.searchsorted(total, target, right=True)  # [B, 1] the block
+    which = which.clamp_(max=total.shape[1] - 1)
+    share = 1 + (target - total.gather(1, which)) / mass.gather(1, which)
+    share = share.clamp_(0, 1 - 1e-12)
+    inside = p.gather(1, which[:, :, None].expand(-1, -1, block))[:, 0]
+    inside = inside.double().cumsum(-1)  # [B, block]
+    token = which * block + torch.searchsorted(inside, share * inside[:, -1:], right=True)
+    token = token.clamp_(max=logits.shape[1] - 1)  # only NaN comes here; the update will say so
+    logprob = (logits.gather(1, token) - top)[:, 0] - total[:, -1].log().float()
+    return token[:, 0], logprob

@@ -385,7 +385,7 @@ def pair_logprobs(model, tokenizer, pairs, shared, world):
     """Summed log-probabilities of both sides, their ends included: (chosen [b], rejected [b]). Row 2i of the batch is chosen of
     pair i, row 2i + 1 rejected; both have the same prompt, which is computed once where it can be shared."""
     prompts = [prompt for prompt, _, _ in pairs for _ in range(2)]
-    s = common.given(prompts, [side for _, *sides in pairs for side in sides], tokenizer, world)
+    s = common.as_samples(prompts, [side for _, *sides in pairs for side in sides], tokenizer, world)
     start = s.prompt_ids, s.prompt_mask, None
     if shared:
         start = s.prompt_ids[::2], s.prompt_mask[::2], torch.arange(len(pairs), device=world.device).repeat_interleave(2)
@@ -428,7 +428,7 @@ def reference_scores(policy, shared, tokenizer, pairs, held_out, args, out, worl
     tables = [known[name] for name in ("pairs", "held_out") if name in known]
     scored = sum(int((~table[:, 0].isnan()).sum()) for table in tables)
     common.agree(out, world, scored, "the number of pairs that the reference has scored is")
-    visited = {common.pick(len(pairs), i, args.seed) for i in range(args.steps * args.pairs_per_step)} if pairs else ()
+    visited = {common.nth_row(len(pairs), i, args.seed) for i in range(args.steps * args.pairs_per_step)} if pairs else ()
     for name, group, wanted in (("pairs", pairs, visited), ("held_out", held_out, range(len(held_out)))):
         table = known.setdefault(name, torch.full((len(group), 2), math.nan))
         rows = [i for i in sorted(wanted) if table[i].isnan().any()]
@@ -531,17 +531,10 @@ def train(args):
     out = common.open_run(args, "dpo", world)
     stop_asked = common.catch_signals(args.steps)
 
-    longest = max((len(p) + len(c) + len(r) for p, c, r in pairs + held_out), default=0)
-    needed = common.memory_needed(
-        args.model, world, max(args.tokens_per_micro_batch, longest), learning=bool(args.steps),
-        frozen=(bool(prompts) and is_a_model(args.reward)) + (not args.steps),
-        checkpointing=args.gradient_checkpointing, sample_rows=min(held_out_rows(prompts, args), len(prompts)),
-        sample_tokens=max((len(ids) for ids, _ in prompts), default=0) + args.max_new_tokens,
-    )  # fmt: skip
     state = common.take_up(out, args, world)
     first, warned = state["step"] if state else 0, False
     first_pair = (pairs or held_out or [(prompts[0][0], [])])[0]
-    writer, bar = common.introduce(out, args, world, tokenizer, first_pair[0] + first_pair[1], first, needed)
+    writer, bar = common.introduce(out, args, world, tokenizer, first_pair[0] + first_pair[1], first, learning=bool(args.steps), frozen=(bool(prompts) and is_a_model(args.reward)) + (not args.steps))
     if pairs:
         drawn = args.steps * args.pairs_per_step
         common.say(f"{drawn} pairs will be drawn from {len(pairs)}, {drawn / len(pairs):.1f} passes")
@@ -578,7 +571,7 @@ def train(args):
             began = time.perf_counter()
 
             # 1. The next pairs.
-            batch = common.picked(len(pairs), step, args.pairs_per_step, world, args.seed)
+            batch = common.rows_of_step(len(pairs), step, args.pairs_per_step, world, args.seed)
 
             # 2. One forward for both sides of a pair; the loss is divided by the pairs of the whole step, before the
             #    first backward: however the step is cut, the gradients add up to the same.

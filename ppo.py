@@ -540,14 +540,9 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
 
     row, frozen = longest + args.max_new_tokens, (args.beta > 0) + is_a_model(args.reward)  # sized as the policy
-    held_out_rows = common.rows_at_once(held_out, args.max_new_tokens, mine * n)
-    needed = common.memory_needed(
-        args.model, world, max(args.tokens_per_micro_batch, row), frozen=frozen, learning=1 + separate,
-        checkpointing=args.gradient_checkpointing, sample_rows=max(mine * n, min(held_out_rows, len(held_out))), sample_tokens=row,
-    )  # fmt: skip
     state = common.take_up(out, args, world)
     first, said = state["step"] if state else 0, set()
-    writer, bar = common.introduce(out, args, world, tokenizer, prompts[0][0], first, needed)
+    writer, bar = common.introduce(out, args, world, tokenizer, prompts[0][0], first, learning=1 + separate, frozen=frozen)
 
     common.say(f"critic: {args.critic}" + f", from {critic_path}" * separate)
     with common.guarded(out, args, bar):
@@ -583,7 +578,7 @@ def train(args):
             began, warming = time.perf_counter(), step <= args.critic_warmup
 
             # 1. Rollout and scores.
-            asked, rows = zip(*(prompts[i] for i in common.picked(len(prompts), step, args.prompts_per_step, world, args.seed)))
+            asked, rows = zip(*(prompts[i] for i in common.rows_of_step(len(prompts), step, args.prompts_per_step, world, args.seed)))
             samples = common.sample(
                 policy, tokenizer, asked, n=n, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                 seed=common.fold(args.seed, step, world.rank, common.DRAW),

@@ -506,14 +506,9 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
 
     row, frozen = longest + args.max_new_tokens, (args.beta > 0) + is_a_model(args.reward)
-    held_out_rows = common.rows_at_once(held_out, args.max_new_tokens, mine * n)
-    needed = common.memory_needed(
-        args.model, world, max(args.tokens_per_micro_batch, row), frozen=frozen, checkpointing=args.gradient_checkpointing,
-        sample_rows=max(mine * n, min(held_out_rows, len(held_out))), sample_tokens=row,
-    )  # fmt: skip
     state = common.take_up(out, args, world)
     first, said = state["step"] if state else 0, set()
-    writer, bar = common.introduce(out, args, world, tokenizer, prompts[0][0], first, needed)
+    writer, bar = common.introduce(out, args, world, tokenizer, prompts[0][0], first, frozen=frozen)
 
     with common.guarded(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing)
@@ -536,10 +531,10 @@ def train(args):
             began = time.perf_counter()
 
             # 1. Rollout and scores. A demonstration is paid 1: its weight in the loss is 1, and the loss is that of fine-tuning.
-            asked, rows = zip(*(prompts[i] for i in common.picked(len(prompts), step, args.prompts_per_step, world, args.seed)))
+            asked, rows = zip(*(prompts[i] for i in common.rows_of_step(len(prompts), step, args.prompts_per_step, world, args.seed)))
             if args.demos:
                 answers = [demonstration(tokenizer, row, args) for row in rows]
-                samples = common.given(asked, answers, tokenizer, world)
+                samples = common.as_samples(asked, answers, tokenizer, world)
                 rewards = torch.ones(mine, device=world.device)  # [B]
             else:
                 samples = common.sample(

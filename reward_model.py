@@ -349,7 +349,7 @@ def pair_scores(model, tokenizer, pairs, shared, world):
     bfloat16 has steps of 0.01 between scores of 1 and 2. By length, not by looking for the pad id from the right as the
     model's own pooling does: that finds another place where a text ends in that id."""
     starts, chosen, rejected = zip(*split_pairs(pairs, shared))
-    s, b = common.given(starts * 2, chosen + rejected, tokenizer, world), len(pairs)  # rows: all chosen, then all rejected
+    s, b = common.as_samples(starts * 2, chosen + rejected, tokenizer, world), len(pairs)  # rows: all chosen, then all rejected
     if shared:
         _, cache = common.prompt_states(model, s.prompt_ids[:b], s.prompt_mask[:b])
         cache.reorder_cache(torch.arange(b, device=s.ids.device).repeat(2))  # each start for both of its sides
@@ -398,7 +398,7 @@ def fold_scale(model, tokenizer, pairs, shared, args, world):
     """Divides the head by the spread of the scores of (at most 2048) training pairs, and takes their mean from its bias, if
     it has one (decoders' heads have none): accuracy stays what it was, and the scores get unit scale. A difference of
     scores times the spread is then what equation (1) has inside."""
-    sample = [pairs[common.pick(len(pairs), i, args.seed)] for i in range(min(len(pairs), 2048))]
+    sample = [pairs[common.nth_row(len(pairs), i, args.seed)] for i in range(min(len(pairs), 2048))]
     scores = torch.cat(score_all(model, tokenizer, sample[world.rank :: world.size] or sample[:1], shared, args, world))
     total, squares, count = common.all_sum(world, scores.sum(), (scores**2).sum(), len(scores))
     mean, spread = total / count, math.sqrt(max(squares / count - (total / count) ** 2, 1e-12))
@@ -504,15 +504,10 @@ def train(args):
     out = common.open_run(args, "reward_model", world)
     stop_asked = common.catch_signals(args.steps)
 
-    longest = max((len(c) + len(r) for c, r, _ in pairs + held_out), default=0)
-    needed = common.memory_needed(
-        args.model, world, max(args.tokens_per_micro_batch, longest), frozen=bool(args.policy) + (not args.steps), learning=bool(args.steps), checkpointing=args.gradient_checkpointing,
-        sample_rows=max(args.sample_rows, *args.best_of) * bool(args.policy), sample_tokens=args.max_prompt_tokens + args.max_new_tokens,
-    )  # fmt: skip
     state = common.take_up(out, args, world)
     first = state["step"] if state else 0
     shown, reader = (pairs or held_out or prompts)[0][0], tokenizer if pairs or held_out else policy_tokenizer
-    writer, bar = common.introduce(out, args, world, reader, shown, first, needed)
+    writer, bar = common.introduce(out, args, world, reader, shown, first, learning=bool(args.steps), frozen=bool(args.policy) + (not args.steps))
     if args.steps:
         drawn = args.steps * args.pairs_per_step
         head = "the folder's" if finished else "new"
@@ -540,7 +535,7 @@ def train(args):
             began = time.perf_counter()
 
             # 1. The next pairs.
-            batch = [pairs[i] for i in common.picked(len(pairs), step, args.pairs_per_step, world, args.seed)]
+            batch = [pairs[i] for i in common.rows_of_step(len(pairs), step, args.pairs_per_step, world, args.seed)]
 
             # 2. One forward for both sides of a pair; the loss is divided by the pairs of the whole step, before the
             #    first backward: however the step is cut, the gradients add up to the same.

@@ -396,7 +396,7 @@ def test_scores_and_values_are_multiplied_in_float32(run_of):
     head = common.whole(model.score.weight).bfloat16().float()[0]
     sides = [tokenizer("52=25").input_ids, tokenizer("52=525").input_ids]
     scores = reward_model.pair_scores(model, tokenizer, [(*sides, {})], False, world)
-    s = common.given([[], []], sides, tokenizer, world)
+    s = common.as_samples([[], []], sides, tokenizer, world)
     states = common.hidden_states(model, s.ids, s.mask)
     values = ppo.values_of(common.scalar_head(model), states)
     assert states.dtype == torch.bfloat16 and rounded(values[s.mask]) == 0
@@ -462,7 +462,7 @@ def fixed_samples(world):
         length = 1 + 3 * i % (2 * len(prompt) - 2)
         completions.append((prompt[:-1] + prompt)[:length] + [tokenizer.eos_token_id])
     advantages = torch.randn(16, generator=torch.Generator().manual_seed(0)).to(world.device)
-    return common.given(prompts, completions, tokenizer, world), advantages
+    return common.as_samples(prompts, completions, tokenizer, world), advantages
 
 
 def policy_gradient(world, rows, group=1, checkpointing=False):

@@ -951,5 +951,5 @@ def test_the_printed_lines_of_python_use_the_model(tmp_path, capsys):
     prompt = json.loads((grpo.TINY / "sort_train.jsonl").read_text().splitlines()[0])["prompt"]
     exec(said[said.index("  from transformers") :].replace("\n  ", "\n").strip(), {})
     assert eval(capsys.readouterr().out)[0]["generated_text"].startswith(prompt)
-    assert "reward of the first step" in said and "nothing was held out" in said
+    assert "held-out" not in said
     assert "step 0:" not in said

@@ -17,7 +17,7 @@ import common
 import grpo
 import ppo
 import reinforce
-from common import World, given
+from common import World, as_samples
 from ppo import (
     before_update,
     clipped_loss,
@@ -333,7 +333,7 @@ def test_what_was_said_before_the_update_is_what_the_update_finds_first(tmp_path
 def test_no_gradient_reaches_a_value_after_the_end_nor_comes_from_there():
     """Field notes, test 5, for the critic; the policy's EOS is the same function's as in reinforce.py."""
     policy, head = family("llama"), torch.nn.Linear(32, 1)
-    s = given([[7, 8], [7, 8]], [[5, 1], [5, 6, 7, 8]], make_tokenizer(), CPU)
+    s = as_samples([[7, 8], [7, 8]], [[5, 1], [5, 6, 7, 8]], make_tokenizer(), CPU)
     values = values_of(head, completion_states(policy, *trim(s, [0, 1])))
     values.retain_grad()
     value_loss(values, 0 * values.detach(), torch.full((2, 4), 9.0), s.mask / 6, 0.0).backward()
@@ -675,9 +675,8 @@ def test_what_each_method_holds_counted_both_ways():
     config = common.read_config(ppo.Args.model)
     count, rows = held(config)
     world = World(0, 1, torch.device("cpu"), torch.float32)
-    needed = common.memory_needed(ppo.Args.model, world, 1, learning=2)
-    learnt = needed["weights"] + needed["gradients"] + needed["optimizer"]
-    assert needed["parameters"] == count and learnt == 2 * 16 * count, "the estimate at the start of a run counts alike"
+    lasting = common.lasting_memory(ppo.Args.model, world, learning=2)
+    assert lasting == (count, 2 * 16 * count), "a run counts alike when it starts"
 
 
 def test_a_reward_model_of_the_policys_context_reads_cut_completions(tmp_path):

@@ -1,6 +1,7 @@
 """One process and two: the same gradient, the same weights, the same samples (field notes, test 3)."""
 
 import json
+import types
 
 import pytest
 import torch
@@ -368,7 +369,7 @@ def train_ppo(flags):
 
     def stand_in(model, tokenizer, prompts, *, n=1, **settings):
         texts = [p[::-1] + p[: 1 + len(p) // 2] + [tokenizer.eos_token_id] for p in prompts for _ in range(n)]
-        return common.given([p for p in prompts for _ in range(n)], texts, tokenizer, start("cpu"))
+        return common.as_samples([p for p in prompts for _ in range(n)], texts, tokenizer, start("cpu"))
 
     honest, common.sample = common.sample, stand_in
     try:
@@ -467,7 +468,7 @@ def train_on_given_samples(everything, out):
 
     def stand_in(model, tokenizer, prompts, *, n=1, **settings):
         texts = [p[::-1] + p[: 1 + (len(p) + j) % len(p)] + [tokenizer.eos_token_id] for p in prompts for j in range(n)]
-        return common.given([p for p in prompts for _ in range(n)], texts, tokenizer, start("cpu"))
+        return common.as_samples([p for p in prompts for _ in range(n)], texts, tokenizer, start("cpu"))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "sample", stand_in)
@@ -530,6 +531,37 @@ def test_a_reward_that_fails_in_one_process_stops_both(tmp_path):
     assert said == ["the reward of the second process failed"] * 2, "the first process prints it"
 
 
+def measure_in_one(folder):
+    world, meter = start("cpu"), common.Meter()
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    meter.add("all", rows[world.rank])
+    meter.add("second", rows, torch.full((2, 2), world.rank == 1))
+    meter.add("nowhere", rows, torch.zeros(2, 2))
+    (folder / f"{world.rank}").write_text(json.dumps(meter.result(world)))
+
+
+def test_a_meter_has_the_mean_of_all_processes(tmp_path):
+    """A process without rows has its share in the sums: none."""
+    run(measure_in_one, 2, tmp_path)
+    for rank in "01":
+        assert json.loads((tmp_path / rank).read_text()) == {"all": 2.5, "second": 2.5}
+
+
+def stop_one_of_two(folder):
+    world = start("cpu")
+    args = types.SimpleNamespace(steps=5, save_every=5, keep=1)
+    try:
+        common.save_if_due(folder, args, world, 1, {}, {}, lambda: world.rank == 1)
+    except common.Ended as ended:
+        (folder / f"{world.rank}").write_text(str(ended))
+
+
+def test_a_signal_that_one_process_got_ends_both_after_they_have_saved(tmp_path):
+    run(stop_one_of_two, 2, tmp_path)
+    assert [p.name for p in common.checkpoints(tmp_path)] == ["000001.pt"]
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
+
+
 def resume_with_disks_of_their_own(everything, folder):
     """The first process sees the run; to the second its folder is empty."""
     import importlib
@@ -560,7 +592,7 @@ def test_processes_that_see_different_checkpoints_stop_before_they_spoil_one(tmp
     for script in everything:
         assert [(tmp_path / f"{script}.{rank}").read_text() for rank in range(2)] == ["2", "2"]
         assert (tmp_path / script / "checkpoint" / "000005.pt").exists()
-    words = "the last checkpoint is of step 5 to process 0 and 0 to process 1; put --out on a disk"
+    words = "the last checkpoint is of step [5, 0], in the order of the processes; put --out on a disk"
     assert said.count(words) == len(everything), said
 
 
@@ -577,4 +609,4 @@ def test_processes_that_see_different_scores_of_the_reference_stop(tmp_path, cap
         checkpoint.unlink()
     run(resume_with_disks_of_their_own, 2, {"dpo": flags}, tmp_path)
     assert [(tmp_path / f"dpo.{rank}").read_text() for rank in range(2)] == ["2", "2"]
-    assert "the reference has scored is 4 to process 0 and 0 to process 1" in capfd.readouterr().err
+    assert "the reference has scored is [4, 0], in the order" in capfd.readouterr().err

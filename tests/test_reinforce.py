@@ -19,7 +19,7 @@ from conftest import FAMILIES, ROOT, family, make_tokenizer
 
 import common
 import reinforce
-from common import World, given, sample
+from common import World, as_samples, sample
 from reinforce import (
     baselines,
     micro_batches,
@@ -40,7 +40,7 @@ def enumerable(vocab=5, length=3, seed=0):
     model = family("llama", vocab_size=vocab, num_hidden_layers=1, scale=0.7).double()
     completions = [c for k in range(1, length + 1) for c in itertools.product(range(vocab), repeat=k)
                    if 1 not in c[:-1] and (c[-1] == 1 or k == length)]  # fmt: skip
-    s = given([[0, 2]] * len(completions), [list(c) for c in completions], make_tokenizer(), CPU)
+    s = as_samples([[0, 2]] * len(completions), [list(c) for c in completions], make_tokenizer(), CPU)
     return model, s
 
 
@@ -406,8 +406,8 @@ def test_micro_batches_hold_every_row_once_and_keep_to_the_budget(tokens):
 def test_eos_carries_gradient_and_nothing_after_it_does(pad):
     """Field notes, test 5: an EOS that is not trained is a model that never learns to stop (trl 1623, 3091)."""
     model = family("llama")
-    s = given([[7, 8]], [[5, 1]], make_tokenizer(pad=pad), CPU)
-    longer = given([[7, 8], [7, 8]], [[5, 1], [5, 6, 7, 8]], make_tokenizer(pad=pad), CPU)
+    s = as_samples([[7, 8]], [[5, 1]], make_tokenizer(pad=pad), CPU)
+    longer = as_samples([[7, 8], [7, 8]], [[5, 1], [5, 6, 7, 8]], make_tokenizer(pad=pad), CPU)
     logprobs, _ = token_logprobs(model, *trim(s, [0]), 1.0)
     grads = [gradient(model, logprobs[0, 1]).clone()]
     assert grads[0].norm() > 0 and s.mask.tolist() == [[True, True]]

@@ -120,7 +120,7 @@ def noise(batches):
     rows = reinforce.load_prompts(str(TINY / "sort_train.jsonl"), "--data", tokenizer, reinforce.Args())
     found = {b: [] for b in ("none", "batch", "prompt", "loo")}
     for k in range(batches):
-        samples, rewards = rollout(model, tokenizer, [rows[common.pick(len(rows), 32 * k + i, 1)] for i in range(32)], 8, k)
+        samples, rewards = rollout(model, tokenizer, [rows[common.nth_row(len(rows), 32 * k + i, 1)] for i in range(32)], 8, k)
         inputs = reinforce.trim(samples, list(range(256)), 8)
         logprobs, _ = reinforce.token_logprobs(model, *inputs, 1.0)
         for b in found:

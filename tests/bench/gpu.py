@@ -122,7 +122,7 @@ def decode(args, size, shape, folder):
         assert s.mask.shape == (len(prompts) * n, new) and s.mask.all()
 
     def generate(model, prompts, new):
-        s = common.given(prompts, [[0]] * len(prompts), tokenizer, world)  # for its padding on the left
+        s = common.as_samples(prompts, [[0]] * len(prompts), tokenizer, world)  # for its padding on the left
         ids = model.generate(s.prompt_ids, attention_mask=s.prompt_mask.long(), max_new_tokens=new, num_return_sequences=n)
         assert ids.shape == (len(prompts) * n, P + new)
 

@@ -112,7 +112,7 @@ def theirs(args, out, steps, final):
 
     seconds, world = [], common.start("cpu")
     tokenizer, pairs = pairs_of(args, args.train)
-    visited = [pairs[common.pick(len(pairs), i, 1)] for i in range(8 * steps)]
+    visited = [pairs[common.nth_row(len(pairs), i, 1)] for i in range(8 * steps)]
     config, trainer = trainer_of(args, out, visited, tokenizer, max_steps=steps)
 
     class Clock(transformers.TrainerCallback):
