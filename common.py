@@ -1379,7 +1379,7 @@ def introduce(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0
         cut_log(out / "metrics.jsonl", done_steps)
         cut_log(out / "samples.jsonl", done_steps)
         writer = Writer(out / "tensorboard", purge_step=done_steps + 1 if done_steps else 0)
-        writer.add_text("args", f"```\n{json.dumps(dataclasses.asdict(args), indent=1)}\n```")
+        writer.add_text("args", f"```\n{json.dumps(vars(args), indent=1)}\n```")
         writer.flush()
     except OSError as error:
         fail(f"--out {out}: cannot write there ({error.strerror})")

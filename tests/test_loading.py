@@ -467,8 +467,8 @@ def test_the_states_of_a_shared_prompt_are_those_of_a_prompt_for_each_row(rows):
     """Also for a part of a group, and in the columns that these rows need."""
     model, prompts = family("llama"), [[5, 6, 7], [8], [9, 10, 11, 12]]
     samples = common.sample(model, make_tokenizer(), prompts, n=4, max_new_tokens=7, seed=1)
-    plain, ids, mask = common.completion_states(model, dataclasses.replace(samples, group=1), rows)
-    shared, *same = common.completion_states(model, dataclasses.replace(samples, group=4), rows)
+    plain, ids, mask = common.completion_states(model, dataclasses.replace(samples, rows_per_prompt=1), rows)
+    shared, *same = common.completion_states(model, dataclasses.replace(samples, rows_per_prompt=4), rows)
     assert torch.equal(ids, same[0]) and torch.equal(mask, same[1]) and mask.any(0).all()
     torch.testing.assert_close(plain[mask], shared[mask], atol=1e-5, rtol=1e-5)
     whole = torch.cat([samples.prompt_ids[rows], ids], 1)
@@ -534,7 +534,7 @@ def test_a_model_that_never_learns_keeps_nothing_of_its_forwards(forward, bfloat
     samples = common.as_samples([[5, 6], [7]], [[8, 9, 1], [10, 1]], tokenizer, bfloat16)
     scorer = load_scalar(folder, bfloat16, tokenizer, head_std=0.1)
     call = {
-        "logprobs": lambda: grpo.rollout_logprobs(reference, samples, [[0], [1]], 1, 1.0),
+        "logprobs": lambda: grpo.rollout_logprobs(reference, samples, [[[0], [1]]], 1.0),
         "scores": lambda: common.score_ids(scorer, tokenizer, [[5, 6], [7]], bfloat16),
         "sample": lambda: common.sample(reference, tokenizer, [[5, 6]], max_new_tokens=3),
         "pairs": lambda: dpo.score_pairs(
@@ -1085,7 +1085,7 @@ def test_a_meter_adds_in_float64_and_without_a_gradient():
     x = torch.full((3,), 1.0, requires_grad=True)
     meter.add("x", x * 2**24)
     meter.add("x", x[:1])
-    [total] = meter.totals.values()
+    [total] = meter.means.values()
     assert total.tolist() == [3 * 2**24 + 1, 4] and not total.requires_grad
 
 

@@ -537,14 +537,19 @@ def measure_in_one(folder):
     meter.add("all", rows[world.rank])
     meter.add("second", rows, torch.full((2, 2), world.rank == 1))
     meter.add("nowhere", rows, torch.zeros(2, 2))
+    meter.total("total", rows[world.rank].sum())
+    meter.total("total", torch.tensor(0.5))
+    meter.maximum("largest", rows[world.rank])
+    meter.maximum("largest", torch.zeros(3))
     (folder / f"{world.rank}").write_text(json.dumps(meter.result(world)))
 
 
 def test_a_meter_has_the_mean_of_all_processes(tmp_path):
     """A process without rows has its share in the sums: none."""
     run(measure_in_one, 2, tmp_path)
+    expected = {"all": 2.5, "second": 2.5, "total": 11.0, "largest": 4.0}
     for rank in "01":
-        assert json.loads((tmp_path / rank).read_text()) == {"all": 2.5, "second": 2.5}
+        assert json.loads((tmp_path / rank).read_text()) == expected
 
 
 def stop_one_of_two(folder):
