@@ -428,7 +428,7 @@ def load_prompts(path, flag, tokenizer, args, answer_flag):
         limit = f"--max_prompt_tokens {args.max_prompt_tokens}"
         say(f"{flag}: {left_out} of {left_out + len(kept)} prompts left out ({limit})")
         if not kept:
-            fail(f"{flag}: no prompt is left")
+            fail(f"{flag}: no prompt is left ({limit})")
     return kept
 
 

@@ -2,6 +2,7 @@
 and temperatures that are those of the flags in the steps, too.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -97,6 +98,15 @@ def scores_by_hand(count, rule, n):
     return wanted
 
 
+def loaded(script, spec):
+    """--reward as the script loads it, which says what is right, with `pay` for the scores."""
+    if not hasattr(script, "Reward"):
+        return pay
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "load_function", lambda *a: pay)
+        return dataclasses.replace(script.load_reward(spec, CPU, None), score=pay)
+
+
 def evaluated(script, count, reward, n=0, world=CPU, longest=1, **flags):
     flags |= {"reward": reward, "temperature": 0.7, "max_new_tokens": 9, "seed": 5}
     if script is dpo:
@@ -104,7 +114,8 @@ def evaluated(script, count, reward, n=0, world=CPU, longest=1, **flags):
     if script is grpo:
         flags["eval_samples"] = n
     args = script.resolve(script.Args(device="cpu", **flags))
-    found = script.evaluate(None, None, held_out_rows(count, longest), pay, args, world)
+    rows = held_out_rows(count, longest)
+    found = script.evaluate(None, None, rows, loaded(script, reward), args, world)
     return found[0] if script is dpo else found
 
 
@@ -130,7 +141,8 @@ def test_rows_without_any_answer_have_a_reward_and_no_share_of_right_ones(script
     monkeypatch.setattr(common, "sample", stand_in())
     rows = [{"prompt": "0"}, {"prompt": "1"}]
     args = script.resolve(script.Args(reward="r.py:f"))
-    found = script.evaluate(None, None, [([0], rows[0]), ([1], rows[1])], pay, args, CPU)
+    held_out = [([0], rows[0]), ([1], rows[1])]
+    found = script.evaluate(None, None, held_out, loaded(script, "r.py:f"), args, CPU)
     scores = found[0] if script is dpo else found
     paid = pay([said(0, 0), said(1, 0)], rows)
     assert scores == pytest.approx({"eval/reward": sum(paid) / 2})
@@ -358,14 +370,23 @@ def test_scores_and_checkpoints_are_made_when_the_flags_say(script, tmp_path, mo
     for weights, step in zip(seen[1:], (2, 4, 5)):
         there = saved(tmp_path, step)[which]
         assert all(torch.equal(p, there[k]) for k, p in weights.items())
-    monkeypatch.setattr(script, "evaluate", lambda *a: 1 / 0)
+    monkeypatch.undo()
+    greedy, sample = [], common.sample
+
+    def counted(*everything, **settings):
+        if settings.get("temperature") == 0:
+            greedy.append(settings)
+        return sample(*everything, **settings)
+
+    monkeypatch.setattr(common, "sample", counted)
     log = run(script, tmp_path, "other", steps=5, save_every=2, keep=9)
     assert [p.stem for p in common.checkpoints(tmp_path / "other")] == [
         "000002",
         "000004",
         "000005",
     ]
-    assert not any(key.startswith("eval/") for m in log for key in m), "nothing was held out"
+    assert not greedy, "nothing was held out"
+    assert not any(key.startswith("eval/") for m in log for key in m)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=named)

@@ -22,13 +22,15 @@ import reinforce
 from common import World, as_samples, sample
 from reinforce import (
     baselines,
+    logprobs_of,
     micro_batches,
     policy_loss,
     rewards_to_go,
     rollout_logprobs,
+    spread,
+    token_advantages,
     token_logprobs,
     token_rewards,
-    trim,
 )
 
 CPU = World(0, 1, torch.device("cpu"), torch.float32)
@@ -45,7 +47,7 @@ def enumerable(vocab=5, length=3, seed=0):
 
 
 def exact_logprobs(model, s, temperature=1.0):
-    logprobs, _ = token_logprobs(model, s.prompt_ids, s.prompt_mask, None, s.ids, s.mask, temperature)
+    logprobs, _ = token_logprobs(model, s, list(range(len(s.ids))), temperature)
     return logprobs
 
 
@@ -78,7 +80,7 @@ def test_the_expected_gradient_is_that_of_the_expected_reward_up_to_the_baseline
     loss = 0.0
     for batch in itertools.product(range(len(p)), repeat=samples):
         rows = list(batch)
-        b, scale, keep = baselines(*[reward[rows]] * 4, samples, kind, False, False)
+        b = baselines(reward[rows], reward[rows], samples, kind)
         to_go = rewards_to_go(token_rewards(reward[rows], torch.zeros_like(logprobs[rows]), s.mask[rows], 0.0), 1.0)
         advantages = (to_go - b[:, None]) * s.mask[rows]
         one, _ = policy_loss(logprobs[rows], logprobs[rows].detach(), advantages, s.mask[rows], samples)
@@ -166,18 +168,29 @@ def test_at_gamma_1_and_beta_0_every_token_has_the_whole_reward():
 
 def test_baselines_by_hand():
     r = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])  # two prompts, three samples each
-    b = {k: baselines(r, r, r, r, 3, k, False, False)[0] for k in KINDS}
+    b = {k: baselines(r, r, 3, k) for k in KINDS}
     assert b["none"].tolist() == [0] * 6
     torch.testing.assert_close(b["batch"], torch.full((6,), 4 / 6))
     torch.testing.assert_close(b["prompt"], torch.tensor([1 / 3] * 3 + [1.0] * 3))
     torch.testing.assert_close(b["loo"], torch.tensor([0.0, 0.5, 0.5, 1.0, 1.0, 1.0]))
-    assert baselines(r, r, r, r, 3, "none", False, True)[2].tolist() == [1, 0, 0, 1, 1, 1], "ties are all kept"
-    paid = r - torch.rand(6)  # a KL penalty, different for each
-    assert baselines(paid, r, paid, r, 3, "loo", False, True)[2].tolist() == [1, 0, 0, 1, 1, 1], "the best by score, KL aside"
-    _, scale, _ = baselines(r, r, r, r, 3, "loo", True, False)
-    torch.testing.assert_close(scale, torch.tensor([3**-0.5 + 1e-4] * 3 + [1.0] * 3))
+    torch.testing.assert_close(spread(r, r, 3, "loo"), torch.tensor([3**-0.5 + 1e-4] * 3 + [1.0] * 3))
     everyone = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0])
-    assert baselines(r, r, everyone, everyone, 3, "batch", False, False)[0][0] == 0.5, "the batch is that of all processes"
+    assert baselines(r, everyone, 3, "batch")[0] == 0.5, "the batch is that of all processes"
+
+
+def test_the_best_are_those_by_score_and_ties_are_all_kept():
+    """With a KL penalty, different for each sample, there would be no tie."""
+    scores = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
+    mask = torch.ones(6, 2, dtype=torch.bool)
+    for beta in (0.0, 0.3):
+        for kind in ("none", "loo"):
+            args = reinforce.Args(samples_per_prompt=3, baseline=kind, beta=beta)
+            kl = torch.rand(6, 2, generator=torch.Generator().manual_seed(0))
+            everything = token_advantages(scores, kl, mask, args, CPU)
+            args.keep_max = True
+            kept = token_advantages(scores, kl, mask, args, CPU)
+            assert (everything[[0, 3, 4, 5]] != 0).all() or beta == 0
+            assert torch.equal(kept, everything * torch.tensor([1.0, 0, 0, 1, 1, 1])[:, None])
 
 
 @pytest.mark.parametrize("value", [0.1, 0.7])
@@ -185,8 +198,7 @@ def test_baselines_by_hand():
 def test_equal_rewards_leave_exactly_nothing(kind, value):
     """Eight rewards of 0.1 have a mean that is not 0.1 (NeMo-RL 4161)."""
     r = torch.full((8,), value)
-    b, scale, _ = baselines(r, r, r, r, 8, kind, True, False)
-    assert ((r - b) / scale).abs().max() == 0
+    assert ((r - baselines(r, r, 8, kind)) / spread(r, r, 8, kind)).abs().max() == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -196,24 +208,30 @@ def test_normalize_divides_by_the_spread_of_the_scores_and_makes_nothing_large_o
     kl = 1e-3 * torch.tensor([0.0, 1.0, -1.0, 0.5, 0.0, -0.5, 1.0, 0.3])
     scores = torch.full((8,), 0.1)
     totals = scores - kl
-    b, scale, _ = baselines(totals, scores, totals, scores, 4, kind, True, False)
+    b = baselines(totals, totals, 4, kind)
+    scale = spread(scores, scores, 4, kind)
     centre = b if kind != "none" else scores
     assert (scale == 1).all() and ((totals - centre) / scale).abs().max() < 3e-3
 
     # the second prompt has right and wrong answers: its own spread, or that of all, and no KL in either
     scores = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
-    _, scale, _ = baselines(scores - 9 * kl, scores, scores - 9 * kl, scores, 4, kind, True, False)
+    scale = spread(scores, scores, 4, kind)
     wanted = [1.0] * 4 + [0.5 + 1e-4] * 4
     if kind in ("none", "batch"):
         wanted = [statistics.stdev(scores.tolist()) + 1e-4] * 8
     assert scale.tolist() == pytest.approx(wanted)
+    args = reinforce.Args(samples_per_prompt=4, baseline=kind, beta=9.0, normalize=True)
+    mask = torch.ones(8, 1, dtype=torch.bool)
+    A = token_advantages(scores, kl[:, None], mask, args, CPU)[:, 0]
+    totals = scores - 9 * kl
+    torch.testing.assert_close(A, (totals - baselines(totals, totals, 4, kind)) / torch.tensor(wanted))
 
 
 def test_the_batchs_spread_is_that_of_all_processes():
     mine = torch.tensor([1.0, 1.0, 1.0, 1.0])
     everyone = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
     for kind in ("none", "batch"):
-        _, scale, _ = baselines(mine, mine, 7 * everyone, everyone, 4, kind, True, False)
+        scale = spread(mine, everyone, 4, kind)
         assert scale.tolist() == pytest.approx([statistics.stdev(everyone.tolist()) + 1e-4] * 4)
 
 
@@ -281,7 +299,7 @@ def test_a_baseline_shrinks_the_variance_of_the_real_estimator():
     for kind in ("none", "batch", "prompt", "loo"):
         grads = []
         for rows in batches:
-            b, _, _ = baselines(*[reward[rows]] * 4, 4, kind, False, False)
+            b = baselines(reward[rows], reward[rows], 4, kind)
             grads.append(((reward[rows] - b)[:, None] * score[rows]).mean(0))
         spread[kind] = torch.stack(grads).var(0).sum().item()
     assert all(spread[k] < 0.25 * spread["none"] for k in ("batch", "prompt", "loo")), spread
@@ -331,7 +349,9 @@ def test_token_logprobs_equal_a_plain_forward_and_the_sampler(name):
     s = sample(
         model, make_tokenizer(), [[7, 12, 3], [5, 9, 11, 30, 31, 14], [6]], n=2, max_new_tokens=9, temperature=0.7, seed=1
     )
-    logprobs, entropy = token_logprobs(model, s.prompt_ids, s.prompt_mask, None, s.ids, s.mask, 0.7, chunk=7)
+    s.rows_per_prompt = 1
+    states, ids, mask = common.completion_states(model, s, list(range(6)))
+    logprobs, entropy = logprobs_of(model, states, ids, mask, 0.7, chunk=7)
     tolerance = 1e-3 if name == "mamba" else 1e-4
     assert ((logprobs - s.logprobs).abs() * s.mask).max() < tolerance
     for row in range(6):
@@ -352,12 +372,12 @@ def test_ratio_is_1_and_kl_is_0_before_the_first_update(temperature, checkpointi
     family("llama", attention_dropout=0.5).save_pretrained(tmp_path)
     policy, reference = common.load_policy(tmp_path, CPU, checkpointing), common.load_reference(tmp_path, CPU)
     s = sample(policy, make_tokenizer(), [[7, 12], [5, 9, 11, 30]], n=4, max_new_tokens=9, temperature=temperature, seed=1)
-    parts = micro_batches(range(len(s.mask)), s.prompt_mask, s.mask, 4, 60, CPU)
-    n = 1 if checkpointing else 4
-    old, ref = (rollout_logprobs(m, s, parts, n, temperature) for m in (policy, reference))
+    parts = micro_batches(range(len(s.mask)), s.mask.any(1), s, 60, CPU)
+    s.rows_per_prompt = 1 if checkpointing else 4
+    old, ref = (rollout_logprobs(m, s, [parts], temperature) for m in (policy, reference))
     assert len(parts) > 1 and torch.equal(old, ref)
     for part in parts:
-        logprobs, _ = token_logprobs(policy, *trim(s, part, n), temperature)
+        logprobs, _ = token_logprobs(policy, s, part, temperature)
         _, ratio = policy_loss(
             logprobs, old[part, : logprobs.shape[1]], torch.ones_like(logprobs), torch.ones_like(logprobs), 1
         )
@@ -377,12 +397,14 @@ def test_the_gradient_is_the_same_however_it_is_cut(tokens, n):
     s = rollout(model)
     advantages = torch.randn(s.mask.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * s.mask
     grads = []
-    for parts, group in (([list(range(16))], 1), (micro_batches(range(len(s.mask)), s.prompt_mask, s.mask, n, tokens, CPU), n)):
+    for group in (1, n):
         model.zero_grad()
+        s.rows_per_prompt = group
+        parts = micro_batches(range(16), s.mask.any(1), s, tokens, CPU) if grads else [list(range(16))]
         for part in parts:
-            prompt_ids, prompt_mask, owner, ids, mask = trim(s, part, group)
-            logprobs, _ = token_logprobs(model, prompt_ids, prompt_mask, owner, ids, mask, 1.0)
-            policy_loss(logprobs, logprobs.detach(), advantages[part, : ids.shape[1]], mask, 16)[0].backward()
+            logprobs, _ = token_logprobs(model, s, part, 1.0)
+            C = logprobs.shape[1]
+            policy_loss(logprobs, logprobs.detach(), advantages[part, :C], s.mask[part, :C], 16)[0].backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert (grads[0] - grads[1]).norm() < 1e-6 * grads[0].norm()
 
@@ -390,14 +412,12 @@ def test_the_gradient_is_the_same_however_it_is_cut(tokens, n):
 @pytest.mark.parametrize("tokens", [1, 40, 100, 10_000])
 def test_micro_batches_hold_every_row_once_and_keep_to_the_budget(tokens):
     s = rollout(family("llama"))
-    parts = micro_batches(range(len(s.mask)), s.prompt_mask, s.mask, 4, tokens, CPU)
+    parts = micro_batches(range(len(s.mask)), s.mask.any(1), s, tokens, CPU)
     assert sorted(r for p in parts for r in p) == list(range(16))
+    prompt, completion = s.prompt_mask.sum(1), s.mask.sum(1)
     for part in parts:
-        prompt_ids, _, owner, ids, _ = trim(s, part, 4)
-        assert len(prompt_ids) == len({r // 4 for r in part}) and owner.tolist() == [
-            sorted({r // 4 for r in part}).index(r // 4) for r in part
-        ]
-        assert len(part) == 1 or prompt_ids.numel() + ids.numel() <= tokens
+        prompts = len({r // 4 for r in part})
+        assert len(part) == 1 or prompts * prompt[part].max() + len(part) * completion[part].max() <= tokens
         whole = {r // 4 for r in part if sum(x // 4 == r // 4 for x in part) == 4}
         assert len(whole) == len({r // 4 for r in part}) or len({r // 4 for r in part}) == 1, "whole groups, or slices of one"
 
@@ -408,10 +428,10 @@ def test_eos_carries_gradient_and_nothing_after_it_does(pad):
     model = family("llama")
     s = as_samples([[7, 8]], [[5, 1]], make_tokenizer(pad=pad), CPU)
     longer = as_samples([[7, 8], [7, 8]], [[5, 1], [5, 6, 7, 8]], make_tokenizer(pad=pad), CPU)
-    logprobs, _ = token_logprobs(model, *trim(s, [0]), 1.0)
+    logprobs, _ = token_logprobs(model, s, [0], 1.0)
     grads = [gradient(model, logprobs[0, 1]).clone()]
     assert grads[0].norm() > 0 and s.mask.tolist() == [[True, True]]
-    logprobs, _ = token_logprobs(model, *trim(longer, [0, 1]), 1.0)
+    logprobs, _ = token_logprobs(model, longer, [0, 1], 1.0)
     assert (logprobs[0, 2:] == 0).all()
     loss, _ = policy_loss(logprobs[:1], logprobs[:1].detach(), torch.tensor([[0.0, -1.0, 9.0, 9.0]]), longer.mask[:1], 1)
     assert (gradient(model, loss) - grads[0]).norm() < 1e-5 * grads[0].norm()
@@ -460,10 +480,10 @@ def test_a_batch_of_equal_rewards_teaches_exactly_nothing(reward):
     """The mean of 24 rewards of 0.1 is not 0.1, and Adam makes a step of any noise that it is
     given."""
     totals = torch.full((24,), reward)
-    b, _, _ = baselines(totals, totals, totals, totals, 8, "batch", False, False)
+    b = baselines(totals, totals, 8, "batch")
     assert (totals - b).abs().max() == 0
     other = torch.cat([totals, totals + 1])  # another process has other rewards
-    b, _, _ = baselines(totals, totals, other, other, 8, "batch", False, False)
+    b = baselines(totals, other, 8, "batch")
     assert b.tolist() == [pytest.approx(reward + 0.5)] * 24
 
 
@@ -1003,10 +1023,11 @@ def test_the_first_ratio_logged_is_the_largest_of_the_first_mini_batch(tmp_path,
     """Where the same weights give a sample two probabilities, it says so, whichever row it is."""
     honest = reinforce.rollout_logprobs
 
-    def off(model, samples, parts, *rest):
-        old = honest(model, samples, parts, *rest)
-        old[parts[0][-1], 0] += 0.3
-        old[parts[0][0], 0] -= 0.1
+    def off(model, samples, minibatches, *rest):
+        old = honest(model, samples, minibatches, *rest)
+        rows = minibatches[0][0]
+        old[rows[-1], 0] += 0.3
+        old[rows[0], 0] -= 0.1
         return old
 
     monkeypatch.setattr(reinforce, "rollout_logprobs", off)
@@ -1030,13 +1051,13 @@ GOOD = '{"prompt": "52=", "answer": "25"}\n'
         ({}, GOOD + "[1]\n", ["line 2", "prompt"]),
         ({}, "", ["no rows"]),
         ({}, b"\xff\xfe\x00", ["UTF-8"]),
-        ({}, '{"prompt": "52="}\n', ["--data", "answer", "52="]),
+        ({}, '{"prompt": "52="}\n', ["--data", "line 1", "answer"]),
         ({"reward": "nice"}, GOOD, ["--reward nice", "choose"]),
         ({"reward": "{}/none.py:f"}, GOOD, ["no such file"]),
         ({"reward": "{}/r.py:g"}, GOOD, ["no function 'g'"]),
         ({"reward": "{}/bad.py:f"}, GOOD, ["cannot be imported", "SyntaxError"]),
         ({"reward": "{}/folder"}, GOOD, ["folder", "no"]),
-        ({"max_prompt_tokens": 2}, GOOD, ["--max_prompt_tokens 2"]),
+        ({"max_prompt_tokens": 2}, GOOD, ["--data", "no prompt is left"]),
         ({"model": "{}/folder"}, GOOD, ["folder", "config.json"]),
         ({"model": "{}/nowhere"}, GOOD, ["nowhere", "no such model"]),
         ({"samples_per_prompt": 1}, GOOD, ["--baseline loo", "--samples_per_prompt"]),
@@ -1048,7 +1069,7 @@ GOOD = '{"prompt": "52=", "answer": "25"}\n'
         ({"demos": "{}/data.jsonl", "samples_per_prompt": 4}, GOOD, ["--demos", "--samples_per_prompt"]),
         ({"demos": "{}/data.jsonl", "gamma": 0.9}, GOOD, ["--demos", "--gamma"]),
         ({"demos": "{}/data.jsonl", "beta": 0.1}, GOOD, ["--demos", "--beta"]),
-        ({"demos": "{}/data.jsonl"}, '{"prompt": "52="}\n', ["--demos", "answer", "52="]),
+        ({"demos": "{}/data.jsonl"}, '{"prompt": "52="}\n', ["--demos", "line 1", "answer"]),
         ({"demos": "{}/data.jsonl", "max_new_tokens": 2}, GOOD, ["--max_new_tokens 2"]),
         ({"out": "{}/full"}, GOOD, ["--out", "--resume"]),
         ({"out": "{}/full", "resume": True, "learning_rate": 0.5}, GOOD, ["--learning_rate", "0.5"]),

@@ -47,7 +47,8 @@ def train(script, folder, everything, flags):
         patch.setattr(module, "token_logprobs", count)
         patch.setattr(common, "make_optimizer", sgd)
         if everything:
-            patch.setattr(module, "has_gradient", lambda w, *a: torch.ones(len(w), dtype=torch.bool))
+            name = "has_gradient" if script == "grpo" else "rows_to_train"
+            patch.setattr(module, name, lambda x, *a: torch.ones(len(x), dtype=torch.bool))
         module.train(module.Args(**{"out": str(folder), "device": "cpu", "eval_data": "", "warmup": 0} | flags))
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return log, common.read_checkpoint(folder)["models"]["policy"], sum(rows)
