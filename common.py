@@ -1808,3 +1808,9 @@ def load_prompts(path, flag, tokenizer, args, answer_flag):
         if not kept:
             fail(f"{flag}: no prompt is left")
     return kept
+
+
+def as_samples(prompts, completions, tokenizer, world, rows_per_prompt=1):
+    samples = given(prompts, completions, tokenizer, world)
+    samples.rows_per_prompt = rows_per_prompt
+    return samples
