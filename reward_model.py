@@ -1,41 +1,59 @@
-"""A reward model: what people prefer, learnt from pairs as one number a text; and best-of-N, the policy it makes at once.
+"""A reward model, which scores a text and is learnt from preference pairs; and best-of-N with it.
 
-Nobody can say what a summary is worth, but of two, most people can say which is better. Bradley and Terry's model gives every
-text a score r, and the chance that y wins against z a logistic curve in the difference:
+It is hard to say what a summary is worth, but easier to say which of two is better. Bradley and
+Terry give each text a score r. The chance that completion y wins against z depends on the
+difference of their scores:
 
     (1)  P(y > z | x) = sigmoid(r(x, y) - r(x, z))
-    (2)  loss = mean over pairs of  -log sigmoid(r(x, chosen) - r(x, rejected) - margin)                   -> `pair_loss`
+    (2)  loss = mean over pairs of
+                -log sigmoid(r(x, chosen) - r(x, rejected) - margin)            `pair_loss`
 
-That is classification of pairs: log 2 where the model cannot tell, falling as the difference grows. Only differences are
-learnt; r + f(x) fits as well for any f, and how far apart scores get depends on how consistent the labels are. So at the end
-the scores are divided by their spread over texts of the training pairs, folded into the head: a policy trained on it sees
-rewards of about unit scale. (Their mean stays, where the head has no bias; --center keeps it near 0.)
+This is a classification of pairs. The loss is log 2 where the model cannot tell, and falls as the
+difference grows. The score is a linear head on the state at the text's last token, which has seen
+the whole text. (A critic, as in ppo.py, reads the state at every token.)
 
-The score is a linear head on the last real token's state, which has seen the whole text; a critic (ppo.py) reads every token.
+Best-of-N draws N completions of a prompt and keeps the one with the highest score. Every RL method
+has to beat it. One set of M samples gives an unbiased estimate for each N <= M. It uses all M
+samples and not only the first N:
 
-Best-of-N draws N completions of a prompt and keeps the one of the highest score. It needs no training of the policy, and
-every RL method has to beat it. One set of M samples estimates all N <= M without bias, from all M samples and not only the
-first N:
-
-    (3)  E[value of the best of N] = sum_i v_(i) C(i - 1, N - 1) / C(M, N),    v_(i) with the i-th smallest score -> `best_of`
+    (3)  E[value of the best of N] = sum over i of v_(i) C(i - 1, N - 1) / C(M, N)     `best_of`
     (4)  KL(best-of-N || policy) <= log N - (N - 1) / N
 
-The measure that matters is not the model's own score, which rises with N by construction, but the true reward beside it.
+v_(i) is the value of the sample with the i-th smallest score. If the value is the score itself, (3)
+rises with N for any model. So watch the true reward beside it.
 
-    python reward_model.py                            # pairs of the embedded task, then best-of-N of the embedded model
-    python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --eval_data held_out_pairs.jsonl
-    python reward_model.py --model runs/reward_model/model --steps 0 --policy MODEL --eval_prompts prompts.jsonl
+    python reward_model.py               # the bundled model and pairs; needs no download
+    python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct \
+        --data pairs.jsonl --eval_data held_out_pairs.jsonl
+    python reward_model.py --model runs/reward_model/model --steps 0 \
+        --policy MODEL --eval_prompts prompts.jsonl
 
-Left out: ensembles, several scores at once, rewards for the steps of an answer. The result is an ordinary sequence classifier
-(AutoModelForSequenceClassification with one label), for `--reward FOLDER` here and for other trainers.
+The result is an ordinary sequence classifier (AutoModelForSequenceClassification with one label),
+for `--reward FOLDER` here and for other trainers.
 
-Bradley and Terry 1952; Christiano et al. 2017; Stiennon et al. 2020 (reward models and best-of-N for language models);
-Touvron et al. 2023 (the margin); Eisenstein et al. 2023 (centering); Beirami et al. 2024 (the bound on the KL)."""
+Shapes: b pairs in one forward, 2b texts; M samples of each prompt.
+
+What is biased:
+  * Only differences are learnt: r + f(x) has the same loss for any f. --center keeps the level
+    near 0.
+  * The scale of the scores depends on how consistent the labels are. At the end the scores are
+    divided by their spread on training pairs (`fold_scale`), so a policy sees rewards of unit
+    scale. Equation (1) then holds for the difference times the spread.
+  * Labels may favour long answers. eval/accuracy_shorter, on pairs whose chosen side is the shorter
+    one, shows a model that has only learnt that.
+
+Left out: ensembles, several scores for a text, rewards for the steps of an answer.
+
+Papers: Bradley and Terry 1952, Christiano et al. 2017, Stiennon et al. 2020 (reward models and
+best-of-N for language models), Touvron et al. 2023 (the margin), Eisenstein et al. 2023
+(centering), Beirami et al. 2024 (the bound on the KL).
+"""
 
 import dataclasses
 import math
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -49,22 +67,23 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForSequenceClassi
 import common
 from common import fail
 
-TINY = Path(__file__).resolve().parent / "tests" / "tiny"  # the embedded model and its task
+TINY = Path(__file__).resolve().parent / "tests" / "tiny"  # the bundled model and its task
 
 
 @dataclass
 class Args:
     # --- task ---
     model: str = str(TINY / "model")
-    """folder or hub name of the model to start from: a causal language model, or a reward model to go on with"""
+    """folder or hub name of a causal language model to start from, or of a reward model to train
+    further"""
     data: str | None = None
-    """pairs to learn from: JSON lines with "prompt", "chosen", "rejected", and perhaps "margin"
-    (None: the embedded task's)"""
+    """training pairs: JSON lines with "prompt", "chosen", "rejected", and perhaps "margin" (None:
+    those of the bundled task, if no other file is given)"""
     eval_data: str | None = None
-    """held-out pairs, as --data; None: the embedded task has its own, other data none"""
+    """held-out pairs, as --data (None: those of the bundled task, or none with other data)"""
     chat: bool = True
-    """texts are rendered by the chat template, if the tokenizer has one
-    (--no_chat: raw text, and the result has no template)"""
+    """put texts through the chat template, if there is one (--no_chat: raw text, and the saved
+    model has no template)"""
     template_args: str = ""
     """arguments of the chat template, a JSON object: '{"enable_thinking": false}'"""
     system: str = ""
@@ -74,29 +93,30 @@ class Args:
 
     # --- algorithm ---
     use_margin: bool = False
-    """the score of chosen should exceed that of rejected by the row's "margin" """
+    """the score of chosen should exceed that of rejected by the "margin" of the pair"""
     center: float = 0.0
-    """weight of the mean squared sum of a pair's scores, which keeps them near 0 (0.01 is usual)"""
+    """weight of the mean squared sum of a pair's scores, which keeps them near 0 (usual: 0.01)"""
     unit_scale: bool = True
-    """at the end, fold the spread of the scores on the training pairs into the head"""
+    """at the end, divide the head by the spread of the scores on training pairs"""
 
     # --- best of N ---
     best_of: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """the N of best-of-N; as many completions as the largest are drawn for each prompt"""
+    """each N of best-of-N; the largest is the number of completions drawn for a prompt"""
     policy: str | None = None
-    """the model that draws them (None: for the embedded pairs the embedded model, otherwise nobody)"""
+    """the model that draws them (None: the bundled model for the bundled pairs, or nobody)"""
     eval_prompts: str | None = None
     """prompts for best-of-N: JSON lines with "prompt" and, for the true reward, "answer" """
     reward: str = "exact"
-    """the true reward beside the model's: exact | number | FILE.py:function(completion, row) | another reward model"""
+    """the true reward beside the model's score:
+    exact | number | FILE.py:function(completion, row) -> float | a reward model's folder"""
     max_prompt_tokens: int = 512
-    """prompts that are longer are left out, and counted"""
+    """longer prompts are left out, and counted"""
     max_new_tokens: int = 256
-    """a completion is cut here"""
+    """a completion is cut here; at most what the model's context has room for"""
     temperature: float = 1.0
     """of sampling"""
     sample_rows: int = 512
-    """completions drawn at once: lower it when memory runs out"""
+    """completions drawn at once; lower it when memory runs out"""
 
     # --- optimisation ---
     steps: int = 375
@@ -104,9 +124,9 @@ class Args:
     pairs_per_step: int = 64
     """pairs in an update"""
     learning_rate: float | None = None
-    """AdamW's step size (None: 1e-5, and 1e-3 for the embedded model, which is small and wants more)"""
+    """peak of AdamW's learning rate (None: 1e-5, and 1e-3 for the bundled model, which is small)"""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """what becomes of the learning rate after the warm-up"""
+    """what the learning rate does after the warm-up"""
     warmup: int = 10
     """steps over which the learning rate rises"""
     max_grad_norm: float = 1.0
@@ -115,21 +135,20 @@ class Args:
     """tokens, padding included, in one forward and backward (None: 8192 on a GPU, 1024 on a CPU).
     Lower it when memory runs out; up to rounding, results do not change"""
     gradient_checkpointing: bool = False
-    """keep less for the backward pass and compute it twice: less memory, more time (starts are then not shared)"""
+    """compute activations twice instead of keeping them: less memory, more time"""
 
     # --- run ---
     out: str = ""
-    """the run's folder (empty: runs/reward_model, then runs/reward_model-2, ...)"""
+    """the run's folder (empty: runs/SCRIPT, then runs/SCRIPT-2, ...)"""
     resume: bool = False
     """go on with the run in --out; give it the flags it was started with"""
     seed: int = 1
-    """of the new head, of the order of pairs and of sampling"""
+    """decides the new head, the order of pairs and what is drawn"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """what computes (auto: bfloat16 on a GPU, float32 on a CPU); weights that learn stay float32.
-    bfloat16 on a CPU needs less memory. With avx512_bf16 or amx in /proc/cpuinfo it is faster too:
-    a GRPO step of a 135M model took 0.62 of the time (tests/bench/vs_trl.py)"""
+    """compute type (auto: bfloat16 on a GPU, float32 on a CPU); trained weights stay float32.
+    On a CPU bfloat16 saves memory, and time where /proc/cpuinfo lists avx512_bf16 or amx"""
     eval_every: int = 75
     """steps between scores on --eval_data"""
     save_every: int = 75
@@ -139,17 +158,20 @@ class Args:
 
 
 def resolve(args):
-    """Fills in the defaults that depend on other flags, and refuses flags that contradict each other."""
-    tiny_data = args.data is None and not args.eval_data and not args.policy and not args.eval_prompts
+    """Fills in defaults that depend on other flags, and rejects contradictory flags."""
+    is_tiny_model = Path(args.model).resolve() == TINY / "model"
+    is_tiny_data = args.data is None and not (args.eval_data or args.policy or args.eval_prompts)
+    on_cpu = args.device == "cpu" or not torch.cuda.is_available()
     defaults = {
-        "data": str(TINY / "pairs_train.jsonl") if tiny_data else "",
-        "learning_rate": 1e-3 if Path(args.model).resolve() == TINY / "model" else 1e-5,
-        "tokens_per_micro_batch": 1024 if args.device == "cpu" or not torch.cuda.is_available() else 8192,
-        "eval_data": str(TINY / "pairs_test.jsonl") if tiny_data else "",
-        "policy": str(TINY / "model") if tiny_data else "",
-        "eval_prompts": str(TINY / "sort_test.jsonl") if tiny_data else "",
+        "data": str(TINY / "pairs_train.jsonl") if is_tiny_data else "",
+        "eval_data": str(TINY / "pairs_test.jsonl") if is_tiny_data else "",
+        "policy": str(TINY / "model") if is_tiny_data else "",
+        "eval_prompts": str(TINY / "sort_test.jsonl") if is_tiny_data else "",
+        "learning_rate": 1e-3 if is_tiny_model else 1e-5,
+        "tokens_per_micro_batch": 1024 if on_cpu else 8192,
     }
-    args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
+    unset = {name: value for name, value in defaults.items() if getattr(args, name) is None}
+    args = dataclasses.replace(args, **unset)
     common.check_flags(args)
     if args.steps and not args.data:
         fail("--data: name a file of pairs, or give --steps 0 to evaluate only")
@@ -162,80 +184,510 @@ def resolve(args):
     return args
 
 
-# -- The task: pairs, prompts and true rewards ---------------------------------------------------------------------
+# -- The math ----------------------------------------------------------------------------------
+
+
+def pair_loss(chosen, rejected, margin, pairs, center):
+    """Equation (2): chosen, rejected, margin [b]. `pairs` is the number of pairs of the whole
+    update, over all micro-batches and processes.
+
+    center adds the mean of (chosen + rejected)^2. Differences do not determine the level of the
+    scores; this term holds it near 0.
+    """
+    loss = -F.logsigmoid(chosen - rejected - margin) + center * (chosen + rejected) ** 2
+    return loss.sum() / pairs
+
+
+def best_of(scores, values, n):
+    """Equation (3): scores, values [prompts, M] -> the expected value of the completion with the
+    highest score among n of the M, [prompts].
+
+    The i-th in order is the best of the n if it is one of them and the other n - 1 are below it.
+    Equal scores share the chances of their places.
+    """
+    M = scores.shape[1]
+    chance = [math.comb(i, n - 1) / math.comb(M, n) for i in range(M)]  # i are below this place
+    chance = torch.tensor(chance, dtype=torch.float64).cumsum(0)
+    up_to = torch.cat([torch.zeros(1, dtype=torch.float64), chance])  # [M + 1]
+    below = (scores[:, None, :] < scores[:, :, None]).sum(2)  # [prompts, M]
+    equal = (scores[:, None, :] == scores[:, :, None]).sum(2)  # counts the score itself too
+    share = (up_to[below + equal] - up_to[below]) / equal
+    return (share * values).sum(1)
+
+
+def share_won(chosen, rejected):
+    """1 where the chosen side is scored higher, 1/2 on a tie, else 0, [b]. With ties as 0 a policy
+    that equals its reference would have an accuracy of 0."""
+    return (chosen > rejected) + 0.5 * (chosen == rejected)
+
+
+def pair_metrics(chosen, rejected, difference):
+    """What held-out scores [pairs] say -> dict. difference: how much longer chosen is, in tokens.
+
+    Accuracy is also given by length. A model that just likes long answers is good where chosen is
+    longer and bad where it is shorter. Calibration compares the predicted chance that the side
+    with the higher score wins with the share of those that do. It is the mean distance in ten bins
+    of that chance, each bin weighted by its pairs.
+    """
+    margin = chosen - rejected
+    won = share_won(chosen, rejected).double()
+    metrics = {
+        "eval/accuracy": won.mean().item(),
+        "eval/margin": margin.mean().item(),
+        "eval/loss": -F.logsigmoid(margin).mean().item(),
+    }
+    if (difference < 0).any():
+        metrics["eval/accuracy_shorter"] = won[difference < 0].mean().item()
+    if (difference > 0).any():
+        metrics["eval/accuracy_longer"] = won[difference > 0].mean().item()
+    predicted = margin.abs().sigmoid()  # from 0.5 to 1
+    bins = (predicted * 20 - 10).long().clamp(0, 9)
+    error = 0.0
+    for b in bins.unique():
+        inside = bins == b
+        distance = (predicted[inside].mean() - won[inside].mean()).abs()
+        error += (distance * inside.double().mean()).item()
+    metrics["eval/calibration"] = error
+    return metrics
+
+
+# -- Scores: one forward over both sides of the pairs ------------------------------------------
+
+
+def pair_scores(model, tokenizer, pairs, share_prompts, world):
+    """The scores of both sides -> [b, 2], chosen and rejected. What both sides begin with is
+    computed once if share_prompts.
+
+    The last token is found by the text's length. Looking for the pad id from the right, as
+    transformers does, finds another token where a text ends in that id.
+    """
+    b = len(pairs)
+    starts = [start for start, _, _ in pairs] * 2
+    sides = [chosen for _, chosen, _ in pairs] + [rejected for _, _, rejected in pairs]
+    if share_prompts:
+        samples = common.as_samples(starts, sides, tokenizer, world)
+        start_ids = samples.prompt_ids[:b]
+        _, cache = common.prompt_states(model, start_ids, samples.prompt_mask[:b])
+        cache.reorder_cache(torch.arange(b, device=world.device).repeat(2))
+        seen = torch.cat([samples.prompt_mask, samples.mask], 1)
+        states = common.hidden_states(model, samples.ids, seen, cache)  # [2b, C, width]
+    else:
+        texts = [start + side for start, side in zip(starts, sides)]
+        samples = common.as_samples([[]] * (2 * b), texts, tokenizer, world)
+        states = common.hidden_states(model, samples.ids, samples.mask)
+    last = samples.mask.sum(1) - 1
+    last_states = states[torch.arange(2 * b, device=world.device), last].float()
+    # in float32: bfloat16 has steps of 0.01 between scores of 1 and 2
+    head = common.scalar_head(model)
+    bias = None if head.bias is None else head.bias.float()
+    scores = F.linear(last_states, head.weight.float(), bias)  # [2b, 1]
+    return scores.view(2, b).T
+
+
+# -- The loop ----------------------------------------------------------------------------------
+
+
+def update_loss(model, tokenizer, pairs, margin, share_prompts, args, world, meter):
+    """Equation (2) for one micro-batch of pairs -> its loss. margin [b]."""
+    scores = pair_scores(model, tokenizer, pairs, share_prompts, world)  # [b, 2]
+    chosen, rejected = scores.T
+    margin = margin.to(world.device)
+    # divided by the pairs of the whole update: gradients do not depend on how it is cut
+    loss = pair_loss(chosen, rejected, margin, args.pairs_per_step, args.center)
+
+    with torch.no_grad():  # the rest is for the log
+        meter.add("accuracy", share_won(chosen, rejected))
+        meter.add("margin", chosen - rejected)
+        meter.add("chosen", chosen)
+        meter.add("rejected", rejected)
+    return loss
+
+
+def train(args):
+    args = resolve(args)
+    world = common.start(args.device, args.dtype, args.seed)
+    args, tokenizer, pairs, margins, held_out = load_task(args, world)
+    args, policy_tokenizer, prompts, reward = load_best_of(args, tokenizer, world)
+
+    out = common.open_run(args, Path(__file__).stem, world)
+    stop_asked = common.catch_signals(args.steps)
+    saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
+    done_steps = saved["step"] if saved else 0
+    if pairs or held_out:
+        start, chosen, _ = (pairs or held_out)[0]
+        first_text = start + chosen
+        reader = tokenizer
+    else:
+        first_text = prompts[0][0]
+        reader = policy_tokenizer
+    learning = int(args.steps > 0)
+    frozen = 1 - learning + bool(args.policy) + int(reward is not None and reward.is_model)
+    # says what the run is, with its first text
+    writer, bar = common.introduce(
+        out, args, world, reader, first_text, done_steps, learning, frozen
+    )
+    head_std = new_head_std(args)
+    if args.steps:
+        drawn = args.steps * args.pairs_per_step
+        passes = f"{drawn / len(pairs):.1f} passes"
+        head = "new" if head_std else "the folder's"
+        common.say(f"{drawn} pairs will be drawn from {len(pairs)}, {passes}; the head is {head}")
+
+    with common.guarded(out, args, bar):
+        model = common.load_scalar(
+            args.model,
+            world,
+            tokenizer,
+            head_std,
+            args.gradient_checkpointing,
+            frozen=not args.steps,
+        )
+        # What both sides of a pair begin with is computed once, if the model's cache allows it.
+        share_prompts = args.steps > 0 and common.prompts_can_be_shared(
+            model, world, args.gradient_checkpointing
+        )
+        share_prompts = share_prompts and all(start for start, _, _ in pairs + held_out)
+        if args.steps:
+            optimizer = common.make_optimizer(model, args.learning_rate)
+        if saved:
+            common.load_checkpoint(saved, {"model": model}, {"model": optimizer})
+            del saved
+        if done_steps == 0:
+            scores = evaluate(model, tokenizer, held_out, share_prompts, args, world)
+            common.log(out, writer, 0, scores)
+
+        for step in range(done_steps + 1, args.steps + 1):
+            step_began = time.perf_counter()
+            meter = common.Meter()
+
+            # 1. The next pairs, in micro-batches (a forward each).
+            indices = common.rows_of_step(len(pairs), step, args.pairs_per_step, world, args.seed)
+            batch = [pairs[i] for i in indices]
+            batch_margins = margins[indices]
+            meter.total("tokens", count_tokens(batch))
+            parts = micro_batches_of_pairs(batch, share_prompts, args.tokens_per_micro_batch, world)
+
+            # 2. Update. The losses contain every divisor, so losses and gradients add up.
+            rate = common.learning_rate_at(
+                step, args.steps, args.learning_rate, args.schedule, args.warmup
+            )
+            optimizer.param_groups[0]["lr"] = rate
+            for part in parts:
+                few = [batch[i] for i in part]
+                loss = update_loss(
+                    model, tokenizer, few, batch_margins[part], share_prompts, args, world, meter
+                )
+                loss.backward()
+                meter.total("loss", loss.detach())
+            norm = common.clip_gradients(model, args.max_grad_norm)
+            if not math.isfinite(norm):
+                raise common.Stop(f"step {step}: the gradient is {norm}; update not made")
+            optimizer.step()
+            optimizer.zero_grad()
+
+            # 3. Log.
+            metrics = meter.result(world)
+            seconds = time.perf_counter() - step_began
+            metrics |= {
+                "grad_norm": norm,
+                "learning_rate": rate,
+                "time/train": seconds,
+                "tokens_per_second": metrics.pop("tokens") / seconds,
+                "memory_gib": common.memory_used(world) / 2**30,
+            }
+            if step % args.eval_every == 0 or step == args.steps:
+                metrics |= evaluate(model, tokenizer, held_out, share_prompts, args, world)
+            common.log(out, writer, step, metrics)
+            if bar:  # only the first process has one
+                bar.set_postfix_str(
+                    f"loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.3f}"
+                )
+                bar.update()
+
+            # 4. Save, if it is time or a signal (Ctrl-C, SIGTERM) has asked to stop.
+            common.save_if_due(
+                out, args, world, step, {"model": model}, {"model": optimizer}, stop_asked
+            )
+
+        # 5. The end: unit scale, and best-of-N. Unit scale is for model/ only; training may go on
+        #    from the checkpoint.
+        metrics = {}
+        if args.steps:
+            del optimizer
+            if args.unit_scale:
+                metrics |= fold_scale(model, tokenizer, pairs, share_prompts, args, world)
+            common.save_model(model, tokenizer, out / "model", world)
+        if args.policy:
+            metrics |= report_best_of(
+                model.eval(), tokenizer, policy_tokenizer, prompts, reward, args, world, stop_asked
+            )
+        if metrics:
+            common.log(out, writer, args.steps, metrics)
+    common.conclude(out, args, writer, bar, usage(out, tokenizer, first_text))
+
+
+# -- A first reading may end here: batches of pairs, held-out scores, unit scale, best-of-N, pairs,
+# -- rewards
+
+
+def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
+    """Cuts pairs into parts, one forward each -> lists of pair numbers.
+
+    A pair is (prompt, chosen, rejected), as token ids. A part has at most `tokens` tokens (padding
+    included, a shared prompt counted once) or one pair. Both sides of a pair stay together, because
+    the loss is of their difference. Pairs of like length come together, to save padding.
+
+    Every process gets the same number of parts: FSDP gathers weights in all processes or in none.
+    One that is short of parts divides a part. That is always possible, because all processes must
+    give equally many pairs.
+    """
+    copies = 1 if share_prompts else 2
+    prompt_length = [copies * len(prompt) for prompt, _, _ in pairs]
+    sides_length = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
+
+    def fits(part):
+        longest_prompt = max(prompt_length[i] for i in part)
+        longest_sides = max(sides_length[i] for i in part)
+        return len(part) * (longest_prompt + longest_sides) <= tokens
+
+    def size(i):
+        return prompt_length[i] + sides_length[i]
+
+    parts = []
+    for i in sorted(range(len(pairs)), key=size, reverse=True):
+        if not parts or not fits([*parts[-1], i]):
+            parts.append([])
+        parts[-1].append(i)
+
+    count = torch.tensor([len(parts)], device=world.device)
+    wanted = int(common.all_gather(world, count).max())
+    while len(parts) < wanted:
+        parts.append([max(parts, key=len).pop()])
+    return parts
+
+
+def share_of_process(pairs, world):
+    """Every world.size-th pair. All processes get equally many: the count is rounded up, and some
+    of the first pairs come twice. `in_order` drops their second results."""
+    count = math.ceil(len(pairs) / world.size)
+    return [pairs[(world.rank + i * world.size) % len(pairs)] for i in range(count)]
+
+
+def in_order(results, count, world):
+    """results [pairs of a process, 2] of `share_of_process` -> those of all `count` pairs in their
+    order, [count, 2] on the CPU, in every process."""
+    everyone = common.all_gather(world, results.to(world.device)).cpu()
+    by_process = everyone.view(world.size, -1, 2)
+    return by_process.transpose(0, 1).reshape(-1, 2)[:count]
+
+
+def side_lengths(pairs):
+    """Tokens of chosen and rejected, [pairs, 2]."""
+    return torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs])
+
+
+def count_tokens(pairs):
+    """Tokens of both sides of the pairs, each with its prompt; a tensor."""
+    prompts = sum(len(prompt) for prompt, _, _ in pairs)
+    return side_lengths(pairs).sum() + 2 * prompts
+
+
+@torch.no_grad()
+def score_all(model, tokenizer, pairs, share_prompts, args, world):
+    """The scores of many pairs -> [pairs, 2] in float64, in every process. Each scores its share.
+
+    With --steps 0 the model may be from elsewhere. Then it is read as --reward and transformers'
+    pipeline read it.
+    """
+    mine = share_of_process(pairs, world)
+    scores = torch.zeros(len(mine), 2, dtype=torch.float64)
+    if args.steps:
+        for part in micro_batches_of_pairs(mine, share_prompts, args.tokens_per_micro_batch, world):
+            few = [mine[i] for i in part]
+            scores[part] = pair_scores(model, tokenizer, few, share_prompts, world).double().cpu()
+        common.forget_forwards(model)  # FSDP expects a backward after a forward
+    else:
+        for column in (0, 1):
+            texts = [pair[0] + pair[1 + column] for pair in mine]
+            found = common.score_ids(model, tokenizer, texts, world)
+            scores[:, column] = torch.tensor(found, dtype=torch.float64)
+    scores = in_order(scores, len(pairs), world)
+    if not scores.isfinite().all():
+        raise common.Stop("the model gave a score that is not finite")
+    return scores
+
+
+def evaluate(model, tokenizer, held_out, share_prompts, args, world):
+    """Scores of held-out pairs, see `pair_metrics`."""
+    if not held_out:
+        return {}
+    scores = score_all(model, tokenizer, held_out, share_prompts, args, world)
+    length = side_lengths(held_out)
+    return pair_metrics(scores[:, 0], scores[:, 1], length[:, 0] - length[:, 1])
+
+
+@torch.no_grad()
+def fold_scale(model, tokenizer, pairs, share_prompts, args, world):
+    """Divides the head by the spread of the scores on at most 2048 training pairs, and subtracts
+    their mean from its bias, if it has one (heads of decoders have none). Accuracy stays the same.
+    """
+    count = min(len(pairs), 2048)
+    sample = [pairs[common.nth_row(len(pairs), i, args.seed)] for i in range(count)]
+    scores = score_all(model, tokenizer, sample, share_prompts, args, world)
+    mean = scores.mean().item()
+    spread = scores.std(correction=0).item()
+    if spread < 1e-3:
+        what = f"all scores are nearly the same (spread {spread:.1g})"
+        common.say(f"warning: {what}: nothing was learnt, and nothing is scaled")
+        return {}
+    head = common.scalar_head(common.at_rest(model))
+    for p in head.parameters():
+        if p.ndim == 1:
+            p.sub_(mean)
+        p.div_(spread)
+    common.say(f"scores on training pairs: mean {mean:.3f}, spread {spread:.3f}")
+    common.say("The head is divided by the spread. Margin, loss and calibration above are from")
+    common.say("before this division; accuracy does not change.")
+    return {"scale/mean": mean, "scale/spread": spread}
+
+
+def report_best_of(model, tokenizer, policy_tokenizer, prompts, reward, args, world, stop_asked):
+    """Draws max(N) completions of each prompt from the policy. Says what the best of N of them is
+    worth, by the model's score and by the true reward if there is one, and how large its KL to the
+    policy is at most. N = 1, a random choice, is the policy itself."""
+    policy = common.load_reference(args.policy, world)
+    M = max(args.best_of)
+    mine = prompts[world.rank :: world.size]
+    size = max(1, args.sample_rows // M)
+    meter = common.Meter()
+    for start in range(0, math.ceil(len(prompts) / world.size), size):
+        if common.all_sum(world, stop_asked())[0]:
+            raise common.Ended("stopped by a signal in best-of-N; the model is saved")
+        # a process without prompts left samples along with the others, and counts nothing
+        is_counted = start < len(mine)
+        part = mine[start : start + size] or prompts[:1]
+        texts = common.sample(
+            policy,
+            policy_tokenizer,
+            [ids for ids, _ in part],
+            n=M,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            seed=common.fold(args.seed, start, world.rank, common.DRAW),
+        ).texts
+        records = [part[i // M][1] for i in range(len(texts))]
+        scores = common.score_texts(model, tokenizer, texts, records, world)
+        scores = torch.tensor(scores, dtype=torch.float64).view(-1, M)
+        counted = torch.full((len(part),), is_counted)
+        for n in args.best_of:
+            meter.add(f"best_of/score@{n}", best_of(scores, scores, n), counted)
+        if reward is None:
+            continue
+        values = torch.tensor(reward.score(texts, records), dtype=torch.float64).view(-1, M)
+        for n in args.best_of:
+            meter.add(f"best_of/true@{n}", best_of(scores, values, n), counted)
+
+    metrics = meter.result(world)
+    for n in args.best_of:
+        metrics[f"best_of/kl@{n}"] = math.log(n) - (n - 1) / n  # equation (4)
+    print_best_of(metrics, args, world)
+    return metrics
+
+
+def print_best_of(metrics, args, world):
+    """The table of best-of-N, once and not for each process."""
+    if world.rank:
+        return
+    has_true = f"best_of/true@{args.best_of[0]}" in metrics
+    print("\nbest of N   score" + ("   true reward" if has_true else "") + "   KL at most")
+    for n in args.best_of:
+        cells = [f"{n:9d}", f"{metrics[f'best_of/score@{n}']:8.3f}"]
+        if has_true:
+            cells.append(f"{metrics[f'best_of/true@{n}']:14.3f}")
+        cells.append(f"{metrics[f'best_of/kl@{n}']:13.3f}")
+        print(*cells)
+
+
+def usage(out, tokenizer, first_text):
+    """The line of Python that scores a text with the trained model."""
+    text = "prompt and answer as the first text above"
+    if len(first_text) < 100:
+        text = tokenizer.decode(first_text)
+    call = f'pipeline("text-classification", "{out / "model"}")'
+    return f"print({call}({text!r}, add_special_tokens=False))"
 
 
 def read_pairs(path, flag):
-    """The pairs of a JSON-lines file. A side is a text, or a list of messages of which the last is the answer; those before
-    it, if there are any, are the prompt."""
-    rows = []
-    for number, row in common.read_json(path, flag):
-        where, row = f"{flag} {path}, line {number}", dict(row) if isinstance(row, dict) else {}
-        row["prompt"] = row.get("prompt", row.get("question"))
+    """The lines of a file of pairs, as dicts whose "chosen" and "rejected" are texts.
+
+    In the file a side may also be a list of messages. The last one is the answer. Those before it,
+    if there are any, are the prompt.
+    """
+    records = []
+    for number, record in common.read_json(path, flag):
+        where = f"{flag} {path}, line {number}"
+        record = dict(record) if isinstance(record, dict) else {}
+        record["prompt"] = record.get("prompt", record.get("question"))
         for side in ("chosen", "rejected"):
-            if is_prompt(row.get(side)) and isinstance(row[side], list) and row[side][-1]["role"] == "assistant":
-                *asked, answer = row[side]
-                row[side] = answer["content"]
-                known = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
-                if asked and row["prompt"] and known != asked:
+            value = record.get(side)
+            is_talk = isinstance(value, list) and common.is_prompt(value)
+            if is_talk and value[-1]["role"] == "assistant":
+                *asked, answer = value
+                record[side] = answer["content"]
+                if not record["prompt"]:
+                    record["prompt"] = asked
+                elif asked and common.messages(record["prompt"]) != asked:
                     fail(f"{where}: the prompt, chosen and rejected do not ask the same")
-                row["prompt"] = row["prompt"] or asked
-            if not isinstance(row.get(side), str):
-                fail(f'{where}: needs "{side}", a text or a list of messages of which the last is the assistant\'s')
-        if not is_prompt(row["prompt"]):
-            fail(f'{where}: needs a "prompt" (or "question") that is a text or a list of messages')
-        rows.append(row)
-    return rows
+            if not isinstance(record.get(side), str):
+                what = "a text or a list of messages of which the last is the assistant's"
+                fail(f'{where}: needs "{side}", {what}')
+        if not common.is_prompt(record["prompt"]):
+            fail(f'{where}: needs a "prompt" (or "question"), a text or a list of messages')
+        records.append(record)
+    return records
 
 
-def encode_pairs(rows, tokenizer, args, flag):
-    """[(chosen's ids, rejected's ids, row), ...] of whole conversations, without pairs of equal sides, which say nothing, and
-    without those too long: cut, a pair may lose the very place where its sides differ. Says how many those were."""
-    pairs = [
-        (*(common.encode_answer(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")), row) for row in rows
-    ]
-    differ = [p for p in pairs if p[0] != p[1]]
-    kept = [p for p in differ if max(len(p[0]), len(p[1])) <= args.max_tokens]
-    if len(kept) < len(pairs):
-        long = len(differ) - len(kept)
-        common.say(
-            f"{flag}: of {len(pairs)} pairs {len(pairs) - len(differ)} left out as equal, {long} as over --max_tokens {args.max_tokens}"
-        )
-    if args.use_margin and flag == "--data":
-        for _, _, row in kept:
-            if not isinstance(row.get("margin"), (int, float)) or not math.isfinite(row["margin"]):
-                fail(f'{flag}: --use_margin needs a "margin", a number; the pair with prompt {row["prompt"]!r:.100} has none')
-    return kept or fail(f"{flag}: no pair is left")
+def encode_pairs(records, tokenizer, args, flag):
+    """-> ([(token ids that both sides begin with, rest of chosen, rest of rejected), ...], their
+    lines of the file). Each rest has one token at least.
+
+    Equal sides teach nothing: such pairs are left out, and counted. So are pairs that are too long.
+    A pair that is cut may lose the place where its sides differ.
+    """
+    pairs = []
+    kept = []
+    equal = 0
+    for record in records:
+        chosen = common.encode_answer(tokenizer, record["prompt"], record["chosen"])
+        rejected = common.encode_answer(tokenizer, record["prompt"], record["rejected"])
+        shorter = min(len(chosen), len(rejected))
+        if chosen == rejected:
+            equal += 1
+        elif max(len(chosen), len(rejected)) <= args.max_tokens:
+            same = 0
+            while same < shorter - 1 and chosen[same] == rejected[same]:
+                same += 1
+            pairs.append((chosen[:same], chosen[same:], rejected[same:]))
+            kept.append(record)
+    if len(kept) < len(records):
+        too_long = f"{len(records) - len(kept) - equal} as over --max_tokens {args.max_tokens}"
+        common.say(f"{flag}: of {len(records)} pairs {equal} left out as equal, {too_long}")
+    if not kept:
+        fail(f"{flag}: no pair is left")
+    return pairs, kept
 
 
-def is_prompt(value):
-    """A text, or a list of chat messages."""
-    messages = isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("content"), (str, list)) and "role" in m for m in value
-    )
-    return bool(value) and (isinstance(value, str) or messages)
-
-
-def load_prompts(path, flag, tokenizer, args, needs=""):
-    """[(prompt's token ids, row), ...] of a JSON-lines file, each row with its `prompt`, without prompts that are too long; says
-    how many those were. `needs` is what wants an answer of every row, if anything does."""
-    kept, count = [], 0
-    for number, row in common.read_json(path, flag) if path else ():
-        where, row = f"{flag} {path}, line {number}", row if isinstance(row, dict) else {}
-        row = {**row, "prompt": row.get("prompt", row.get("question"))}
-        if not is_prompt(row["prompt"]):
-            fail(f'{where}: needs a "prompt" (or "question") that is a text or a list of messages')
-        ids, count = common.encode_prompt(tokenizer, row["prompt"], args.system, args.chat), count + 1
-        if not 0 < len(ids) <= args.max_prompt_tokens:
-            continue
-        if needs and not isinstance(row.get("answer"), (str, int, float)):
-            fail(f'{where}: {needs} needs an "answer", a text or a number; the row with prompt {row["prompt"]!r:.100} has none')
-        kept.append((ids, row))
-    if len(kept) < count:
-        limit = f"--max_prompt_tokens {args.max_prompt_tokens}"
-        common.say(f"{flag}: {count - len(kept)} of {count} prompts left out ({limit})")
-        kept = kept or fail(f"{flag}: every prompt is longer than {limit}")
-    return kept
+def read_margins(records, args):
+    """The margins of equation (2), [pairs]; 0 without --use_margin."""
+    margins = torch.zeros(len(records))
+    if args.use_margin:
+        for i, record in enumerate(records):
+            margin = record.get("margin")
+            if not isinstance(margin, (int, float)) or not math.isfinite(margin):
+                where = f"the pair with prompt {record['prompt']!r:.100} has none"
+                fail(f'--data: --use_margin needs a "margin", a number; {where}')
+            margins[i] = margin
+    return margins
 
 
 def exact(completion, row):
@@ -244,356 +696,129 @@ def exact(completion, row):
 
 
 def number(completion, row):
-    """1 if the last number of the completion equals the last of the answer. Commas, $, a final dot and trailing zeros
-    do not matter; compared as decimals, not as floats, which cannot tell long numbers apart."""
-
-    def last(text):
-        whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # "1,234" is one number, "1,2,3" are three
-        found = re.findall(rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)", str(text).replace("$", ""))
-        return Decimal(found[-1].replace(",", "").rstrip(".")) if found else None
-
-    wanted = last(row["answer"])
-    return float(wanted is not None and last(completion) == wanted)
+    """1 if the last number of the completion equals the last number of the answer, else 0."""
+    wanted = last_number(row["answer"])
+    return float(wanted is not None and last_number(completion) == wanted)
 
 
-def is_a_model(spec):
-    """Whether --reward names a reward model, and not a rule or a function in a file."""
-    return spec not in ("exact", "number") and not spec.partition(":")[0].endswith(".py")
+def last_number(text):
+    """As a decimal, because floats cannot tell long numbers apart. Commas, $, a final dot and
+    trailing zeros do not matter. "1,234" is one number, "1,2,3" are three."""
+    whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+    pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"
+    found = re.findall(pattern, str(text).replace("$", ""))
+    if not found:
+        return None
+    return Decimal(found[-1].replace(",", "").rstrip("."))
 
 
-def load_reward(spec, world, date=None):
-    """--reward as a function from completions and their rows to scores. Mistakes are found before a policy is loaded."""
-    if is_a_model(spec):
-        if "/" not in spec and not Path(spec).exists():
-            fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
-        return common.stop_together(common.load_scorer(spec, world, date), world)
-    rules = {"exact": exact, "number": number}
-    return common.stop_together(common.checked(rules.get(spec) or common.load_function(spec, "--reward")), world)
+@dataclass
+class Reward:
+    """A loaded --reward."""
+
+    score: Callable  # completions and the lines of --data that they belong to -> scores
+    rule: Callable  # decides which held-out completions are right
+    answer_flag: str = ""  # the flag because of which every line needs an answer
+    is_model: bool = False
 
 
-# -- The math ------------------------------------------------------------------------------------------------------
+def load_reward(spec, world, date):
+    # `checked` refuses scores that are no finite numbers. `stop_together` stops every process
+    # when the reward fails in one.
+    if spec in ("exact", "number"):
+        rule = exact if spec == "exact" else number
+        return Reward(common.stop_together(common.checked(rule), world), rule, f"--reward {spec}")
+    if spec.partition(":")[0].endswith(".py"):
+        function = common.checked(common.load_function(spec, "--reward"))
+        return Reward(common.stop_together(function, world), exact)
+    if "/" not in spec and not Path(spec).exists():  # neither a hub name nor a folder
+        fail(f"--reward {spec}: choose exact, number, FILE.py:function, or a reward model's folder")
+    scorer = common.load_scorer(spec, world, date)
+    return Reward(common.stop_together(scorer, world), exact, is_model=True)
 
 
-def pair_loss(chosen, rejected, margin, pairs, center):
-    """Equation (2): chosen, rejected, margin [b]; `pairs` is the number of pairs of the whole update, over all of its
-    micro-batches and processes. `center` adds the mean of (chosen + rejected)^2: differences leave the level free, and this
-    holds it near 0."""
-    loss = -F.logsigmoid(chosen - rejected - margin) + center * (chosen + rejected) ** 2
-    return loss.sum() / pairs
+def is_finished(config):
+    """Whether this is the config of a reward model, which has a head already."""
+    return any("SequenceClassification" in name for name in config.architectures or ())
 
 
-def best_of(scores, values, n):
-    """Equation (3): scores, values [prompts, M] -> [prompts], the expected value of the completion with the highest score
-    among n drawn out of M. The i-th in order is the best of the n if it is one of them and the other n - 1 are below it. Equal
-    scores share what their places get."""
-    M = scores.shape[1]
-    chance = [math.comb(i, n - 1) / math.comb(M, n) for i in range(M)]  # of place i, from the lowest score
-    chance = torch.tensor(chance, dtype=torch.float64).cumsum(0)
-    below = (scores[:, None, :] < scores[:, :, None]).sum(2)  # [prompts, M] how many score less than this one
-    equal = (scores[:, None, :] == scores[:, :, None]).sum(2)  # as many as this one, itself counted
-    upto = torch.cat([torch.zeros(1, dtype=torch.float64), chance])
-    return ((upto[below + equal] - upto[below]) / equal * values).sum(1)
+def new_head_std(args):
+    """The standard deviation that a new head is drawn with; None keeps the folder's head."""
+    config = common.scalar_config(args.model)
+    if is_finished(config):
+        return None
+    return 1 / math.sqrt(config.get_text_config().hidden_size + 1)
 
 
-def pair_metrics(chosen, rejected, difference):
-    """What held-out scores say, [pairs] each; difference is how much longer chosen is, in tokens. -> dict. `accuracy`
-    counts a tie as half. Split by length it shows a model that just likes long answers: high where chosen is longer, low
-    where it is shorter. `calibration` is the mean distance, over pairs in ten bins of confidence, of the predicted chance
-    that the side with the higher score wins from the share of those that do."""
-    margin = chosen - rejected
-    won = (margin > 0).double() + 0.5 * (margin == 0).double()
-    out = {"eval/accuracy": won.mean().item(), "eval/margin": margin.mean().item()}
-    out["eval/loss"] = -F.logsigmoid(margin).mean().item()
-    for name, which in (("shorter", difference < 0), ("longer", difference > 0)):
-        if which.any():
-            out[f"eval/accuracy_{name}"] = won[which].mean().item()
-    sure, off = margin.abs().sigmoid(), 0.0  # sure: the predicted chance of the side with the higher score
-    bins = (sure * 20 - 10).long().clamp(0, 9)
-    for b in bins.unique():
-        off += (sure[bins == b].mean() - won[bins == b].mean()).abs().item() * (bins == b).double().mean().item()
-    return out | {"eval/calibration": off}
-
-
-# -- Scores: one forward for both sides ----------------------------------------------------------------------------
-
-
-def split_pairs(pairs, shared):
-    """[(what both sides begin with, rest of chosen, rest of rejected), ...] as ids. The prompt, and sometimes more, is
-    computed once for both sides; each keeps one token at least. Without `shared` nothing is common."""
-    out = []
-    for chosen, rejected, _ in pairs:
-        same = 0
-        while shared and same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
-            same += 1
-        out.append((chosen[:same], chosen[same:], rejected[same:]))
-    return out
-
-
-def micro_batches_of_pairs(pairs, shared, tokens, world):
-    """Cuts pairs into parts of at most `tokens` tokens (or one pair) with padding, pairs of like length together -> [pair
-    numbers]. Both sides stay in one part, because the loss is of their difference. Every process gets the same number of
-    parts, some perhaps empty: sharded weights are gathered by all or by none."""
-    sizes = [(len(p), max(len(c), len(r))) for p, c, r in split_pairs(pairs, shared)]
-    parts = [[]]
-    for i in sorted(range(len(pairs)), key=lambda i: (-sizes[i][1], -sizes[i][0])):
-        prompt, answer = (max(sizes[j][k] for j in (*parts[-1], i)) for k in (0, 1))
-        if parts[-1] and (len(parts[-1]) + 1) * (prompt + 2 * answer) > tokens:
-            parts.append([])
-        parts[-1].append(i)
-    most = int(common.all_gather(world, torch.tensor([len(parts)], device=world.device)).max())
-    return parts + [[]] * (most - len(parts))
-
-
-def pair_scores(model, tokenizer, pairs, shared, world):
-    """The scores (chosen [b], rejected [b]) of pairs, read at the last real token; the head computes in float32, because
-    bfloat16 has steps of 0.01 between scores of 1 and 2. By length, not by looking for the pad id from the right as the
-    model's own pooling does: that finds another place where a text ends in that id."""
-    starts, chosen, rejected = zip(*split_pairs(pairs, shared))
-    s, b = common.as_samples(starts * 2, chosen + rejected, tokenizer, world), len(pairs)  # rows: all chosen, then all rejected
-    if shared:
-        _, cache = common.prompt_states(model, s.prompt_ids[:b], s.prompt_mask[:b])
-        cache.reorder_cache(torch.arange(b, device=s.ids.device).repeat(2))  # each start for both of its sides
-        states = common.hidden_states(model, s.ids, torch.cat([s.prompt_mask, s.mask], 1), cache)
-    else:
-        states = common.hidden_states(model, s.ids, s.mask)
-    last = states[torch.arange(2 * b, device=s.ids.device), s.mask.sum(1) - 1].float()  # [2b, width]
-    head = common.scalar_head(model)
-    scores = F.linear(last, head.weight.float(), None if head.bias is None else head.bias.float())[:, 0]
-    return scores.chunk(2)
-
-
-def evaluate(model, tokenizer, held_out, shared, args, world):
-    """-> pair_metrics of held-out pairs; each process takes its share."""
-    mine = held_out[world.rank :: world.size] or held_out[:1]
-    found = score_all(model, tokenizer, mine, shared, args, world)
-    longer = torch.tensor([len(c) - len(r) for c, r, _ in mine], dtype=torch.float64)
-    table = torch.stack([*found, longer], 1)  # [pairs, 3]
-    if world.size > 1:
-        most = -(-len(held_out) // world.size)
-        table = F.pad(table, (0, 0, 0, most - len(table)), value=math.nan).to(world.device)
-        table = common.all_gather(world, table).cpu()
-        table = table[~table[:, 0].isnan()][: len(held_out)]
-    return pair_metrics(*table.T)
-
-
-@torch.no_grad()
-def score_all(model, tokenizer, pairs, shared, args, world):
-    """The scores of many pairs, chosen and rejected, [pairs] each, in float64 on the CPU. A model that is only evaluated is read
-    as --reward and transformers' pipeline read it, whoever made it."""
-    if not args.steps:
-        sides = list(zip(*pairs))[:2]
-        return [torch.tensor(common.score_ids(model, tokenizer, ids, world), dtype=torch.float64) for ids in sides]
-    chosen, rejected = torch.zeros(2, len(pairs), dtype=torch.float64)
-    for part in micro_batches_of_pairs(pairs, shared, args.tokens_per_micro_batch, world):
-        scores = pair_scores(model, tokenizer, [pairs[i] for i in part or [0]], shared, world)
-        if part:
-            chosen[part], rejected[part] = (x.double().cpu() for x in scores)
-    if common.all_sum(world, not (chosen + rejected).isfinite().all())[0]:  # asked of all, so that all stop
-        raise common.Stop("the model gave a score that is not finite")
-    return chosen, rejected
-
-
-@torch.no_grad()
-def fold_scale(model, tokenizer, pairs, shared, args, world):
-    """Divides the head by the spread of the scores of (at most 2048) training pairs, and takes their mean from its bias, if
-    it has one (decoders' heads have none): accuracy stays what it was, and the scores get unit scale. A difference of
-    scores times the spread is then what equation (1) has inside."""
-    sample = [pairs[common.nth_row(len(pairs), i, args.seed)] for i in range(min(len(pairs), 2048))]
-    scores = torch.cat(score_all(model, tokenizer, sample[world.rank :: world.size] or sample[:1], shared, args, world))
-    total, squares, count = common.all_sum(world, scores.sum(), (scores**2).sum(), len(scores))
-    mean, spread = total / count, math.sqrt(max(squares / count - (total / count) ** 2, 1e-12))
-    if spread < 1e-3:
-        common.say(f"warning: all scores are nearly the same (spread {spread:.1g}): nothing was learnt, and nothing is scaled")
-        return {}
-    head = common.scalar_head(common.at_rest(model))
-    for p in head.parameters():
-        if p.ndim == 1:
-            p.sub_(mean)
-        p.div_(spread)
-    common.say(f"scores on training pairs: mean {mean:.3f}, spread {spread:.3f}; the head is divided by the spread")
-    common.say("(the margin, loss and calibration above are from before this division; accuracy does not change)")
-    return {"scale/mean": mean, "scale/spread": spread}
-
-
-# -- Best of N -----------------------------------------------------------------------------------------------------
-
-
-def report_best_of(model, tokenizer, policy_tokenizer, prompts, reward, args, world, stop_asked):
-    """Draws max(N) completions of each prompt from the policy and says what the best of N of them is worth: by the model's
-    score, by the true reward where there is one, and for how much KL at most. N = 1, a random choice, is the policy itself."""
-    policy, M = common.load_reference(args.policy, world), max(args.best_of)
-    mine, sums = prompts[world.rank :: world.size], [0.0] * (1 + 2 * len(args.best_of))
-    size = max(1, args.sample_rows // M)
-    for i in range(0, -(-len(prompts) // world.size), size):  # the same number of rounds on every process
-        if common.all_sum(world, stop_asked())[0]:
-            raise common.Ended("stopped by a signal in best-of-N; the model is saved")
-        part = mine[i : i + size]
-        ids, rows = zip(*(part or prompts[:1]))
-        seed = common.fold(args.seed, i, world.rank, common.DRAW)
-        texts = common.sample(
-            policy, policy_tokenizer, ids, n=M, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=seed
-        ).texts
-        rows = [row for row in rows for _ in range(M)]
-        scores = torch.tensor(common.score_texts(model, tokenizer, texts, rows, world), dtype=torch.float64).view(-1, M)
-        values = torch.tensor(reward(texts, rows), dtype=torch.float64).view(-1, M) if reward else torch.zeros_like(scores)
-        if part:
-            means = [best_of(scores, x, n).sum().item() for n in args.best_of for x in (scores, values)]
-            sums = [a + b for a, b in zip(sums, (len(part), *means))]
-    count, *sums = common.all_sum(world, *sums)
-    metrics = {}
-    if world.rank == 0:
-        print("\nbest of N   score" + "   true reward" * bool(reward) + "   KL at most")
-    for n, score, value in zip(args.best_of, sums[::2], sums[1::2]):
-        metrics[f"best_of/score@{n}"] = score / count
-        if reward:
-            metrics[f"best_of/true@{n}"] = value / count
-        metrics[f"best_of/kl@{n}"] = math.log(n) - (n - 1) / n
-        if world.rank == 0:
-            row = (f"{n:9d}", f"{score / count:8.3f}", *([f"{value / count:14.3f}"] if reward else []))
-            print(*row, f"{metrics[f'best_of/kl@{n}']:13.3f}")
-    return metrics
-
-
-# -- The loop ------------------------------------------------------------------------------------------------------
-
-
-def train(args):
-    args = resolve(args)
-    world = common.start(args.device, args.dtype, args.seed)
+def load_task(args, world):
+    """Finds mistakes in the user's input before a model is loaded or a file is written
+    -> (args, with --max_tokens lowered to what fits, tokenizer, pairs, margins, held-out pairs)."""
     if args.pairs_per_step % world.size:
-        fail(f"--pairs_per_step {args.pairs_per_step} must be a multiple of the number of processes")
-
-    # everything that can be wrong with the user's input is found here, before the model is loaded or a file written
-    config, date = common.scalar_config(args.model), common.run_date(args, world)
+        multiple = f"a multiple of the {world.size} processes"
+        fail(f"--pairs_per_step {args.pairs_per_step} must be {multiple}")
+    config = common.scalar_config(args.model)
+    date = common.run_date(args, world)  # some chat templates print it
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)
-    with torch.device("meta"):  # no weights yet: what kind of head would it be?
+    with torch.device("meta"):  # without weights, to see what kind of head it has
         empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    head = getattr(empty, "score", None)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not isinstance(head, torch.nn.Linear):
-        fail(f"--model {args.model}: the family {config.model_type!r} has no score that is read at a text's last token")
-    finished = any("SequenceClassification" in name for name in config.architectures or ())
-    if not finished and not args.steps:
+    is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not (is_decoder and isinstance(getattr(empty, "score", None), torch.nn.Linear)):
+        what = "has no score that is read at a text's last token"
+        fail(f"--model {args.model}: the family {config.model_type!r} {what}")
+    if not args.steps and not is_finished(config):
         fail(f"--steps 0: {args.model} is no reward model yet, so there is nothing to evaluate")
     if args.steps:
         common.own_pad(tokenizer)
     if not args.chat:
-        tokenizer.chat_template = None  # in model/ too, so that others score texts as they were learnt
+        # in model/ too, so that others score texts in the form that was learnt
+        tokenizer.chat_template = None
     context = common.context_of(config)
     if args.max_tokens > context:
         common.say(f"--max_tokens {args.max_tokens} is lowered to {context}, the model's context")
         args = dataclasses.replace(args, max_tokens=context)
-    pairs = encode_pairs(read_pairs(args.data, "--data"), tokenizer, args, "--data") if args.steps else []
-    held_out = encode_pairs(read_pairs(args.eval_data, "--eval_data"), tokenizer, args, "--eval_data") if args.eval_data else []
-    prompts, reward, policy_tokenizer = [], None, None
-    if args.policy:
-        policy_config = common.policy_config(args.policy)
-        policy_tokenizer = common.load_tokenizer(args.policy, date=date)
-        policy_tokenizer.template_args = tokenizer.template_args
-        prompts = load_prompts(args.eval_prompts, "--eval_prompts", policy_tokenizer, args)
-        read = [len(common.encode_answer(tokenizer, row["prompt"], "")) - 1 for _, row in prompts]  # without its end
-        args = common.fit_context(args, max(*read, *(len(ids) for ids, _ in prompts)), config, policy_config)
-        lacking = [row["prompt"] for _, row in prompts if not isinstance(row.get("answer"), (str, int, float))]
-        if args.reward not in ("exact", "number") or not lacking:
-            reward = load_reward(args.reward, world, date)
-            if is_a_model(args.reward):
-                args = common.fit_reward_model(args, policy_tokenizer, prompts)
-        elif len(lacking) < len(prompts):
-            fail(f'--eval_prompts: some rows have an "answer", but not the one with prompt {lacking[0]!r:.100}')
-        else:
-            common.say('--eval_prompts: no row has an "answer", so there is no true reward to report beside the model\'s score')
-    out = common.open_run(args, "reward_model", world)
-    stop_asked = common.catch_signals(args.steps)
 
-    state = common.take_up(out, args, world)
-    first = state["step"] if state else 0
-    shown, reader = (pairs or held_out or prompts)[0][0], tokenizer if pairs or held_out else policy_tokenizer
-    writer, bar = common.introduce(out, args, world, reader, shown, first, learning=bool(args.steps), frozen=bool(args.policy) + (not args.steps))
+    pairs = []
+    margins = None
+    held_out = []
     if args.steps:
-        drawn = args.steps * args.pairs_per_step
-        head = "the folder's" if finished else "new"
-        common.say(f"{drawn} pairs will be drawn from {len(pairs)}, {drawn / len(pairs):.1f} passes; the head is {head}")
+        records = read_pairs(args.data, "--data")
+        pairs, kept = encode_pairs(records, tokenizer, args, "--data")
+        margins = read_margins(kept, args)
+    if args.eval_data:
+        records = read_pairs(args.eval_data, "--eval_data")
+        held_out, _ = encode_pairs(records, tokenizer, args, "--eval_data")
+    return args, tokenizer, pairs, margins, held_out
 
-    with common.guarded(out, args, bar):
-        width = config.get_text_config().hidden_size
-        head_std = None if finished else 1 / math.sqrt(width + 1)
-        model = common.load_scalar(args.model, world, tokenizer, head_std, args.gradient_checkpointing, frozen=not args.steps)
-        optimizer = common.make_optimizer(model, args.learning_rate) if args.steps else None
-        # what both sides of a pair begin with is computed once
-        shared = args.steps > 0 and common.prompts_can_be_shared(model, world, args.gradient_checkpointing)
-        shared = shared and all(start for start, _, _ in split_pairs(pairs + held_out, True))
-        if state:
-            common.load_checkpoint(state, {"model": model}, {"model": optimizer})
-            del state
 
-        def held_out_scores():
-            return evaluate(model, tokenizer, held_out, shared, args, world) if held_out else {}
+def load_best_of(args, tokenizer, world):
+    """What best-of-N needs -> (args, with --max_new_tokens lowered to what fits, the policy's
+    tokenizer, prompts, the true reward or None)."""
+    if not args.policy:
+        return args, None, [], None
+    config = common.policy_config(args.policy)
+    date = common.run_date(args, world)
+    policy_tokenizer = common.load_tokenizer(args.policy, date=date)
+    policy_tokenizer.template_args = tokenizer.template_args
+    prompts = common.load_prompts(args.eval_prompts, "--eval_prompts", policy_tokenizer, args, "")
+    longest = 0
+    for ids, record in prompts:
+        # as the reward model reads it, without the end
+        read = len(common.encode_answer(tokenizer, record["prompt"], "")) - 1
+        longest = max(longest, read, len(ids))
+    args = common.fit_context(args, longest, common.scalar_config(args.model), config)
 
-        if first == 0:
-            common.log(out, writer, 0, held_out_scores())
-
-        for step in range(first + 1, args.steps + 1):
-            began = time.perf_counter()
-
-            # 1. The next pairs.
-            batch = [pairs[i] for i in common.rows_of_step(len(pairs), step, args.pairs_per_step, world, args.seed)]
-
-            # 2. One forward for both sides of a pair; the loss is divided by the pairs of the whole step, before the
-            #    first backward: however the step is cut, the gradients add up to the same.
-            rate = common.learning_rate_at(step, args.steps, args.learning_rate, args.schedule, args.warmup)
-            optimizer.param_groups[0]["lr"] = rate
-            sums = torch.zeros(4, dtype=torch.float64, device=world.device)
-            for part in micro_batches_of_pairs(batch, shared, args.tokens_per_micro_batch, world):
-                real, part = bool(part), part or [0]  # no pair is left here, but elsewhere
-                chosen, rejected = pair_scores(model, tokenizer, [batch[i] for i in part], shared, world)
-                wanted = torch.tensor([batch[i][2]["margin"] if args.use_margin else 0.0 for i in part], device=world.device)
-                loss = pair_loss(chosen, rejected, wanted, args.pairs_per_step, args.center) * real
-                loss.backward()
-                with torch.no_grad():
-                    won = (chosen > rejected).sum() + 0.5 * (chosen == rejected).sum()
-                    sums += torch.stack([loss.detach(), *(x * real for x in (won, chosen.sum(), rejected.sum()))])
-            norm = common.clip_gradients(model, args.max_grad_norm)
-            if not math.isfinite(norm):
-                raise common.Stop(f"step {step}: the gradient is {norm}, so no step was taken with it")
-            optimizer.step()
-            optimizer.zero_grad()
-
-            # 3. Log: sums over all processes first, then means.
-            tokens = sum(len(c) + len(r) for c, r, _ in batch)
-            loss, won, chosen, rejected, tokens = common.all_sum(world, *sums, tokens)
-            N, seconds = args.pairs_per_step, time.perf_counter() - began
-            metrics = {
-                "loss": loss, "accuracy": won / N, "margin": (chosen - rejected) / N, "chosen": chosen / N, "rejected": rejected / N,
-                "grad_norm": norm, "learning_rate": rate, "time/train": seconds, "tokens_per_second": tokens / seconds,
-                "memory_gib": common.memory_used(world) / 2**30,
-            }  # fmt: skip
-            if step % args.eval_every == 0 or step == args.steps:
-                metrics |= held_out_scores()
-            common.log(out, writer, step, metrics)
-            if bar:
-                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.3f}")
-                bar.update()
-
-            # 4. Save. A signal to end (Ctrl-C, a cluster that wants its machine back) waits for this place.
-            ending = common.all_sum(world, stop_asked())[0] > 0
-            if step % args.save_every == 0 or step == args.steps or ending:
-                common.save_checkpoint(out, world, step, {"model": model}, {"model": optimizer}, args.keep)
-            if ending and step < args.steps:
-                raise common.Ended(f"stopped by a signal after step {step} of {args.steps}, which is saved")
-
-        # 5. The end: unit scale (in model/, not in the checkpoint, from which training may go on), and best-of-N.
-        found = {}
-        if args.steps:
-            if args.unit_scale:
-                found |= fold_scale(model, tokenizer, pairs, shared, args, world)
-            common.save_model(model, tokenizer, out / "model", world)
-        del optimizer
-        if args.policy:
-            found |= report_best_of(model.eval(), tokenizer, policy_tokenizer, prompts, reward, args, world, stop_asked)
-        if found:
-            common.log(out, writer, args.steps, found)
-    text = tokenizer.decode(shown) if len(shown) < 100 else "prompt and answer as the first text above"
-    use = f'print(pipeline("text-classification", "{out / "model"}")({text!r}, add_special_tokens=False))'
-    common.conclude(out, args, writer, bar, use)
+    lacking = [record["prompt"] for _, record in prompts if not common.has_answer(record)]
+    reward = None
+    if args.reward not in ("exact", "number") or not lacking:
+        reward = load_reward(args.reward, world, date)
+        if reward.is_model:
+            args = common.fit_reward_model(args, policy_tokenizer, prompts)
+    elif len(lacking) < len(prompts):
+        without = f"the one with prompt {lacking[0]!r:.100}"
+        fail(f'--eval_prompts: some rows have an "answer", but not {without}')
+    else:
+        common.say('--eval_prompts: no row has an "answer", so there is no true reward to report')
+    return args, policy_tokenizer, prompts, reward
 
 
 if __name__ == "__main__":

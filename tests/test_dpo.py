@@ -12,7 +12,14 @@ from test_reinforce import prompts_file, weights
 import common
 import dpo
 from common import World
-from dpo import cut_pairs, encode_preferences, pair_logprobs, preference_loss
+from dpo import (
+    encode_preferences,
+    in_order,
+    micro_batches_of_pairs,
+    pair_logprobs,
+    preference_loss,
+    share_of_process,
+)
 
 CPU = World(0, 1, torch.device("cpu"), torch.float32)
 PAIRS = [([7, 12, 3], [5, 9, 1], [6, 1]), ([5, 9, 11, 30, 31, 14], [20, 21, 22, 23, 24, 1], [8, 1]), ([6], [9, 1], [33, 34, 35, 1]), ([33, 21], [4, 1], [4, 5, 1])]  # fmt: skip
@@ -101,7 +108,7 @@ def test_summed_log_probabilities_against_plain_forwards_with_and_without_sharin
     model, tokenizer = family(name), make_tokenizer()
     for share in (False, True) if name != "mamba" else (False,):
         with torch.no_grad():
-            got = torch.stack(pair_logprobs(model, tokenizer, PAIRS, share, CPU), 1)
+            got = pair_logprobs(model, tokenizer, PAIRS, share, CPU)
             for i, (prompt, *sides) in enumerate(PAIRS):
                 for j, side in enumerate(sides):
                     ids = torch.tensor([prompt + side])
@@ -120,10 +127,10 @@ def test_the_gradient_is_the_same_however_the_step_is_cut(loss, share):
     grads = []
     for tokens in (100_000, 40, 1):
         model.zero_grad()
-        parts = cut_pairs(PAIRS, share, tokens, CPU)
+        parts = micro_batches_of_pairs(PAIRS, share, tokens, CPU)
         assert sorted(i for p in parts for i in p) == [0, 1, 2, 3] and (tokens > 50 or len(parts) > 1)
         for part in parts:
-            chosen, rejected = pair_logprobs(model, tokenizer, [PAIRS[i] for i in part], share, CPU)
+            chosen, rejected = pair_logprobs(model, tokenizer, [PAIRS[i] for i in part], share, CPU).T
             n = torch.tensor([[len(PAIRS[i][1]), len(PAIRS[i][2])] for i in part])
             (preference_loss(chosen, rejected, *ref[part].T, *n.T, settings).sum() / 4).backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -134,10 +141,35 @@ def test_the_gradient_is_the_same_however_the_step_is_cut(loss, share):
 def test_a_part_keeps_to_its_budget():
     for tokens in (12, 30, 60):
         for share in (False, True):
-            for part in cut_pairs(PAIRS, share, tokens, CPU):
+            for part in micro_batches_of_pairs(PAIRS, share, tokens, CPU):
                 prompt = max(len(PAIRS[i][0]) for i in part) * (1 if share else 2)
                 answer = max(len(x) for i in part for x in PAIRS[i][1:])
                 assert len(part) == 1 or len(part) * (prompt + 2 * answer) <= tokens
+
+
+def test_every_process_gets_as_many_parts_as_the_one_with_most_and_none_is_empty(monkeypatch):
+    """FSDP gathers weights in all processes or in none."""
+    for tokens in (100_000, 40):
+        own = len(micro_batches_of_pairs(PAIRS, True, tokens, CPU))
+        for most in (1, 3, 4):
+            with monkeypatch.context() as patch:
+                patch.setattr(common, "all_gather", lambda world, count, most=most: torch.tensor([count, most]))
+                parts = micro_batches_of_pairs(PAIRS, True, tokens, CPU)
+            assert all(parts) and len(parts) == max(own, most)
+            assert sorted(i for part in parts for i in part) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_scores_of_all_processes_come_back_once_and_in_order(size, monkeypatch):
+    """Equally many on each, so that parts can be divided; also with fewer pairs than processes."""
+    for count in (1, 2, 3, 7, 10):
+        shares = [share_of_process(list(range(count)), World(rank, size, CPU.device, CPU.dtype)) for rank in range(size)]
+        assert {len(share) for share in shares} == {math.ceil(count / size)}
+        results = [torch.tensor([[i, -i] for i in share]) for share in shares]
+        monkeypatch.setattr(common, "all_gather", lambda world, own, results=results: torch.cat(results))
+        for rank in range(size):
+            found = in_order(results[rank], count, World(rank, size, CPU.device, CPU.dtype))
+            assert found.tolist() == [[i, -i] for i in range(count)]
 
 
 def test_pairs_equal_or_too_long_are_left_out_and_counted_and_messages_are_pairs_too(tmp_path, capsys):

@@ -235,7 +235,8 @@ def test_two_processes_share_the_rows_out_and_count_each_once(two_processes):
 
 def test_dpo_shows_the_first_completions_with_their_prompts_and_rewards(monkeypatch):
     monkeypatch.setattr(common, "sample", stand_in())
-    _, shown = dpo.evaluate(None, None, held_out_rows(300), pay, dpo.resolve(dpo.Args()), CPU)
+    reward = dpo.Reward(pay, dpo.exact)
+    _, shown = dpo.evaluate(None, None, held_out_rows(300), reward, dpo.resolve(dpo.Args()), CPU)
     texts, rows = [said(i, 0) for i in range(8)], [{"prompt": str(i)} for i in range(8)]
     assert [x["prompt"] for x in shown] == [row["prompt"] for row in rows]
     assert [x["completion"] for x in shown] == texts
@@ -275,7 +276,8 @@ def best_of_everywhere(out, world):
         for count in (1, 7):
             args = reward_model.Args(best_of=(1, 2, 4), sample_rows=8, policy="x")
             rows = [([i], {"prompt": str(i)}) for i in range(count)]
-            asked = (None, None, None, rows, reward, args, world, lambda: False)
+            loaded = reward_model.Reward(reward, None)
+            asked = (None, None, None, rows, loaded, args, world, lambda: False)
             found[count] = reward_model.report_best_of(*asked)
     (out / f"best{world.rank}.json").write_text(json.dumps(found))
 

@@ -65,7 +65,7 @@ MISTAKES = [
     ((*ROLLOUTS, "dpo"), lines(row(prompt=[{"role": "user", "content": "5"}])), {}, ["template"]),
     (ROLLOUTS, lines(row(answer=None)), {}, ["--data", "answer", "52="]),
     (ROLLOUTS, lines(row(answer=...)), {}, ["--data", "answer", "52="]),
-    (ROLLOUTS, lines(row(prompt="5" * 31 + "=")), {}, ["fills the model's context of 32"]),
+    (ROLLOUTS, lines(row(prompt="5" * 31 + "=")), {}, ["and the model's context 32"]),
     (ROLLOUTS, None, {"max_prompt_tokens": 2}, ["--max_prompt_tokens 2"]),
     (PAIRS, lines(row(chosen=None)), {}, ["line 2", "chosen"]),
     (PAIRS, lines(row(rejected=...)), {}, ["line 2", "rejected"]),

@@ -1074,7 +1074,7 @@ GOOD = '{"prompt": "52=", "answer": "25"}\n'
         ({"out": "{}/full"}, GOOD, ["--out", "--resume"]),
         ({"out": "{}/full", "resume": True, "learning_rate": 0.5}, GOOD, ["--learning_rate", "0.5"]),
         ({"eval_data": "{}/none.jsonl"}, GOOD, ["--eval_data", "none.jsonl"]),
-        ({}, json.dumps({"prompt": "5" * 80, "answer": "1"}) + "\n", ["fills the model's context of 32"]),
+        ({}, json.dumps({"prompt": "5" * 80, "answer": "1"}) + "\n", ["and the model's context 32"]),
         ({}, '{"prompt": [{"role": "user", "content": "5"}], "answer": "5"}\n', ["chat template"]),
     ],
 )

@@ -25,7 +25,6 @@ from reward_model import (
     pair_metrics,
     pair_scores,
     read_pairs,
-    split_pairs,
 )
 
 CPU = World(0, 1, torch.device("cpu"), torch.float32)
@@ -139,19 +138,30 @@ def test_pairs_may_be_texts_or_messages_with_the_prompt_in_them(tmp_path):
 def test_equal_and_long_pairs_are_left_out_and_counted(tmp_path, capsys):
     rows = [{"prompt": "w5", "chosen": "w6", "rejected": x} for x in ("w7", "w6", "w7 w8 w9 w10")]
     args = reward_model.Args(max_tokens=4)
-    kept = encode_pairs(read_pairs(pairs_file(tmp_path, rows), "--data"), make_tokenizer(), args, "--data")
-    assert len(kept) == 1 and "of 3 pairs 1 left out as equal, 1 as over --max_tokens 4" in capsys.readouterr().out
+    kept, records = encode_pairs(read_pairs(pairs_file(tmp_path, rows), "--data"), make_tokenizer(), args, "--data")
+    assert len(kept) == 1 and records[0]["rejected"] == "w7"
+    assert "of 3 pairs 1 left out as equal, 1 as over --max_tokens 4" in capsys.readouterr().out
+
+
+def test_what_both_sides_begin_with_is_split_off_and_each_keeps_a_token(tmp_path):
+    """The prompt, and sometimes more. A side that is the beginning of the other has its last token left."""
+    sides = [("w6 w7", "w8"), ("w6 w7", "w6 w8 w9"), ("w6 w7 <eos>", "w6 w7 <eos> w8")]
+    rows = [{"prompt": "w5", "chosen": c, "rejected": r} for c, r in sides]
+    read = read_pairs(pairs_file(tmp_path, rows), "--data")
+    pairs, records = encode_pairs(read, make_tokenizer(), reward_model.Args(), "--data")
+    assert records == read
+    assert pairs == [([5], [6, 7, 1], [8, 1]), ([5, 6], [7, 1], [8, 9, 1]), ([5, 6, 7], [1], [1, 8, 1])]
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 60, 10_000])
 def test_micro_batches_hold_every_pair_once_and_keep_to_the_budget(tokens):
-    pairs = [([5, 6, 7] + c, [5, 6, 7] + r, {}) for c, r, _ in pairs_of(20)]
+    pairs = pairs_of(20)
     for share in (False, True):
         parts = micro_batches_of_pairs(pairs, share, tokens, CPU)
         assert sorted(i for p in parts for i in p) == list(range(20))
         for part in parts:
-            sides = split_pairs([pairs[i] for i in part], share)
-            prompt, answer = max(len(p) for p, _, _ in sides), max(len(x) for _, c, r in sides for x in (c, r))
+            prompt = max(len(pairs[i][0]) for i in part) * (1 if share else 2)
+            answer = max(len(x) for i in part for x in pairs[i][1:])
             assert len(part) == 1 or len(part) * (prompt + 2 * answer) <= tokens
 
 
@@ -169,7 +179,7 @@ def folder(tmp_path_factory):
 def pairs_of(n=6):
     g = torch.Generator().manual_seed(0)
     text = lambda: torch.randint(3, 48, (int(torch.randint(2, 9, (1,), generator=g)),), generator=g).tolist() + [1]  # noqa: E731
-    return [(text(), text(), {}) for _ in range(n)]
+    return [([5, 6, 7], text(), text()) for _ in range(n)]
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -177,10 +187,10 @@ def test_the_score_is_read_at_the_last_real_token_whatever_the_padding(share, fo
     """Alone, in a batch with longer texts, and where a text ends in the pad id itself, which transformers' pooling skips."""
     tokenizer = make_tokenizer()
     model = common.load_scalar(folder, CPU, tokenizer, 0.2).eval()
-    pairs = [([5, 6] + c, [5, 6] + r, {}) for c, r, _ in pairs_of()] + [([5, 6, 0], [5, 8, 9, 10, 11, 12, 13, 14, 15], {})]
-    chosen, rejected = pair_scores(model, tokenizer, pairs, share, CPU)
+    pairs = [*pairs_of(), ([5], [6, 0], [8, 9, 10, 11, 12, 13, 14, 15])]
+    chosen, rejected = pair_scores(model, tokenizer, pairs, share, CPU).T
     for i, pair in enumerate(pairs):
-        alone = pair_scores(model, tokenizer, [pair], share, CPU)
+        alone = pair_scores(model, tokenizer, [pair], share, CPU)[0]
         assert abs(alone[0].item() - chosen[i].item()) < 1e-5 and abs(alone[1].item() - rejected[i].item()) < 1e-5
     # by hand: the trunk's last state times the head
     with torch.no_grad():
@@ -193,13 +203,13 @@ def test_the_score_is_read_at_the_last_real_token_whatever_the_padding(share, fo
 @pytest.mark.parametrize("tokens", [30, 60])
 def test_the_gradient_is_the_same_however_the_step_is_cut(tokens, folder):
     tokenizer, grads = make_tokenizer(), []
-    pairs = [([5, 6, 7] + c, [5, 6, 7] + r, {}) for c, r, _ in pairs_of()]
+    pairs = pairs_of()
     torch.manual_seed(0)
     model = common.load_scalar(folder, CPU, tokenizer, 0.2)
     for budget, share in ((10_000, False), (tokens, False), (tokens, True)):
         model.zero_grad()
         for part in micro_batches_of_pairs(pairs, share, budget, CPU):
-            c, r = pair_scores(model, tokenizer, [pairs[i] for i in part], share, CPU)
+            c, r = pair_scores(model, tokenizer, [pairs[i] for i in part], share, CPU).T
             pair_loss(c, r, 0.1 * torch.tensor(part), 6, 0.01).backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert all((grads[0] - g).norm() < 1e-5 * grads[0].norm() for g in grads[1:])
@@ -213,17 +223,17 @@ def test_scores_of_every_family_agree_with_transformers_pipeline_saved_and_loade
     common.own_pad(tokenizer)
     torch.manual_seed(0)
     model = common.load_scalar(tmp_path / "base", CPU, tokenizer, 0.2)
-    pairs = [([5, 6, 7] + c, [5, 6, 7] + r, {}) for c, r, _ in pairs_of()]
-    chosen, rejected = (x.tolist() for x in pair_scores(model, tokenizer, pairs, False, CPU))
+    pairs = pairs_of()
+    chosen, rejected = pair_scores(model, tokenizer, pairs, False, CPU).T.tolist()
     assert common.prompts_can_be_shared(model, CPU, False)
-    shared = [x.tolist() for x in pair_scores(model, tokenizer, pairs, True, CPU)]
+    shared = pair_scores(model, tokenizer, pairs, True, CPU).T.tolist()
     assert shared[0] == pytest.approx(chosen, abs=1e-5) and shared[1] == pytest.approx(rejected, abs=1e-5)
     common.save_model(model, tokenizer, tmp_path / "model", CPU)
     # the class is named, because AutoTokenizer would read these words with the class that goes with the family's own vocabulary
     read = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
     assert read.pad_token_id != read.eos_token_id
     pipe = transformers.pipeline("text-classification", str(tmp_path / "model"), tokenizer=read)
-    texts = [tokenizer.decode(c) for c, _, _ in pairs]
+    texts = [tokenizer.decode(start + c) for start, c, _ in pairs]
     assert [x["score"] for x in pipe(texts)] == pytest.approx(chosen, abs=1e-5)
     assert [x["score"] for x in pipe(texts, batch_size=6)] == pytest.approx(chosen, abs=1e-5)
 
@@ -268,9 +278,9 @@ def test_a_classifier_with_two_labels_is_refused(tmp_path, capsys):
 def test_starts_longer_than_a_sliding_window_are_shared_rightly(tmp_path):
     family("mistral").save_pretrained(tmp_path)  # its window is 8
     model, start = common.load_scalar(tmp_path, CPU, make_tokenizer(), 0.2), list(range(3, 23))
-    pairs = [(start + c, start + r, {}) for c, r, _ in pairs_of()]
+    pairs = [(start, c, r) for _, c, r in pairs_of()]
     assert common.prompts_can_be_shared(model, CPU, False)
-    plain, shared = (torch.cat(pair_scores(model, make_tokenizer(), pairs, share, CPU)) for share in (False, True))
+    plain, shared = (pair_scores(model, make_tokenizer(), pairs, share, CPU) for share in (False, True))
     torch.testing.assert_close(plain, shared, atol=1e-5, rtol=1e-5)
 
 
@@ -336,10 +346,9 @@ def test_scores_have_unit_spread_at_the_end_and_the_order_they_had(tmp_path):
     data = few(tmp_path, "pairs_train.jsonl", 64)
     run(tmp_path, "scaled", steps=4, data=data)
     run(tmp_path, "raw", steps=4, data=data, unit_scale=False)
-    kept = encode_pairs(
+    _, rows = encode_pairs(
         read_pairs(data, "--data"), common.load_tokenizer(reward_model.Args.model), reward_model.Args(max_tokens=32), ""
     )
-    rows = [row for _, _, row in kept]
     texts = [r[side] for r in rows for side in ("chosen", "rejected")]
     doubled = [r for r in rows for _ in range(2)]
     scaled, raw = (
@@ -516,7 +525,7 @@ def test_the_true_reward_is_that_of_the_best_by_score(tmp_path, monkeypatch):
     true = {"00": 0.0, "01": 1.0, "02": 1.0, "10": 1.0, "11": 0.0, "12": 0.0, "20": 0.0, "21": 0.0, "22": 1.0}
     args = reward_model.Args(best_of=(1, 3), sample_rows=6, temperature=0.7, policy="x", max_new_tokens=4)
     prompts = [([i], {"prompt": str(i)}) for i in range(3)]
-    for reward in (lambda texts, rows: [true[x] for x in texts], None):
+    for reward in (reward_model.Reward(lambda texts, rows: [true[x] for x in texts], None), None):
         got = reward_model.report_best_of(None, None, None, prompts, reward, args, CPU, lambda: False)
         assert got["best_of/score@1"] == pytest.approx(1.0) and got["best_of/score@3"] == pytest.approx(2.0)
         assert ("best_of/true@3" in got) == (reward is not None)
