@@ -1808,3 +1808,37 @@ def load_prompts(path, flag, tokenizer, args, answer_flag):
         if not kept:
             fail(f"{flag}: no prompt is left")
     return kept
+
+
+def critic_folder(args, config, tokenizer, longest, reward_is_model):
+    """The folder that a separate critic starts from: that of the reward model, if it has every
+    token of the policy under the same id and a context for the longest prompt and completion,
+    else that of the policy."""
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        why = f"transformers has no sequence classifier for the family {config.model_type!r}"
+        fail(f"--critic separate: {why}; use --critic shared")
+    if reward_is_model:
+        vocabulary = load_tokenizer(args.reward).get_vocab()
+        has_tokens = tokenizer.get_vocab().items() <= vocabulary.items()
+        context = context_of(read_config(args.reward))
+        if has_tokens and context >= longest + args.max_new_tokens:
+            return args.reward
+    return args.model
+
+
+def mean_and_variance(x, mask, world):
+    """Of x [B, C] over the tokens of all processes."""
+    x = x[mask].double()
+    total, squares, count = all_sum(world, x.sum(), x.square().sum(), len(x))
+    mean = total / count
+    return mean, max(squares / count - mean**2, 0.0)
+
+
+def can_share_prompts(models, args, world):
+    """Whether training computes a prompt once for its completions, in each of these models."""
+    if args.samples_per_prompt == 1 or not args.steps:
+        return False
+    checkpointing = args.gradient_checkpointing
+    # dict.fromkeys: a model that comes twice is asked once, and all processes ask in one order
+    different = list(dict.fromkeys(models))
+    return all(prompts_can_be_shared(model, world, checkpointing) for model in different)

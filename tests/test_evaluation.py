@@ -97,6 +97,13 @@ def scores_by_hand(count, rule, n):
     return wanted
 
 
+def paying(script, reward):
+    """`pay` in the place of --reward."""
+    if not hasattr(script, "Reward"):
+        return pay
+    return script.Reward(pay, script.number if reward == "number" else script.exact)
+
+
 def evaluated(script, count, reward, n=0, world=CPU, longest=1, **flags):
     flags |= {"reward": reward, "temperature": 0.7, "max_new_tokens": 9, "seed": 5}
     if script is dpo:
@@ -104,7 +111,7 @@ def evaluated(script, count, reward, n=0, world=CPU, longest=1, **flags):
     if script is grpo:
         flags["eval_samples"] = n
     args = script.resolve(script.Args(device="cpu", **flags))
-    found = script.evaluate(None, None, held_out_rows(count, longest), pay, args, world)
+    found = script.evaluate(None, None, held_out_rows(count, longest), paying(script, reward), args, world)
     return found[0] if script is dpo else found
 
 
@@ -130,7 +137,8 @@ def test_rows_without_any_answer_have_a_reward_and_no_share_of_right_ones(script
     monkeypatch.setattr(common, "sample", stand_in())
     rows = [{"prompt": "0"}, {"prompt": "1"}]
     args = script.resolve(script.Args(reward="r.py:f"))
-    found = script.evaluate(None, None, [([0], rows[0]), ([1], rows[1])], pay, args, CPU)
+    held_out = [([0], rows[0]), ([1], rows[1])]
+    found = script.evaluate(None, None, held_out, paying(script, "r.py:f"), args, CPU)
     scores = found[0] if script is dpo else found
     paid = pay([said(0, 0), said(1, 0)], rows)
     assert scores == pytest.approx({"eval/reward": sum(paid) / 2})
@@ -358,7 +366,12 @@ def test_scores_and_checkpoints_are_made_when_the_flags_say(script, tmp_path, mo
     for weights, step in zip(seen[1:], (2, 4, 5)):
         there = saved(tmp_path, step)[which]
         assert all(torch.equal(p, there[k]) for k, p in weights.items())
-    monkeypatch.setattr(script, "evaluate", lambda *a: 1 / 0)
+
+    def nothing_held_out(model, tokenizer, held_out, *rest):
+        assert not held_out
+        return ({}, []) if script is dpo else {}
+
+    monkeypatch.setattr(script, "evaluate", nothing_held_out)
     log = run(script, tmp_path, "other", steps=5, save_every=2, keep=9)
     assert [p.stem for p in common.checkpoints(tmp_path / "other")] == [
         "000002",
