@@ -902,6 +902,16 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
     return same
 
 
+def can_share_prompts(models, args, world):
+    """Whether training computes a prompt once for its completions, in each of these models."""
+    if args.samples_per_prompt == 1 or not args.steps:
+        return False
+    checkpointing = args.gradient_checkpointing
+    # dict.fromkeys: a model that comes twice is asked once, and all processes ask in one order
+    different = list(dict.fromkeys(models))
+    return all(prompts_can_be_shared(model, world, checkpointing) for model in different)
+
+
 def made_up_samples(model, device):
     """Two prompts of two completions, with unequal lengths on both sides."""
     words = min(model.config.get_text_config().vocab_size, 1000)

@@ -422,9 +422,7 @@ def train(args):
     with common.guarded(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing)
         # training computes a prompt once for its n completions, if the model's cache allows it
-        share_prompts = args.steps > 0 and common.prompts_can_be_shared(
-            policy, world, args.gradient_checkpointing
-        )
+        share_prompts = common.can_share_prompts([policy], args, world)
         reference = None
         if args.beta and args.steps:
             reference = common.load_reference(args.model, world)

@@ -1,53 +1,52 @@
-"""PPO, Proximal Policy Optimization: an actor that asks a critic, and takes steps that stay close.
+"""PPO, Proximal Policy Optimization: a critic for each token's credit, a clip for small steps.
 
-REINFORCE pays every token with all that came after it, whoever earned it. A critic V, a second network, says at each token how much
-reward is still to come; where its opinion rises after a token, that token was good.
+REINFORCE gives every token all the reward that comes after it. PPO trains a second network, the
+critic V, to predict that reward. If V rises after a token, the token's advantage is positive.
 
-    (1)  r_t = -beta (log pi_old(a_t) - log ref(a_t)),  and the score with the last token              -> `token_rewards`
-    (2)  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)              s_t = (x, a_<t); V after the end is 0
-    (3)  A_t = sum_l (gamma lam)^l delta_{t+l},     R_t = A_t + V(s_t)                                  -> `gae`
-    (4)  rho_t = pi(a_t | s_t) / pi_old(a_t | s_t)              pi_old drew the samples
-    (5)  l_t = -min( rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t )                          -> `clipped_loss`
-    (6)  v_t = max( (V - R_t)^2, (V_old + clip(V - V_old, -value_clip, value_clip) - R_t)^2 ) / 2       -> `value_loss`
-    (7)  loss = mean of l_t + value_coef v_t over all tokens of an optimizer update
+    (1)  r_t = -beta (log pi_old(a_t | s_t) - log ref(a_t | s_t))             `token_rewards`
+         and the score is added at the last token;  s_t = (x, a_<t)
+    (2)  A_t = sum over l of (gamma lam)^l delta_{t+l},  R_t = A_t + V(s_t)   `gae`
+         delta_t = r_t + gamma V(s_{t+1}) - V(s_t);  V after the end is 0
+    (3)  l_t = -min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t)  `clipped_loss`
+         rho_t = pi(a_t | s_t) / pi_old(a_t | s_t);  pi_old drew the completions
+    (4)  k_t = exp(-d) - 1 + d,  d = log pi_old(a_t | ..) - log pi(a_t | ..)  `k3`, for --kl_stop
+    (5)  v_t = max((V - R_t)^2, (V_near - R_t)^2) / 2                         `value_loss`
+         V_near = V_old + clip(V - V_old, -value_clip, value_clip)
+    (6)  loss = mean of l_t + value_coef v_t over all tokens of an update     `add_gradients`
 
-GAE (3) averages the k-step advantages, k rewards as they came and then the critic's guess of the rest:
-A^(k)_t = r_t + ... + gamma^(k-1) r_{t+k-1} + gamma^k V(s_{t+k}) - V(s_t) = sum_{l<k} gamma^l delta_{t+l}. The weights are
-(1 - lam) lam^(k-1); the last k, which reaches the end, gets all the weight that is left. lam 0: only k = 1 (temporal difference:
-little variance, all of the critic's errors). lam 1: only the last (Monte Carlo: R_t is what came; the critic is just a baseline).
+GAE (2) averages k-step advantages: k rewards as they came, then V for the rest,
+    r_t + .. + gamma^(k-1) r_{t+k-1} + gamma^k V(s_{t+k}) - V(s_t), with weight (1 - lam) lam^(k-1).
+The last k, up to the end, has the weight that is left. lam 0 keeps only k = 1 (the actor-critic of
+textbooks): little variance, all errors of the critic. lam 1 keeps only the last k (Monte Carlo):
+the critic is just a baseline, like the mean score of a prompt's completions in GRPO.
 
-The road here, by what each adds:
+With gamma 1, lam 1, no whitening, beta 0 and one update per rollout, V = 0 gives the gradient of
+REINFORCE without a baseline (times completions / tokens), and V = the group's mean gives that of
+GRPO with --scale none. Both are tested.
 
-    REINFORCE     A_t = what came after - baseline, a number for each prompt        the policy (and a reference, for the KL)
-    actor-critic  A_t = delta_t: a learnt baseline, for each state, and a guess     + a critic that learns
-                  of the rest instead of waiting for it
-    PPO           GAE between the two; ratio and clip, so that a rollout serves     the same
-                  several updates
-    GRPO          the critic is the mean score of the prompt's samples              - the critic (grpo.py)
+TRPO, before PPO, limited KL(pi_old || pi) in every step, with many passes through the model. The
+clip removes the gain from going further, but it does not bound the ratio: gradients of other
+tokens still move it. `--kl_stop` ends a rollout's updates when the KL is too large.
 
-They are one family. With gamma 1, lam 1, a critic of 0, no whitening, beta 0 and one update a rollout the policy's gradient is
-REINFORCE's without baseline (times samples / tokens: a mean over tokens here, over samples there); with the groups' means for a
-critic it is GRPO's with --scale none. Both are tested. tests/bench/held.py counts what each holds in memory.
+    python ppo.py                        # a tiny model learns to sort digits; needs no download
+    python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --reward number \
+        --data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl
+    torchrun --nproc_per_node 8 ppo.py --model ... --data ... --reward runs/reward_model/model
 
-TRPO, before PPO, went as far as a trust region lets it, KL(pi_old || pi) <= delta: a natural-gradient step, by conjugate gradients
-through products with the Fisher matrix, then a line search, each of them more passes through the whole model. (5) is what
-first-order steps can have of it: nothing is gained by going further, but nothing holds a token's ratio back either, and
-other tokens' gradients move it on. `--kl_stop` adds the region as what it can cheaply be, a reason to end a rollout's updates.
+Shapes: B completions of this process in a rollout, b in one forward, C tokens in the longest.
 
-    python ppo.py                                                   # the embedded model learns to sort; no download
-    python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl --reward number
-    torchrun --nproc_per_node 8 ppo.py --model ... --data ... --reward runs/reward_model/model --critic shared
+What is biased:
+  * lam < 1: the critic's errors are in A. gamma < 1.
+  * Whitening and the mean over tokens use numbers computed from the same samples.
+  * The clip. From a rollout's second update on the ratio: it corrects the probability of the
+    token, not that of the text before it.
+With gamma 1 and lam 1, k1 in the reward has the KL's own gradient; k3 in grpo.py's loss has not.
+V must not see the token that it judges, or it would be no baseline.
 
-What is biased here: (3) with lam < 1, by the critic's errors; gamma < 1; whitening and the mean over tokens, which divide by (and
-whitening subtracts) numbers computed from the same samples; the clip; and, from the second update of a rollout on, (4): it
-corrects the probability of the token, not that of the text before it. With gamma 1 and lam 1 k1 in the
-reward (1) has the KL's own gradient. V sees the prompt and the tokens before, never the token it judges: otherwise it would
-be no baseline.
+Left out: bootstrapping where a completion was cut, adaptive beta, entropy bonus, old rollouts.
 
-Left out: bootstrapping where a completion was cut (a cut ends the episode), adaptive beta, the entropy bonus, replay across rollouts.
-
-Schulman et al. 2015 (TRPO), 2016 (GAE), 2017 (PPO); Ziegler et al. 2019 and Ouyang et al. 2022 (PPO for language models); Huang et al.
-2024 (which of its details matter).
+Papers: Schulman et al. 2015 (TRPO), 2016 (GAE), 2017 (PPO); Ziegler et al. 2019, Ouyang et al. 2022
+(language models); Huang et al. 2024 (which details matter).
 """
 
 import collections
@@ -56,6 +55,7 @@ import math
 import random
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -65,13 +65,12 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 import common
 from common import fail
 
-TINY = Path(__file__).resolve().parent / "tests" / "tiny"  # the embedded model and its task
+TINY = Path(__file__).resolve().parent / "tests" / "tiny"  # the bundled model and its task
 
 
 @dataclass
@@ -80,23 +79,23 @@ class Args:
     model: str = str(TINY / "model")
     """folder or hub name of the causal language model to train"""
     data: str = str(TINY / "sort_train.jsonl")
-    """prompts to learn from: JSON lines with "prompt" (or "question") and, for most rewards, "answer" """
+    """training prompts: JSON lines with "prompt" (or "question") and usually "answer" """
     eval_data: str | None = None
-    """held-out prompts, as --data; None: the embedded task has its own, other data none"""
+    """held-out prompts, as --data (None: those of the bundled task, or none with other data)"""
     reward: str = "exact"
-    """exact | number | FILE.py:function(completion, row) -> float | folder or hub name of a reward model"""
+    """exact | number | FILE.py:function(completion, row) -> float | a reward model's folder"""
     chat: bool = True
-    """a prompt that is a string goes through the chat template, if the tokenizer has one (--no_chat: raw text)"""
+    """put a text prompt through the chat template, if there is one (--no_chat: raw text)"""
     template_args: str = ""
     """arguments of the chat template, a JSON object: '{"enable_thinking": false}'"""
     system: str = ""
     """system message before every prompt that has none of its own"""
     max_prompt_tokens: int = 512
-    """prompts that are longer are left out, and counted"""
+    """longer prompts are left out, and counted"""
 
     # --- algorithm ---
     prompts_per_step: int = 128
-    """prompts in a rollout, drawn from --data again and again; a step is one rollout with all its updates"""
+    """prompts in a rollout; a step is one rollout with all its updates"""
     samples_per_prompt: int = 1
     """completions drawn for each prompt"""
     max_new_tokens: int = 256
@@ -108,42 +107,41 @@ class Args:
     missing_eos_penalty: float = 0.0
     """subtracted from the score of a completion that was cut at --max_new_tokens"""
     critic: Literal["separate", "shared"] = "separate"
-    """a model of its own (from the reward model's trunk if that reads the policy's vocabulary, else from the policy),
-    or one linear head on the policy's states: half the memory, and two losses for one trunk"""
+    """separate: a second model, started from the reward model if that reads the policy's tokens,
+    else from the policy. shared: a linear layer on the policy's states, for half the memory"""
     critic_learning_rate: float | None = None
-    """of the separate critic (None: 1e-5, and 5e-4 for the embedded model),
-    or of the shared one's head, which starts from nothing and may run ahead of its trunk (None: 1e-4, and 5e-3)"""
+    """of the critic (None: 1e-5, and 5e-4 for the bundled model; ten times that if it is shared)"""
     critic_warmup: int = 0
-    """first steps, in which only the critic learns (a shared one: its head); the policy's own --warmup comes after them"""
+    """first steps, in which only the critic learns (a shared one: its layer); --warmup follows"""
     gamma: float = 1.0
-    """discount of a reward per token; 1: it counts the same however late it comes"""
+    """discount of a reward per token; 1: late rewards count like early ones"""
     lam: float = 0.95
-    """GAE's lambda: 0 trusts the critic (TD), 1 only what came (Monte Carlo)"""
+    """GAE's lambda, from 0 (trust the critic) to 1 (only the rewards that came)"""
     whiten: bool = True
-    """advantages of a rollout get mean 0 and standard deviation 1"""
+    """give the advantages of a rollout mean 0 and standard deviation 1"""
     clip_low: float = 0.2
-    """the ratio is clipped below 1 minus this"""
+    """lower bound of the ratio is 1 - this"""
     clip_high: float = 0.2
-    """the ratio is clipped above 1 plus this"""
+    """upper bound of the ratio is 1 + this"""
     value_clip: float = 0.2
-    """in one rollout's updates a value gains by moving at most this far, in units of the reward (0: no limit).
-    With scores of 5 and more, 0.2 is slow"""
+    """how far a rollout moves a value, in units of the reward (0: no limit). With scores of 5
+    and more, 0.2 is slow"""
     value_coef: float = 0.5
-    """weight of the value loss beside the policy's (it matters where they share a trunk, and for the gradient's norm)"""
+    """weight of the value loss; it matters for a shared critic, and for the gradient's norm"""
     kl_stop: float = 0.0
-    """a rollout's updates, the critic's too, end when KL(pi_old || pi), in nats a completion, has passed this; 0: never"""
+    """all updates of a rollout end above this KL(pi_old || pi), nats a completion; 0: never"""
 
     # --- optimisation ---
     steps: int = 150
     """rollouts in all; 0 evaluates only"""
     learning_rate: float | None = None
-    """AdamW's step size (None: 1e-6, and 3e-4 for the embedded model, which is small and wants more)"""
+    """peak of AdamW's learning rate (None: 1e-6, and 3e-4 for the bundled model, which is small)"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """what becomes of the learning rate after the warm-up"""
+    """what the learning rate does after the warm-up"""
     warmup: int = 10
     """steps over which the learning rate rises"""
     max_grad_norm: float = 1.0
-    """the policy's gradient, and a critic's of its own parameters, is scaled down to this norm"""
+    """the gradient is scaled down to this norm, the policy's and the critic's each by itself"""
     epochs: int = 2
     """passes over a rollout"""
     minibatches: int = 2
@@ -152,21 +150,20 @@ class Args:
     """tokens, padding included, in one forward and backward (None: 8192 on a GPU, 2048 on a CPU).
     Lower it when memory runs out; up to rounding, results do not change"""
     gradient_checkpointing: bool = False
-    """keep less for the backward pass and compute it twice: less memory, more time (prompts are then not shared)"""
+    """compute activations twice instead of keeping them: less memory, more time"""
 
     # --- run ---
     out: str = ""
-    """the run's folder (empty: runs/ppo, then runs/ppo-2, ...)"""
+    """the run's folder (empty: runs/SCRIPT, then runs/SCRIPT-2, ...)"""
     resume: bool = False
     """go on with the run in --out; give it the flags it was started with"""
     seed: int = 1
-    """of the order of prompts and of sampling"""
+    """decides the order of prompts and what is drawn"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """what computes (auto: bfloat16 on a GPU, float32 on a CPU); weights that learn stay float32.
-    bfloat16 on a CPU needs less memory. With avx512_bf16 or amx in /proc/cpuinfo it is faster too:
-    a GRPO step of a 135M model took 0.62 of the time (tests/bench/vs_trl.py)"""
+    """compute type (auto: bfloat16 on a GPU, float32 on a CPU); trained weights stay float32.
+    On a CPU bfloat16 saves memory, and time where /proc/cpuinfo lists avx512_bf16 or amx"""
     eval_every: int = 50
     """steps between scores on --eval_data"""
     save_every: int = 50
@@ -176,15 +173,21 @@ class Args:
 
 
 def resolve(args):
-    """Fills in the defaults that depend on other flags, and refuses flags that contradict each other."""
-    tiny_model = Path(args.model).resolve() == TINY / "model"
+    """Fills in defaults that depend on other flags, and rejects contradictory flags."""
+    is_tiny_model = Path(args.model).resolve() == TINY / "model"
+    is_tiny_data = Path(args.data).resolve().parent == TINY
+    on_cpu = args.device == "cpu" or not torch.cuda.is_available()
+    critic_rate = 5e-4 if is_tiny_model else 1e-5
+    if args.critic == "shared":
+        critic_rate *= 10  # its layer starts at 0, and may learn faster than the policy
     defaults = {
-        "learning_rate": 3e-4 if tiny_model else 1e-6,
-        "critic_learning_rate": (5e-4 if tiny_model else 1e-5) * (10 if args.critic == "shared" else 1),
-        "tokens_per_micro_batch": 2048 if args.device == "cpu" or not torch.cuda.is_available() else 8192,
-        "eval_data": str(TINY / "sort_test.jsonl") if Path(args.data).resolve().parent == TINY else "",
+        "learning_rate": 3e-4 if is_tiny_model else 1e-6,
+        "critic_learning_rate": critic_rate,
+        "tokens_per_micro_batch": 2048 if on_cpu else 8192,
+        "eval_data": str(TINY / "sort_test.jsonl") if is_tiny_data else "",
     }
-    args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
+    unset = {name: value for name, value in defaults.items() if getattr(args, name) is None}
+    args = dataclasses.replace(args, **unset)
     common.check_flags(args)
     for name in ("gamma", "lam", "clip_low"):
         if not 0 <= getattr(args, name) <= 1:
@@ -194,37 +197,546 @@ def resolve(args):
     return args
 
 
-# -- The task: prompts and rewards ---------------------------------------------------------------------------------
+# -- The math: from rewards to losses ----------------------------------------------------------
 
 
-def is_prompt(value):
-    """A text, or a list of chat messages."""
-    messages = isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("content"), (str, list)) and "role" in m for m in value
+def token_rewards(scores, kl, mask, beta):
+    """scores [B], kl [B, C] (log pi_old - log ref, 0 off the mask) -> rewards r_t [B, C].
+
+    The score goes to the last token that the policy chose, the stop token if there is one. One
+    place later, no token would get it.
+    """
+    follows = F.pad(mask[:, 1:], (0, 1))  # true where another token follows
+    is_last = mask & ~follows
+    return (scores[:, None] * is_last - beta * kl) * mask
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Equation (2): rewards, values [B, C] -> advantages, returns [B, C], 0 off the mask.
+
+    Backwards, A_t = delta_t + gamma lam A_{t+1}. V after the end is 0, also after a cut.
+    """
+    values = values * mask
+    next_values = F.pad(values[:, 1:], (0, 1))
+    delta = rewards + gamma * next_values - values
+    advantages = torch.zeros_like(delta)
+    later = 0.0
+    for t in reversed(range(delta.shape[1])):
+        later = delta[:, t] + gamma * lam * later
+        advantages[:, t] = later
+    return advantages, (advantages + values) * mask
+
+
+def mean_and_variance(x, mask, world):
+    """Of x [B, C] over the tokens of all processes."""
+    x = x[mask].double()
+    total, squares, count = common.all_sum(world, x.sum(), x.square().sum(), len(x))
+    mean = total / count
+    return mean, max(squares / count - mean**2, 0.0)
+
+
+def whiten(x, mask, world):
+    """x [B, C] with mean 0 and std 1. With 1e-4, an x that differs only by rounding stays small."""
+    mean, variance = mean_and_variance(x, mask, world)
+    return (x - mean) / (math.sqrt(variance) + 1e-4) * mask
+
+
+def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
+    """Equation (3), summed with weights: ratio [b, C] with gradient, advantages [b, C] or [b, 1].
+
+    The minimum takes the clipped, constant term only where the ratio has already gone too far in
+    the direction that A pushes. So the gradient is that of ratio * A times this factor:
+
+                 ratio < 1 - low    between    ratio > 1 + high
+        A > 0           1              1              0           0: good, already likelier
+        A < 0           0              1              1           0: bad, already less likely
+
+    Without the minimum all four corners would be 0. A good token that an earlier update made
+    less likely could then not be brought back.
+    """
+    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
+    gain = torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    return -(gain * weights).sum()
+
+
+def is_clipped(ratio, advantages, clip_low, clip_high):
+    """Where the clip has stopped the gradient: below the range and above it, two tensors [b, C]."""
+    low = (advantages < 0) & (ratio < 1 - clip_low)
+    high = (advantages > 0) & (ratio > 1 + clip_high)
+    return low, high
+
+
+def k3(logprobs, ref_logprobs):
+    """Equation (4), [b, C]: an estimate of KL(pi || ref) on tokens that pi drew, never negative.
+
+    Its mean is that KL, but the mean of its gradient is the gradient of KL(ref || pi). Near the
+    reference the two agree. (The gradient of ratio * k3, through both, is that of KL(pi || ref).)
+    expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
+    """
+    d = (logprobs - ref_logprobs).clamp(-20, 20)
+    return torch.expm1(-d) + d
+
+
+def value_loss(values, old_values, returns, weights, clip):
+    """Equation (5), summed with weights; all [b, C], values with gradient.
+
+    The larger error counts: a value that has moved by `clip` towards its return has no gradient,
+    and one that has moved away always has. So a few large returns cannot move the critic far.
+    """
+    error = (values - returns) ** 2
+    if clip:
+        near = old_values + (values - old_values).clamp(-clip, clip)
+        error = torch.maximum(error, (near - returns) ** 2)
+    return 0.5 * (error * weights).sum()
+
+
+def explained_variance(values, returns, mask, world):
+    """1 - Var(G - V) / Var(G) over tokens, G the Monte Carlo returns: 1 if V is right, 0 for a
+    constant V, None if all G are equal. R_t of (2) contains V, and would agree with any critic.
+    """
+    _, variance = mean_and_variance(returns, mask, world)
+    _, unexplained = mean_and_variance(returns - values, mask, world)
+    return 1 - unexplained / variance if variance > 1e-6 else None
+
+
+# -- Log-probabilities and values: one forward over prompts and their completions --------------
+
+
+def token_logprobs(model, samples, rows, temperature):
+    """log pi(a_t | x, a_<t) and the policy's entropy at each token of these rows of the rollout
+    -> two tensors [b, C]."""
+    states, ids, mask = common.completion_states(model, samples, rows)
+    return logprobs_of(model, states, ids, mask, temperature)
+
+
+def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
+    """states [b, C, width], which predict the tokens ids [b, C] -> log-probabilities, entropies.
+
+    The head computes the logits of `chunk` tokens at a time, and computes them again in backward.
+    So [b, C, V] never exists. With a vocabulary of 150,000 it would be larger than the model.
+    """
+
+    def head(states, tokens):
+        logits = common.logits_of(model, states)  # [chunk, V] in float32
+        if temperature != 1:
+            logits = logits / temperature  # as the sampler did; else the first ratio is not 1
+        logprobs = logits.log_softmax(-1)
+        chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
+        entropy = torch.zeros_like(chosen)
+        if torch.is_grad_enabled():
+            # Without gradient, and last: recomputation in backward stops before it.
+            # An entropy bonus needs `logprobs` itself here.
+            constant = logprobs.detach()
+            entropy = -torch.linalg.vecdot(constant.exp(), constant)
+        return chosen, entropy
+
+    logprobs = []
+    entropies = []
+    # only tokens on the mask: no work for padding
+    for part, tokens in zip(states[mask].split(chunk), ids[mask].split(chunk)):
+        result = checkpoint(head, part, tokens, use_reentrant=False, preserve_rng_state=False)
+        logprobs.append(result[0])
+        entropies.append(result[1])
+    empty = torch.zeros(mask.shape, device=mask.device)
+    logprobs = empty.masked_scatter(mask, torch.cat(logprobs))
+    return logprobs, empty.masked_scatter(mask, torch.cat(entropies))
+
+
+@torch.no_grad()
+def rollout_logprobs(model, samples, minibatches, temperature):
+    """Log-probabilities [B, C] of a rollout, without gradient, in the micro-batches of the update.
+    In bfloat16 they depend on a batch's shape. Other batches would move the first ratio from 1.
+    """
+    out = torch.zeros_like(samples.logprobs)
+    for parts in minibatches:
+        for rows in parts:
+            logprobs, _ = token_logprobs(model, samples, rows, temperature)
+            out[rows, : logprobs.shape[1]] = logprobs
+    common.forget_forwards(model)  # FSDP expects a backward after a forward
+    return out
+
+
+def make_critic(policy, critic_path, tokenizer, args, world):
+    """-> (critic, trunk, head). The trunk turns a text into states; the head turns the state that
+    predicts a_t into V(s_t). `critic` is what the critic's optimizer trains.
+
+                   trunk                    head                  critic
+        separate   a second transformer     its last layer        trunk, head included
+        shared     the policy               a new linear layer    head
+
+    The head starts at 0. That of a reward model would be far off: it learned on finished texts.
+    """
+    if critic_path:
+        common.say(f"critic: separate, from {critic_path}")
+        critic = common.load_scalar(critic_path, world, tokenizer, 0.0, args.gradient_checkpointing)
+        return critic, critic, common.scalar_head(critic)
+    width = policy.get_output_embeddings().weight.shape[1]
+    critic = torch.nn.Linear(width, 1, device=world.device)
+    torch.nn.init.zeros_(critic.weight)
+    torch.nn.init.zeros_(critic.bias)
+    return critic, policy, critic
+
+
+def values_of(head, states):
+    """V of states [b, C, width] -> [b, C], in float32: bfloat16 has steps of 0.01 near 1."""
+    bias = None if head.bias is None else head.bias.float()
+    return F.linear(states.float(), head.weight.float(), bias)[..., 0]
+
+
+@torch.no_grad()
+def before_update(policy, trunk, head, samples, minibatches, temperature):
+    """As `rollout_logprobs`, log-probabilities of the policy and values -> two tensors [B, C]. If
+    the policy is the critic's trunk, one forward serves both."""
+    old = torch.zeros_like(samples.logprobs)
+    values = torch.zeros_like(samples.logprobs)
+    for parts in minibatches:
+        for rows in parts:
+            states, ids, mask = common.completion_states(policy, samples, rows)
+            C = ids.shape[1]
+            old[rows, :C], _ = logprobs_of(policy, states, ids, mask, temperature)
+            if trunk is not policy:
+                states, _, _ = common.completion_states(trunk, samples, rows)
+            values[rows, :C] = values_of(head, states) * mask
+    return old, values
+
+
+# -- The loop ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """What the updates of a step need of its rollout."""
+
+    samples: common.Samples
+    weights: torch.Tensor  # [B, C] as all below: 1 / tokens of the update, 0 off the mask
+    old_logprobs: torch.Tensor
+    values: torch.Tensor  # V_old of equation (5)
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+
+def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, is_first):
+    """Equations (3) to (6) for one micro-batch, some `rows` of the rollout: adds its gradients
+    -> its part of KL(pi_old || pi), in nats a completion of the update."""
+    with torch.set_grad_enabled(policy_learns):
+        states, ids, mask = common.completion_states(policy, batch.samples, rows)
+        logprobs, entropy = logprobs_of(policy, states, ids, mask, args.temperature)  # [b, C]
+    C = logprobs.shape[1]  # the longest completion of these rows
+    w = batch.weights[rows, :C]
+    A = batch.advantages[rows, :C]
+    old = batch.old_logprobs[rows, :C]
+    ratio = (logprobs - old).clamp(-20, 20).exp()  # with gradient; the clamp avoids inf
+    policy_loss = clipped_loss(ratio, A, w, args.clip_low, args.clip_high)
+    if trunk is not policy:
+        if policy_learns:
+            policy_loss.backward()  # before the critic's forward: never the activations of both
+        states, _, _ = common.completion_states(trunk, batch.samples, rows)
+    values = values_of(head, states)
+    v_loss = value_loss(values, batch.values[rows, :C], batch.returns[rows, :C], w, args.value_clip)
+    loss = args.value_coef * v_loss
+    if trunk is policy:
+        loss = loss + policy_loss
+    loss.backward()
+
+    with torch.no_grad():  # the rest is for the log and --kl_stop
+        kl = (k3(old, logprobs) * mask).sum(1).double()
+        low, high = is_clipped(ratio, A, args.clip_low, args.clip_high)
+        to_sampler = (old - batch.samples.logprobs[rows, :C]).abs()
+        meter.total("loss", policy_loss)
+        meter.total("value/loss", v_loss)
+        meter.add("kl/old", kl)
+        meter.add("kl/sample", to_sampler, mask)
+        meter.add("ratio/mean", ratio, mask)
+        meter.add("clip/low", low, mask)
+        meter.add("clip/high", high, mask)
+        if policy_learns:
+            meter.add("entropy", entropy, mask)
+        if is_first:
+            meter.maximum("ratio/first", (ratio - 1).abs() * mask)
+    return kl.sum() * args.minibatches / (args.prompts_per_step * args.samples_per_prompt)
+
+
+def take_step(models, optimizers, args, world, step):
+    """Clips the gradients of policy (a shared trunk, too) and critic, each by itself, and makes a
+    step of both -> the norms before clipping."""
+    policy = models["policy"]
+    critic = models["critic"]
+    if args.critic == "shared" and world.size > 1:
+        for p in critic.parameters():  # not sharded, so FSDP does not sum its gradients
+            torch.distributed.all_reduce(p.grad)
+    norm = common.clip_gradients(policy, args.max_grad_norm)
+    critic_norm = common.clip_gradients(critic, args.max_grad_norm)
+    if not math.isfinite(norm + critic_norm):
+        gradients = f"the policy's gradient is {norm}, the critic's {critic_norm}"
+        raise common.Stop(f"step {step}: {gradients}; update not made")
+    optimizers["policy"].step()  # nothing changes in --critic_warmup, without gradients
+    optimizers["critic"].step()
+    policy.zero_grad()
+    critic.zero_grad()
+    return norm, critic_norm
+
+
+def train(args):
+    args = resolve(args)
+    world = common.start(args.device, args.dtype, args.seed)
+    args, tokenizer, reward, prompts, held_out, critic_path = load_task(args, world)
+
+    out = common.open_run(args, Path(__file__).stem, world)
+    stop_asked = common.catch_signals(args.steps)
+    saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
+    done_steps = saved["step"] if saved else 0
+    learning_models = 2 if critic_path else 1
+    frozen_models = int(args.beta > 0) + int(reward.is_model)
+    # says what the run is, with its first prompt
+    writer, bar = common.introduce(
+        out, args, world, tokenizer, prompts[0][0], done_steps, learning_models, frozen_models
     )
-    return bool(value) and (isinstance(value, str) or messages)
+
+    with common.guarded(out, args, bar):
+        policy = common.load_policy(args.model, world, args.gradient_checkpointing)
+        critic, trunk, head = make_critic(policy, critic_path, tokenizer, args, world)
+        share_prompts = common.can_share_prompts([policy, trunk], args, world)
+        reference = common.load_reference(args.model, world) if args.beta and args.steps else None
+        models = {"policy": policy, "critic": critic}
+        optimizers = {
+            "policy": common.make_optimizer(policy, args.learning_rate),
+            "critic": common.make_optimizer(critic, args.critic_learning_rate),
+        }
+        if saved:
+            common.load_checkpoint(saved, models, optimizers)
+            del saved
+        if done_steps == 0:
+            scores = evaluate(policy, tokenizer, held_out, reward, args, world)
+            common.log(out, writer, 0, scores)
+
+        warned = set()  # warnings that were given
+        for step in range(done_steps + 1, args.steps + 1):
+            step_began = time.perf_counter()
+            meter = common.Meter()
+            policy_learns = step > args.critic_warmup
+
+            # 1. Rollout: completions of this step's prompts, and their rewards [B].
+            samples, rewards = rollout(
+                policy, tokenizer, prompts, reward, share_prompts, args, world, step, meter
+            )
+            sampling_ended = time.perf_counter()
+
+            # 2. Mini-batches (an optimizer update each) of micro-batches (a forward each), cut once
+            #    for all epochs: old and new log-probabilities of a row come from the same batch.
+            mask = samples.mask  # [B, C]
+            weights = torch.zeros_like(samples.logprobs)  # [B, C]
+            minibatches = []
+            for rows in shuffled_groups(args, world, step):
+                # the mean (6) is over all micro-batches and processes
+                weights[rows] = mask[rows] / common.all_sum(world, mask[rows].sum())[0]
+                trained = mask[rows].any(1)  # all rows have a token
+                parts = micro_batches(rows, trained, samples, args.tokens_per_micro_batch, world)
+                minibatches.append(parts)
+
+            # 3. What policy, critic and reference say of the rollout before any update, [B, C].
+            old, values = before_update(policy, trunk, head, samples, minibatches, args.temperature)
+            kl = torch.zeros_like(old)
+            if reference is not None:
+                ref = rollout_logprobs(reference, samples, minibatches, args.temperature)
+                kl = (old - ref) * mask  # k1
+                meter.add("kl/ref", kl.sum(1))  # nats a completion
+                meter.add("kl/penalty", args.beta * kl.sum(1))
+
+            # 4. Advantages and returns, equations (1) and (2). Returns are not whitened: the critic
+            #    learns them in units of the reward.
+            scores = rewards - args.missing_eos_penalty * ~samples.finished  # [B]
+            rewards_of_tokens = token_rewards(scores, kl, mask, args.beta)  # [B, C]
+            advantages, returns = gae(rewards_of_tokens, values, mask, args.gamma, args.lam)
+            if args.whiten:
+                advantages = whiten(advantages, mask, world)
+            meter.add("returns", returns, mask)
+            _, monte_carlo_returns = gae(rewards_of_tokens, values, mask, args.gamma, lam=1.0)
+            explained = explained_variance(values, monte_carlo_returns, mask, world)
+
+            # 5. Update, equations (3) to (6). --kl_stop may end it early.
+            batch = Batch(samples, weights, old, values, advantages, returns)
+            rate, critic_rate = set_learning_rates(optimizers, args, step)
+            grad_norms = []
+            critic_norms = []
+            tried_updates = 0
+            for parts in shuffled_epochs(minibatches, args, step):
+                moved = 0.0  # KL(pi_old || pi) before this update
+                for rows in parts:
+                    moved += add_gradients(
+                        policy, trunk, head, batch, rows, args, meter, policy_learns, not grad_norms
+                    )
+                tried_updates += 1
+                if args.kl_stop and grad_norms and common.all_sum(world, moved)[0] > args.kl_stop:
+                    policy.zero_grad()
+                    critic.zero_grad()
+                    break
+                norm, critic_norm = take_step(models, optimizers, args, world, step)
+                grad_norms.append(norm)
+                critic_norms.append(critic_norm)
+
+            # 6. Log. Losses, KL, ratio, clip and entropy are means over the updates.
+            step_ended = time.perf_counter()
+            metrics = meter.result(world)
+            tokens = metrics.pop("tokens")
+            metrics |= {
+                "loss": metrics["loss"] / tried_updates,
+                "value/loss": metrics["value/loss"] / tried_updates,
+                "updates": len(grad_norms),
+                "grad_norm": sum(grad_norms) / len(grad_norms),
+                "value/grad_norm": sum(critic_norms) / len(critic_norms),
+                "learning_rate": rate,
+                "value/learning_rate": critic_rate,
+                "time/sample": sampling_ended - step_began,
+                "time/train": step_ended - sampling_ended,
+                "tokens_per_second": tokens / (step_ended - step_began),
+                "memory_gib": common.memory_used(world) / 2**30,
+            }
+            if explained is not None:
+                metrics["value/explained"] = explained
+            if step % args.eval_every == 0 or step == args.steps:
+                metrics |= evaluate(policy, tokenizer, held_out, reward, args, world)
+            shown = common.examples(samples, rewards, tokenizer, args.samples_per_prompt)
+            common.log(out, writer, step, metrics, shown)
+            common.show_progress(bar, metrics, args, warned)
+
+            # 7. Save, if it is time or a signal (Ctrl-C, SIGTERM) has asked to stop.
+            common.save_if_due(out, args, world, step, models, optimizers, stop_asked)
+
+        if args.steps:
+            common.save_model(policy, tokenizer, out / "model", world)
+    example = common.usage(out, tokenizer, prompts[0][1]["prompt"], args)
+    common.conclude(out, args, writer, bar, example)
 
 
-def load_prompts(path, flag, tokenizer, args, needs=""):
-    """[(prompt's token ids, row), ...] of a JSON-lines file, each row with its `prompt`, without prompts that are too long; says
-    how many those were. `needs` is what wants an answer of every row, if anything does."""
-    kept, count = [], 0
-    for number, row in common.read_json(path, flag) if path else ():
-        where, row = f"{flag} {path}, line {number}", row if isinstance(row, dict) else {}
-        row = {**row, "prompt": row.get("prompt", row.get("question"))}
-        if not is_prompt(row["prompt"]):
-            fail(f'{where}: needs a "prompt" (or "question") that is a text or a list of messages')
-        ids, count = common.encode_prompt(tokenizer, row["prompt"], args.system, args.chat), count + 1
-        if not 0 < len(ids) <= args.max_prompt_tokens:
-            continue
-        if needs and not isinstance(row.get("answer"), (str, int, float)):
-            fail(f'{where}: {needs} needs an "answer", a text or a number; the row with prompt {row["prompt"]!r:.100} has none')
-        kept.append((ids, row))
-    if len(kept) < count:
-        limit = f"--max_prompt_tokens {args.max_prompt_tokens}"
-        common.say(f"{flag}: {count - len(kept)} of {count} prompts left out ({limit})")
-        kept = kept or fail(f"{flag}: every prompt is longer than {limit}")
-    return kept
+# -- A first reading may end here: rollout, batches, held-out scores, rewards, prompts -----------
+
+
+def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step, meter):
+    """Draws completions of this step's prompts and scores them -> (samples, rewards [B])."""
+    n = args.samples_per_prompt
+    indices = common.rows_of_step(len(prompts), step, args.prompts_per_step, world, args.seed)
+    samples = common.sample(
+        policy,
+        tokenizer,
+        [prompts[i][0] for i in indices],
+        n=n,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        seed=common.fold(args.seed, step, world.rank, common.DRAW),
+    )
+    records = [prompts[indices[i // n]][1] for i in range(len(samples.texts))]
+    rewards = torch.tensor(reward.score(samples.texts, records), device=world.device)
+    meter.add("reward", rewards)
+    meter.add("length", samples.mask.sum(1))
+    meter.add("truncated", ~samples.finished)
+    meter.total("tokens", samples.mask.sum())
+    samples.rows_per_prompt = n if share_prompts else 1
+    return samples, rewards
+
+
+def shuffled_groups(args, world, step):
+    """The rows of each mini-batch: this process's groups in random order."""
+    n = args.samples_per_prompt
+    generator = torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
+    groups = torch.randperm(args.prompts_per_step // world.size, generator=generator)
+    for part in groups.view(args.minibatches, -1):
+        yield (part[:, None] * n + torch.arange(n)).flatten().tolist()
+
+
+def shuffled_epochs(minibatches, args, step):
+    """The mini-batches of all epochs, each epoch in an order of its own."""
+    updates = []
+    for epoch in range(args.epochs):
+        shuffle = random.Random(common.fold(args.seed, step, epoch, common.PASS))
+        updates += shuffle.sample(minibatches, len(minibatches))
+    return updates
+
+
+def micro_batches(rows, trained, samples, tokens, world):
+    """Cuts the rows of a mini-batch into parts, one forward each -> lists of row numbers.
+
+    trained [rows] says which rows are taken. A part has at most `tokens` tokens (padding included,
+    a shared prompt counted once) or one row. Completions of a prompt stay together where they fit,
+    and rows of like length come together, to save padding.
+
+    Every process gets the same number of parts: FSDP gathers weights in all processes or in none.
+    One that is short of parts takes a row that is not trained, or divides a part. That is always
+    possible, because all processes have equally many rows.
+    """
+    prompt_length = samples.prompt_mask.sum(1).tolist()
+    length = samples.mask.sum(1).tolist()
+
+    def fits(part):
+        prompts = len({row // samples.rows_per_prompt for row in part})
+        longest_prompt = max(prompt_length[row] for row in part)
+        longest = max(length[row] for row in part)
+        return prompts * longest_prompt + len(part) * longest <= tokens
+
+    def size(group):
+        return max(prompt_length[row] + length[row] for row in group)
+
+    spare = []
+    groups = collections.defaultdict(list)
+    for row, is_trained in zip(rows, trained.tolist()):
+        if is_trained:
+            groups[row // samples.rows_per_prompt].append(row)
+        else:
+            spare.append(row)
+    parts = []
+    for group in sorted(groups.values(), key=size, reverse=True):
+        if not parts or not fits(parts[-1] + group):
+            parts.append([])
+        for row in group:
+            if parts[-1] and not fits([*parts[-1], row]):
+                parts.append([])
+            parts[-1].append(row)
+
+    count = torch.tensor([len(parts)], device=world.device)
+    wanted = int(common.all_gather(world, count).max())
+    while len(parts) < wanted:
+        if spare:
+            parts.append([spare.pop()])
+        else:
+            parts.append([max(parts, key=len).pop()])
+    return parts
+
+
+def set_learning_rates(optimizers, args, step):
+    """The policy's schedule begins when the critic's warm-up is over."""
+    start = args.critic_warmup
+    shape = (args.schedule, args.warmup)
+    rate = common.learning_rate_at(step - start, args.steps - start, args.learning_rate, *shape)
+    critic_rate = common.learning_rate_at(step, args.steps, args.critic_learning_rate, *shape)
+    optimizers["policy"].param_groups[0]["lr"] = rate
+    optimizers["critic"].param_groups[0]["lr"] = critic_rate
+    return rate, critic_rate
+
+
+def evaluate(policy, tokenizer, held_out, reward, args, world):
+    """Scores of greedy completions of held-out prompts: eval/reward, eval/exact. Each process
+    takes its share."""
+    mine = held_out[world.rank :: world.size]
+    rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
+    size = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
+    meter = common.Meter()
+    for start in range(0, math.ceil(len(held_out) / world.size), size):
+        # a process without prompts left samples along with the others, and counts nothing
+        is_counted = start < len(mine)
+        part = mine[start : start + size] or held_out[:1]
+        ids = [ids for ids, _ in part]
+        records = [record for _, record in part]
+        known = torch.tensor([is_counted and common.has_answer(record) for record in records])
+        texts = common.sample(
+            policy, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=0
+        ).texts
+        scores = torch.tensor(reward.score(texts, records))
+        meter.add("eval/reward", scores, torch.full_like(known, is_counted))
+        right = [
+            common.has_answer(record) and reward.rule(text, record) == 1
+            for text, record in zip(texts, records)
+        ]
+        meter.add("eval/exact", torch.tensor(right), known)
+    return meter.result(world)
 
 
 def exact(completion, row):
@@ -233,490 +745,84 @@ def exact(completion, row):
 
 
 def number(completion, row):
-    """1 if the last number of the completion equals the last of the answer. Commas, $, a final dot and trailing zeros
-    do not matter; compared as decimals, not as floats, which cannot tell long numbers apart."""
-
-    def last(text):
-        whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # "1,234" is one number, "1,2,3" are three
-        found = re.findall(rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)", str(text).replace("$", ""))
-        return Decimal(found[-1].replace(",", "").rstrip(".")) if found else None
-
-    wanted = last(row["answer"])
-    return float(wanted is not None and last(completion) == wanted)
+    """1 if the last number of the completion equals the last number of the answer, else 0."""
+    wanted = last_number(row["answer"])
+    return float(wanted is not None and last_number(completion) == wanted)
 
 
-def is_a_model(spec):
-    """Whether --reward names a reward model, and not a rule or a function in a file."""
-    return spec not in ("exact", "number") and not spec.partition(":")[0].endswith(".py")
+def last_number(text):
+    """As a decimal, because floats cannot tell long numbers apart. Commas, $, a final dot and
+    trailing zeros do not matter. "1,234" is one number, "1,2,3" are three."""
+    whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+    pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"
+    found = re.findall(pattern, str(text).replace("$", ""))
+    if not found:
+        return None
+    return Decimal(found[-1].replace(",", "").rstrip("."))
 
 
-def load_reward(spec, world, date=None):
-    """--reward as a function from completions and their rows to scores. Mistakes are found before a policy is loaded."""
-    if is_a_model(spec):
-        if "/" not in spec and not Path(spec).exists():
-            fail(f"--reward {spec}: choose exact, number, FILE.py:function, or the folder of a reward model")
-        return common.stop_together(common.load_scorer(spec, world, date), world)
-    rules = {"exact": exact, "number": number}
-    return common.stop_together(common.checked(rules.get(spec) or common.load_function(spec, "--reward")), world)
+@dataclass
+class Reward:
+    """A loaded --reward."""
+
+    score: Callable  # completions and the lines of --data that they belong to -> scores
+    rule: Callable  # decides which held-out completions are right
+    answer_flag: str = ""  # the flag because of which every line needs an answer
+    is_model: bool = False
 
 
-# -- The math: from rewards to losses ------------------------------------------------------------------------------
+def load_reward(spec, world, date):
+    # `checked` refuses scores that are no finite numbers. `stop_together` stops every process
+    # when the reward fails in one.
+    if spec in ("exact", "number"):
+        rule = exact if spec == "exact" else number
+        return Reward(common.stop_together(common.checked(rule), world), rule, f"--reward {spec}")
+    if spec.partition(":")[0].endswith(".py"):
+        function = common.checked(common.load_function(spec, "--reward"))
+        return Reward(common.stop_together(function, world), exact)
+    if "/" not in spec and not Path(spec).exists():  # neither a hub name nor a folder
+        fail(f"--reward {spec}: choose exact, number, FILE.py:function, or a reward model's folder")
+    scorer = common.load_scorer(spec, world, date)
+    return Reward(common.stop_together(scorer, world), exact, is_model=True)
 
 
-def token_rewards(scores, kl, mask, beta):
-    """scores [B], kl [B, C] (k1, log pi_old - log ref) -> what each token is paid, [B, C]: minus beta times its KL, and the score
-    with the last token that the policy chose, the EOS where there is one; a place later nobody would be paid for it. KL in the
-    *reward* has the gradient of beta KL(pi || ref); k3 in the *loss* (grpo.py, as published) has not."""
-    last = mask & ~F.pad(mask[:, 1:], (0, 1))  # true on the last token of a row
-    return (-beta * kl + scores[:, None] * last) * mask
-
-
-def gae(rewards, values, mask, gamma, lam):
-    """Equations (2) and (3): rewards, values [B, C] -> (advantages [B, C], returns [B, C]), 0 off the mask. From the end
-    backwards, A_t = delta_t + gamma lam A_{t+1}. A completion that was cut ends there all the same: V after it is 0."""
-    values = values * mask
-    delta = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values  # [B, C]
-    advantages, later = torch.zeros_like(delta), 0.0
-    for t in reversed(range(delta.shape[1])):
-        advantages[:, t] = later = delta[:, t] + gamma * lam * later
-    return advantages, (advantages + values) * mask
-
-
-def whiten(x, mask, world):
-    """x [B, C] with mean 0 and standard deviation 1 over the tokens of all processes. Not by 1 / std alone: where all are
-    equal but for rounding, that would blow the rounding up."""
-    total, squares, count = common.all_sum(world, (x * mask).double().sum(), (x * mask).double().square().sum(), mask.sum())
-    mean = total / count
-    return (x - mean) / (math.sqrt(max(squares / count - mean**2, 0.0)) + 1e-4) * mask
-
-
-def clipped_loss(logratio, advantages, mask, weights, clip_low, clip_high):
-    """-sum of weights * min(ratio A, clip(ratio) A): logratio = log pi - log pi_old [b, C] with gradient, the rest without,
-    advantages [b, C] or [b, 1] -> (loss, ratio, low, high), the last two true where the clip has stopped the gradient.
-
-    The minimum is pessimistic: it takes the clip where going on would look better, and never where the ratio should come back.
-    So the gradient is that of ratio * A times this mask:
-
-                 ratio < 1 - low      between      ratio > 1 + high
-        A > 0           1                1                0            0: good, and made likely enough
-        A < 0           0                1                1            0: bad, and made unlikely enough
-
-    A plain clip, without the minimum, would have 0 in the corners as well: a good token that an earlier update of this
-    rollout made unlikely could not be brought back."""
-    ratio = logratio.clamp(-20, 20).exp()  # exp of what is not clamped may be inf
-    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    low, high = (advantages < 0) & (ratio < 1 - clip_low), (advantages > 0) & (ratio > 1 + clip_high)
-    return -(gain * weights).sum(), ratio.detach(), low & mask, high & mask
-
-
-def value_loss(values, old_values, returns, weights, clip):
-    """Equations (6), (7), all [b, C], values with gradient. The larger error counts, so a value that has moved by `clip` towards
-    its return has no more gradient from this rollout, and one that has moved away always has: the critic's trust region, which
-    keeps a few great returns from throwing it about."""
-    error = (values - returns) ** 2
-    if clip:
-        near = old_values + (values - old_values).clamp(-clip, clip)
-        error = torch.maximum(error, (near - returns) ** 2)
-    return 0.5 * (error * weights).sum()
-
-
-def explained(values, came, mask, world):
-    """1 - Var(G - V) / Var(G) over tokens, G what really came: 1 for a critic that knows it, 0 for a constant, below 0 for one worse
-    than that; None where all is the same, and there is nothing to know. Not of equation (3)'s R, which contains V and would
-    agree with any critic."""
-    x = torch.stack([came - values, came])[:, mask].double()  # [2, tokens]
-    *sums, count = common.all_sum(world, *x.sum(1), *x.square().sum(1), x.shape[1])
-    left, all_of_it = (sums[2 + i] / count - (sums[i] / count) ** 2 for i in (0, 1))
-    return 1 - left / all_of_it if all_of_it > 1e-6 else None
-
-
-def moved_by(logprobs, old_logprobs):
-    """KL(pi_old || pi), estimated on tokens of pi_old: ratio - 1 - log ratio, never negative, and its mean over them is the KL.
-    expm1, because in float32 exp(d) - 1 of a small d is mostly rounding."""
-    d = (logprobs - old_logprobs).clamp(-20, 20)
-    return torch.expm1(d) - d
-
-
-# -- Log-probabilities and values: one forward with the completion given -------------------------------------------
-
-
-def micro_batches(rows, prompt_mask, mask, n, tokens, world):
-    """Cuts `rows`, row numbers of a rollout, into parts of whole groups of n (or slices of one, if a group alone is too much) of
-    at most `tokens` tokens (or one row) with padding, a group's prompt counted once, groups of like length together ->
-    [row numbers]. With n = 1 each row brings its own prompt. Every process gets the same number of parts, some perhaps empty:
-    sharded weights are gathered by all or by none. Where no process has a row, there are no parts."""
-    prompt, completion = prompt_mask.sum(1).tolist(), mask.sum(1).tolist()
-
-    def fits(rows):
-        prompts = len({r // n for r in rows})
-        return prompts * max(prompt[r] for r in rows) + len(rows) * max(completion[r] for r in rows) <= tokens
-
-    groups = collections.defaultdict(list)
-    for row in rows:
-        groups[row // n].append(row)
-    parts = []
-    for group in sorted(groups.values(), key=lambda rows: -max(prompt[r] + completion[r] for r in rows)):
-        if not parts or not fits(parts[-1] + group):
-            parts.append([])
-        for row in group:
-            if parts[-1] and not fits([*parts[-1], row]):
-                parts.append([])
-            parts[-1].append(row)
-    most = int(common.all_gather(world, torch.tensor([len(parts)], device=world.device)).max())
-    return parts + [[]] * (most - len(parts))
-
-
-def trim(samples, rows, n=1):
-    """The rows of a micro-batch without the columns in which none of them has a token: (prompt_ids [p, P], prompt_mask [p, P],
-    owner [b], ids [b, C], mask [b, C]). Rows of a group of n > 1 share a prompt, owner[i] is its number in prompt_ids;
-    with n = 1 every row has its own, and owner is None."""
-    prompts, owner = torch.tensor(rows, device=samples.ids.device).div(n, rounding_mode="floor").unique(return_inverse=True)
-    P = int(samples.prompt_mask[rows].sum(1).max())
-    C = int(samples.mask[rows].sum(1).max())
-    first = rows if n == 1 else prompts * n
-    prompt_ids, prompt_mask = samples.prompt_ids[first, -P:], samples.prompt_mask[first, -P:]
-    return prompt_ids, prompt_mask, None if n == 1 else owner, samples.ids[rows, :C], samples.mask[rows, :C]
-
-
-def completion_states(model, prompt_ids, prompt_mask, owner, ids, mask):
-    """The states from which the tokens of given completions are predicted: ids, mask [b, C], and prompts as `trim` gives them
-    -> [b, C, width]. The state at a position predicts the token after it: those at the last prompt token and at all completion
-    tokens but the last are wanted.
-
-    A prompt is computed once for all its samples: its keys and values, with their gradient, are repeated as the sampler
-    repeats them, and the completions go on from there. With a prompt of 100 tokens and 8 samples of 64 that halves the work."""
-    if owner is None:
-        inputs = torch.cat([prompt_ids, ids[:, :-1]], 1), torch.cat([prompt_mask, mask[:, :-1]], 1)
-        return common.hidden_states(model, *inputs)[:, prompt_ids.shape[1] - 1 :]
-    start, cache = common.prompt_states(model, prompt_ids, prompt_mask)  # [p, 1, width]
-    cache.reorder_cache(owner)
-    # also where all completions have one token, and nothing is left to compute: another process may have longer
-    # ones, and sharded weights are gathered in as many forwards by all
-    given = ids[:, : max(ids.shape[1] - 1, 1)]
-    seen = torch.cat([prompt_mask[owner], mask[:, : given.shape[1]]], 1)
-    states = common.hidden_states(model, given, seen, cache)
-    return torch.cat([start[owner], states], 1)[:, : ids.shape[1]]
-
-
-def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
-    """log pi(a_t | x, a_<t) of the tokens that `completion_states` leads to and, where a gradient is wanted, the policy's
-    entropy at each of them (in nats, exact, itself without gradient) -> two times [b, C].
-
-    The head turns states into logits a chunk at a time and is computed again in backward, so that [b, C, V] never
-    exists; with 150,000 words it would be larger than the model."""
-    states, targets = states[mask], ids[mask]  # [tokens, width], [tokens]: no work for padding
-
-    def head(states, tokens):
-        logits = common.logits_of(model, states)
-        if temperature != 1:
-            logits = logits / temperature  # as the sampler did; without it the ratio is not 1
-        logprobs = logits.log_softmax(-1)
-        chosen, entropy = logprobs.gather(-1, tokens[:, None])[:, 0], torch.zeros_like(logprobs[:, 0])
-        if torch.is_grad_enabled():  # last: what backward computes again ends with what it needs
-            entropy = -torch.linalg.vecdot(logprobs.detach().exp(), logprobs.detach())
-        return chosen, entropy
-
-    parts = [
-        checkpoint(head, s, t, use_reentrant=False, preserve_rng_state=False)
-        for s, t in zip(states.split(chunk), targets.split(chunk))
-    ]
-    logprobs, entropy = (torch.cat(x) for x in zip(*parts))
-    empty = torch.zeros(mask.shape, device=mask.device)
-    return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropy)
-
-
-def token_logprobs(model, prompt_ids, prompt_mask, owner, ids, mask, temperature, chunk=1024):
-    """Both in one: log-probabilities and entropy of given completions, [b, C] each."""
-    states = completion_states(model, prompt_ids, prompt_mask, owner, ids, mask)
-    return logprobs_of(model, states, ids, mask, temperature, chunk)
-
-
-@torch.no_grad()
-def rollout_logprobs(model, samples, parts, n, temperature):
-    """The log-probabilities [B, C] of a rollout without gradient, in the same micro-batches as the update will use:
-    in bfloat16 they depend on a batch's shape, and the first ratio would be off by percents."""
-    out = torch.zeros_like(samples.logprobs)
-    for rows in parts:
-        part = trim(samples, rows or [0], n)
-        logprobs, _ = token_logprobs(model, *part, temperature)
-        if rows:
-            out[rows, : logprobs.shape[1]] = logprobs
-    common.forget_forwards(model)
-    return out
-
-
-def values_of(head, states):
-    """V of states [b, C, width] -> [b, C], in float32: bfloat16 has steps of 0.01 near 1."""
-    return F.linear(states.float(), head.weight.float(), None if head.bias is None else head.bias.float())[..., 0]
-
-
-@torch.no_grad()
-def before_update(policy, trunk, head, samples, parts, n, temperature):
-    """The rollout's log-probabilities and values, [B, C] each, without gradient. A shared critic's trunk is the policy, and one
-    forward serves both."""
-    old, values = torch.zeros_like(samples.logprobs), torch.zeros_like(samples.logprobs)
-    for rows in parts:
-        part = trim(samples, rows or [0], n)
-        states = completion_states(policy, *part)
-        logprobs, _ = logprobs_of(policy, states, *part[-2:], temperature)
-        if trunk is not policy:
-            states = completion_states(trunk, *part)
-        if rows:
-            C = logprobs.shape[1]
-            old[rows, :C], values[rows, :C] = logprobs, values_of(head, states) * part[-1]
-    return old, values
-
-
-# -- Evaluation and logging ----------------------------------------------------------------------------------------
-
-
-def evaluate(model, tokenizer, held_out, reward, args, world):
-    """Greedy completions of held-out prompts -> {"eval/reward", "eval/exact"}; each process takes its share."""
-    right = number if args.reward == "number" else exact
-    mine, sums = held_out[world.rank :: world.size], [0.0] * 4  # sums: rewards, rows, right answers, rows with an answer
-    drawn = args.prompts_per_step // world.size * args.samples_per_prompt  # completions of a rollout
-    size = common.rows_at_once(held_out, args.max_new_tokens, drawn)
-    for i in range(0, -(-len(held_out) // world.size), size):  # the same number of rounds on every process
-        part = mine[i : i + size]
-        ids, rows = zip(*(part or held_out[:1]))
-        texts = common.sample(model, tokenizer, list(ids), max_new_tokens=args.max_new_tokens, temperature=0).texts
-        values = reward(texts, rows)
-        if part:
-            known = [right(t, r) for t, r in zip(texts, rows) if isinstance(r.get("answer"), (str, int, float))]
-            sums = [a + b for a, b in zip(sums, (sum(values), len(rows), sum(known), len(known)))]
-    rewards, count, answered, known = common.all_sum(world, *sums)
-    return {"eval/reward": rewards / count, **({"eval/exact": answered / known} if known else {})}
-
-
-def advise(metrics, args, said):
-    """What a person watching would want to be told, once each, with the flag that helps."""
-    advice = {
-        "truncated": (metrics["truncated"] > 0.5, "most completions are cut off: raise --max_new_tokens (or lower --max_prompt_tokens, where prompts fill the context), or ask for shorter answers with --system"),
-        "reward": (metrics["reward"] == 0 and args.reward == "exact", "no completion was right: `exact` wants the answer and nothing else; --reward number takes a text's last number"),
-        "ratio/first": (metrics.get("ratio/first", 0.0) > 1e-3, "the first ratio is not 1: the same weights gave a sample two probabilities; the model's forward is not deterministic"),
-        "entropy": (metrics.get("entropy", 1.0) < 0.01, "entropy is near 0, the policy has settled: lower --learning_rate or raise --beta to keep it trying"),
-        "kl/ref": (abs(metrics.get("kl/ref", 0.0)) > 100, "KL to the reference runs away: raise --beta or lower --learning_rate"),
-        "value/explained": (metrics.get("value/explained", 0.0) < -1, "the critic is worse than a constant: lower --critic_learning_rate, or let it learn alone first with --critic_warmup"),
-    }  # fmt: skip
-    for name, (sounds, words) in advice.items():
-        if sounds and name not in said:
-            said.add(name)
-            tqdm.write(f"warning: {words} ({name} {metrics[name]:.3g})")
-
-
-# -- The loop ------------------------------------------------------------------------------------------------------
-
-
-def train(args):
-    args = resolve(args)
-    world = common.start(args.device, args.dtype, args.seed)
-    n, mine = args.samples_per_prompt, args.prompts_per_step // world.size  # mine: prompts of this process
-    N = args.prompts_per_step * n  # samples of a step, over all processes
-    if mine % args.minibatches or args.prompts_per_step % world.size:
-        fail(f"--prompts_per_step {args.prompts_per_step} must be a multiple of --minibatches times the number of processes")
-
-    # everything that can be wrong with the user's input is found here, before the policy is loaded or a file written
-    config, date = common.policy_config(args.model), common.run_date(args, world)
+def load_task(args, world):
+    """Finds mistakes in the user's input before a policy is loaded or a file written. Returns last
+    the folder that a separate critic starts from, "" without one."""
+    if args.prompts_per_step % (args.minibatches * world.size):
+        multiple = f"a multiple of --minibatches {args.minibatches} x {world.size} processes"
+        fail(f"--prompts_per_step {args.prompts_per_step} must be {multiple}")
+    config = common.policy_config(args.model)
+    date = common.run_date(args, world)  # some chat templates print it
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)
-    needs = f"--reward {args.reward}" if args.reward in ("exact", "number") else ""
-    prompts = load_prompts(args.data, "--data", tokenizer, args, needs)
-    held_out = load_prompts(args.eval_data, "--eval_data", tokenizer, args, needs)
+    reward = load_reward(args.reward, world, date)
+    answer_flag = reward.answer_flag
+    prompts = common.load_prompts(args.data, "--data", tokenizer, args, answer_flag)
+    held_out = common.load_prompts(args.eval_data, "--eval_data", tokenizer, args, answer_flag)
     longest = max(len(ids) for ids, _ in prompts + held_out)
     args = common.fit_context(args, longest, config)
-    separate, critic_path = args.critic == "separate" and args.steps > 0, args.model
-    if separate and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        fail(
-            f"--critic separate: transformers has no sequence classifier for the family {config.model_type!r}; use --critic shared"
-        )
-    reward = load_reward(args.reward, world, date)
-    if is_a_model(args.reward):
+    if reward.is_model:
         args = common.fit_reward_model(args, tokenizer, prompts + held_out)
-    if separate and is_a_model(args.reward):
-        words = common.load_tokenizer(args.reward).get_vocab()
-        room = common.context_of(common.read_config(args.reward))
-        if tokenizer.get_vocab().items() <= words.items() and room >= longest + args.max_new_tokens:
-            critic_path = args.reward  # it can read what the policy reads and writes, by its ids
-    out = common.open_run(args, "ppo", world)
-    stop_asked = common.catch_signals(args.steps)
+    critic_path = ""
+    if args.critic == "separate" and args.steps:
+        critic_path = critic_folder(args, config, tokenizer, longest, reward.is_model)
+    return args, tokenizer, reward, prompts, held_out, critic_path
 
-    row, frozen = longest + args.max_new_tokens, (args.beta > 0) + is_a_model(args.reward)  # sized as the policy
-    state = common.take_up(out, args, world)
-    first, said = state["step"] if state else 0, set()
-    writer, bar = common.introduce(out, args, world, tokenizer, prompts[0][0], first, learning=1 + separate, frozen=frozen)
 
-    common.say(f"critic: {args.critic}" + f", from {critic_path}" * separate)
-    with common.guarded(out, args, bar):
-        policy = common.load_policy(args.model, world, args.gradient_checkpointing)
-        reference = common.load_reference(args.model, world) if args.beta and args.steps else None
-        if separate:
-            # the head starts at 0: a reward model's head scores finished texts, and would be far off earlier in them
-            critic = common.load_scalar(critic_path, world, tokenizer, 0.0, args.gradient_checkpointing)
-            trunk, head = critic, common.scalar_head(critic)
-        else:
-            critic = torch.nn.Linear(policy.get_output_embeddings().weight.shape[1], 1, device=world.device)
-            torch.nn.init.zeros_(critic.weight), torch.nn.init.zeros_(critic.bias)
-            trunk, head = policy, critic
-        # samples that share the computation of their prompt, in every model that learns
-        learning = (policy, critic) if separate else (policy,)
-        shared = n > 1 and args.steps and type(trunk.config) is type(policy.config)
-        shared = shared and all(common.prompts_can_be_shared(m, world, args.gradient_checkpointing) for m in learning)
-        together = n if shared else 1
-        optimizer = common.make_optimizer(policy, args.learning_rate)
-        critic_optimizer = common.make_optimizer(critic, args.critic_learning_rate)
-        models, optimizers = {"policy": policy, "critic": critic}, {"policy": optimizer, "critic": critic_optimizer}
-        if state:
-            common.load_checkpoint(state, models, optimizers)
-            del state
-
-        def held_out_scores():
-            return evaluate(policy, tokenizer, held_out, reward, args, world) if held_out else {}
-
-        if first == 0:
-            common.log(out, writer, 0, held_out_scores())
-
-        for step in range(first + 1, args.steps + 1):
-            began, warming = time.perf_counter(), step <= args.critic_warmup
-
-            # 1. Rollout and scores.
-            asked, rows = zip(*(prompts[i] for i in common.rows_of_step(len(prompts), step, args.prompts_per_step, world, args.seed)))
-            samples = common.sample(
-                policy, tokenizer, asked, n=n, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                seed=common.fold(args.seed, step, world.rank, common.DRAW),
-            )  # fmt: skip
-            scores = reward(samples.texts, [row for row in rows for _ in range(n)])
-            rewards = torch.tensor(scores, device=world.device)  # [B]
-            mask, sampled = samples.mask, time.perf_counter()
-
-            # 2. Mini-batches (one optimizer update each) and their micro-batches (one forward each), cut once per rollout:
-            #    old, new and reference log-probabilities of a row are computed in the same micro-batch, because in
-            #    bfloat16 they depend on it.
-            cut = torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
-            minibatches, weights = [], torch.zeros_like(samples.logprobs)  # [B, C]
-            for groups in torch.randperm(mine, generator=cut).view(args.minibatches, -1):
-                index = (groups[:, None] * n + torch.arange(n)).flatten()  # the rows of these groups
-                rows = index.tolist()
-                parts = micro_batches(rows, samples.prompt_mask, mask, together, args.tokens_per_micro_batch, world)
-                minibatches.append(parts)
-                # equation (7)'s mean: divided by the tokens of the whole update, over its micro-batches and processes
-                weights[index] = mask[index] / common.all_sum(world, mask[index].sum())[0]
-            every_part = [part for parts in minibatches for part in parts]
-            shuffles = [random.Random(common.fold(args.seed, step, epoch, common.PASS)) for epoch in range(args.epochs)]
-            updates = [parts for s in shuffles for parts in s.sample(minibatches, args.minibatches)]
-
-            # 3. What the rollout's policy, the critic and the reference say before any update.
-            old, values = before_update(policy, trunk, head, samples, every_part, together, args.temperature)  # [B, C]
-            kl = torch.zeros_like(old)
-            if reference:
-                kl = (old - rollout_logprobs(reference, samples, every_part, together, args.temperature)) * mask  # k1
-
-            # 4. Advantages and returns, equations (1) to (3). Returns first: the critic learns rewards, not whitened numbers.
-            scores = rewards - args.missing_eos_penalty * ~samples.finished  # [B]
-            paid = token_rewards(scores, kl, mask, args.beta)  # [B, C]
-            advantages, returns = gae(paid, values, mask, args.gamma, args.lam)
-            knows = explained(values, gae(paid, values, mask, args.gamma, 1.0)[1], mask, world)  # lam 1: what really came
-            if args.whiten:
-                advantages = whiten(advantages, mask, world)
-
-            # 5. Update, equations (4) to (7). The policy's schedule begins when the critic's warm-up is over.
-            rate, critic_rate = (
-                common.learning_rate_at(step - waited, args.steps - waited, peak, args.schedule, args.warmup)
-                for peak, waited in ((args.learning_rate, args.critic_warmup), (args.critic_learning_rate, 0))
-            )
-            optimizer.param_groups[0]["lr"], critic_optimizer.param_groups[0]["lr"] = rate, critic_rate
-            norms, critic_norms, passes = [], [], 0
-            first_ratio, sums = torch.zeros(1, device=world.device), collections.defaultdict(float)
-            for parts in updates:
-                moved_before = sums["kl/old"] + 0.0  # a copy
-                for part in parts:
-                    real, part = bool(part), part or [0]  # no rows are left here, but elsewhere: row 0 with weight 0
-                    inputs = trim(samples, part, together)
-                    with torch.set_grad_enabled(not warming):
-                        states = completion_states(policy, *inputs)  # [b, C, width]
-                        logprobs, entropy = logprobs_of(policy, states, *inputs[-2:], args.temperature)  # [b, C]
-                    C, part_mask = logprobs.shape[1], inputs[-1] * real
-                    w, before = weights[part, :C] * real, old[part, :C]
-                    loss, ratio, low, high = clipped_loss(
-                        logprobs - before, advantages[part, :C], part_mask, w, args.clip_low, args.clip_high
-                    )
-                    if separate:  # policy first, then critic: never the activations of both
-                        if not warming:
-                            loss.backward()
-                        states = completion_states(trunk, *inputs)
-                    v_loss = value_loss(values_of(head, states), values[part, :C], returns[part, :C], w, args.value_clip)
-                    (args.value_coef * v_loss + (0.0 if separate else loss)).backward()
-                    with torch.no_grad():
-                        if not norms:
-                            first_ratio = torch.maximum(first_ratio, ((ratio - 1).abs() * part_mask).max())
-                        sums["loss"] += loss.double()
-                        sums["value/loss"] += v_loss.double()
-                        seen = {
-                            "tokens": torch.ones_like(ratio), "entropy": entropy, "ratio/mean": ratio, "clip/low": low,
-                            "clip/high": high, "kl/old": moved_by(logprobs, before),
-                            "kl/sample": (before - samples.logprobs[part, :C]).abs(),
-                        }  # fmt: skip
-                        for name, x in seen.items():
-                            sums[name] += (x * part_mask).sum().double()
-                passes += 1
-                if args.kl_stop and norms:
-                    moved = common.all_sum(world, sums["kl/old"] - moved_before)[0] / (N / args.minibatches)
-                    if moved > args.kl_stop:
-                        policy.zero_grad(), critic.zero_grad()
-                        break
-                norms.append(common.clip_gradients(policy, args.max_grad_norm))
-                if not separate and world.size > 1:
-                    for p in critic.parameters():  # this head is not sharded, so nobody else adds its gradients up
-                        torch.distributed.all_reduce(p.grad)
-                critic_norms.append(common.clip_gradients(critic, args.max_grad_norm))
-                if not math.isfinite(norms[-1] + critic_norms[-1]):
-                    both = f"policy {norms[-1]}, critic {critic_norms[-1]}"
-                    raise common.Stop(f"step {step}: a gradient is not finite ({both}), so no step was taken with it")
-                if not warming:
-                    optimizer.step()
-                critic_optimizer.step()
-                policy.zero_grad(), critic.zero_grad()
-
-            # 6. Log: sums over all processes first, then means.
-            now = time.perf_counter()
-            sums |= {"reward": rewards.sum(), "kl/ref": kl.sum(), "length": mask.sum(), "cut": (~samples.finished).sum()}
-            sums["returns"] = returns.sum()
-            s = dict(zip(sums, common.all_sum(world, *sums.values())))
-            metrics = {
-                "reward": s["reward"] / N, "kl/penalty": args.beta * s["kl/ref"] / N if reference else None,
-                "loss": s["loss"] / passes, "value/loss": s["value/loss"] / passes, "value/explained": knows,
-                "returns": s["returns"] / s["length"], "kl/ref": s["kl/ref"] / N if reference else None,
-                "kl/old": s["kl/old"] / passes / (N / args.minibatches), "kl/sample": s["kl/sample"] / s["tokens"],
-                "ratio/first": common.all_gather(world, first_ratio).max().item(), "ratio/mean": s["ratio/mean"] / s["tokens"],
-                "clip/low": s["clip/low"] / s["tokens"], "clip/high": s["clip/high"] / s["tokens"],
-                "entropy": None if warming else s["entropy"] / s["tokens"], "updates": len(norms),
-                "grad_norm": sum(norms) / len(norms), "value/grad_norm": sum(critic_norms) / len(norms),
-                "learning_rate": rate, "value/learning_rate": critic_rate, "length": s["length"] / N, "truncated": s["cut"] / N,
-                "time/sample": sampled - began, "time/train": now - sampled, "tokens_per_second": s["length"] / (now - began),
-                "memory_gib": common.memory_used(world) / 2**30,
-            }  # fmt: skip
-            metrics = {name: value for name, value in metrics.items() if value is not None}  # None: not measured
-            if step % args.eval_every == 0 or step == args.steps:
-                metrics |= held_out_scores()
-            text = tokenizer.decode(asked[0])
-            of_the_first = zip(samples.texts[:n], rewards[:n].tolist())
-            shown = [{"prompt": text, "completion": t, "reward": r} for t, r in of_the_first]
-            common.log(out, writer, step, metrics, shown)
-            if bar:
-                advise(metrics, args, said)
-                told = f", kl {metrics['kl/ref']:.2f}" if reference else ""
-                bar.set_postfix_str(f"reward {metrics['reward']:.3f}{told}, {metrics['tokens_per_second']:,.0f} tokens/s")
-                bar.update()
-
-            # 7. Save. A signal to end (Ctrl-C, a cluster that wants its machine back) waits for this place.
-            ending = common.all_sum(world, stop_asked())[0] > 0
-            if step % args.save_every == 0 or step == args.steps or ending:
-                common.save_checkpoint(out, world, step, models, optimizers, args.keep)
-            if ending and step < args.steps:
-                raise common.Ended(f"stopped by a signal after step {step} of {args.steps}, which is saved")
-
-        if args.steps:
-            common.save_model(policy, tokenizer, out / "model", world)
-    use = common.usage(out, tokenizer, prompts[0][1]["prompt"], args)
-    common.conclude(out, args, writer, bar, use)
+def critic_folder(args, config, tokenizer, longest, reward_is_model):
+    """The folder that a separate critic starts from: that of the reward model, if it has every
+    token of the policy under the same id and a context for the longest prompt and completion,
+    else that of the policy."""
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        why = f"transformers has no sequence classifier for the family {config.model_type!r}"
+        fail(f"--critic separate: {why}; use --critic shared")
+    if reward_is_model:
+        vocabulary = common.load_tokenizer(args.reward).get_vocab()
+        has_tokens = tokenizer.get_vocab().items() <= vocabulary.items()
+        context = common.context_of(common.read_config(args.reward))
+        if has_tokens and context >= longest + args.max_new_tokens:
+            return args.reward
+    return args.model
 
 
 if __name__ == "__main__":

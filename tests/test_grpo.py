@@ -902,6 +902,8 @@ def test_every_epoch_visits_every_minibatch_once_in_an_order_of_its_own(script, 
         if hasattr(script, name):  # every row is trained, whatever its reward
             monkeypatch.setattr(script, name, lambda x, *a: torch.ones(len(x), dtype=torch.bool))
     flags = {"prompts_per_step": 8, "samples_per_prompt": 2, "epochs": 4, "minibatches": 4, "steps": 1, "max_new_tokens": 4}
+    if script is ppo:
+        flags["critic"] = "shared"  # one forward for both
     script.train(script.Args(out=str(tmp_path / "run"), device="cpu", eval_data="", beta=0.0, **flags))
     updates = seen[-16:]  # after the forwards of the old policy
     epochs = [tuple(updates[i : i + 4]) for i in range(0, 16, 4)]

@@ -17,17 +17,16 @@ import common
 import grpo
 import ppo
 import reinforce
-from common import World, as_samples
+from common import World, as_samples, completion_states
 from ppo import (
     before_update,
     clipped_loss,
-    completion_states,
-    explained,
+    explained_variance,
     gae,
-    logprobs_of,
-    moved_by,
+    is_clipped,
+    k3,
+    token_logprobs,
     token_rewards,
-    trim,
     value_loss,
     values_of,
 )
@@ -159,9 +158,9 @@ def test_the_clip_in_all_its_cells():
     """The truth table: which ratios may still move, by the sign of the advantage; and the minimum against a loop."""
     for A, ratio, moves in [(1, 0.5, 1), (1, 1.0, 1), (1, 1.5, 0), (-1, 0.5, 0), (-1, 1.0, 1), (-1, 1.5, 1)]:
         logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-        one, on = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
-        loss, _, low, high = clipped_loss(logprobs, A * one, on, one, 0.2, 0.3)
-        loss.backward()
+        one = torch.ones(1, 1, dtype=torch.float64)
+        clipped_loss(logprobs.exp(), A * one, one, 0.2, 0.3).backward()
+        low, high = is_clipped(logprobs.exp(), A * one, 0.2, 0.3)
         assert logprobs.grad.item() == pytest.approx(-A * ratio * moves)
         assert (low.item(), high.item()) == (A < 0 and not moves, A > 0 and not moves)
 
@@ -177,7 +176,7 @@ def test_both_losses_against_loops_in_float64():
         policy -= min(rho * A[i, t], min(max(rho, 1 - low), 1 + high) * A[i, t])
         near = V_old[i, t] + min(max(V[i, t] - V_old[i, t], -clip), clip)
         value += max((V[i, t] - R[i, t]) ** 2, (near - R[i, t]) ** 2) / 2
-    assert abs(clipped_loss(logprobs - old, A, mask, w, low, high)[0] - policy / mask.sum()) < 1e-12
+    assert abs(clipped_loss((logprobs - old).exp(), A, w, low, high) - policy / mask.sum()) < 1e-12
     assert abs(value_loss(V, V_old, R, w, clip) - value / mask.sum()) < 1e-12
     assert abs(value_loss(V, V_old, R, w, 0.0) - 0.5 * ((V - R)[mask] ** 2).mean()) < 1e-12
 
@@ -193,21 +192,21 @@ def test_a_value_that_has_moved_far_enough_rests_and_one_that_went_away_comes_ba
 def test_explained_variance():
     mask, randn = some()
     R = randn(6, 7)
-    assert explained(R, R, mask, CPU) == 1 and abs(explained(0 * R + 3, R, mask, CPU)) < 1e-12
+    assert explained_variance(R, R, mask, CPU) == 1 and abs(explained_variance(0 * R + 3, R, mask, CPU)) < 1e-12
     V, kept = randn(6, 7), R[mask]
     wanted = 1 - ((R - V)[mask].var(correction=0) / kept.var(correction=0)).item()
-    assert abs(explained(V, R, mask, CPU) - wanted) < 1e-12 and wanted < 0
-    assert explained(V, 0 * R + 3, mask, CPU) is None, "nothing to explain, and nobody to blame"
+    assert abs(explained_variance(V, R, mask, CPU) - wanted) < 1e-12 and wanted < 0
+    assert explained_variance(V, 0 * R + 3, mask, CPU) is None, "nothing to explain, and nobody to blame"
 
 
 def test_the_kl_to_the_old_policy_is_estimated_without_bias_and_never_negative():
     """On samples of pi_old, against the sum over all tokens; and in float32, of policies that are nearly the same."""
     _, randn = some()
     old, new = randn(9).log_softmax(0), randn(9).log_softmax(0)
-    estimate = moved_by(new, old)
+    estimate = k3(old, new)
     assert (estimate >= 0).all() and abs((old.exp() * estimate).sum() - (old.exp() * (old - new)).sum()) < 1e-12
     small = 1e-5 * randn(1000)
-    close = moved_by(small.float(), torch.zeros(1000))
+    close = k3(torch.zeros(1000), small.float())
     assert (close >= 0).all() and close.mean().item() == pytest.approx((small**2 / 2).mean().item(), rel=1e-3)
 
 
@@ -217,7 +216,8 @@ def test_the_kl_to_the_old_policy_is_estimated_without_bias_and_never_negative()
 def batch_of_a_policy():
     model = family("llama").double()
     s = rollout(model)
-    logprobs, _ = logprobs_of(model, completion_states(model, *trim(s, list(range(16)))), s.ids, s.mask, 1.0)
+    s.rows_per_prompt = 1
+    logprobs, _ = token_logprobs(model, s, list(range(16)), 1.0)
     return model, s, logprobs, torch.rand(16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
@@ -226,7 +226,8 @@ def test_with_a_critic_of_0_it_is_reinforce_without_baseline():
     model, s, logprobs, r = batch_of_a_policy()
     none = torch.zeros_like(logprobs)
     A, _ = gae(token_rewards(r, none, s.mask, 0.0), none, s.mask, 1.0, 1.0)
-    loss = clipped_loss(logprobs - logprobs.detach(), A, s.mask, s.mask.double() / s.mask.sum(), 0.2, 0.2)[0]
+    ratio = (logprobs - logprobs.detach()).exp()
+    loss = clipped_loss(ratio, A, s.mask.double() / s.mask.sum(), 0.2, 0.2)
     mine = gradient(model, loss).clone()
     model, s, logprobs, r = batch_of_a_policy()
     b, _, _ = reinforce.baselines(r, r, r, r, 4, "none", False, False)
@@ -240,12 +241,14 @@ def test_with_the_groups_means_for_a_critic_it_is_grpo_without_std():
     none = torch.zeros_like(logprobs)
     critic = r.view(-1, 4).mean(1).repeat_interleave(4)[:, None].expand_as(none)
     A, _ = gae(token_rewards(r, none, s.mask, 0.0), critic, s.mask, 1.0, 1.0)
-    loss = clipped_loss(logprobs - logprobs.detach(), A, s.mask, s.mask.double() / s.mask.sum(), 0.2, 0.2)[0]
+    ratio = (logprobs - logprobs.detach()).exp()
+    loss = clipped_loss(ratio, A, s.mask.double() / s.mask.sum(), 0.2, 0.2)
     mine = gradient(model, loss).clone()
     model, s, logprobs, r = batch_of_a_policy()
     w = grpo.token_weights(s.mask, "token", 12, CPU)
     A = grpo.group_advantages(r, r, 4, "none", False)
-    theirs = gradient(model, grpo.clipped_loss(logprobs - logprobs.detach(), A[:, None], s.mask, w, 0.2, 0.2)[0])
+    ratio = (logprobs - logprobs.detach()).exp()
+    theirs = gradient(model, grpo.clipped_loss(ratio, A[:, None], w, 0.2, 0.2))
     assert (mine - theirs).norm() < 1e-6 * theirs.norm() and mine.norm() > 0
 
 
@@ -265,22 +268,27 @@ def test_values_are_unchanged_by_padding_and_company_and_see_only_what_came_befo
     policy, (critic, head) = family(name), critic_of(name, tmp_path)
     linear = torch.nn.Linear(policy.get_output_embeddings().weight.shape[1], 1)
     s = rollout(policy)
+
+    def values_on(trunk, top, samples, rows, rows_per_prompt=1):
+        samples.rows_per_prompt = rows_per_prompt
+        return values_of(top, completion_states(trunk, samples, rows)[0])
+
     for trunk, top in ((critic, head), (policy, linear)):
         with torch.no_grad():
-            together = values_of(top, completion_states(trunk, *trim(s, list(range(16)))))
+            together = values_on(trunk, top, s, list(range(16)))
             assert together.std() > 0.05, "a test on constants would show nothing"
             for row in (0, 5, 9, 15):
-                alone = values_of(top, completion_states(trunk, *trim(s, [row])))[0]
+                alone = values_on(trunk, top, s, [row])[0]
                 torch.testing.assert_close(together[row, : len(alone)], alone, atol=1e-4, rtol=1e-4)
-            shared = values_of(top, completion_states(trunk, *trim(s, list(range(16)), 4)))
+            shared = values_on(trunk, top, s, list(range(16)), 4)
             torch.testing.assert_close(shared[s.mask], together[s.mask], atol=1e-4, rtol=1e-4)
             row = int(s.mask.sum(1).argmax())
-            prompt_ids, prompt_mask, owner, ids, mask = trim(s, [row])
-            ids = ids.clone()
-            ids[0, 2] = (ids[0, 2] + 7) % 40 + 2
-            changed = values_of(top, completion_states(trunk, prompt_ids, prompt_mask, owner, ids, mask))[0]
+            other = copy.deepcopy(s)
+            other.ids[row, 2] = (other.ids[row, 2] + 7) % 40 + 2
+            changed = values_on(trunk, top, other, [row])[0]
             torch.testing.assert_close(changed[:3], together[row, :3], atol=1e-4, rtol=1e-4)
-            assert (changed[3 : mask.sum()] - together[row, 3 : mask.sum()]).abs().max() > 1e-3
+            last = s.mask[row].sum()
+            assert (changed[3:last] - together[row, 3:last]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("shared", [1, 4])
@@ -295,19 +303,20 @@ def test_the_gradient_of_both_losses_is_the_same_however_the_step_is_cut(kind, s
         trunk, head = policy, torch.nn.Linear(32, 1)
     s, (_, randn) = rollout(policy), some()
     A, V, R = randn(s.mask.shape), randn(s.mask.shape), randn(s.mask.shape)
-    w, grads = s.mask / s.mask.sum(), []
+    batch = ppo.Batch(s, s.mask / s.mask.sum(), s.logprobs, V, A, R)
+    args, grads = ppo.resolve(ppo.Args(critic=kind, prompts_per_step=4, samples_per_prompt=4)), []
+    s.rows_per_prompt = shared
+    with torch.no_grad():
+        now, _ = token_logprobs(policy, s, list(range(16)), 1.0)
+    batch.old_logprobs = now + 0.4 * torch.sin(torch.arange(now.shape[1]) + torch.arange(16)[:, None])
     for tokens in (100_000, 90, 1):
         for m in (policy, trunk, head):
             m.zero_grad()
-        for part in ppo.micro_batches(range(len(s.mask)), s.prompt_mask, s.mask, shared, tokens, CPU):
-            inputs = trim(s, part, shared)
-            states = completion_states(policy, *inputs)
-            logprobs, _ = logprobs_of(policy, states, *inputs[-2:], 1.0)
-            C = logprobs.shape[1]
-            old = logprobs.detach() + 0.4 * torch.sin(torch.arange(C) + torch.tensor(part)[:, None])
-            loss = clipped_loss(logprobs - old, A[part, :C], inputs[-1], w[part, :C], 0.2, 0.2)[0]
-            states = states if kind == "shared" else completion_states(trunk, *inputs)
-            (loss + value_loss(values_of(head, states), V[part, :C], R[part, :C], w[part, :C], 0.2)).backward()
+        meter = common.Meter()
+        for part in ppo.micro_batches(range(len(s.mask)), s.mask.any(1), s, tokens, CPU):
+            ppo.add_gradients(policy, trunk, head, batch, part, args, meter, True, True)
+        seen = meter.result(CPU)
+        assert seen["clip/high"] > 0 and seen["clip/low"] > 0
         models = {id(p): p for m in (policy, trunk, head) for p in m.parameters()}.values()
         grads.append(torch.cat([p.grad.flatten().double() for p in models if p.grad is not None]))
     for other in grads[1:]:
@@ -317,16 +326,15 @@ def test_the_gradient_of_both_losses_is_the_same_however_the_step_is_cut(kind, s
 def test_what_was_said_before_the_update_is_what_the_update_finds_first(tmp_path):
     policy, (critic, head) = family("llama"), critic_of("llama", tmp_path)
     s = rollout(policy)
-    parts = ppo.micro_batches(range(len(s.mask)), s.prompt_mask, s.mask, 4, 60, CPU)
+    assert s.rows_per_prompt == 4
+    parts = ppo.micro_batches(range(len(s.mask)), s.mask.any(1), s, 60, CPU)
     for trunk, top in ((critic, head), (policy, torch.nn.Linear(32, 1))):
-        old, values = before_update(policy, trunk, top, s, parts, 4, 0.7)
+        old, values = before_update(policy, trunk, top, s, [parts[:2], parts[2:]], 0.7)
         for part in parts:
-            inputs = trim(s, part, 4)
-            states = completion_states(policy, *inputs)
-            logprobs, _ = logprobs_of(policy, states, *inputs[-2:], 0.7)
+            logprobs, _ = token_logprobs(policy, s, part, 0.7)
             assert torch.equal(logprobs, old[part, : logprobs.shape[1]])
-            states = states if trunk is policy else completion_states(trunk, *inputs)
-            now = values_of(top, states) * inputs[-1]
+            states, _, mask = completion_states(trunk, s, part)
+            now = values_of(top, states) * mask
             assert torch.equal(now, values[part, : now.shape[1]])
 
 
@@ -334,7 +342,7 @@ def test_no_gradient_reaches_a_value_after_the_end_nor_comes_from_there():
     """Field notes, test 5, for the critic; the policy's EOS is the same function's as in reinforce.py."""
     policy, head = family("llama"), torch.nn.Linear(32, 1)
     s = as_samples([[7, 8], [7, 8]], [[5, 1], [5, 6, 7, 8]], make_tokenizer(), CPU)
-    values = values_of(head, completion_states(policy, *trim(s, [0, 1])))
+    values = values_of(head, completion_states(policy, s, [0, 1])[0])
     values.retain_grad()
     value_loss(values, 0 * values.detach(), torch.full((2, 4), 9.0), s.mask / 6, 0.0).backward()
     assert (values.grad[0] != 0).tolist() == [True, True, False, False], "V before the EOS is trained, V after it is not"
@@ -578,14 +586,25 @@ def test_the_updates_of_a_rollout_end_when_the_kl_has_passed_its_stop(tmp_path):
 def test_the_kl_stop_is_in_nats_a_completion_of_one_update(tmp_path, monkeypatch):
     """A stop between the KLs that two updates find, measured in a run without one: updates are made
     until the next one finds a KL above the stop, and that one is not made."""
-    found, honest = [], ppo.moved_by
+    found, honest = [], ppo.k3
 
-    def moved_by(logprobs, before):
-        kl = honest(logprobs, before)
+    def k3(before, logprobs):
+        kl = honest(before, logprobs)
         found.append(kl.sum().item() / len(kl))
         return kl
 
-    monkeypatch.setattr(ppo, "moved_by", moved_by)
+    losses = {"clipped_loss": [], "value_loss": []}
+
+    def keep(name, honest):
+        def loss(*a):
+            losses[name].append(honest(*a))
+            return losses[name][-1]
+
+        return loss
+
+    monkeypatch.setattr(ppo, "k3", k3)
+    for name in losses:
+        monkeypatch.setattr(ppo, name, keep(name, getattr(ppo, name)))
     flags = SMALL | {"steps": 1, "epochs": 3, "minibatches": 2, "tokens_per_micro_batch": 10**6}
     flags |= {"learning_rate": 5e-5, "warmup": 0, "schedule": "constant"}
     free = run(tmp_path, "free", **flags)
@@ -595,11 +614,16 @@ def test_the_kl_stop_is_in_nats_a_completion_of_one_update(tmp_path, monkeypatch
         before, past = max(growing[:updates]), growing[updates]
         assert past > 1.05 * before, "a stop fits between"
         found.clear()
+        for kept in losses.values():
+            kept.clear()
         held = run(tmp_path, f"held{updates}", kl_stop=(before + past) / 2, **flags)
         assert held[1]["updates"] == updates
         # a mean over the updates that were looked at, the one that was not made among them
         assert found == growing[: updates + 1]
         assert held[1]["kl/old"] == pytest.approx(sum(found) / len(found), rel=1e-5)
+        for name, logged in (("clipped_loss", "loss"), ("value_loss", "value/loss")):
+            mean = sum(x.item() for x in losses[name]) / len(found)
+            assert held[1][logged] == pytest.approx(mean, rel=1e-5)
 
 
 def test_a_cut_completion_pays_for_its_missing_eos(tmp_path):
