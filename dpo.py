@@ -7,12 +7,13 @@ reference ref. The second step has a known optimum, pi*. DPO inserts it into the
     (2)  pi*(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)              its optimum
     (3)  r(x, y) = beta log(pi*(y|x) / ref(y|x)) + beta log Z(x)     `implicit_reward`
     (4)  P(y > z | x) = sigmoid(r(x, y) - r(x, z))                   Bradley-Terry
-    (5)  h = beta (log pi(y|x)/ref(y|x) - log pi(z|x)/ref(z|x))
+    (5)  h = beta (log(pi(y|x) / ref(y|x)) - log(pi(z|x) / ref(z|x)))
     (6)  loss = mean over pairs of  -log sigmoid(h)                  `preference_loss`
 
 Z(x) makes the probabilities of pi* sum to 1. (2) is the optimum, because (1) equals
 -beta KL(pi || pi*) plus a constant. (3) is (2), solved for r: every policy is the optimum of some
-reward. (5) is (3) inserted into (4), for a chosen completion y and a rejected one z. Z cancels.
+reward. Insert (3) into (4), for a chosen completion y and a rejected z, with the policy pi that is
+trained as pi*: Z cancels, and P = sigmoid(h).
 
 So the policy itself is the reward model, and training is a classification of pairs. The gradient
 raises log pi(y) and lowers log pi(z), each by beta sigmoid(-h). Pairs in the wrong order count
@@ -23,11 +24,13 @@ log(pi / ref) / n of the chosen completion, minus that of the rejected one.
 
     sigmoid  -log sigmoid(h). With --label_smoothing e, the share of labels that are wrong:
              -(1 - e) log sigmoid(h) - e log sigmoid(-h)
-    ipo      (d - 1 / (2 beta))^2: a margin to reach, so it does not grow for ever. A mean over
-             tokens, as IPO's authors advised later. beta 1, the default here, asks for 0.5 nats.
+    ipo      (d - 1 / (2 beta))^2: d is drawn to a target, so it does not grow without limit. Means
+             over tokens, as IPO's authors advised later. beta 1, the default: 0.5 nats a token.
     hinge    max(0, 1 - h): no gradient once h is 1
     simpo    -log sigmoid(beta (log pi(y) / n_y - log pi(z) / n_z) - simpo_margin): no reference,
-             and means over tokens, because decoding ranks by them
+             and means over tokens, by which beam search with length normalisation ranks
+
+--sft_coef c adds -c log pi(y) / n_y to each of them.
 
     python dpo.py                        # the bundled model and pairs; needs no download
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct \
@@ -38,11 +41,12 @@ log(pi / ref) / n of the chosen completion, minus that of the rejected one.
 The reference is the policy before its first step, or --reference. It scores the pairs once, before
 training, so no second model is in memory while the policy learns.
 
-Shapes: b pairs in one forward, 2b rows; C tokens in the longest side of a pair.
+Shapes: b pairs in one forward, 2b rows. A side is a chosen or a rejected completion; C tokens in
+the longest side.
 
-What is biased:
+Limits:
   * DPO is offline. Some other policy drew all completions, once. What the policy says today is
-    never scored, and (6) holds pi only where there are data.
+    never scored, and nothing in (6) restrains pi on completions that are not in the data.
   * Both log-probabilities may fall while the margin grows. The probability goes to completions that
     nobody has ranked. --sft_coef keeps the chosen ones likely.
 
@@ -84,13 +88,13 @@ class Args:
     reference: str = ""
     """folder or hub name of the model to stay near (empty: --model before its first step)"""
     data: str | None = None
-    """training pairs: JSON lines with "prompt", "chosen", "rejected" (None: those of the bundled
-    task, if no other file is given)"""
+    """training pairs: JSON lines with "prompt" (or "question"), "chosen", "rejected"; sides may be
+    lists of messages (None: those of the bundled task, if no other file is given)"""
     eval_data: str | None = None
     """held-out pairs, as --data (None: those of the bundled task, or none with other data)"""
     eval_prompts: str | None = None
-    """held-out prompts to sample for: JSON lines with "prompt" (or "question") and usually
-    "answer" (None: those of the bundled task, or none with other data)"""
+    """held-out prompts to sample for: JSON lines with "prompt" (or "question"), and "answer" if the
+    reward needs one (None: those of the bundled task, or none with other data)"""
     reward: str = "exact"
     """what scores the samples of --eval_prompts:
     exact | number | FILE.py:function(completion, row) -> float | a reward model's folder"""
@@ -105,18 +109,18 @@ class Args:
     max_prompt_tokens: int = 512
     """longer prompts of --eval_prompts are left out, and counted"""
     max_new_tokens: int = 256
-    """a completion is cut here; at most what the model's context has room for"""
+    """samples for --eval_prompts are cut here, or where the model's context ends"""
 
     # --- algorithm ---
     loss: Literal["sigmoid", "ipo", "hinge", "simpo"] = "sigmoid"
     """sigmoid is DPO's own"""
     beta: float | None = None
-    """how strongly the reference holds; the scale of the implicit reward (None: 0.1; with
-    --loss simpo 2, with ipo 1; 0.5 for the bundled model)"""
+    """how strongly the reference holds; the scale of the implicit reward (None: 2 with --loss
+    simpo, 1 with ipo, else 0.5 for the bundled model and 0.1 for others)"""
     label_smoothing: float = 0.0
     """share of pairs whose labels are thought to be wrong (with --loss sigmoid)"""
     simpo_margin: float = 1.0
-    """by how much the chosen side should be ahead (with --loss simpo)"""
+    """by how much beta times the mean log-probability should be higher (with --loss simpo)"""
     sft_coef: float = 0.0
     """weight of -log pi(chosen) / length, which keeps the chosen completions likely"""
 
@@ -124,7 +128,7 @@ class Args:
     steps: int = 300
     """optimizer updates in all; 0 evaluates only"""
     pairs_per_step: int = 64
-    """pairs in an update"""
+    """pairs in an update, of all processes together"""
     learning_rate: float | None = None
     """peak of AdamW's learning rate (None: 5e-7, and 3e-4 for the bundled model, which is small)"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -173,22 +177,23 @@ def resolve(args):
         "learning_rate": 3e-4 if is_tiny_model else 5e-7,
         "tokens_per_micro_batch": 2048 if on_cpu else 8192,
     }
-    if is_tiny_data and (args.steps or args.reference):
+    # with --steps 0 and no --reference, the model would be compared with itself
+    if is_tiny_data and (args.steps or args.reference or args.loss == "simpo"):
         defaults["eval_data"] = str(TINY / "pairs_test.jsonl")
     unset = {name: value for name, value in defaults.items() if getattr(args, name) is None}
     args = dataclasses.replace(args, **unset)
     common.check_flags(args)
     smoothing = args.label_smoothing
     if not 0 < args.beta < math.inf:
-        fail(f"--beta {args.beta}: must be above 0; at 0 no pair has a gradient")
+        fail(f"--beta {args.beta}: must be above 0 and finite; at 0 no pair has a gradient")
     if not 0 <= smoothing < 0.5:
         fail(f"--label_smoothing {smoothing}: must be from 0 to below 0.5")
     if smoothing and args.loss != "sigmoid":
         fail(f"--label_smoothing acts with --loss sigmoid only, and --loss is {args.loss}")
     if args.reference and args.loss == "simpo":
-        fail("--reference: --loss simpo has none")
+        fail("--reference: --loss simpo uses no reference")
     if not math.isfinite(args.simpo_margin):
-        fail(f"--simpo_margin {args.simpo_margin}: must be a number")
+        fail(f"--simpo_margin {args.simpo_margin}: must be finite")
     if args.steps and not args.data:
         fail("--data: name a file of pairs, or give --steps 0 to evaluate only")
     if not (args.steps or args.eval_data or args.eval_prompts):
@@ -204,8 +209,8 @@ def resolve(args):
 def preference_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected, args):
     """Equations (5) and (6), or another loss of the header -> a loss for each pair, [b].
 
-    All [b]: summed log-probabilities of both sides by the policy, with gradient, and by the
-    reference; lengths in tokens.
+    All [b]: log-probabilities of chosen and rejected, sums over their tokens, by the policy and by
+    the reference; lengths in tokens.
     """
     logratio_chosen = chosen - ref_chosen
     logratio_rejected = rejected - ref_rejected
@@ -234,8 +239,7 @@ def implicit_reward(logprobs, ref_logprobs, length, args):
 
 
 def share_won(chosen, rejected):
-    """1 where the chosen side is scored higher, 1/2 on a tie, else 0, [b]. With ties as 0 a policy
-    that equals its reference would have an accuracy of 0."""
+    """1 where chosen is scored higher, 1/2 on a tie (DPO begins with ties only), else 0, [b]."""
     return (chosen > rejected) + 0.5 * (chosen == rejected)
 
 
@@ -253,61 +257,42 @@ def pair_logprobs(model, tokenizer, pairs, share_prompts, world):
         sides += [chosen, rejected]
     rows_per_prompt = 2 if share_prompts else 1
     samples = common.as_samples(prompts, sides, tokenizer, world, rows_per_prompt)
-    logprobs, _ = token_logprobs(model, samples, list(range(len(sides))), 1.0)  # [2b, C]
+    logprobs = side_logprobs(model, samples)  # [2b, C]
     return logprobs.sum(1).view(-1, 2)
 
 
-def token_logprobs(model, samples, rows, temperature):
-    """log pi(a_t | x, a_<t) and the policy's entropy at each token of these rows of the rollout
-    -> two tensors [b, C]."""
-    states, ids, mask = common.completion_states(model, samples, rows)
-    return logprobs_of(model, states, ids, mask, temperature)
+def side_logprobs(model, samples, chunk=1024):
+    """log pi(a_t | x, a_<t) at each token of these completions -> [2b, C], 0 on padding.
 
-
-def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
-    """states [b, C, width], which predict the tokens ids [b, C] -> log-probabilities, entropies.
-
-    The head computes the logits of `chunk` tokens at a time, and computes them again in backward.
-    So [b, C, V] never exists. With a vocabulary of 150,000 it would be larger than the model.
+    Logits of `chunk` tokens at a time, computed again in backward: those of all tokens would be
+    gigabytes with a vocabulary of 150,000.
     """
+    states, ids, mask = common.completion_states(model, samples, list(range(len(samples.ids))))
 
     def head(states, tokens):
-        logits = common.logits_of(model, states)  # [chunk, V] in float32
-        if temperature != 1:
-            logits = logits / temperature  # as the sampler did; else the first ratio is not 1
-        logprobs = logits.log_softmax(-1)
-        chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
-        entropy = torch.zeros_like(chosen)
-        if torch.is_grad_enabled():
-            # Without gradient, and last: recomputation in backward stops before it.
-            # An entropy bonus needs `logprobs` itself here.
-            constant = logprobs.detach()
-            entropy = -torch.linalg.vecdot(constant.exp(), constant)
-        return chosen, entropy
+        logprobs = common.logits_of(model, states).log_softmax(-1)  # [chunk, vocabulary], float32
+        return logprobs.gather(-1, tokens[:, None])[:, 0]
 
     logprobs = []
-    entropies = []
     # only tokens on the mask: no work for padding
     for part, tokens in zip(states[mask].split(chunk), ids[mask].split(chunk)):
-        result = checkpoint(head, part, tokens, use_reentrant=False, preserve_rng_state=False)
-        logprobs.append(result[0])
-        entropies.append(result[1])
+        part = checkpoint(head, part, tokens, use_reentrant=False, preserve_rng_state=False)
+        logprobs.append(part)
     empty = torch.zeros(mask.shape, device=mask.device)
-    logprobs = empty.masked_scatter(mask, torch.cat(logprobs))
-    return logprobs, empty.masked_scatter(mask, torch.cat(entropies))
+    return empty.masked_scatter(mask, torch.cat(logprobs))
 
 
 # -- The loop ----------------------------------------------------------------------------------
 
 
 def update_loss(policy, tokenizer, pairs, ref, share_prompts, args, world, meter):
-    """Equations (5) and (6) for one micro-batch of pairs -> its loss.
+    """Equations (5) and (6) for one micro-batch of pairs -> its share of the loss.
     ref [b, 2]: the reference's log-probabilities of chosen and rejected."""
     logprobs = pair_logprobs(policy, tokenizer, pairs, share_prompts, world)  # [b, 2]
     ref = ref.to(world.device)
     length = side_lengths(pairs).to(world.device)
     losses = preference_loss(*logprobs.T, *ref.T, *length.T, args)  # [b]
-    # divided by the pairs of the whole update: gradients do not depend on how it is cut
+    # divided by the pairs of the whole update, so the size of the micro-batches does not matter
     loss = losses.sum() / args.pairs_per_step
 
     with torch.no_grad():  # the rest is for the log
@@ -334,12 +319,11 @@ def train(args):
     done_steps = saved["step"] if saved else 0
     texts = pairs + held_out + [(ids, []) for ids, _ in prompts]
     first_prompt, first_side = texts[0][:2]
-    learning = int(args.steps > 0)
-    frozen = 1 - learning + int(reward is not None and reward.is_model)
-    # says what the run is, with its first text
-    first_text = first_prompt + first_side
+    learning_models = int(args.steps > 0)
+    frozen_models = 1 - learning_models + int(reward is not None and reward.is_model)
+    first = first_prompt + first_side
     writer, bar = common.introduce(
-        out, args, world, tokenizer, first_text, done_steps, learning, frozen
+        out, args, world, tokenizer, first, done_steps, learning_models, frozen_models
     )
     if pairs:
         drawn = args.steps * args.pairs_per_step
@@ -348,7 +332,7 @@ def train(args):
 
     with common.guarded(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing)
-        # training computes a prompt once for both sides, if the model's cache allows it
+        # a prompt is computed once for both sides, if the model's cache allows it
         share_prompts = args.steps > 0 and common.prompts_can_be_shared(
             policy, world, args.gradient_checkpointing
         )
@@ -368,7 +352,7 @@ def train(args):
             )
             common.log(out, writer, 0, scores, shown)
 
-        warned = set()  # warnings that were given
+        warned = set()
         for step in range(done_steps + 1, args.steps + 1):
             step_began = time.perf_counter()
             meter = common.Meter()
@@ -380,7 +364,7 @@ def train(args):
             meter.total("tokens", count_tokens(batch))
             parts = micro_batches_of_pairs(batch, share_prompts, args.tokens_per_micro_batch, world)
 
-            # 2. Update. The losses contain every divisor, so losses and gradients add up.
+            # 2. Update. The losses are shares of one mean, so losses and gradients add up.
             rate = common.learning_rate_at(
                 step, args.steps, args.learning_rate, args.schedule, args.warmup
             )
@@ -430,24 +414,23 @@ def train(args):
 
         if args.steps:
             common.save_model(policy, tokenizer, out / "model", world)
+    # for the line of Python that is shown: with a template any prompt works
     prompt = "" if tokenizer.chat_template else tokenizer.decode(first_prompt)
     common.conclude(out, args, writer, bar, common.usage(out, tokenizer, prompt, args))
 
 
-# -- A first reading may end here: batches of pairs, the reference's scores, held-out scores, pairs,
-# -- rewards
+# -- A first reading may end here: batches, the reference, held-out scores, pairs, rewards -------
 
 
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     """Cuts pairs into parts, one forward each -> lists of pair numbers.
 
-    A pair is (prompt, chosen, rejected), as token ids. A part has at most `tokens` tokens (padding
-    included, a shared prompt counted once) or one pair. Both sides of a pair stay together, because
-    the loss is of their difference. Pairs of like length come together, to save padding.
+    A pair is (common beginning, rest of chosen, rest of rejected), as token ids. A part has at most
+    `tokens` tokens (padding included, a shared beginning counted once) or one pair. Pairs of like
+    length come together, to save padding.
 
-    Every process gets the same number of parts: FSDP gathers weights in all processes or in none.
-    One that is short of parts divides a part. That is always possible, because all processes must
-    give equally many pairs.
+    All processes get equally many parts, as FSDP requires. One that is short of parts divides one;
+    all have equally many pairs, so this cannot fail.
     """
     copies = 1 if share_prompts else 2
     prompt_length = [copies * len(prompt) for prompt, _, _ in pairs]
@@ -475,8 +458,8 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
 
 
 def share_of_process(pairs, world):
-    """Every world.size-th pair. All processes get equally many: the count is rounded up, and some
-    of the first pairs come twice. `in_order` drops their second results."""
+    """Every world.size-th pair. All processes get equally many: some of the first pairs come twice,
+    and `in_order` drops their second results."""
     count = math.ceil(len(pairs) / world.size)
     return [pairs[(world.rank + i * world.size) % len(pairs)] for i in range(count)]
 
@@ -490,12 +473,12 @@ def in_order(results, count, world):
 
 
 def side_lengths(pairs):
-    """Tokens of chosen and rejected, [pairs, 2]."""
+    """Tokens of chosen and rejected after what both begin with, [pairs, 2]."""
     return torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs])
 
 
 def count_tokens(pairs):
-    """Tokens of both sides of the pairs, each with its prompt; a tensor."""
+    """Tokens of both sides of the pairs, each with its prompt."""
     prompts = sum(len(prompt) for prompt, _, _ in pairs)
     return side_lengths(pairs).sum() + 2 * prompts
 
@@ -515,24 +498,24 @@ def score_pairs(model, tokenizer, pairs, share_prompts, args, world):
 def reference_scores(
     policy, tokenizer, pairs, held_out, share_prompts, args, out, world, stop_asked
 ):
-    """The reference's log-probabilities of pairs and of held-out pairs, two tensors [.., 2], NaN
-    for pairs that the run does not visit. The policy must still be as it was at the start.
+    """The reference's log-probabilities of the pairs, NaN where the run never draws one, and of the
+    held-out pairs: two tensors [.., 2]. The policy must still be as it was at the start.
 
     Those of the pairs are kept in the run's folder. A resumed run computes only what is missing.
-    The micro-batches are not those of training. In bfloat16 that moves a log-ratio by hundredths,
-    in step 1 too.
+    The micro-batches are not those of training. So in bfloat16, log-ratios that should be 0 in step
+    1 are off by hundredths.
     """
-    if args.loss == "simpo":  # has no reference
+    if args.loss == "simpo":
         return torch.zeros(len(pairs), 2), torch.zeros(len(held_out), 2)
     path = out / "reference.pt"
-    asked = repr((args.reference or args.model, pairs, held_out))
+    asked = repr((args.reference or args.model, pairs))
     mark = f"{world.dtype} {hashlib.sha256(asked.encode()).hexdigest()}"
     scores = read_scores(path, mark, args)
     if scores is None:
         scores = torch.full((len(pairs), 2), math.nan)
     known = int((~scores[:, 0].isnan()).sum())
     common.agree(out, world, known, "the number of pairs that the reference has scored is")
-    drawn = args.steps * args.pairs_per_step
+    drawn = args.steps * args.pairs_per_step  # as `rows_of_step` draws them
     visited = {common.nth_row(len(pairs), i, args.seed) for i in range(drawn)}
     missing = [i for i in sorted(visited) if scores[i].isnan().any()]
 
@@ -581,7 +564,7 @@ def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world)
     if not held_out:
         return {}
     logprobs = score_pairs(policy, tokenizer, held_out, share_prompts, args, world)
-    length = side_lengths(held_out)  # [pairs, 2], as the other two
+    length = side_lengths(held_out)  # [pairs, 2], as logprobs and ref
     losses = preference_loss(*logprobs.T, *ref.T, *length.T, args)
     chosen, rejected = implicit_reward(logprobs, ref, length, args).T
     return {
@@ -592,8 +575,8 @@ def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world)
 
 
 def evaluate(policy, tokenizer, held_out, reward, args, world):
-    """Scores of held-out prompts: eval/reward and eval/exact of greedy completions -> (scores, the
-    first completions, to be read). Each process takes its share."""
+    """Scores of held-out prompts: eval/reward and eval/exact of greedy completions -> (scores, some
+    completions to be read). Each process takes its share."""
     mine = held_out[world.rank :: world.size]
     longest = max((len(ids) for ids, _ in held_out), default=0) + args.max_new_tokens
     # the keys and values of 4 micro-batches need less memory than the training of one
@@ -602,43 +585,35 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
     meter = common.Meter()
     shown = []
     for start in range(0, math.ceil(len(held_out) / world.size), size):
-        # a process without prompts left samples along with the others, and counts nothing
+        # a process with no prompts left samples along (FSDP), and counts nothing
         is_counted = start < len(mine)
         part = mine[start : start + size] or held_out[:1]
         ids = [ids for ids, _ in part]
         records = [record for _, record in part]
-        known = torch.tensor([is_counted and common.has_answer(record) for record in records])
-
         texts = common.sample(
             policy, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=0
         ).texts
         scores = reward.score(texts, records)
+        known = torch.tensor([common.has_answer(record) for record in records])
+        right = torch.zeros(len(records))
+        for i, record in enumerate(records):
+            if known[i]:
+                right[i] = reward.rule(texts[i], record)
         meter.add("eval/reward", torch.tensor(scores), torch.full_like(known, is_counted))
-        meter.add("eval/exact", count_right(texts, records, reward.rule), known)
+        meter.add("eval/exact", right, known & is_counted)
         for record, text, score in zip(records, texts, scores):
             shown.append({"prompt": record["prompt"], "completion": text, "reward": score})
     return meter.result(world), shown[:8]
 
 
-def count_right(texts, records, rule):
-    """How many texts of each record are right by `rule`; 0 for records without an answer."""
-    n = len(texts) // len(records)
-    right = torch.zeros(len(records))
-    for i, text in enumerate(texts):
-        record = records[i // n]
-        if common.has_answer(record):
-            right[i // n] += rule(text, record)
-    return right
-
-
 def warn_if_unlikely(lost, args, warned):
-    """Warns once if chosen completions become unlikely: the loss looks perfect meanwhile. lost: by
-    how much their mean log-probability per token has fallen. (simpo has no reference to compare.)
-    """
+    """Warns once if chosen completions are much less likely than under the reference: the loss does
+    not show it. lost: the fall, in nats a token."""
     if lost > 1 and args.loss != "simpo" and "lost" not in warned:
         warned.add("lost")
         how = "lower --learning_rate, or raise --beta or --sft_coef"
-        common.say(f"warning: even chosen answers have lost {lost:.1f} nats a token: {how}")
+        what = f"even chosen answers are {lost:.1f} nats a token below the reference"
+        common.say(f"warning: {what}: {how}")
 
 
 def read_pairs(path, flag):
@@ -648,20 +623,20 @@ def read_pairs(path, flag):
     if there are any, are the prompt.
     """
     records = []
-    for number, record in common.read_json(path, flag):
-        where = f"{flag} {path}, line {number}"
+    for line, record in common.read_json(path, flag):
+        where = f"{flag} {path}, line {line}"
         record = dict(record) if isinstance(record, dict) else {}
         record["prompt"] = record.get("prompt", record.get("question"))
         for side in ("chosen", "rejected"):
             value = record.get(side)
-            is_talk = isinstance(value, list) and common.is_prompt(value)
-            if is_talk and value[-1]["role"] == "assistant":
+            is_messages = isinstance(value, list) and common.is_prompt(value)
+            if is_messages and value[-1]["role"] == "assistant":
                 *asked, answer = value
                 record[side] = answer["content"]
                 if not record["prompt"]:
                     record["prompt"] = asked
                 elif asked and common.messages(record["prompt"]) != asked:
-                    fail(f"{where}: the prompt, chosen and rejected do not ask the same")
+                    fail(f"{where}: the prompt is not what the messages before the answer say")
             if not isinstance(record.get(side), str):
                 what = "a text or a list of messages of which the last is the assistant's"
                 fail(f'{where}: needs "{side}", {what}')
@@ -674,8 +649,8 @@ def read_pairs(path, flag):
 def encode_preferences(records, tokenizer, args, flag):
     """[(token ids of the prompt, of chosen, of rejected), ...]; both sides have their end token.
 
-    Equal sides teach nothing: such pairs are left out, and counted. So are empty prompts, and
-    pairs that are too long. A pair that is cut may lose the place where its sides differ.
+    Pairs with equal sides say no preference. They are left out, and counted, and so are empty
+    prompts, and pairs that are too long: a cut might remove the place where the sides differ.
     """
     kept = []
     useless = 0
@@ -726,15 +701,14 @@ def last_number(text):
 class Reward:
     """A loaded --reward."""
 
-    score: Callable  # completions and the lines of --data that they belong to -> scores
+    score: Callable  # completions and their lines of the prompts' file -> scores
     rule: Callable  # decides which held-out completions are right
-    answer_flag: str = ""  # the flag because of which every line needs an answer
+    answer_flag: str = ""  # the flag that needs an answer in every line, or ""
     is_model: bool = False
 
 
 def load_reward(spec, world, date):
-    # `checked` refuses scores that are no finite numbers. `stop_together` stops every process
-    # when the reward fails in one.
+    # `checked` refuses scores that are not finite. `stop_together` stops all processes if one fails
     if spec in ("exact", "number"):
         rule = exact if spec == "exact" else number
         return Reward(common.stop_together(common.checked(rule), world), rule, f"--reward {spec}")
@@ -748,7 +722,7 @@ def load_reward(spec, world, date):
 
 
 def load_task(args, world):
-    """Finds every mistake in the user's input before a policy is loaded or a file is written
+    """Checks the user's input before a policy is loaded or a file is written
     -> (args, with limits lowered to what fits, tokenizer, reward, pairs, held-out pairs, held-out
     prompts)."""
     if args.pairs_per_step % world.size:

@@ -104,7 +104,7 @@ class Args:
     scale: Literal["group", "batch", "none"] = "group"
     """divide advantages by the std of the group's rewards, of the batch's, or by nothing"""
     keep_max: bool = False
-    """learn only from the best completions of each group (all of them on a tie)"""
+    """learn only from the best completion of each prompt, and those that tie with it"""
     drop_equal_groups: bool = False
     """draw twice as many prompts, and keep those whose rewards are not all equal"""
     mask_truncated: bool = False
@@ -216,7 +216,7 @@ def group_advantages(rewards, all_rewards, n, scale, keep_max):
 
 
 def equal_groups(rewards, n):
-    """Which groups have equal rewards, [B / n]. They teach nothing."""
+    """Which groups have equal rewards, [B / n]. Without a KL they teach nothing."""
     groups = rewards.view(-1, n)
     return groups.amax(1) == groups.amin(1)
 
@@ -254,14 +254,14 @@ def is_clipped(ratio, advantages, clip_low, clip_high):
     return low, high
 
 
-def k3(logprobs, ref_logprobs):
-    """Equation (4), [b, C]: an estimate of KL(pi || ref) on tokens that pi drew, never negative.
+def k3(logprobs, other_logprobs):
+    """Equation (4), [b, C]: an estimate of KL(p || other) on tokens that p drew, never negative.
 
-    Its mean is that KL, but the mean of its gradient is the gradient of KL(ref || pi). Near the
-    reference the two agree. (The gradient of ratio * k3, through both, is that of KL(pi || ref).)
+    Its mean is that KL, but the mean of its gradient is the gradient of KL(other || p). Near each
+    other the two agree. (The gradient of ratio * k3, through both, is that of KL(p || other).)
     expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
     """
-    d = (logprobs - ref_logprobs).clamp(-20, 20)
+    d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
 
 
@@ -309,20 +309,20 @@ def token_logprobs(model, samples, rows, temperature):
 def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
     """states [b, C, width], which predict the tokens ids [b, C] -> log-probabilities, entropies.
 
-    The head computes the logits of `chunk` tokens at a time, and computes them again in backward.
-    So [b, C, V] never exists. With a vocabulary of 150,000 it would be larger than the model.
+    Logits of `chunk` tokens at a time, computed again in backward: [b, C, V] never exists. With a
+    vocabulary of 150,000 it would be larger than the model.
     """
 
     def head(states, tokens):
         logits = common.logits_of(model, states)  # [chunk, V] in float32
         if temperature != 1:
-            logits = logits / temperature  # as the sampler did; else the first ratio is not 1
+            logits = logits / temperature  # as the sampler: what drew is what learns
         logprobs = logits.log_softmax(-1)
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Without gradient, and last: recomputation in backward stops before it.
-            # An entropy bonus needs `logprobs` itself here.
+            # For the log. Last, so that the recomputation in backward skips it.
+            # For an entropy bonus, drop the detach.
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -341,9 +341,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of a rollout, without gradient, in the micro-batches of the update.
-    In bfloat16 they depend on a batch's shape. Other batches would move the first ratio from 1.
-    """
+    """Log-probabilities [B, C] of a rollout, in the micro-batches of the update: in bfloat16 they
+    depend on a batch's shape, and with other batches the first ratio would not be 1."""
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
@@ -437,7 +436,7 @@ def train(args):
             scores = evaluate(policy, tokenizer, held_out, reward, args, world)
             common.log(out, writer, 0, scores)
 
-        warned = set()  # warnings that were given
+        warned = set()
         for step in range(done_steps + 1, args.steps + 1):
             step_began = time.perf_counter()
             meter = common.Meter()
@@ -594,9 +593,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     a shared prompt counted once) or one row. Completions of a prompt stay together where they fit,
     and rows of like length come together, to save padding.
 
-    Every process gets the same number of parts: FSDP gathers weights in all processes or in none.
-    One that is short of parts takes a row that is not trained, or divides a part. That is always
-    possible, because all processes have equally many rows.
+    All processes get equally many parts, as FSDP requires. One that is short of parts takes a row
+    that is not trained, or divides a part; all have equally many rows, so this cannot fail.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -649,7 +647,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
     size = max(size // max(n, 1), 1)
     meter = common.Meter()
     for start in range(0, math.ceil(len(held_out) / world.size), size):
-        # a process without prompts left samples along with the others, and counts nothing
+        # a process with no prompts left samples along (FSDP), and counts nothing
         is_counted = start < len(mine)
         part = mine[start : start + size] or held_out[:1]
         ids = [ids for ids, _ in part]
@@ -723,15 +721,14 @@ def last_number(text):
 class Reward:
     """A loaded --reward."""
 
-    score: Callable  # completions and the lines of --data that they belong to -> scores
+    score: Callable  # completions and their lines of the prompts' file -> scores
     rule: Callable  # decides which held-out completions are right
-    answer_flag: str = ""  # the flag because of which every line needs an answer
+    answer_flag: str = ""  # the flag that needs an answer in every line, or ""
     is_model: bool = False
 
 
 def load_reward(spec, world, date):
-    # `checked` refuses scores that are no finite numbers. `stop_together` stops every process
-    # when the reward fails in one.
+    # `checked` refuses scores that are not finite. `stop_together` stops all processes if one fails
     if spec in ("exact", "number"):
         rule = exact if spec == "exact" else number
         return Reward(common.stop_together(common.checked(rule), world), rule, f"--reward {spec}")
@@ -745,7 +742,7 @@ def load_reward(spec, world, date):
 
 
 def load_task(args, world):
-    """Finds every mistake in the user's input before a policy is loaded or a file is written
+    """Checks the user's input before a policy is loaded or a file is written
     -> (args, with --max_new_tokens lowered to what fits, tokenizer, reward, prompts, held out)."""
     if args.prompts_per_step % (args.minibatches * world.size):
         multiple = f"a multiple of --minibatches {args.minibatches} x {world.size} processes"

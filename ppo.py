@@ -203,8 +203,7 @@ def resolve(args):
 def token_rewards(scores, kl, mask, beta):
     """scores [B], kl [B, C] (log pi_old - log ref, 0 off the mask) -> rewards r_t [B, C].
 
-    The score goes to the last token that the policy chose, the stop token if there is one. One
-    place later, no token would get it.
+    The score goes to the last token that the policy chose: the stop token, if there is one.
     """
     follows = F.pad(mask[:, 1:], (0, 1))  # true where another token follows
     is_last = mask & ~follows
@@ -266,14 +265,14 @@ def is_clipped(ratio, advantages, clip_low, clip_high):
     return low, high
 
 
-def k3(logprobs, ref_logprobs):
-    """Equation (4), [b, C]: an estimate of KL(pi || ref) on tokens that pi drew, never negative.
+def k3(logprobs, other_logprobs):
+    """Equation (4), [b, C]: an estimate of KL(p || other) on tokens that p drew, never negative.
 
-    Its mean is that KL, but the mean of its gradient is the gradient of KL(ref || pi). Near the
-    reference the two agree. (The gradient of ratio * k3, through both, is that of KL(pi || ref).)
+    Its mean is that KL, but the mean of its gradient is the gradient of KL(other || p). Near each
+    other the two agree. (The gradient of ratio * k3, through both, is that of KL(p || other).)
     expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
     """
-    d = (logprobs - ref_logprobs).clamp(-20, 20)
+    d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
 
 
@@ -312,20 +311,20 @@ def token_logprobs(model, samples, rows, temperature):
 def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
     """states [b, C, width], which predict the tokens ids [b, C] -> log-probabilities, entropies.
 
-    The head computes the logits of `chunk` tokens at a time, and computes them again in backward.
-    So [b, C, V] never exists. With a vocabulary of 150,000 it would be larger than the model.
+    Logits of `chunk` tokens at a time, computed again in backward: [b, C, V] never exists. With a
+    vocabulary of 150,000 it would be larger than the model.
     """
 
     def head(states, tokens):
         logits = common.logits_of(model, states)  # [chunk, V] in float32
         if temperature != 1:
-            logits = logits / temperature  # as the sampler did; else the first ratio is not 1
+            logits = logits / temperature  # as the sampler: what drew is what learns
         logprobs = logits.log_softmax(-1)
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Without gradient, and last: recomputation in backward stops before it.
-            # An entropy bonus needs `logprobs` itself here.
+            # For the log. Last, so that the recomputation in backward skips it.
+            # For an entropy bonus, drop the detach.
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -344,9 +343,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of a rollout, without gradient, in the micro-batches of the update.
-    In bfloat16 they depend on a batch's shape. Other batches would move the first ratio from 1.
-    """
+    """Log-probabilities [B, C] of a rollout, in the micro-batches of the update: in bfloat16 they
+    depend on a batch's shape, and with other batches the first ratio would not be 1."""
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
@@ -509,7 +507,7 @@ def train(args):
             scores = evaluate(policy, tokenizer, held_out, reward, args, world)
             common.log(out, writer, 0, scores)
 
-        warned = set()  # warnings that were given
+        warned = set()
         for step in range(done_steps + 1, args.steps + 1):
             step_began = time.perf_counter()
             meter = common.Meter()
@@ -659,9 +657,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     a shared prompt counted once) or one row. Completions of a prompt stay together where they fit,
     and rows of like length come together, to save padding.
 
-    Every process gets the same number of parts: FSDP gathers weights in all processes or in none.
-    One that is short of parts takes a row that is not trained, or divides a part. That is always
-    possible, because all processes have equally many rows.
+    All processes get equally many parts, as FSDP requires. One that is short of parts takes a row
+    that is not trained, or divides a part; all have equally many rows, so this cannot fail.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -720,7 +717,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
     size = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     meter = common.Meter()
     for start in range(0, math.ceil(len(held_out) / world.size), size):
-        # a process without prompts left samples along with the others, and counts nothing
+        # a process with no prompts left samples along (FSDP), and counts nothing
         is_counted = start < len(mine)
         part = mine[start : start + size] or held_out[:1]
         ids = [ids for ids, _ in part]
@@ -765,15 +762,14 @@ def last_number(text):
 class Reward:
     """A loaded --reward."""
 
-    score: Callable  # completions and the lines of --data that they belong to -> scores
+    score: Callable  # completions and their lines of the prompts' file -> scores
     rule: Callable  # decides which held-out completions are right
-    answer_flag: str = ""  # the flag because of which every line needs an answer
+    answer_flag: str = ""  # the flag that needs an answer in every line, or ""
     is_model: bool = False
 
 
 def load_reward(spec, world, date):
-    # `checked` refuses scores that are no finite numbers. `stop_together` stops every process
-    # when the reward fails in one.
+    # `checked` refuses scores that are not finite. `stop_together` stops all processes if one fails
     if spec in ("exact", "number"):
         rule = exact if spec == "exact" else number
         return Reward(common.stop_together(common.checked(rule), world), rule, f"--reward {spec}")

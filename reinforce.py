@@ -16,9 +16,9 @@ right on average, but very noisy. The rest adds the KL and removes noise.
 
     (3)  r_t  = -beta d_t, plus r(x, y) at the last token                     `token_rewards`
          d_t  = log pi(a_t | ..) - log ref(a_t | ..)
-    (4)  k_t  = exp(-d_t) - 1 + d_t, for the log only                         `k3`
+    (4)  k_t  = exp(-d) - 1 + d,  d = log pi_old(a_t) - log pi(a_t), for the log only     `k3`
     (5)  G_t  = sum over s >= t of gamma^(s-t) r_s                            `rewards_to_go`
-    (6)  A_t  = G_t - b                                                       `baselines`
+    (6)  A_t  = G_t - baseline                                                `baselines`
     (7)  loss = -1/N sum over completions and tokens of w_t A_t log pi(a_t)   `policy_loss`
 
 (3) KL(pi || ref) is the mean of d_1 + .. + d_T. This estimate is called k1. So J is the mean of
@@ -26,18 +26,18 @@ right on average, but very noisy. The rest adds the KL and removes noise.
     depends on the weights adds nothing to it, because E[grad log pi] = 0. So d_t is a constant,
     computed before the update. For the same reason k1 does nothing as a term of the loss: the mean
     of its gradient is 0.
-(4) k3 has the mean of k1, mostly less noise, and is never negative. As a term of the loss (grpo.py)
-    it has the gradient of KL(ref || pi). Here it only measures KL(pi_old || pi), logged as kl/old.
+(4) k3 measures KL(pi_old || pi), logged as kl/old; pi_old drew the samples. It has the mean of k1,
+    mostly less noise, and is never negative. (kl/ref is k1, and may be negative.)
 (5) A token did not cause the rewards before it, so in its weight they would only be noise. With
     gamma 1 and beta 0, every G_t is the score. That is (2).
-(6) E[b grad log pi] = 0 for every b that does not depend on y, so b may be subtracted. If all
-    scores are near 100, every sample says "more of this". With a baseline, half of them say "less".
-(7) N completions in an optimizer update. w_t = 1 for fresh samples. If a rollout serves several
-    updates, w_t is pi(a_t) / pi_old(a_t), where pi_old drew the samples.
+(6) E[baseline grad log pi] = 0 if the baseline does not depend on y, so it may be subtracted. If
+    all scores are near 100, every sample says "more of this". With it, about half say "less".
+(7) N is the completions of an optimizer update. w_t = 1 for fresh samples. If a rollout serves
+    several updates, w_t is pi(a_t) / pi_old(a_t).
 
-With scores 0 and 1, no baseline and beta 0, (7) is the log-likelihood of the right completions:
-rejection fine-tuning. With completions from a file (--demos), each with score 1, it is supervised
-fine-tuning.
+With scores 0 and 1, no baseline and beta 0, (7) is the negative log-likelihood of the right
+completions, over N: rejection fine-tuning. On completions from a file (--demos), each with score 1,
+it is supervised fine-tuning.
 
     python reinforce.py                  # a tiny model learns to sort digits; needs no download
     python reinforce.py --model Qwen/Qwen2.5-0.5B-Instruct --reward number \
@@ -50,12 +50,12 @@ tokens in the longest completion, V in the vocabulary.
 What is biased:
   * --baseline prompt and batch shrink the gradient (see `baselines`). --normalize, --keep_max and a
     --gamma below 1 change what is maximised.
-  * w_t corrects a token, but not the text before it.
+  * w_t corrects a token, but not the text before it, nor the text after it that G_t comes from.
   * pi_old comes from the trainer's forward. The sampler's log-probabilities differ from it by
     rounding (`kl/sample`: their mean distance).
 
 Left out: the clip (ppo.py, grpo.py), without which more than one or two updates per rollout are
-unsafe; a critic (ppo.py); a mean over tokens, which has the gradient of E[r / length].
+unsafe; a critic (ppo.py); a mean over each completion's tokens: that maximises E[A / length].
 
 Papers: Williams 1992 (REINFORCE), Sutton et al. 1999 (policy gradients), Kool et al. 2019 (leave
 one out), Ahmadian et al. 2024 (the same for language models).
@@ -96,7 +96,7 @@ class Args:
     reward: str = "exact"
     """exact | number | FILE.py:function(completion, row) -> float | a reward model's folder"""
     demos: str = ""
-    """supervised fine-tuning: learn from the answers in this file instead of --data and samples"""
+    """supervised fine-tuning: learn from this file's answers; --data and samples are not used"""
     chat: bool = True
     """put a text prompt through the chat template, if there is one (--no_chat: raw text)"""
     template_args: str = ""
@@ -116,13 +116,13 @@ class Args:
     temperature: float = 1.0
     """of sampling, and of every log-probability: the policy is softmax(logits / temperature)"""
     baseline: Literal["none", "batch", "prompt", "loo"] | None = None
-    """subtracted from the reward: nothing, the batch's mean, the prompt's, or (loo, leave one out)
-    that of the prompt's other samples (None: loo, and none with --demos)"""
+    """subtracted from G_t: nothing, the mean G_1 of the batch, of the prompt, or (loo, leave one
+    out) of the prompt's other samples (None: loo, and none with --demos)"""
     normalize: bool = False
     """divide advantages by the std (plus 1e-4) of the prompt's scores (--baseline prompt, loo) or
     of the batch's (none, batch); by 1 if they are all equal"""
     keep_max: bool = False
-    """learn only from the best completions of each group (all of them on a tie)"""
+    """learn only from the best completion of each prompt, and those that tie with it"""
     gamma: float = 1.0
     """discount of a reward per token; 1: it counts the same however late it comes"""
     beta: float | None = None
@@ -204,8 +204,7 @@ def resolve(args):
 def token_rewards(scores, kl, mask, beta):
     """scores [B], kl [B, C] (log pi_old - log ref, 0 off the mask) -> rewards r_t [B, C].
 
-    The score goes to the last token that the policy chose, the stop token if there is one. One
-    place later, no token would get it.
+    The score goes to the last token that the policy chose: the stop token, if there is one.
     """
     follows = F.pad(mask[:, 1:], (0, 1))  # true where another token follows
     is_last = mask & ~follows
@@ -215,8 +214,7 @@ def token_rewards(scores, kl, mask, beta):
 def rewards_to_go(rewards, gamma):
     """Equation (5): rewards r_t [B, C] -> G_t [B, C], from the end: G_t = r_t + gamma G_{t+1}.
 
-    With gamma 1, the rewards (-0.1, 0.2, 1) give (1.1, 1.2, 1). A completion that was cut ends
-    there all the same: nothing is guessed about how it might go on.
+    With gamma 1, (-0.1, 0.2, 1) gives (1.1, 1.2, 1). A completion that was cut counts as ended.
     """
     to_go = torch.zeros_like(rewards)
     later = torch.zeros_like(rewards[:, 0])  # [B]
@@ -227,8 +225,8 @@ def rewards_to_go(rewards, gamma):
 
 
 def baselines(totals, all_totals, n, baseline):
-    """b of equation (6), [B]. totals [B] are the whole rewards G_1, n for each prompt; all_totals
-    are those of all processes.
+    """The baseline of equation (6), [B]. totals [B] are the G_1, n for each prompt; all_totals are
+    those of all processes.
 
         none    0                                         unbiased
         loo     mean of the prompt's other n - 1 samples  unbiased: does not depend on this sample
@@ -236,8 +234,8 @@ def baselines(totals, all_totals, n, baseline):
         batch   mean of all samples of the step           the same, with their number for n, and
                                                           blind to how hard a prompt is
 
-    A smaller gradient has the same direction. The variance is what differs. Equal totals get
-    exactly b = G_1: a mean of eight rewards of 0.1 is not 0.1, and Adam makes a step of any noise.
+    A shrunk gradient keeps its direction (with gamma 1). If totals are equal, each is its own
+    baseline: the mean of eight 0.1 is not exactly 0.1, and Adam makes a full step of any rest.
     """
     if baseline == "none":
         return torch.zeros_like(totals)
@@ -252,7 +250,7 @@ def baselines(totals, all_totals, n, baseline):
 
 
 def equal_groups(rewards, n):
-    """Which groups have equal rewards, [B / n]. They teach nothing."""
+    """Which groups have equal rewards, [B / n]. Without a KL they teach nothing."""
     groups = rewards.view(-1, n)
     return groups.amax(1) == groups.amin(1)
 
@@ -261,8 +259,8 @@ def spread(scores, all_scores, n, baseline):
     """What --normalize divides by, [B]: the std of the scores that the baseline compares, or 1 if
     they are equal. Rare successes then count more.
 
-    It leaves the KL out. No two samples have the same KL, so a prompt with equal scores would get
-    advantages of size 1 from its KL alone.
+    The std is without the KL: it would give equal scores advantages of size 1 from the KL alone.
+    But the KL in A_t is divided too.
     """
     peers = scores.view(-1, n)  # [B / n, n]
     if baseline in ("none", "batch"):
@@ -301,25 +299,23 @@ def rows_to_train(scores, mask, args, world):
 def policy_loss(logprobs, old_logprobs, advantages, mask, N):
     """Equation (7): logprobs [b, C] with gradient, the rest without -> (loss, ratio [b, C]).
 
-    N counts all completions of the optimizer update, in all its micro-batches and all processes.
-    So the gradient does not depend on how the update is cut.
+    N counts the completions of all micro-batches and processes, so that the cut does not matter.
 
     The ratio is w_t, of this token alone: the product of all ratios up to it has too much variance.
-    It is a constant, because ratio * grad log pi is already the gradient of pi / pi_old. If pi_old
-    had a gradient too, pi / pi_old would be 1 and have gradient 0.
+    It is a constant, because ratio * grad log pi is already the gradient of pi / pi_old.
     """
     ratio = (logprobs - old_logprobs).detach().clamp(-20, 20).exp()  # the clamp avoids inf
     return -(ratio * advantages * logprobs * mask).sum() / N, ratio
 
 
-def k3(logprobs, ref_logprobs):
-    """Equation (4), [b, C]: an estimate of KL(pi || ref) on tokens that pi drew, never negative.
+def k3(logprobs, other_logprobs):
+    """Equation (4), [b, C]: an estimate of KL(p || other) on tokens that p drew, never negative.
 
-    Its mean is that KL, but the mean of its gradient is the gradient of KL(ref || pi). Near the
-    reference the two agree. (The gradient of ratio * k3, through both, is that of KL(pi || ref).)
+    Its mean is that KL, but the mean of its gradient is the gradient of KL(other || p). Near each
+    other the two agree. (The gradient of ratio * k3, through both, is that of KL(p || other).)
     expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
     """
-    d = (logprobs - ref_logprobs).clamp(-20, 20)
+    d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
 
 
@@ -336,20 +332,20 @@ def token_logprobs(model, samples, rows, temperature):
 def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
     """states [b, C, width], which predict the tokens ids [b, C] -> log-probabilities, entropies.
 
-    The head computes the logits of `chunk` tokens at a time, and computes them again in backward.
-    So [b, C, V] never exists. With a vocabulary of 150,000 it would be larger than the model.
+    Logits of `chunk` tokens at a time, computed again in backward: [b, C, V] never exists. With a
+    vocabulary of 150,000 it would be larger than the model.
     """
 
     def head(states, tokens):
         logits = common.logits_of(model, states)  # [chunk, V] in float32
         if temperature != 1:
-            logits = logits / temperature  # as the sampler did; else the first ratio is not 1
+            logits = logits / temperature  # as the sampler: what drew is what learns
         logprobs = logits.log_softmax(-1)
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Without gradient, and last: recomputation in backward stops before it.
-            # An entropy bonus needs `logprobs` itself here.
+            # For the log. Last, so that the recomputation in backward skips it.
+            # For an entropy bonus, drop the detach.
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -368,9 +364,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of a rollout, without gradient, in the micro-batches of the update.
-    In bfloat16 they depend on a batch's shape. Other batches would move the first ratio from 1.
-    """
+    """Log-probabilities [B, C] of a rollout, in the micro-batches of the update: in bfloat16 they
+    depend on a batch's shape, and with other batches the first ratio would not be 1."""
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
@@ -399,7 +394,7 @@ def update_loss(policy, batch, rows, args, meter, is_first):
     C = logprobs.shape[1]  # the longest completion of these rows
     mask = batch.mask[rows, :C]
     A = batch.advantages[rows, :C]
-    if batch.old_logprobs is None:  # one update, or demonstrations
+    if batch.old_logprobs is None:
         old = logprobs.detach()
     else:
         old = batch.old_logprobs[rows, :C]
@@ -450,7 +445,7 @@ def train(args):
             held_out_scores = evaluate(policy, tokenizer, held_out, reward, args, world)
             common.log(out, writer, 0, held_out_scores)
 
-        warned = set()  # warnings that were given
+        warned = set()
         for step in range(done_steps + 1, args.steps + 1):
             step_began = time.perf_counter()
             meter = common.Meter()
@@ -505,8 +500,7 @@ def train(args):
                 optimizer.step()
                 optimizer.zero_grad()
 
-            # 6. Log. Rewards and kl/ref are of everything drawn; what `update_loss` logs is of the
-            #    rows that were trained.
+            # 6. Log: of all rows; in `update_loss`, of the rows that were trained.
             step_ended = time.perf_counter()
             meter.add("reward", scores)
             meter.add("equal_groups", equal_groups(scores, n) & (n > 1))
@@ -514,7 +508,7 @@ def train(args):
             meter.add("truncated", ~samples.finished)
             meter.total("tokens", samples.mask.sum())
             if reference is not None:
-                meter.add("kl/ref", kl.sum(1))  # nats a completion
+                meter.add("kl/ref", kl.sum(1))  # nats per completion
             metrics = meter.result(world)
             tokens = metrics.pop("tokens")
             metrics |= {
@@ -596,9 +590,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     a shared prompt counted once) or one row. Completions of a prompt stay together where they fit,
     and rows of like length come together, to save padding.
 
-    Every process gets the same number of parts: FSDP gathers weights in all processes or in none.
-    One that is short of parts takes a row that is not trained, or divides a part. That is always
-    possible, because all processes have equally many rows.
+    All processes get equally many parts, as FSDP requires. One that is short of parts takes a row
+    that is not trained, or divides a part; all have equally many rows, so this cannot fail.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -646,7 +639,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
     size = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     meter = common.Meter()
     for start in range(0, math.ceil(len(held_out) / world.size), size):
-        # a process without prompts left samples along with the others, and counts nothing
+        # a process with no prompts left samples along (FSDP), and counts nothing
         is_counted = start < len(mine)
         part = mine[start : start + size] or held_out[:1]
         ids = [ids for ids, _ in part]
@@ -691,15 +684,14 @@ def last_number(text):
 class Reward:
     """A loaded --reward."""
 
-    score: Callable  # completions and the lines of --data that they belong to -> scores
+    score: Callable  # completions and their lines of the prompts' file -> scores
     rule: Callable  # decides which held-out completions are right
-    answer_flag: str = ""  # the flag because of which every line needs an answer
+    answer_flag: str = ""  # the flag that needs an answer in every line, or ""
     is_model: bool = False
 
 
 def load_reward(spec, world, date):
-    # `checked` refuses scores that are no finite numbers. `stop_together` stops every process
-    # when the reward fails in one.
+    # `checked` refuses scores that are not finite. `stop_together` stops all processes if one fails
     if spec in ("exact", "number"):
         rule = exact if spec == "exact" else number
         return Reward(common.stop_together(common.checked(rule), world), rule, f"--reward {spec}")
@@ -713,7 +705,7 @@ def load_reward(spec, world, date):
 
 
 def load_task(args, world):
-    """Finds every mistake in the user's input before a policy is loaded or a file is written
+    """Checks the user's input before a policy is loaded or a file is written
     -> (args, with --max_new_tokens lowered to what fits, tokenizer, reward, prompts, held out)."""
     if args.prompts_per_step % (args.minibatches * world.size):
         multiple = f"a multiple of --minibatches {args.minibatches} x {world.size} processes"

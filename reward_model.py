@@ -1,26 +1,24 @@
-"""A reward model, which scores a text and is learnt from preference pairs; and best-of-N with it.
+"""A reward model: scores for texts, learnt from preference pairs. And best-of-N with it.
 
 It is hard to say what a summary is worth, but easier to say which of two is better. Bradley and
-Terry give each text a score r. The chance that completion y wins against z depends on the
-difference of their scores:
+Terry give each text a score r. The chance that completion y is preferred to z is
 
     (1)  P(y > z | x) = sigmoid(r(x, y) - r(x, z))
     (2)  loss = mean over pairs of
                 -log sigmoid(r(x, chosen) - r(x, rejected) - margin)            `pair_loss`
 
-This is a classification of pairs. The loss is log 2 where the model cannot tell, and falls as the
-difference grows. The score is a linear head on the state at the text's last token, which has seen
-the whole text. (A critic, as in ppo.py, reads the state at every token.)
+With margin 0 the loss is log 2 where the model cannot tell, and falls as the difference grows. The
+score is a linear head on the state at the text's last token, which has seen the whole text.
 
-Best-of-N draws N completions of a prompt and keeps the one with the highest score. Every RL method
-has to beat it. One set of M samples gives an unbiased estimate for each N <= M. It uses all M
-samples and not only the first N:
+Best-of-N draws N completions of a prompt and keeps the one with the highest score. RL is worth its
+price only if it beats that. One set of M samples gives an unbiased estimate for each N <= M, the
+mean over all choices of N of them:
 
-    (3)  E[value of the best of N] = sum over i of v_(i) C(i - 1, N - 1) / C(M, N)     `best_of`
+    (3)  value of the best of N ~ sum over i of v_(i) C(i - 1, N - 1) / C(M, N)        `best_of`
     (4)  KL(best-of-N || policy) <= log N - (N - 1) / N
 
 v_(i) is the value of the sample with the i-th smallest score. If the value is the score itself, (3)
-rises with N for any model. So watch the true reward beside it.
+rises with N even for a useless model. So watch the true reward beside it.
 
     python reward_model.py               # the bundled model and pairs; needs no download
     python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct \
@@ -37,10 +35,11 @@ What is biased:
   * Only differences are learnt: r + f(x) has the same loss for any f. --center keeps the level
     near 0.
   * The scale of the scores depends on how consistent the labels are. At the end the scores are
-    divided by their spread on training pairs (`fold_scale`), so a policy sees rewards of unit
-    scale. Equation (1) then holds for the difference times the spread.
-  * Labels may favour long answers. eval/accuracy_shorter, on pairs whose chosen side is the shorter
-    one, shows a model that has only learnt that.
+    divided by their spread on training pairs (`fold_scale`): unit scale over all prompts, but not
+    within one. Then (1) needs the difference times the spread; --steps 0 does not undo it, so the
+    eval/loss and eval/calibration of a saved model are off.
+  * Labels may favour long answers. A model that has learnt only that has a low
+    eval/accuracy_shorter: the accuracy on pairs whose chosen side is the shorter one.
 
 Left out: ensembles, several scores for a text, rewards for the steps of an answer.
 
@@ -103,7 +102,7 @@ class Args:
     best_of: tuple[int, ...] = (1, 2, 4, 8, 16)
     """each N of best-of-N; the largest is the number of completions drawn for a prompt"""
     policy: str | None = None
-    """the model that draws them (None: the bundled model for the bundled pairs, or nobody)"""
+    """the model that draws them (None: the bundled model for the bundled pairs, or none)"""
     eval_prompts: str | None = None
     """prompts for best-of-N: JSON lines with "prompt" and, for the true reward, "answer" """
     reward: str = "exact"
@@ -188,11 +187,8 @@ def resolve(args):
 
 
 def pair_loss(chosen, rejected, margin, pairs, center):
-    """Equation (2): chosen, rejected, margin [b]. `pairs` is the number of pairs of the whole
-    update, over all micro-batches and processes.
-
-    center adds the mean of (chosen + rejected)^2. Differences do not determine the level of the
-    scores; this term holds it near 0.
+    """Equation (2), plus `center` times the mean of (chosen + rejected)^2: chosen, rejected, margin
+    [b]. `pairs` counts the pairs of all micro-batches and processes, so the cut does not matter.
     """
     loss = -F.logsigmoid(chosen - rejected - margin) + center * (chosen + rejected) ** 2
     return loss.sum() / pairs
@@ -202,8 +198,8 @@ def best_of(scores, values, n):
     """Equation (3): scores, values [prompts, M] -> the expected value of the completion with the
     highest score among n of the M, [prompts].
 
-    The i-th in order is the best of the n if it is one of them and the other n - 1 are below it.
-    Equal scores share the chances of their places.
+    A sample is the best of the n if the other n - 1 are among those below it. Equal scores share
+    the chances of their places.
     """
     M = scores.shape[1]
     chance = [math.comb(i, n - 1) / math.comb(M, n) for i in range(M)]  # i are below this place
@@ -216,31 +212,29 @@ def best_of(scores, values, n):
 
 
 def share_won(chosen, rejected):
-    """1 where the chosen side is scored higher, 1/2 on a tie, else 0, [b]. With ties as 0 a policy
-    that equals its reference would have an accuracy of 0."""
+    """1 where chosen is scored higher, 1/2 on a tie (DPO begins with ties only), else 0, [b]."""
     return (chosen > rejected) + 0.5 * (chosen == rejected)
 
 
-def pair_metrics(chosen, rejected, difference):
-    """What held-out scores [pairs] say -> dict. difference: how much longer chosen is, in tokens.
+def pair_metrics(chosen, rejected, longer_by):
+    """Metrics of held-out scores [pairs] -> dict. longer_by: how much longer chosen is, in tokens.
 
-    Accuracy is also given by length. A model that just likes long answers is good where chosen is
-    longer and bad where it is shorter. Calibration compares the predicted chance that the side
-    with the higher score wins with the share of those that do. It is the mean distance in ten bins
-    of that chance, each bin weighted by its pairs.
+    Calibration: the predicted chance that the side with the higher score wins, against the share
+    that does. The mean distance over ten bins of that chance, each weighted by its pairs. The
+    margin of equation (2) and --center are not in these numbers.
     """
-    margin = chosen - rejected
+    gap = chosen - rejected
     won = share_won(chosen, rejected).double()
     metrics = {
         "eval/accuracy": won.mean().item(),
-        "eval/margin": margin.mean().item(),
-        "eval/loss": -F.logsigmoid(margin).mean().item(),
+        "eval/margin": gap.mean().item(),
+        "eval/loss": -F.logsigmoid(gap).mean().item(),
     }
-    if (difference < 0).any():
-        metrics["eval/accuracy_shorter"] = won[difference < 0].mean().item()
-    if (difference > 0).any():
-        metrics["eval/accuracy_longer"] = won[difference > 0].mean().item()
-    predicted = margin.abs().sigmoid()  # from 0.5 to 1
+    if (longer_by < 0).any():
+        metrics["eval/accuracy_shorter"] = won[longer_by < 0].mean().item()
+    if (longer_by > 0).any():
+        metrics["eval/accuracy_longer"] = won[longer_by > 0].mean().item()
+    predicted = gap.abs().sigmoid()  # from 0.5 to 1
     bins = (predicted * 20 - 10).long().clamp(0, 9)
     error = 0.0
     for b in bins.unique():
@@ -258,8 +252,8 @@ def pair_scores(model, tokenizer, pairs, share_prompts, world):
     """The scores of both sides -> [b, 2], chosen and rejected. What both sides begin with is
     computed once if share_prompts.
 
-    The last token is found by the text's length. Looking for the pad id from the right, as
-    transformers does, finds another token where a text ends in that id.
+    The last token is found by length. transformers takes the last one that is not the pad id, which
+    is wrong for a text that ends in that id.
     """
     b = len(pairs)
     starts = [start for start, _, _ in pairs] * 2
@@ -292,7 +286,6 @@ def update_loss(model, tokenizer, pairs, margin, share_prompts, args, world, met
     scores = pair_scores(model, tokenizer, pairs, share_prompts, world)  # [b, 2]
     chosen, rejected = scores.T
     margin = margin.to(world.device)
-    # divided by the pairs of the whole update: gradients do not depend on how it is cut
     loss = pair_loss(chosen, rejected, margin, args.pairs_per_step, args.center)
 
     with torch.no_grad():  # the rest is for the log
@@ -367,7 +360,7 @@ def train(args):
             meter.total("tokens", count_tokens(batch))
             parts = micro_batches_of_pairs(batch, share_prompts, args.tokens_per_micro_batch, world)
 
-            # 2. Update. The losses contain every divisor, so losses and gradients add up.
+            # 2. Update. Each loss is divided by the pairs of the update, so gradients add up.
             rate = common.learning_rate_at(
                 step, args.steps, args.learning_rate, args.schedule, args.warmup
             )
@@ -423,7 +416,7 @@ def train(args):
             )
         if metrics:
             common.log(out, writer, args.steps, metrics)
-    common.conclude(out, args, writer, bar, usage(out, tokenizer, first_text))
+    common.conclude(out, args, writer, bar, usage(out, reader, first_text))
 
 
 # -- A first reading may end here: batches of pairs, held-out scores, unit scale, best-of-N, pairs,
@@ -433,13 +426,12 @@ def train(args):
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     """Cuts pairs into parts, one forward each -> lists of pair numbers.
 
-    A pair is (prompt, chosen, rejected), as token ids. A part has at most `tokens` tokens (padding
-    included, a shared prompt counted once) or one pair. Both sides of a pair stay together, because
-    the loss is of their difference. Pairs of like length come together, to save padding.
+    A pair is (common beginning, rest of chosen, rest of rejected), as token ids. A part has at most
+    `tokens` tokens (padding included, a shared beginning counted once) or one pair. Pairs of like
+    length come together, to save padding.
 
-    Every process gets the same number of parts: FSDP gathers weights in all processes or in none.
-    One that is short of parts divides a part. That is always possible, because all processes must
-    give equally many pairs.
+    All processes get equally many parts, as FSDP requires. One that is short of parts divides one;
+    all have equally many pairs, so this cannot fail.
     """
     copies = 1 if share_prompts else 2
     prompt_length = [copies * len(prompt) for prompt, _, _ in pairs]
@@ -467,8 +459,8 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
 
 
 def share_of_process(pairs, world):
-    """Every world.size-th pair. All processes get equally many: the count is rounded up, and some
-    of the first pairs come twice. `in_order` drops their second results."""
+    """Every world.size-th pair. All processes get equally many: some of the first pairs come twice,
+    and `in_order` drops their second results."""
     count = math.ceil(len(pairs) / world.size)
     return [pairs[(world.rank + i * world.size) % len(pairs)] for i in range(count)]
 
@@ -482,12 +474,12 @@ def in_order(results, count, world):
 
 
 def side_lengths(pairs):
-    """Tokens of chosen and rejected, [pairs, 2]."""
+    """Tokens of chosen and rejected after what both begin with, [pairs, 2]."""
     return torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs])
 
 
 def count_tokens(pairs):
-    """Tokens of both sides of the pairs, each with its prompt; a tensor."""
+    """Tokens of both sides of the pairs, each with its prompt."""
     prompts = sum(len(prompt) for prompt, _, _ in pairs)
     return side_lengths(pairs).sum() + 2 * prompts
 
@@ -528,9 +520,8 @@ def evaluate(model, tokenizer, held_out, share_prompts, args, world):
 
 @torch.no_grad()
 def fold_scale(model, tokenizer, pairs, share_prompts, args, world):
-    """Divides the head by the spread of the scores on at most 2048 training pairs, and subtracts
-    their mean from its bias, if it has one (heads of decoders have none). Accuracy stays the same.
-    """
+    """Subtracts the mean score of at most 2048 training pairs from the head's bias, if it has one
+    (heads of decoders have none), and divides the head by their spread."""
     count = min(len(pairs), 2048)
     sample = [pairs[common.nth_row(len(pairs), i, args.seed)] for i in range(count)]
     scores = score_all(model, tokenizer, sample, share_prompts, args, world)
@@ -546,15 +537,13 @@ def fold_scale(model, tokenizer, pairs, share_prompts, args, world):
             p.sub_(mean)
         p.div_(spread)
     common.say(f"scores on training pairs: mean {mean:.3f}, spread {spread:.3f}")
-    common.say("The head is divided by the spread. Margin, loss and calibration above are from")
-    common.say("before this division; accuracy does not change.")
+    common.say("Margin, loss and calibration above are from before the division by the spread.")
     return {"scale/mean": mean, "scale/spread": spread}
 
 
 def report_best_of(model, tokenizer, policy_tokenizer, prompts, reward, args, world, stop_asked):
-    """Draws max(N) completions of each prompt from the policy. Says what the best of N of them is
-    worth, by the model's score and by the true reward if there is one, and how large its KL to the
-    policy is at most. N = 1, a random choice, is the policy itself."""
+    """Draws max(N) completions of each prompt from the policy. Reports equation (3) by the model's
+    score and by the true reward, if there is one, and (4). N = 1 is the policy itself."""
     policy = common.load_reference(args.policy, world)
     M = max(args.best_of)
     mine = prompts[world.rank :: world.size]
@@ -563,7 +552,7 @@ def report_best_of(model, tokenizer, policy_tokenizer, prompts, reward, args, wo
     for start in range(0, math.ceil(len(prompts) / world.size), size):
         if common.all_sum(world, stop_asked())[0]:
             raise common.Ended("stopped by a signal in best-of-N; the model is saved")
-        # a process without prompts left samples along with the others, and counts nothing
+        # a process with no prompts left samples along (FSDP), and counts nothing
         is_counted = start < len(mine)
         part = mine[start : start + size] or prompts[:1]
         texts = common.sample(
@@ -595,7 +584,6 @@ def report_best_of(model, tokenizer, policy_tokenizer, prompts, reward, args, wo
 
 
 def print_best_of(metrics, args, world):
-    """The table of best-of-N, once and not for each process."""
     if world.rank:
         return
     has_true = f"best_of/true@{args.best_of[0]}" in metrics
@@ -624,20 +612,20 @@ def read_pairs(path, flag):
     if there are any, are the prompt.
     """
     records = []
-    for number, record in common.read_json(path, flag):
-        where = f"{flag} {path}, line {number}"
+    for line, record in common.read_json(path, flag):
+        where = f"{flag} {path}, line {line}"
         record = dict(record) if isinstance(record, dict) else {}
         record["prompt"] = record.get("prompt", record.get("question"))
         for side in ("chosen", "rejected"):
             value = record.get(side)
-            is_talk = isinstance(value, list) and common.is_prompt(value)
-            if is_talk and value[-1]["role"] == "assistant":
+            is_messages = isinstance(value, list) and common.is_prompt(value)
+            if is_messages and value[-1]["role"] == "assistant":
                 *asked, answer = value
                 record[side] = answer["content"]
                 if not record["prompt"]:
                     record["prompt"] = asked
                 elif asked and common.messages(record["prompt"]) != asked:
-                    fail(f"{where}: the prompt, chosen and rejected do not ask the same")
+                    fail(f"{where}: the prompt is not what the messages before the answer say")
             if not isinstance(record.get(side), str):
                 what = "a text or a list of messages of which the last is the assistant's"
                 fail(f'{where}: needs "{side}", {what}')
@@ -651,8 +639,8 @@ def encode_pairs(records, tokenizer, args, flag):
     """-> ([(token ids that both sides begin with, rest of chosen, rest of rejected), ...], their
     lines of the file). Each rest has one token at least.
 
-    Equal sides teach nothing: such pairs are left out, and counted. So are pairs that are too long.
-    A pair that is cut may lose the place where its sides differ.
+    Pairs with equal sides teach nothing. They are left out, and counted, and so are pairs that are
+    too long: a cut might remove the place where the sides differ.
     """
     pairs = []
     kept = []
@@ -716,15 +704,14 @@ def last_number(text):
 class Reward:
     """A loaded --reward."""
 
-    score: Callable  # completions and the lines of --data that they belong to -> scores
+    score: Callable  # completions and their lines of the prompts' file -> scores
     rule: Callable  # decides which held-out completions are right
-    answer_flag: str = ""  # the flag because of which every line needs an answer
+    answer_flag: str = ""  # the flag that needs an answer in every line, or ""
     is_model: bool = False
 
 
 def load_reward(spec, world, date):
-    # `checked` refuses scores that are no finite numbers. `stop_together` stops every process
-    # when the reward fails in one.
+    # `checked` refuses scores that are not finite. `stop_together` stops all processes if one fails
     if spec in ("exact", "number"):
         rule = exact if spec == "exact" else number
         return Reward(common.stop_together(common.checked(rule), world), rule, f"--reward {spec}")

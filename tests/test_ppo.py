@@ -230,7 +230,7 @@ def test_with_a_critic_of_0_it_is_reinforce_without_baseline():
     loss = clipped_loss(ratio, A, s.mask.double() / s.mask.sum(), 0.2, 0.2)
     mine = gradient(model, loss).clone()
     model, s, logprobs, r = batch_of_a_policy()
-    b, _, _ = reinforce.baselines(r, r, r, r, 4, "none", False, False)
+    b = reinforce.baselines(r, r, 4, "none")
     to_go = reinforce.rewards_to_go(token_rewards(r, none, s.mask, 0.0), 1.0)
     theirs = gradient(model, reinforce.policy_loss(logprobs, logprobs.detach(), to_go - b[:, None], s.mask, 16)[0])
     assert (mine * s.mask.sum() / 16 - theirs).norm() < 1e-6 * theirs.norm() and mine.norm() > 0
