@@ -23,8 +23,8 @@ log(pi / ref) / n of the chosen completion, minus that of the rejected one.
 
     sigmoid  -log sigmoid(h). With --label_smoothing e, the share of labels that are wrong:
              -(1 - e) log sigmoid(h) - e log sigmoid(-h)
-    ipo      (d - 1 / (2 beta))^2: a margin to reach, so it does not grow for ever. A mean over
-             tokens, as IPO's authors advised later. beta 1, the default here, asks for 0.5 nats.
+    ipo      (d - 1 / (2 beta))^2: a margin to reach, so it does not grow for ever. d is a mean over
+             tokens, as IPO's authors advised later. beta 1, the default here, asks for d = 0.5.
     hinge    max(0, 1 - h): no gradient once h is 1
     simpo    -log sigmoid(beta (log pi(y) / n_y - log pi(z) / n_z) - simpo_margin): no reference,
              and means over tokens, because decoding ranks by them
@@ -234,8 +234,8 @@ def implicit_reward(logprobs, ref_logprobs, length, args):
 
 
 def share_won(chosen, rejected):
-    """1 where the chosen side is scored higher, 1/2 on a tie, else 0, [b]. With ties as 0 a policy
-    that equals its reference would have an accuracy of 0."""
+    """1 where the chosen side is scored higher, 1/2 where both are equal, else 0, [b]. Without the
+    1/2 a model that cannot tell the sides apart would have an accuracy of 0."""
     return (chosen > rejected) + 0.5 * (chosen == rejected)
 
 
@@ -243,9 +243,8 @@ def share_won(chosen, rejected):
 
 
 def pair_logprobs(model, tokenizer, pairs, share_prompts, world):
-    """log pi(y|x), summed over all tokens, the end token too -> [b, 2], chosen and rejected.
-    Rows 2i and 2i + 1 of the forward are the sides of pair i; share_prompts computes their prompt
-    once."""
+    """log pi(y|x), summed over tokens with the end token -> [b, 2], chosen and rejected. Rows 2i
+    and 2i + 1 of the forward are the sides of pair i. share_prompts computes their prompt once."""
     prompts = []
     sides = []
     for prompt, chosen, rejected in pairs:
@@ -335,7 +334,9 @@ def train(args):
     texts = pairs + held_out + [(ids, []) for ids, _ in prompts]
     first_prompt, first_side = texts[0][:2]
     learning = int(args.steps > 0)
-    frozen = 1 - learning + int(reward is not None and reward.is_model)
+    frozen = 1 - learning
+    if reward is not None:
+        frozen += int(reward.is_model)
     # says what the run is, with its first text
     first_text = first_prompt + first_side
     writer, bar = common.introduce(
@@ -400,13 +401,14 @@ def train(args):
 
             # 3. Log.
             metrics = meter.result(world)
+            tokens = metrics.pop("tokens")
             seconds = time.perf_counter() - step_began
             warn_if_unlikely(metrics.pop("lost"), args, warned)
             metrics |= {
                 "grad_norm": norm,
                 "learning_rate": rate,
                 "time/train": seconds,
-                "tokens_per_second": metrics.pop("tokens") / seconds,
+                "tokens_per_second": tokens / seconds,
                 "memory_gib": common.memory_used(world) / 2**30,
             }
             shown = []
@@ -418,9 +420,8 @@ def train(args):
                 )
             common.log(out, writer, step, metrics, shown)
             if bar:  # only the first process has one
-                bar.set_postfix_str(
-                    f"loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.3f}"
-                )
+                accuracy = metrics["accuracy"]
+                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, accuracy {accuracy:.3f}")
                 bar.update()
 
             # 4. Save, if it is time or a signal (Ctrl-C, SIGTERM) has asked to stop.
@@ -434,8 +435,7 @@ def train(args):
     common.conclude(out, args, writer, bar, common.usage(out, tokenizer, prompt, args))
 
 
-# -- A first reading may end here: batches of pairs, the reference's scores, held-out scores, pairs,
-# -- rewards
+# -- A first reading may end here: batches, reference scores, held-out scores, pairs, rewards ----
 
 
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):

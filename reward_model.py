@@ -216,8 +216,8 @@ def best_of(scores, values, n):
 
 
 def share_won(chosen, rejected):
-    """1 where the chosen side is scored higher, 1/2 on a tie, else 0, [b]. With ties as 0 a policy
-    that equals its reference would have an accuracy of 0."""
+    """1 where the chosen side is scored higher, 1/2 where both are equal, else 0, [b]. Without the
+    1/2 a model that cannot tell the sides apart would have an accuracy of 0."""
     return (chosen > rejected) + 0.5 * (chosen == rejected)
 
 
@@ -321,7 +321,9 @@ def train(args):
         first_text = prompts[0][0]
         reader = policy_tokenizer
     learning = int(args.steps > 0)
-    frozen = 1 - learning + bool(args.policy) + int(reward is not None and reward.is_model)
+    frozen = 1 - learning + int(args.policy != "")
+    if reward is not None:
+        frozen += int(reward.is_model)
     # says what the run is, with its first text
     writer, bar = common.introduce(
         out, args, world, reader, first_text, done_steps, learning, frozen
@@ -342,7 +344,7 @@ def train(args):
             args.gradient_checkpointing,
             frozen=not args.steps,
         )
-        # What both sides of a pair begin with is computed once, if the model's cache allows it.
+        # training computes what both sides begin with once, if the model's cache allows it
         share_prompts = args.steps > 0 and common.prompts_can_be_shared(
             model, world, args.gradient_checkpointing
         )
@@ -387,21 +389,21 @@ def train(args):
 
             # 3. Log.
             metrics = meter.result(world)
+            tokens = metrics.pop("tokens")
             seconds = time.perf_counter() - step_began
             metrics |= {
                 "grad_norm": norm,
                 "learning_rate": rate,
                 "time/train": seconds,
-                "tokens_per_second": metrics.pop("tokens") / seconds,
+                "tokens_per_second": tokens / seconds,
                 "memory_gib": common.memory_used(world) / 2**30,
             }
             if step % args.eval_every == 0 or step == args.steps:
                 metrics |= evaluate(model, tokenizer, held_out, share_prompts, args, world)
             common.log(out, writer, step, metrics)
             if bar:  # only the first process has one
-                bar.set_postfix_str(
-                    f"loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.3f}"
-                )
+                accuracy = metrics["accuracy"]
+                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, accuracy {accuracy:.3f}")
                 bar.update()
 
             # 4. Save, if it is time or a signal (Ctrl-C, SIGTERM) has asked to stop.
@@ -426,8 +428,7 @@ def train(args):
     common.conclude(out, args, writer, bar, usage(out, tokenizer, first_text))
 
 
-# -- A first reading may end here: batches of pairs, held-out scores, unit scale, best-of-N, pairs,
-# -- rewards
+# -- A first reading may end here: batches, held-out scores, unit scale, best-of-N, pairs, rewards
 
 
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
