@@ -384,13 +384,14 @@ def train(args):
 
             # 3. Log.
             metrics = meter.result(world)
+            tokens = metrics.pop("tokens")
             seconds = time.perf_counter() - step_began
             warn_if_unlikely(metrics.pop("lost"), args, warned)
             metrics |= {
                 "grad_norm": norm,
                 "learning_rate": rate,
                 "time/train": seconds,
-                "tokens_per_second": metrics.pop("tokens") / seconds,
+                "tokens_per_second": tokens / seconds,
                 "memory_gib": common.memory_used(world) / 2**30,
             }
             shown = []
@@ -402,9 +403,8 @@ def train(args):
                 )
             common.log(out, writer, step, metrics, shown)
             if bar:  # only the first process has one
-                bar.set_postfix_str(
-                    f"loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.3f}"
-                )
+                accuracy = metrics["accuracy"]
+                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, accuracy {accuracy:.3f}")
                 bar.update()
 
             # 4. Save, if it is time or a signal (Ctrl-C, SIGTERM) has asked to stop.

@@ -314,7 +314,9 @@ def train(args):
         first_text = prompts[0][0]
         reader = policy_tokenizer
     learning = int(args.steps > 0)
-    frozen = 1 - learning + bool(args.policy) + int(reward is not None and reward.is_model)
+    frozen = 1 - learning + int(bool(args.policy))
+    if reward is not None:
+        frozen += int(reward.is_model)
     # says what the run is, with its first text
     writer, bar = common.introduce(
         out, args, world, reader, first_text, done_steps, learning, frozen
@@ -380,21 +382,21 @@ def train(args):
 
             # 3. Log.
             metrics = meter.result(world)
+            tokens = metrics.pop("tokens")
             seconds = time.perf_counter() - step_began
             metrics |= {
                 "grad_norm": norm,
                 "learning_rate": rate,
                 "time/train": seconds,
-                "tokens_per_second": metrics.pop("tokens") / seconds,
+                "tokens_per_second": tokens / seconds,
                 "memory_gib": common.memory_used(world) / 2**30,
             }
             if step % args.eval_every == 0 or step == args.steps:
                 metrics |= evaluate(model, tokenizer, held_out, share_prompts, args, world)
             common.log(out, writer, step, metrics)
             if bar:  # only the first process has one
-                bar.set_postfix_str(
-                    f"loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.3f}"
-                )
+                accuracy = metrics["accuracy"]
+                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, accuracy {accuracy:.3f}")
                 bar.update()
 
             # 4. Save, if it is time or a signal (Ctrl-C, SIGTERM) has asked to stop.
@@ -419,8 +421,7 @@ def train(args):
     common.conclude(out, args, writer, bar, usage(out, reader, first_text))
 
 
-# -- A first reading may end here: batches of pairs, held-out scores, unit scale, best-of-N, pairs,
-# -- rewards
+# -- A first reading may end here: batches, held-out scores, unit scale, best-of-N, pairs, rewards
 
 
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):

@@ -395,14 +395,14 @@ def test_scores_and_values_are_multiplied_in_float32(run_of):
         common.at_rest(model).score.weight.mul_(1 + 2**-12)  # to between two bfloat16 numbers
     head = common.whole(model.score.weight).bfloat16().float()[0]
     sides = [tokenizer("52=25").input_ids, tokenizer("52=525").input_ids]
-    scores = reward_model.pair_scores(model, tokenizer, [(*sides, {})], False, world)
+    scores = reward_model.pair_scores(model, tokenizer, [([], *sides)], False, world)[0]
     s = common.as_samples([[], []], sides, tokenizer, world)
     states = common.hidden_states(model, s.ids, s.mask)
     values = ppo.values_of(common.scalar_head(model), states)
     assert states.dtype == torch.bfloat16 and rounded(values[s.mask]) == 0
     at_the_end = values[[0, 1], s.mask.sum(1) - 1]
     torch.testing.assert_close(values, states.float() @ head, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(torch.cat(scores), at_the_end, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(scores, at_the_end, atol=1e-6, rtol=1e-6)
 
 
 def test_a_model_without_blocks_is_left_to_float32(capsys):

@@ -454,10 +454,12 @@ def test_dpo_on_two_processes_is_dpo_on_one(tmp_path):
     logs = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
     for a, b in zip(*logs, strict=True):
         for k in ("loss", "accuracy", "margin", "grad_norm", "eval/accuracy", "eval/margin", "eval/loss", "logprobs/chosen"):
+            if k == "accuracy" and a["step"] == 1:
+                continue  # policy and reference are equal: which side is ahead is rounding
             assert abs(a.get(k, 0) - b.get(k, 0)) < 1e-3 * max(1, abs(a.get(k, 0))), k
     tables = [torch.load(tmp_path / n / "reference.pt", weights_only=True) for n in ("one", "two")]
-    for name in ("pairs", "held_out"):
-        torch.testing.assert_close(tables[0][name], tables[1][name], atol=1e-4, rtol=0, equal_nan=True)
+    scores = [table["scores"] for table in tables]
+    torch.testing.assert_close(*scores, atol=1e-4, rtol=0, equal_nan=True)
     train_dpo(flags | {"out": str(tmp_path / "two"), "resume": True, "steps": 4})
     assert common.read_checkpoint(tmp_path / "two")["step"] == 4
 

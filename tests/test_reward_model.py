@@ -397,7 +397,7 @@ def test_a_finished_model_reports_best_of_n_without_training(tmp_path):
                     "rejected": [{"role": "user", "content": "6="}, {"role": "assistant", "content": "5"}],
                 }
             ],
-            "do not ask the same",
+            "the prompt is not what the messages before the answer say",
         ),
         ({"temperature": 0.0}, [], "--temperature 0.0: must be above 0"),
         ({"steps": 0, "eval_data": "", "data": ""}, [], "--steps 0 evaluates; name pairs"),
