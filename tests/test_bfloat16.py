@@ -234,7 +234,7 @@ def test_a_run_from_the_shell_ends_well_and_says_nothing_on_stderr(data, tmp_pat
     # gloo's word on machines that do not know their own name
     said = [line for line in done.stderr.splitlines() if "Unable to resolve hostname" not in line]
     assert done.returncode == 0 and said == []
-    assert "computing in bfloat16, learning in float32" in done.stdout
+    assert "1 x cpu in bfloat16" in done.stdout
 
 
 # --- Precision: what computes, what learns ---
@@ -274,7 +274,8 @@ def test_what_computes_is_bfloat16_and_what_learns_is_float32(device):
     logits.float().logsumexp(-1).sum().backward()
     for kind in ("embed_tokens", "q_proj", "up_proj", "input_layernorm", "lm_head"):
         found = set.union(*(dtypes for name, dtypes in seen.items() if name.endswith(kind)))
-        assert found == BFLOAT16, kind
+        assert found == (BFLOAT16 if kind != "lm_head" else BFLOAT16 | FLOAT32), kind
+    assert logits.dtype == torch.float32, "from bfloat16 states and weights, and not rounded to it"
     optimizer = common.make_optimizer(policy, 1e-6)
     optimizer.step()
     assert {p.dtype for p in common.at_rest(policy).parameters()} == FLOAT32
@@ -332,8 +333,8 @@ def test_masters_move_at_a_rate_of_1e_6(device):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "mixtral", "mamba"])
 def test_the_saved_model_computes_what_the_policy_computed(name, tmp_path):
     """To the last bit, in transformers without FSDP2: what a bfloat16 model rounds is rounded, and
-    nothing else. Mamba's blocks hand each other a float32 sum, which must not be cast. The
-    reference is the same model."""
+    nothing else but the logits, which are float32 here. Mamba's blocks hand each other a float32
+    sum, which must not be cast. The reference is the same model."""
     family(name).save_pretrained(tmp_path / "start")
     world, tokenizer = common.start("cpu", "bfloat16"), make_tokenizer()
     policy = common.load_policy(tmp_path / "start", world)
@@ -350,9 +351,13 @@ def test_the_saved_model_computes_what_the_policy_computed(name, tmp_path):
     assert plain.dtype == torch.bfloat16, "its config says so, and not float32 as before"
     reference = common.load_reference(tmp_path / "model", world)
     policy.eval()
+    mask = torch.ones_like(ids, dtype=torch.bool)
     with torch.no_grad():
-        assert torch.equal(logits(policy), logits(plain))
-        assert torch.equal(logits(reference), logits(plain))
+        states = common.hidden_states(plain, ids, mask)
+        assert torch.equal(common.hidden_states(policy, ids, mask), states)
+        assert torch.equal(common.hidden_states(reference, ids, mask), states)
+        assert torch.equal(logits(policy), logits(reference))
+        torch.testing.assert_close(logits(policy), logits(plain).float(), rtol=2**-7, atol=2**-7)
 
 
 def test_policy_reference_critic_and_reward_model_have_the_same_states(device):
@@ -420,9 +425,10 @@ def test_the_sampler_and_the_trainer_agree_as_far_as_the_type_allows(dtype, mean
     world = common.start(device, dtype)
     policy, tokenizer = common.load_policy(MODEL, world), common.load_tokenizer(MODEL)
     s = common.sample(policy, tokenizer, PROMPTS, n=8, max_new_tokens=12, seed=0)
-    parts = grpo.micro_batches(range(32), s.prompt_mask, s.mask, 8, 2048, world)
+    parts = grpo.micro_batches(range(32), s.mask.any(1), s, 2048, world)
     for group in (1, 8):
-        apart = (grpo.rollout_logprobs(policy, s, parts, group, 1.0) - s.logprobs).abs()[s.mask]
+        s.rows_per_prompt = group
+        apart = (grpo.rollout_logprobs(policy, s, [parts], 1.0) - s.logprobs).abs()[s.mask]
         assert apart.mean() < mean and apart.max() < most
 
 
@@ -469,12 +475,13 @@ def policy_gradient(world, rows, group=1, checkpointing=False):
     """The gradient of these rows' part in the loss of all 16, added up over micro-batches."""
     policy = common.load_policy(MODEL, world, checkpointing)
     s, advantages = fixed_samples(world)
-    token_weights = s.mask / s.mask.sum()
-    for part in grpo.micro_batches(rows, s.prompt_mask, s.mask, group, 60, world):
-        real = bool(part)  # no rows are left here, but elsewhere: any row with weight 0
-        part = part or rows[:1]
-        logprobs, _ = grpo.token_logprobs(policy, *grpo.trim(s, part, group), 1.0)
-        w = token_weights[part, : logprobs.shape[1]] * real
+    s.rows_per_prompt = group
+    trained = torch.zeros(16, dtype=torch.bool)
+    trained[list(rows)] = True  # a process may fill up with the others, of weight 0
+    token_weights = s.mask / s.mask.sum() * trained[:, None].to(world.device)
+    for part in grpo.micro_batches(ROWS, trained, s, 60, world):
+        logprobs, _ = grpo.token_logprobs(policy, s, part, 1.0)
+        w = token_weights[part, : logprobs.shape[1]]
         (-(advantages[part, None] * logprobs * w).sum()).backward()
     assert {p.grad.dtype for p in policy.parameters()} == FLOAT32
     return whole_gradient(policy)
@@ -543,15 +550,19 @@ def test_a_cache_that_drops_the_gradient_is_found_in_bfloat16(monkeypatch, capsy
 
 
 def test_grpo_shares_prompts_in_bfloat16(data, tmp_path, monkeypatch):
-    owners, honest = [], grpo.completion_states
+    shared, honest = [], common.completion_states
 
-    def look(*inputs):
-        owners.append(inputs[3])
-        return honest(*inputs)
+    def look(model, samples, rows):
+        shared.append(samples.rows_per_prompt)
+        return honest(model, samples, rows)
 
-    monkeypatch.setattr(grpo, "completion_states", look)
+    train("grpo", tmp_path / "once", data, steps=1)  # the self-check calls it, too
+    monkeypatch.setattr(common, "prompts_can_be_shared", lambda *a: True)
+    monkeypatch.setattr(common, "completion_states", look)
     train("grpo", tmp_path / "run", data, steps=1)
-    assert owners and all(owner is not None for owner in owners)
+    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines()[1] for name in ("once", "run")]
+    once, run = (json.loads(line) for line in logs)
+    assert shared and min(shared) > 1 and once["grad_norm"] == run["grad_norm"]
 
 
 # --- Two processes ---

@@ -234,16 +234,16 @@ def grpo_gradient(folder, out, dtype="float32"):
     mine = list(range(16))[world.rank * 16 // world.size : (world.rank + 1) * 16 // world.size]
     results = {}
     for aggregate in ("sequence", "token", "constant"):
-        weights = grpo.token_weights(s.mask[mine], aggregate, 8, world)
+        weights = torch.zeros_like(s.logprobs)
+        weights[mine] = grpo.token_weights(s.mask[mine], aggregate, 8, world)
         for group in (1, 4):
-            for part in grpo.micro_batches(range(len(mine)), s.prompt_mask[mine], s.mask[mine], group, 40, world):
-                real, part = bool(part), part or [0]
-                inputs = grpo.trim(s, [mine[i] for i in part], group)
-                logprobs, _ = grpo.token_logprobs(model, *inputs, 1.0)
-                w = weights[part, : logprobs.shape[1]] * real
-                rows = torch.tensor([mine[i] for i in part])
+            s.rows_per_prompt = group
+            for part in grpo.micro_batches(mine, s.mask[mine].any(1), s, 40, world):
+                logprobs, _ = grpo.token_logprobs(model, s, part, 1.0)
+                w = weights[part, : logprobs.shape[1]]
+                rows = torch.tensor(part)
                 old = logprobs.detach() + 0.4 * torch.sin(torch.arange(logprobs.shape[1]) + rows[:, None])
-                loss, *_ = grpo.clipped_loss(logprobs - old, A[rows, None], inputs[-1], w, 0.2, 0.2)
+                loss = grpo.clipped_loss((logprobs - old).exp(), A[rows, None], w, 0.2, 0.2)
                 (loss + 0.1 * (grpo.k3(logprobs, old) * w).sum()).backward()
             results[aggregate, group] = {k: whole(p.grad).clone() for k, p in model.named_parameters()}
             model.zero_grad()
