@@ -1,19 +1,25 @@
-"""What the five scripts share. No algorithm lives here: read a script first.
+"""What the five scripts share: loading, sampling, and a run's bookkeeping. No algorithm lives here.
 
-LOADING: all that a run begins with and goes on from
-  Processes and seeds   start, fold, all_sum
-  The user's input      check_flags, read_json, load_function
-  Text to token ids     load_tokenizer, encode_prompt, encode_completion, encode_answer
-  Configs               read_config, fit_context
-  Models                load_policy, load_reference, load_scalar, shard, save_model
-  States and logits     hidden_states, prompt_states, completion_states, logits_of
-  Rewards               checked, stop_together, load_scorer
-  Memory and optimizer  make_optimizer, learning_rate_at, clip_gradients
-  A run                 open_run, introduce, save_checkpoint, load_checkpoint, log, guarded
-SAMPLING: `sample` and its parts
+LOADING
+    Processes and seeds    say, fail, Stop, World, start, fold, all_sum, all_gather
+    The user's input       check_flags, read_json, run_date
+    Text to token ids      load_tokenizer, encode_prompt, encode_completion, load_prompts
+    Configs                read_config, context_of, fit_context, fit_reward_model
+    Models                 load_policy, load_reference, load_scalar, shard, save_model
+    Rewards                load_function, checked, stop_together, load_scorer
+SAMPLING
+    Completions            Samples, sample, as_samples, rows_at_once
+    States and logits      completion_states, hidden_states, logits_of, can_share_prompts
+A RUN
+    Memory and optimizer   make_optimizer, learning_rate_at, clip_gradients, memory_used
+    Folder                 open_run
+    Checkpoints            save_if_due, take_up, load_checkpoint
+    The order of the data  rows_of_step
+    Log and console        introduce, Meter, log, show_progress, conclude
+    The end                guarded, catch_signals
 
-Shapes: B rows, P prompt columns, C completion columns, V vocabulary. Prompts are padded on
-the left, so all completions start in the same column; completions are padded on the right.
+Shapes: B rows, P prompt columns, C completion columns, V vocabulary. Prompts are padded on the
+left, so all completions start in the same column; completions are padded on the right.
 """
 
 import contextlib
@@ -62,18 +68,20 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
-# ======================================== LOADING =================================================
+# ============================================ LOADING =============================================
 
-# -- Processes and seeds --------------------------
+# -- Processes and seeds ---------------------------------------------------------------------------
 
 
 def say(message):
-    """Prints a line on the first process only."""
+    """Prints a line on the first process only. A broken pipe passes: Ctrl-C also ends `| tee`, and
+    the run has to save."""
     if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(message)
+        with contextlib.suppress(BrokenPipeError):
+            tqdm.write(message)
 
 
-say_once = functools.lru_cache(say)
+say_once = functools.lru_cache(say)  # a message that was printed is not printed again
 
 
 def fail(message):
@@ -85,6 +93,14 @@ def fail(message):
 def first_line(error):
     """An exception's message without the paragraphs that libraries add."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+class Stop(Exception):
+    """A run cannot go on. All processes raise it, and the first one says it."""
+
+
+class Ended(Stop):
+    """A signal asked for the end, and what was done is saved."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +125,7 @@ def start(device="auto", dtype="auto", seed=0):
     if device == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(place)
-        torch.set_float32_matmul_precision("high")  # TF32 loses nothing of bfloat16 numbers
+        torch.set_float32_matmul_precision("high")  # TF32: exact for bfloat16 numbers
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     world = World(rank, size, place, getattr(torch, dtype))
@@ -120,7 +136,7 @@ def start(device="auto", dtype="auto", seed=0):
         elif device == "cuda":
             settings["device_id"] = place  # otherwise barriers guess it and warn
         dist.init_process_group("nccl" if device == "cuda" else "gloo", **settings)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # all processes draw the same new head
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     return world
@@ -131,7 +147,8 @@ def is_sharded(world):
     return world.size > 1 or world.device.type == "cuda" or world.dtype != torch.float32
 
 
-# what a random number is for: no two purposes share a seed
+# What a random number is for, so that no two purposes share a seed: the order of the data,
+# sampling, the cut into mini-batches, the order of an epoch, samples of held-out prompts.
 ORDER, DRAW, CUT, PASS, EVAL = range(5)
 
 
@@ -160,7 +177,8 @@ def all_gather(world, tensor):
     return torch.cat(parts)
 
 
-# -- The user's input -----------------------------
+# -- The user's input ------------------------------------------------------------------------------
+
 
 COUNTS = """prompts_per_step samples_per_prompt pairs_per_step max_tokens max_prompt_tokens
 max_new_tokens epochs minibatches tokens_per_micro_batch sample_rows eval_every save_every
@@ -200,24 +218,6 @@ def read_json(path, flag):
     return values
 
 
-def load_function(spec, flag):
-    """The function that FILE.py:function names."""
-    file, _, name = spec.partition(":")
-    if not Path(file).is_file():
-        fail(f"{flag} {spec}: no such file {file}")
-    info = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
-    module = importlib.util.module_from_spec(info)
-    sys.modules[info.name] = module  # dataclasses in the file look themselves up there
-    try:
-        info.loader.exec_module(module)
-        return getattr(module, name)
-    except Exception as error:
-        why = f"cannot be imported or has no function {name!r}"
-        fail(f"{flag} {spec}: {file} {why} ({type(error).__name__}: {error})")
-
-
-# -- Text to token ids ----------------------------
-
 BEGAN = datetime.datetime.now().isoformat(timespec="seconds")
 
 
@@ -238,13 +238,7 @@ def run_date(args, world):
     return answer[0]
 
 
-@contextlib.contextmanager
-def loading(path):
-    """Turns transformers' errors into one sentence."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        fail(f"{path}: no such model could be loaded ({first_line(error)})")
+# -- Text to token ids -----------------------------------------------------------------------------
 
 
 def load_tokenizer(path, template_args="", date=None):
@@ -312,7 +306,7 @@ def stop_ids(model, tokenizer):
 
 def own_pad(tokenizer):
     """Gives a classifier's tokenizer a pad token that ends no text: one that it has, or a new
-    one. transformers score the last id that is not pad: with EOS, the token before the end."""
+    one. transformers scores the last id that is not pad. If EOS is pad, that is the one before."""
     end = tokenizer.convert_ids_to_tokens(turn_end(tokenizer))
     taken = (tokenizer.eos_token, tokenizer.bos_token, end, None)
     if tokenizer.pad_token in taken:
@@ -366,8 +360,8 @@ def encode_completion(tokenizer, text, chat=False, prompt=None, system=""):
 
 
 def written_answer(tokenizer, talk, answer):
-    """What the chat template writes after its generation prompt: in thinking models an empty
-    thought, which a reward model reads too, then the answer."""
+    """What the chat template writes after its generation prompt. Thinking models put an empty
+    thought before the answer; a reward model reads it, too."""
     before = render(tokenizer, talk, add_generation_prompt=True)
     whole = render(tokenizer, [*talk, {"role": "assistant", "content": answer}])
     if not whole.startswith(before):
@@ -411,8 +405,9 @@ def load_prompts(path, flag, tokenizer, args, answer_flag):
     are left out, and counted."""
     kept = []
     left_out = 0
-    for number, record in read_json(path, flag) if path else ():
-        where = f"{flag} {path}, line {number}"
+    lines = read_json(path, flag) if path else []
+    for line, record in lines:
+        where = f"{flag} {path}, line {line}"
         record = record if isinstance(record, dict) else {}
         record = {**record, "prompt": record.get("prompt", record.get("question"))}
         if not is_prompt(record["prompt"]):
@@ -432,12 +427,21 @@ def load_prompts(path, flag, tokenizer, args, answer_flag):
     return kept
 
 
-# -- Configs --------------------------------------
+# -- Configs ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def loading(path):
+    """Turns transformers' errors into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        fail(f"{path}: no such model could be loaded ({first_line(error)})")
 
 
 def read_config(path, **changes):
-    """A model's config with every dropout at 0. With dropout the first ratio would not be 1, and
-    the KL to an equal reference would be in the thousands."""
+    """A model's config with every dropout at 0. With dropout the ratio would not start at 1, nor
+    the KL at 0."""
     with loading(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **changes)
     set_noise(config)
@@ -457,7 +461,6 @@ def set_noise(config, source=None):
 
 
 def policy_config(path):
-    """The config of a language model."""
     config = read_config(path)
     if "SequenceClassification" in str(config.architectures):
         fail(f"{path}: this is a reward model, no language model")
@@ -490,8 +493,8 @@ def fit_context(args, longest, *configs):
 
 
 def fit_reward_model(args, tokenizer, prompts):
-    """The same for a reward model with the policy's tokens. With other tokens an answer's length
-    is not known before, and `score_ids` cuts what is too long."""
+    """Also lowers it to the reward model's context, if both have the same tokens. With other tokens
+    an answer's length is not known before, and `score_ids` cuts what is too long."""
     reader = load_tokenizer(args.reward)
     context = context_of(scalar_config(args.reward))
     longest = max(len(encode_answer(reader, row["prompt"], "")) for _, row in prompts)
@@ -513,7 +516,7 @@ def lower_max_new_tokens(args, room, why):
     return dataclasses.replace(args, max_new_tokens=room)
 
 
-# -- Models ---------------------------------------
+# -- Models ----------------------------------------------------------------------------------------
 
 
 def load(auto, path, **changes):
@@ -549,8 +552,8 @@ def load_reference(path, world):
 
 
 def load_scalar(path, world, tokenizer, head_std=None, gradient_checkpointing=False, frozen=False):
-    """A critic or reward model: its head gives one number. `head_std` makes the head new: 0 for
-    a critic, so that its first guess is 0; 1/sqrt(width + 1) for a reward model."""
+    """A critic or reward model: its head gives one number. head_std draws a new head with this
+    standard deviation: 0 for a critic, so that its first guess is 0."""
     scalar_config(path)
     model, missing = load(AutoModelForSequenceClassification, path, num_labels=1)
     if head_std is None and missing:
@@ -559,13 +562,14 @@ def load_scalar(path, world, tokenizer, head_std=None, gradient_checkpointing=Fa
         for p in scalar_head(model).parameters():
             torch.nn.init.normal_(p, 0.0, head_std if p.ndim > 1 else 0.0)
     config = model.config
-    if frozen and config.pad_token_id is None:
+    pad = config.pad_token_id
+    if frozen and pad is not None and 0 <= pad < len(tokenizer):
+        tokenizer.pad_token_id = pad
+    elif frozen:
         own_pad(tokenizer)
-    elif frozen and 0 <= config.pad_token_id < len(tokenizer):
-        tokenizer.pad_token_id = config.pad_token_id
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # own_pad made a token
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    # transformers score the last id that is not this one; if it is None, they score padding
+    # transformers scores the last id that is not this one; if it is None, it scores padding
     config.pad_token_id = tokenizer.pad_token_id
     config.get_text_config().pad_token_id = tokenizer.pad_token_id
     config.problem_type = "regression"
@@ -582,9 +586,9 @@ def scalar_head(model):
 
 class Float32Head(torch.nn.Linear):
     """A head that computes float32 logits from bfloat16 weights and states. A logit of 20 in
-    bfloat16 is off by up to 0.06, and the sampler's is off otherwise than the trainer's."""
+    bfloat16 is off by up to 0.06, and sampler and trainer err differently."""
 
-    wide_weight = None  # kept while sampling, and else made for each call
+    wide_weight = None  # set while sampling; otherwise made at each call
 
     def forward(self, states):
         weight = self.weight.float() if self.wide_weight is None else self.wide_weight
@@ -621,21 +625,21 @@ def freeze(model, world):
 
 
 def shard(model, world):
-    """Hands the model to FSDP2. It keeps a shard of each weight, which AdamW steps in float32, and
-    makes the whole weight in `world.dtype` to compute. So policy, sampler and reference
-    compute with the same numbers, and KL and log-ratio start at exactly 0."""
+    """Hands the model to FSDP2, which moves it to the device. It keeps a shard of each weight, which
+    AdamW steps in float32, and makes the whole weight in `world.dtype` to compute. So policy,
+    sampler and reference compute with the same numbers: KL and log-ratio start at exactly 0."""
     if not is_sharded(world):
         return model
     mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(world.dtype, torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(world.dtype, torch.float32, cast_forward_inputs=False)
     names = model._no_split_modules or ()
     blocks = [m for m in model.modules() if type(m).__name__ in names and m is not model]
-    if not blocks:  # FSDP2 never reduces the gradient of a model that is one unit
+    if not blocks:  # FSDP2 needs a block inside the root to learn of the backward pass
         name = type(model).__name__
         fail(f"{name} names no blocks to shard: it trains in one CPU process in float32 only")
     # inner blocks first, the root last: each takes the weights that no other has taken
     for unit in [*reversed(blocks), model]:
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        fully_shard(unit, mesh=mesh, mp_policy=precision)
         if world.size > 1:  # dividing by 1 would copy each gradient
             # FSDP2 averages over the processes. Our losses are divided by counts over all
             # processes already, so the right gradient is the sum.
@@ -720,7 +724,438 @@ def write_model(model, tokenizer, folder, state, dtype):
         model.generation_config = generation
 
 
-# -- States and logits ----------------------------
+# -- Rewards ---------------------------------------------------------------------------------------
+
+
+def load_function(spec, flag):
+    """The function that FILE.py:function names."""
+    file, _, name = spec.partition(":")
+    if not Path(file).is_file():
+        fail(f"{flag} {spec}: no such file {file}")
+    info = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
+    module = importlib.util.module_from_spec(info)
+    sys.modules[info.name] = module  # dataclasses in the file look themselves up there
+    try:
+        info.loader.exec_module(module)
+        return getattr(module, name)
+    except Exception as error:
+        why = f"cannot be imported or has no function {name!r}"
+        fail(f"{flag} {spec}: {file} {why} ({type(error).__name__}: {error})")
+
+
+def checked(reward):
+    """Makes a reward of one completion that of a list. A value that is not a finite number ends the
+    run: one NaN makes every weight NaN within a step."""
+
+    def score(completion, row):
+        try:
+            value = reward(completion, row)
+            wrong = f"{value!r:.100}, no finite number,"
+        except Exception as error:
+            value = math.nan
+            wrong = f"an error{place_of(error)} ({type(error).__name__}: {error}),"
+        try:
+            number = math.nan if isinstance(value, str) else float(value)
+        except Exception:  # each library has its own
+            number = math.nan
+        if math.isfinite(number):
+            return number
+        texts = f"for prompt {row['prompt']!r:.300} and completion {completion!r:.300}"
+        raise Stop(f"--reward gave {wrong} {texts}")
+
+    return lambda completions, rows: [score(*pair) for pair in zip(completions, rows, strict=True)]
+
+
+def place_of(error):
+    entry = error.__traceback__.tb_next  # in the user's function; None if the call itself failed
+    if entry is None:
+        return ""
+    return f" in {Path(entry.tb_frame.f_code.co_filename).name}, line {entry.tb_lineno}"
+
+
+def stop_together(reward, world):
+    """A reward that fails in one process stops all of them: the others would wait for it."""
+
+    def scores(completions, rows):
+        values = None
+        problem = None
+        try:
+            values = reward(completions, rows)
+        except Stop as error:
+            problem = str(error)
+        problems = [problem] * world.size
+        if world.size > 1:
+            dist.all_gather_object(problems, problem)
+        for problem in problems:
+            if problem is not None:
+                raise Stop(problem)
+        return values
+
+    return scores
+
+
+def load_scorer(path, world, date=None):
+    """A reward model as a function from completions and their rows to scores. It reads texts (with
+    the prompt, without --system): its ids need not be the policy's."""
+    tokenizer = load_tokenizer(path, date=date)
+    model = load_scalar(path, world, tokenizer, frozen=True)
+    return lambda completions, rows: score_texts(model, tokenizer, completions, rows, world)
+
+
+def score_texts(model, tokenizer, completions, rows, world):
+    texts = [encode_answer(tokenizer, row["prompt"], c) for c, row in zip(completions, rows)]
+    return score_ids(model, tokenizer, texts, world)
+
+
+@torch.no_grad()
+def score_ids(model, tokenizer, texts, world):
+    """The scores of texts, given as ids, by the model's own forward."""
+    limit = context_of(model.config)
+    sizes = torch.tensor([[len(texts), max(map(len, texts))]], device=world.device)
+    most, longest = all_gather(world, sizes).amax(0).tolist()  # over all processes
+    if longest > limit:
+        say_once(f"warning: --reward reads {limit} tokens; of longer texts it reads the end")
+        texts = [text[-limit:] for text in texts]
+    values = []
+    size = max(1, min(64, 32_768 // min(longest, limit)))
+    # as many rounds on every process: sharded weights are gathered by all or by none
+    for i in range(0, most, size):
+        part = texts[i : i + size] or texts[:1]
+        ids, mask = pad_rows(part, tokenizer.pad_token_id, world.device, "right")
+        logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+        values += logits[:, 0].float().tolist()
+    forget_forwards(model)
+    if all_sum(world, not all(map(math.isfinite, values)))[0]:
+        raise Stop("the reward model gave a score that is not finite")
+    return values[: len(texts)]
+
+
+# ============================================ SAMPLING ============================================
+
+# -- Completions -----------------------------------------------------------------------------------
+
+
+PREFILL_TOKENS = 8192  # of prompts in one forward, with padding; more only holds more memory
+
+
+@dataclass
+class Samples:
+    """n completions of each prompt; row i * n + j is sample j of prompt i."""
+
+    prompt_ids: torch.Tensor  # [B, P] padded on the left
+    prompt_mask: torch.Tensor  # [B, P] true on the prompt
+    ids: torch.Tensor  # [B, C] padded on the right
+    mask: torch.Tensor  # [B, C] true on what the policy chose, the stop token included
+    logprobs: torch.Tensor  # [B, C] of softmax(logits / temperature); 0 off the mask
+    finished: torch.Tensor  # [B] false if cut at max_new_tokens, without a stop token
+    texts: list  # [B] without stop and special tokens
+    rows_per_prompt: int = 1  # so many consecutive rows have one prompt; training computes it once
+
+    def take(self, rows):
+        """Some of the rows, by a tensor of their numbers."""
+        values = {}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                values[name] = value[rows]
+        texts = [self.texts[row] for row in rows.tolist()]
+        return dataclasses.replace(self, texts=texts, rows_per_prompt=1, **values)
+
+
+def pad_rows(rows, pad, device, side):
+    """Lists of ids, padded to one length -> ids, mask [rows, length]."""
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    mask = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    ids = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side=side)
+    mask = pad_sequence(mask, batch_first=True, padding_side=side)
+    return ids.to(device), mask.to(device)
+
+
+def to_text(tokenizer, ids):
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def as_samples(prompts, completions, tokenizer, world, rows_per_prompt=1):
+    """Given completions as ids (demonstrations, pairs) in the shape of samples."""
+    pad = tokenizer.pad_token_id
+    prompt_ids, prompt_mask = pad_rows(prompts, pad, world.device, "left")
+    ids, mask = pad_rows(completions, pad, world.device, "right")
+    logprobs = torch.zeros(ids.shape, device=world.device)
+    texts = [to_text(tokenizer, completion) for completion in completions]
+    finished = mask.any(1)
+    rows = (prompt_ids, prompt_mask, ids, mask, logprobs, finished, texts)
+    return Samples(*rows, rows_per_prompt)
+
+
+def rows_at_once(held_out, max_new_tokens, rows=1):
+    """How many completions of held-out prompts [(ids, row), ...] are drawn at once: `rows`, or as
+    many as make 8192 tokens if that is more; at most 256."""
+    longest = max((len(ids) for ids, _ in held_out), default=0) + max_new_tokens
+    return max(1, min(256, max(rows, 8192 // longest)))
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts, *, n=1, max_new_tokens, temperature=1.0, seed=None):
+    """n completions of every prompt (a rendered text or a list of ids), each token drawn from
+    softmax(logits / temperature). Equal seeds give equal samples.
+
+    No top-k, top-p or repetition penalty, whatever the generation config says: they draw from
+    another distribution than the one whose gradient, ratio and KL are computed.
+
+    Compared with `generate`: a prompt is computed once for its n samples, finished rows leave
+    the batch, and the cache is not copied at every token."""
+    device = next(model.parameters()).device
+    prompts = [encode(tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
+    if [] in prompts:
+        raise ValueError(f"prompt {prompts.index([])} is empty: there is nothing to continue")
+    pad = tokenizer.pad_token_id
+    stops = torch.tensor(stop_ids(model, tokenizer), device=device)
+    prompt_ids, prompt_mask = pad_rows(prompts, pad, device, "left")
+    owner = torch.arange(len(prompts), device=device).repeat_interleave(n)  # [B] a row's prompt
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+
+    def pick(logits, rows):
+        # one number for every row, finished or not: what a row draws depends on no other
+        u = torch.rand(len(owner), 1, dtype=torch.float64, device=device, generator=generator)
+        return choose(logits, temperature, u[rows])
+
+    with evaluating(model), whole_weights(model):
+        forward = cached_forward(model)
+        cache, logits = prefill(model, forward, prompt_ids, prompt_mask)
+        logits = logits[owner]
+        prompt_ids = prompt_ids[owner]
+        prompt_mask = prompt_mask[owner]
+        copy_rows(cache, owner, prompt_ids.shape[1] + max_new_tokens)
+        drawn = decode(forward, pick, cache, logits, prompt_mask, max_new_tokens, stops)
+    ids, logprobs, length, finished = drawn
+    C = int(length.max())
+    # from lengths: ids != pad would lose the EOS where pad is EOS
+    mask = torch.arange(C, device=device) < length[:, None]
+    ids = ids[:, :C].masked_fill(~mask, pad)
+    logprobs = logprobs[:, :C].masked_fill(~mask, 0.0)
+    ends = (length - finished.long()).tolist()  # the stop token is no part of the text
+    texts = [to_text(tokenizer, row[:end]) for row, end in zip(ids.tolist(), ends)]
+    return Samples(prompt_ids, prompt_mask, ids, mask, logprobs, finished, texts, n)
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Evaluation mode: no dropout, and no gradient checkpointing, which drops the cache."""
+    was_training = [module.training for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, mode in zip(model.modules(), was_training):
+            module.training = mode
+
+
+@contextlib.contextmanager
+def whole_weights(model):
+    """Gathers a sharded model's weights once, and not for every token. Also makes the head's
+    float32 copy once.
+
+    FSDP2's hooks on the blocks have nothing to gather then, and take the CPU's time at every
+    token: they are put aside. The root keeps its hooks: they make its streams in the first
+    forward."""
+    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    blocks = [m for m in units if m is not model]
+    hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in blocks]
+    head = model.get_output_embeddings()
+    try:
+        for unit in units:
+            unit.unshard()
+        if isinstance(head, Float32Head):
+            head.wide_weight = head.weight.float()
+        for block in blocks:
+            block._forward_pre_hooks = {}
+            block._forward_hooks = {}
+        yield
+    finally:
+        for block, own in zip(blocks, hooks):
+            block._forward_pre_hooks, block._forward_hooks = own
+        if isinstance(head, Float32Head):
+            head.wide_weight = None
+        if units:
+            forget_forwards(model)
+
+
+def cached_forward(model):
+    """The model's forward as (cache, ids, mask, positions) -> the last logits [rows, V]."""
+    takes = inspect.signature(model.forward).parameters
+    cache_name = cache_argument(model)
+    if cache_name is None:
+        raise ValueError(f"{type(model).__name__} takes none of transformers' caches")
+
+    def forward(cache, ids, mask, positions):
+        inputs = {cache_name: cache}
+        if "position_ids" in takes:
+            inputs["position_ids"] = positions
+        if "logits_to_keep" in takes:
+            inputs["logits_to_keep"] = 1
+        return model(input_ids=ids, attention_mask=mask, use_cache=True, **inputs).logits[:, -1]
+
+    return forward
+
+
+def prefill(model, forward, prompt_ids, prompt_mask):
+    """Computes every prompt once, in slices -> their cache and next tokens' logits."""
+    caches = []
+    logits = []
+    size = max(1, PREFILL_TOKENS // prompt_ids.shape[1])
+    for ids, mask in zip(prompt_ids.split(size), prompt_mask.split(size)):
+        caches.append(DynamicCache(config=model.config))
+        positions = (mask.cumsum(1) - 1).clamp_(min=0)  # padding does not count
+        try:
+            last = forward(caches[-1], ids, mask.long(), positions)
+        except ValueError as error:  # MiniMax wants a cache of its own
+            raise Stop(f"{type(model).__name__} cannot be sampled from ({error})") from error
+        logits.append(last.clone())  # a view would keep the logits of all positions
+    return join_caches(caches), torch.cat(logits)
+
+
+def join_caches(caches):
+    """One cache out of those of a batch's slices. What belongs to the rows is in tensors, or
+    dicts of tensors, whose first dimension is the row; the rest is equal in all slices, because
+    all are padded to one length."""
+    if len(caches) == 1:
+        return caches[0]
+
+    def join(parts):
+        if isinstance(parts[0], torch.Tensor) and parts[0].ndim > 1:
+            return torch.cat(parts)
+        if not isinstance(parts[0], dict):
+            return parts[0]
+        joined = {}
+        for key in parts[0]:
+            joined[key] = join([part[key] for part in parts])
+        return joined
+
+    for layers in zip(*(cache.layers for cache in caches)):
+        for name in list(vars(layers[0])):
+            # popped, so that no more than one tensor is held twice
+            setattr(layers[0], name, join([vars(layer).pop(name) for layer in layers]))
+    return caches[0]
+
+
+def copy_rows(cache, owner, room):
+    """Makes a prompt's cache that of each of its completions, with room for all tokens."""
+    for i, layer in enumerate(cache.layers):
+        # a layer that reads another's keys has none
+        if type(layer) is DynamicLayer and layer.keys is not None:
+            cache.layers[i] = RoomyLayer(layer, owner, room)
+        else:
+            layer.reorder_cache(owner)
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer's keys and values in room made once. The stock layer copies its whole cache at
+    every token. The model reads views of the filled part."""
+
+    def __init__(self, stock, rows, room):
+        super().__init__()
+        self.is_initialized = True
+        self.room = room
+        self.filled = stock.keys.shape[2]
+        self.buffers = [stock.keys, stock.values]  # [B, heads, room, d] each, once copied
+        stock.keys = stock.values = None
+        self.reorder_cache(rows)
+
+    def update(self, keys, values, *args, **kwargs):
+        begin = self.filled
+        self.filled += keys.shape[2]
+        self.buffers[0][:, :, begin : self.filled] = keys
+        self.buffers[1][:, :, begin : self.filled] = values
+        self.keys, self.values = (buffer[:, :, : self.filled] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def get_seq_length(self):
+        return self.filled
+
+    def reorder_cache(self, rows):
+        # The views go first, so that each old buffer is freed once it is copied. This takes room
+        # for one buffer more, and not for a second cache.
+        self.keys = self.values = None
+        for i in range(len(self.buffers)):
+            old = self.buffers[i]
+            self.buffers[i] = old.new_empty(len(rows), old.shape[1], self.room, old.shape[3])
+            new = self.buffers[i][:, :, : self.filled]
+            torch.index_select(old[:, :, : self.filled], 0, rows, out=new)
+
+
+def decode(forward, pick, cache, logits, prompt_mask, max_new_tokens, stops):
+    """Draws token by token and drops finished rows -> ids, logprobs [B, max_new_tokens],
+    meaningless after a row's end, length [B], finished [B]."""
+    B, P = prompt_mask.shape
+    device = logits.device
+    ids = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(B, max_new_tokens, device=device)
+    length = torch.full((B,), max_new_tokens, device=device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    recurrent = is_recurrent(cache)
+    # of the rows in the batch: their numbers, what they attend to, their next position
+    rows = torch.arange(B, device=device)
+    seen = F.pad(prompt_mask.long(), (0, max_new_tokens), value=1)  # [rows, P + C]
+    position = prompt_mask.sum(1, keepdim=True)
+    for t in range(max_new_tokens):
+        token, logprob = pick(logits, rows)
+        ids[rows, t] = token
+        logprobs[rows, t] = logprob
+        ended = torch.isin(token, stops) & ~finished[rows]
+        length[rows] = torch.where(ended, t + 1, length[rows])
+        finished[rows] |= ended
+        running = ~finished[rows]
+        left = int(running.sum())
+        if left == 0 or t + 1 == max_new_tokens:
+            break
+        if left <= 0.9 * len(rows):  # a tenth has finished: worth a copy of the others' cache
+            kept = running.nonzero()[:, 0]
+            cache.reorder_cache(kept)
+            rows = rows[kept]
+            token = token[kept]
+            seen = seen[kept]
+            position = position[kept]
+        mask = None if recurrent else seen[:, : P + t + 1]
+        logits = forward(cache, token[:, None], mask, position + t)
+    return ids, logprobs, length, finished
+
+
+def choose(logits, temperature, u):
+    """The next token of every row and its log-probability. At temperature 0: the likeliest
+    one, with its log-probability at temperature 1."""
+    if temperature > 0:
+        return draw(logits.float() / temperature, u)
+    token = logits.argmax(-1, keepdim=True)
+    return token[:, 0], logits.float().log_softmax(-1).gather(1, token)[:, 0]
+
+
+def draw(logits, u, block=256):
+    """One token a row from softmax(logits [B, V]) by inverse CDF, and its log-probability.
+    u [B, 1]: uniform in [0, 1), float64.
+
+    The token is the first whose cumulative probability exceeds u, summed over blocks of the
+    vocabulary, then inside the block that u falls into. In float64: a float32 sum over 150,000
+    tokens is wrong in its fourth digit. torch.multinomial draws a random number for each
+    entry of the vocabulary, where this takes one a row."""
+    logits = logits.float()
+    top = logits.amax(-1, keepdim=True)
+    p = F.pad((logits - top).exp(), (0, -logits.shape[1] % block))
+    p = p.view(len(logits), -1, block)  # [B, blocks, block]
+    mass = p.sum(-1).double()  # [B, blocks]
+    total = mass.cumsum(-1)
+    # strictly below the total, here and in the block: no token of probability 0 is drawn
+    target = u * (1 - 1e-12) * total[:, -1:]
+    which = torch.searchsorted(total, target, right=True)  # [B, 1] the block
+    which = which.clamp_(max=total.shape[1] - 1)
+    share = 1 + (target - total.gather(1, which)) / mass.gather(1, which)
+    share = share.clamp_(0, 1 - 1e-12)
+    inside = p.gather(1, which[:, :, None].expand(-1, -1, block))[:, 0]
+    inside = inside.double().cumsum(-1)  # [B, block]
+    token = which * block + torch.searchsorted(inside, share * inside[:, -1:], right=True)
+    token = token.clamp_(max=logits.shape[1] - 1)  # only NaN comes here; the update will say so
+    logprob = (logits.gather(1, token) - top)[:, 0] - total[:, -1].log().float()
+    return token[:, 0], logprob
+
+
+# -- States and logits -----------------------------------------------------------------------------
 
 
 def cache_argument(model):
@@ -746,7 +1181,7 @@ def hidden_states(model, ids, mask, cache=None):
 
     def catch(head, inputs):
         caught.append(inputs[0])
-        # logits of all positions, [B, T, V], would take the most memory: compute the last
+        # the head then computes the last position only: [B, T, V] would fill the memory
         return inputs if vocabulary is None else (inputs[0][:, -1:],)
 
     inputs = {"attention_mask": mask.long(), "use_cache": cache is not None}
@@ -770,7 +1205,7 @@ class CutGraph(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, anchor, tensors):
-        # autograd does not see tensors in a list; it sees the anchor
+        # the anchor makes autograd call `backward`: it does not look into lists
         ctx.tensors = tensors
         return tuple(tensor.detach() for tensor in tensors)
 
@@ -833,7 +1268,8 @@ def completion_states(model, samples, rows):
 
 
 def logits_of(model, hidden):
-    """The head on some positions, and what some families do after it, in float32."""
+    """The head on some states, scaled or capped as the family does it, in float32. Under FSDP2 only
+    after a forward, while the root has its whole weights."""
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden)
     if getattr(config, "logits_scaling", None):  # Granite
@@ -859,9 +1295,9 @@ def check_head(model):
 
 
 def prompts_can_be_shared(model, world, gradient_checkpointing):
-    """Whether sharing prompts gives the right states and gradient, tried on made-up ids. It does
-    not where a cache drops the gradient, nor with gradient checkpointing, where transformers
-    drop the cache. A family that cannot be trained at all stops here."""
+    """Whether sharing prompts gives the right states and gradient, tried on made-up ids. It fails
+    where a cache drops the gradient, and with gradient checkpointing, where transformers drops the
+    cache. A family that cannot be trained at all stops here."""
     samples = made_up_samples(model, world.device)
     rows = [0, 1, 2, 3]
     same = False
@@ -886,7 +1322,8 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
         raise
     except Exception as error:  # whatever a family's cache says to this use
         sharded = isinstance(model, FSDPModule)
-        can_go_on = hasattr(model, "reset_iter_state") or not sharded  # torch below 2.13 cannot
+        # torch below 2.13 cannot take FSDP2 out of the middle of a pass
+        can_go_on = hasattr(model, "reset_iter_state") or not sharded
         if size is None or not can_go_on:
             dtype = str(world.dtype).removeprefix("torch.")
             why = f"cannot be trained in {dtype} ({first_line(error)})"
@@ -928,104 +1365,16 @@ def gradient_norm(model):
     return whole(torch.nn.utils.get_total_norm(gradients)).item()
 
 
-# -- Rewards --------------------------------------
+# ============================================= A RUN ==============================================
 
-
-def checked(reward):
-    """A reward for one completion as one for many. A value that is no finite number ends the run:
-    one NaN makes every weight NaN within a step."""
-
-    def score(completion, row):
-        try:
-            value = reward(completion, row)
-            wrong = f"{value!r:.100}, no finite number,"
-        except Exception as error:
-            value = math.nan
-            wrong = f"an error{place_of(error)} ({type(error).__name__}: {error}),"
-        try:
-            number = math.nan if isinstance(value, str) else float(value)
-        except Exception:  # each library has its own
-            number = math.nan
-        if math.isfinite(number):
-            return number
-        texts = f"for prompt {row['prompt']!r:.300} and completion {completion!r:.300}"
-        raise Stop(f"--reward gave {wrong} {texts}")
-
-    return lambda completions, rows: [score(c, r) for c, r in zip(completions, rows)]
-
-
-def place_of(error):
-    entry = error.__traceback__.tb_next  # in the user's function; None if the call itself failed
-    if entry is None:
-        return ""
-    return f" in {Path(entry.tb_frame.f_code.co_filename).name}, line {entry.tb_lineno}"
-
-
-def stop_together(reward, world):
-    """A reward that fails in one process stops all of them: the others would wait for it."""
-
-    def scores(completions, rows):
-        values = None
-        problem = None
-        try:
-            values = reward(completions, rows)
-        except Stop as error:
-            problem = str(error)
-        problems = [problem] * world.size
-        if world.size > 1:
-            dist.all_gather_object(problems, problem)
-        for problem in problems:
-            if problem is not None:
-                raise Stop(problem)
-        return values
-
-    return scores
-
-
-def load_scorer(path, world, date=None):
-    """A reward model as a function from completions and their rows to scores. It reads text: its
-    ids need not be the policy's."""
-    tokenizer = load_tokenizer(path, date=date)
-    model = load_scalar(path, world, tokenizer, frozen=True)
-    return lambda completions, rows: score_texts(model, tokenizer, completions, rows, world)
-
-
-def score_texts(model, tokenizer, completions, rows, world):
-    """The reward model's scores of completions, a list of floats."""
-    texts = [encode_answer(tokenizer, row["prompt"], c) for c, row in zip(completions, rows)]
-    return score_ids(model, tokenizer, texts, world)
-
-
-@torch.no_grad()
-def score_ids(model, tokenizer, texts, world):
-    """The scores of texts, given as ids, by the model's own forward."""
-    limit = context_of(model.config)
-    sizes = torch.tensor([[len(texts), max(map(len, texts))]], device=world.device)
-    most, longest = all_gather(world, sizes).amax(0).tolist()  # over all processes
-    if longest > limit:
-        say_once(f"warning: --reward reads {limit} tokens; of longer texts it reads the end")
-        texts = [text[-limit:] for text in texts]
-    values = []
-    size = max(1, min(64, 32_768 // min(longest, limit)))
-    # as many rounds on every process: sharded weights are gathered by all or by none
-    for i in range(0, most, size):
-        part = texts[i : i + size] or texts[:1]
-        s = as_samples([[] for _ in part], part, tokenizer, world)
-        logits = model(input_ids=s.ids, attention_mask=s.mask.long(), use_cache=False).logits
-        values += logits[:, 0].float().tolist()
-    forget_forwards(model)
-    if all_sum(world, not all(map(math.isfinite, values)))[0]:
-        raise Stop("the reward model gave a score that is not finite")
-    return values[: len(texts)]
-
-
-# -- Memory and the optimizer ---------------------
+# -- Memory and optimizer --------------------------------------------------------------------------
 
 
 def lasting_memory(path, world, learning=1, frozen=0):
-    """A model's parameters, exact from its config alone, and the bytes that a process holds
-    for good: a float32 weight, its gradient and two moments, or a frozen model's weight."""
-    with torch.device("meta"):  # takes no memory
+    """A model's parameters, exact from its config alone, and the bytes that a process holds for
+    good: for each of `learning` models four float32 numbers a parameter (weight, gradient, two
+    moments), for each of `frozen` ones a weight."""
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(read_config(path), trust_remote_code=False)
     count = sum(p.numel() for p in model.parameters())
     frozen_bytes = torch.finfo(world.dtype).bits // 8
@@ -1068,7 +1417,8 @@ def clip_gradients(model, max_norm):
     return whole(norm).item()
 
 
-# -- A run's folder -------------------------------
+# -- Folder ----------------------------------------------------------------------------------------
+
 
 MAY_DIFFER = (  # flags that --resume may change
     "steps eval_every save_every keep tokens_per_micro_batch gradient_checkpointing "
@@ -1188,7 +1538,7 @@ def replace(temporary, folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
-# -- Checkpoints ----------------------------------
+# -- Checkpoints -----------------------------------------------------------------------------------
 
 
 def checkpoints(out):
@@ -1253,8 +1603,7 @@ def read_checkpoint(out):
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        fail(f"{path}: this checkpoint cannot be read ({reason}); it may have been cut short")
+        fail(f"{path}: this checkpoint cannot be read ({first_line(error)})")
 
 
 def agree(out, world, number, what):
@@ -1289,7 +1638,7 @@ def load_checkpoint(state, models, optimizers):
                 optimizers[name].state[p] = {k: like(v, p) for k, v in moments.items()}
 
 
-# -- The order of the data ------------------------
+# -- The order of the data -------------------------------------------------------------------------
 
 
 def rows_of_step(count, step, rows, world, seed):
@@ -1311,7 +1660,7 @@ def shuffled(count, seed):
     return random.Random(seed).sample(range(count), count)
 
 
-# -- Log and console ------------------------------
+# -- Log and console -------------------------------------------------------------------------------
 
 
 class Meter:
@@ -1333,11 +1682,9 @@ class Meter:
         self.means[name] = self.means.get(name, 0.0) + pair
 
     def total(self, name, value):
-        """For a sum."""
         self.totals[name] = self.totals.get(name, 0.0) + value.detach().double()
 
     def maximum(self, name, values):
-        """For the largest element."""
         largest = values.detach().max().double()
         self.maxima[name] = torch.maximum(self.maxima.get(name, largest), largest)
 
@@ -1362,7 +1709,7 @@ class Meter:
 
 
 class Writer(SummaryWriter):
-    quiet_until = 0.0  # when a console without a progress bar gets its next line
+    quiet_until = 0.0  # when a console without a progress bar gets its next line of numbers
 
 
 def introduce(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0):
@@ -1418,12 +1765,6 @@ def cut_log(path, step):
     write(path, "".join(kept))
 
 
-def tell(message):
-    """Prints, but lets a broken pipe pass: Ctrl-C also ends `| tee`, and the run has to save."""
-    with contextlib.suppress(BrokenPipeError):
-        tqdm.write(message)
-
-
 def log(out, writer, step, metrics, texts=()):
     """A step's numbers to metrics.jsonl, TensorBoard and the console; completions to
     samples.jsonl. Does nothing without a writer."""
@@ -1441,56 +1782,59 @@ def log(out, writer, step, metrics, texts=()):
     writer.flush()
     scores = [f"{name[5:]} {x:.3f}" for name, x in metrics.items() if name.startswith("eval/")]
     if scores:
-        tell(f"step {step}: held-out {', '.join(scores)}")
+        say(f"step {step}: held-out {', '.join(scores)}")
     elif not sys.stderr.isatty() and time.monotonic() > writer.quiet_until:  # a line a minute
         names = ("reward", "accuracy", "loss", "kl/ref", "tokens_per_second")
         shown = [f"{name} {metrics[name]:.3g}" for name in names if name in metrics]
         if shown:
             writer.quiet_until = time.monotonic() + 60
-            tell(f"step {step}: {', '.join(shown)}")
+            say(f"step {step}: {', '.join(shown)}")
 
 
-def advise(metrics, args, said):
-    """Warns, once each, of what a person watching should know. said: what has been."""
-    value = metrics.get
-    advice = {
-        "truncated": (
-            value("truncated", 0) > 0.5,
-            "most completions are cut off: raise --max_new_tokens (or lower --max_prompt_tokens, "
-            "if prompts fill the context), or ask for shorter answers with --system",
-        ),
-        "reward": (
-            value("reward") == 0 and args.reward == "exact",
-            "no completion was right: `exact` wants the answer and nothing else; "
-            "--reward number takes a text's last number",
-        ),
-        "equal_groups": (
-            value("equal_groups", 0) > 0.8,
-            "most prompts' samples score alike, which teaches little: "
-            "use prompts of middling difficulty, or raise --samples_per_prompt",
-        ),
-        "ratio/first": (
-            value("ratio/first", 0) > 1e-3,
-            "the first ratio is not 1: the model's forward is not deterministic",
-        ),
-        "entropy": (
-            value("entropy", 1) < 0.01,
-            "the policy tries nothing new: lower --learning_rate or raise --beta",
-        ),
-        "kl/ref": (
-            abs(value("kl/ref", 0)) > 100,
-            "KL to the reference runs away: raise --beta or lower --learning_rate",
-        ),
-        "value/explained": (
-            value("value/explained", 0) < -1,
-            "the critic is worse than a constant: lower --critic_learning_rate, "
-            "or let it learn alone first with --critic_warmup",
-        ),
-    }
-    for name, (sounds, words) in advice.items():
-        if sounds and name not in said:
-            said.add(name)
-            tell(f"warning: {words} ({name} {metrics[name]:.3g})")
+ADVICE = {  # metric: (when to warn, what to say)
+    "truncated": (
+        lambda value: value > 0.5,
+        "most completions are cut off: raise --max_new_tokens (or lower --max_prompt_tokens, if "
+        "prompts fill the context), or ask for shorter answers with --system",
+    ),
+    "reward": (
+        lambda value: value == 0,
+        "no completion was right: `exact` wants the answer and nothing else; --reward number takes "
+        "a text's last number",
+    ),
+    "equal_groups": (
+        lambda value: value > 0.8,
+        "most prompts' samples score alike, which teaches little: use prompts of middling "
+        "difficulty, or raise --samples_per_prompt",
+    ),
+    "ratio/first": (
+        lambda value: value > 1e-3,
+        "the first ratio is not 1: the model's forward is not deterministic",
+    ),
+    "entropy": (
+        lambda value: value < 0.01,
+        "the policy tries nothing new: lower --learning_rate or raise --beta",
+    ),
+    "kl/ref": (
+        lambda value: abs(value) > 100,
+        "KL to the reference runs away: raise --beta or lower --learning_rate",
+    ),
+    "value/explained": (
+        lambda value: value < -1,
+        "the critic is worse than a constant: lower --critic_learning_rate, or let it learn alone "
+        "first with --critic_warmup",
+    ),
+}
+
+
+def advise(metrics, args, warned):
+    """Warns, once each, of what a person watching should know. warned: names of what has been."""
+    for name, (is_bad, words) in ADVICE.items():
+        if name not in metrics or name in warned or not is_bad(metrics[name]):
+            continue
+        if name != "reward" or args.reward == "exact":
+            warned.add(name)
+            say(f"warning: {words} ({name} {metrics[name]:.3g})")
 
 
 def show_progress(bar, metrics, args, warned):
@@ -1543,15 +1887,7 @@ def usage(out, tokenizer, prompt, args):
     return f"print({pipe}({prompt!r}, max_new_tokens={args.max_new_tokens}))"
 
 
-# -- The end of a run -----------------------------
-
-
-class Stop(Exception):
-    """A run cannot go on. All processes raise it, and the first one says it."""
-
-
-class Ended(Stop):
-    """A signal asked for the end, and what was done is saved."""
+# -- The end ---------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -1567,17 +1903,17 @@ def guarded(out, args, bar):
     except (Stop, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         if bar is not None:
             bar.close()
-        first = int(os.environ.get("RANK", 0)) == 0
-        alone = isinstance(error, (OSError, torch.OutOfMemoryError))
-        raise SystemExit(last_words(error, out, args) if first or alone else 1) from error
+        # the first process speaks, and any process for what may have hit it alone
+        speaks = int(os.environ.get("RANK", 0)) == 0
+        speaks = speaks or isinstance(error, (OSError, torch.OutOfMemoryError))
+        raise SystemExit(last_words(error, out, args) if speaks else 1) from error
     finally:
         if out in HELD:
             HELD.pop(out).close()
 
 
 def last_words(error, out, args):
-    """What went wrong, and the command that goes on."""
-    words = (str(error) or type(error).__name__).splitlines()[0]
+    words = first_line(error)
     if isinstance(error, KeyboardInterrupt):
         words = "stopped at once"
     elif not isinstance(error, Ended):
@@ -1602,7 +1938,8 @@ def last_words(error, out, args):
 def catch_signals(steps):
     """SIGTERM (a cluster takes its machine back), SIGINT (Ctrl-C) and SIGHUP (the terminal is
     gone) set a flag: the loop finishes its step, saves and stops. A second SIGTERM or SIGINT
-    stops at once, as does the first if there are no steps. Returns a function: has one come?"""
+    stops at once, as does the first if there are no steps. Returns a function that says whether one
+    has come."""
     caught = []
     message = b"\nstopping at the next safe place, and saving; a second signal stops at once\n"
     if int(os.environ.get("RANK", 0)) > 0:
@@ -1625,324 +1962,3 @@ def catch_signals(steps):
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         signal.signal(signal.SIGHUP, handler)
     return lambda: bool(caught)
-
-
-# ======================================== SAMPLING ================================================
-
-PREFILL_TOKENS = 8192  # of prompts in one forward, with padding; more only holds more memory
-
-
-@dataclass
-class Samples:
-    """n completions of each prompt; row i * n + j is sample j of prompt i."""
-
-    prompt_ids: torch.Tensor  # [B, P] padded on the left
-    prompt_mask: torch.Tensor  # [B, P] true on the prompt
-    ids: torch.Tensor  # [B, C] padded on the right
-    mask: torch.Tensor  # [B, C] true on what the policy chose, the stop token included
-    logprobs: torch.Tensor  # [B, C] of softmax(logits / temperature); 0 off the mask
-    finished: torch.Tensor  # [B] false if cut at max_new_tokens, without a stop token
-    texts: list  # [B] without stop and special tokens
-    rows_per_prompt: int = 1  # so many consecutive rows have one prompt; training computes it once
-
-    def take(self, rows):
-        """Some of the rows, by a tensor of their numbers."""
-        values = {}
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                values[name] = value[rows]
-        texts = [self.texts[row] for row in rows.tolist()]
-        return dataclasses.replace(self, texts=texts, **values)
-
-
-def pad_rows(rows, pad, device, side):
-    """Lists of ids, padded to one length -> ids, mask [rows, length]."""
-    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
-    mask = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    ids = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side=side)
-    mask = pad_sequence(mask, batch_first=True, padding_side=side)
-    return ids.to(device), mask.to(device)
-
-
-def to_text(tokenizer, ids):
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def as_samples(prompts, completions, tokenizer, world, rows_per_prompt=1):
-    """Given completions as ids (demonstrations, pairs) in the shape of samples."""
-    pad = tokenizer.pad_token_id
-    prompt_ids, prompt_mask = pad_rows(prompts, pad, world.device, "left")
-    ids, mask = pad_rows(completions, pad, world.device, "right")
-    logprobs = torch.zeros(ids.shape, device=world.device)
-    texts = [to_text(tokenizer, completion) for completion in completions]
-    finished = mask.any(1)
-    rows = (prompt_ids, prompt_mask, ids, mask, logprobs, finished, texts)
-    return Samples(*rows, rows_per_prompt)
-
-
-def rows_at_once(held_out, max_new_tokens, rows=1):
-    """How many completions of held-out prompts [(ids, row), ...] are drawn at once: a
-    rollout's `rows`, or 8192 tokens if that is more; at most 256 rows."""
-    longest = max((len(ids) for ids, _ in held_out), default=0) + max_new_tokens
-    return max(1, min(256, max(rows, 8192 // longest)))
-
-
-@torch.no_grad()
-def sample(model, tokenizer, prompts, *, n=1, max_new_tokens, temperature=1.0, seed=None):
-    """n completions of every prompt (a rendered text or a list of ids), each token drawn from
-    softmax(logits / temperature). Equal seeds give equal samples.
-
-    No top-k, top-p or repetition penalty, whatever the generation config says: they draw from
-    another distribution than the one whose gradient, ratio and KL are computed.
-
-    Compared with `generate`: a prompt is computed once for its n samples, finished rows leave
-    the batch, and the cache is not copied at every token."""
-    device = next(model.parameters()).device
-    prompts = [encode(tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
-    if [] in prompts:
-        raise ValueError(f"prompt {prompts.index([])} is empty: there is nothing to continue")
-    pad = tokenizer.pad_token_id
-    stops = torch.tensor(stop_ids(model, tokenizer), device=device)
-    prompt_ids, prompt_mask = pad_rows(prompts, pad, device, "left")
-    owner = torch.arange(len(prompts), device=device).repeat_interleave(n)  # [B] a row's prompt
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-
-    def pick(logits, rows):
-        # one number for every row, finished or not: what a row draws depends on no other
-        u = torch.rand(len(owner), 1, dtype=torch.float64, device=device, generator=generator)
-        return choose(logits, temperature, u[rows])
-
-    with evaluating(model), whole_weights(model):
-        forward = cached_forward(model)
-        cache, logits = prefill(model, forward, prompt_ids, prompt_mask)
-        logits = logits[owner]
-        prompt_ids = prompt_ids[owner]
-        prompt_mask = prompt_mask[owner]
-        copy_rows(cache, owner, prompt_ids.shape[1] + max_new_tokens)
-        drawn = decode(forward, pick, cache, logits, prompt_mask, max_new_tokens, stops)
-    ids, logprobs, length, finished = drawn
-    C = int(length.max())
-    # from lengths: ids != pad would lose the EOS where pad is EOS
-    mask = torch.arange(C, device=device) < length[:, None]
-    ids = ids[:, :C].masked_fill(~mask, pad)
-    logprobs = logprobs[:, :C].masked_fill(~mask, 0.0)
-    ends = (length - finished.long()).tolist()  # the stop token is no part of the text
-    texts = [to_text(tokenizer, row[:end]) for row, end in zip(ids.tolist(), ends)]
-    return Samples(prompt_ids, prompt_mask, ids, mask, logprobs, finished, texts, n)
-
-
-@contextlib.contextmanager
-def evaluating(model):
-    """Evaluation mode: no dropout, and no gradient checkpointing, which drops the cache."""
-    was_training = [module.training for module in model.modules()]
-    try:
-        yield model.eval()
-    finally:
-        for module, mode in zip(model.modules(), was_training):
-            module.training = mode
-
-
-@contextlib.contextmanager
-def whole_weights(model):
-    """Gathers a sharded model's weights once, and not for every token. A float32 copy of the head's
-    is made once, too.
-
-    FSDP2's hooks on the blocks have nothing to gather then, and take the CPU's time at every
-    token: they are put aside. The root's stay, which make its streams in a first forward."""
-    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    blocks = [m for m in units if m is not model]
-    hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in blocks]
-    head = model.get_output_embeddings()
-    try:
-        for unit in units:
-            unit.unshard()
-        if isinstance(head, Float32Head):
-            head.wide_weight = head.weight.float()
-        for block in blocks:
-            block._forward_pre_hooks = {}
-            block._forward_hooks = {}
-        yield
-    finally:
-        for block, own in zip(blocks, hooks):
-            block._forward_pre_hooks, block._forward_hooks = own
-        if isinstance(head, Float32Head):
-            head.wide_weight = None
-        if units:
-            forget_forwards(model)
-
-
-def cached_forward(model):
-    """The model's forward as (cache, ids, mask, positions) -> the last logits [rows, V]."""
-    takes = inspect.signature(model.forward).parameters
-    cache_name = cache_argument(model)
-    if cache_name is None:
-        raise ValueError(f"{type(model).__name__} takes none of transformers' caches")
-
-    def forward(cache, ids, mask, positions):
-        inputs = {cache_name: cache}
-        if "position_ids" in takes:
-            inputs["position_ids"] = positions
-        if "logits_to_keep" in takes:
-            inputs["logits_to_keep"] = 1
-        return model(input_ids=ids, attention_mask=mask, use_cache=True, **inputs).logits[:, -1]
-
-    return forward
-
-
-def prefill(model, forward, prompt_ids, prompt_mask):
-    """Computes every prompt once, in slices -> their cache and next tokens' logits."""
-    caches = []
-    logits = []
-    size = max(1, PREFILL_TOKENS // prompt_ids.shape[1])
-    for ids, mask in zip(prompt_ids.split(size), prompt_mask.split(size)):
-        caches.append(DynamicCache(config=model.config))
-        positions = (mask.cumsum(1) - 1).clamp_(min=0)  # padding does not count
-        try:
-            last = forward(caches[-1], ids, mask.long(), positions)
-        except ValueError as error:  # MiniMax wants a cache of its own
-            raise Stop(f"{type(model).__name__} cannot be sampled from ({error})") from error
-        logits.append(last.clone())  # a view would keep the logits of all positions
-    return join_caches(caches), torch.cat(logits)
-
-
-def join_caches(caches):
-    """One cache out of those of a batch's slices. What belongs to the rows is in tensors, or
-    dicts of tensors, whose first dimension is the row; the rest is equal in all slices, because
-    all are padded to one length."""
-    if len(caches) == 1:
-        return caches[0]
-
-    def join(parts):
-        if isinstance(parts[0], torch.Tensor) and parts[0].ndim > 1:
-            return torch.cat(parts)
-        if not isinstance(parts[0], dict):
-            return parts[0]
-        joined = {}
-        for key in parts[0]:
-            joined[key] = join([part[key] for part in parts])
-        return joined
-
-    for layers in zip(*(cache.layers for cache in caches)):
-        for name in list(vars(layers[0])):
-            # popped, so that no more than one tensor is held twice
-            setattr(layers[0], name, join([vars(layer).pop(name) for layer in layers]))
-    return caches[0]
-
-
-def copy_rows(cache, owner, room):
-    """Makes a prompt's cache that of each of its completions, with room for all tokens."""
-    for i, layer in enumerate(cache.layers):
-        # a layer that reads another's keys has none
-        if type(layer) is DynamicLayer and layer.keys is not None:
-            cache.layers[i] = RoomyLayer(layer, owner, room)
-        else:
-            layer.reorder_cache(owner)
-
-
-class RoomyLayer(DynamicLayer):
-    """A layer's keys and values in room made once. The stock layer copies its whole cache at
-    every token. The model reads views of the filled part."""
-
-    def __init__(self, stock, rows, room):
-        super().__init__()
-        self.is_initialized = True
-        self.room = room
-        self.filled = stock.keys.shape[2]
-        self.buffers = [stock.keys, stock.values]  # [B, heads, room, d] each, once copied
-        stock.keys = stock.values = None
-        self.reorder_cache(rows)
-
-    def update(self, keys, values, *args, **kwargs):
-        begin = self.filled
-        self.filled += keys.shape[2]
-        self.buffers[0][:, :, begin : self.filled] = keys
-        self.buffers[1][:, :, begin : self.filled] = values
-        self.keys, self.values = (buffer[:, :, : self.filled] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def get_seq_length(self):
-        return self.filled
-
-    def reorder_cache(self, rows):
-        # Views keep a whole buffer alive. Without them each old buffer is freed once it is
-        # copied, so this takes room for one buffer more and not for a second cache.
-        self.keys = self.values = None
-        for i in range(len(self.buffers)):
-            old = self.buffers[i]
-            self.buffers[i] = old.new_empty(len(rows), old.shape[1], self.room, old.shape[3])
-            new = self.buffers[i][:, :, : self.filled]
-            torch.index_select(old[:, :, : self.filled], 0, rows, out=new)
-
-
-def decode(forward, pick, cache, logits, prompt_mask, max_new_tokens, stops):
-    """Draws token by token and drops finished rows -> ids, logprobs [B, max_new_tokens], of no
-    meaning from a row's end on, length [B], finished [B]."""
-    B, P = prompt_mask.shape
-    device = logits.device
-    ids = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(B, max_new_tokens, device=device)
-    length = torch.full((B,), max_new_tokens, device=device)
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
-    recurrent = is_recurrent(cache)  # takes no mask
-    # of the rows in the batch: their numbers, what they attend to, their next position
-    rows = torch.arange(B, device=device)
-    seen = F.pad(prompt_mask.long(), (0, max_new_tokens), value=1)  # [rows, P + C]
-    position = prompt_mask.sum(1, keepdim=True)
-    for t in range(max_new_tokens):
-        token, logprob = pick(logits, rows)
-        ids[rows, t] = token
-        logprobs[rows, t] = logprob
-        ended = torch.isin(token, stops) & ~finished[rows]
-        length[rows] = torch.where(ended, t + 1, length[rows])
-        finished[rows] |= ended
-        running = ~finished[rows]
-        left = int(running.sum())
-        if left == 0 or t + 1 == max_new_tokens:
-            break
-        if left <= 0.9 * len(rows):  # a tenth has finished: worth a copy of the others' cache
-            kept = running.nonzero()[:, 0]
-            cache.reorder_cache(kept)
-            rows = rows[kept]
-            token = token[kept]
-            seen = seen[kept]
-            position = position[kept]
-        mask = None if recurrent else seen[:, : P + t + 1]
-        logits = forward(cache, token[:, None], mask, position + t)
-    return ids, logprobs, length, finished
-
-
-def choose(logits, temperature, u):
-    """The next token of every row and its log-probability. At temperature 0: the likeliest
-    one, with its log-probability at temperature 1."""
-    if temperature > 0:
-        return draw(logits.float() / temperature, u)
-    token = logits.argmax(-1, keepdim=True)
-    return token[:, 0], logits.float().log_softmax(-1).gather(1, token)[:, 0]
-
-
-def draw(logits, u, block=256):
-    """One token a row from softmax(logits [B, V]) by inverse CDF, and its log-probability.
-    u [B, 1]: uniform in [0, 1), float64.
-
-    The token is the first whose cumulative probability exceeds u, summed over blocks of the
-    vocabulary, then inside the block that u falls into. In float64: a float32 sum over 150,000
-    tokens is wrong in its fourth digit. torch.multinomial draws a random number for each
-    entry of the vocabulary, where this takes one a row."""
-    logits = logits.float()
-    top = logits.amax(-1, keepdim=True)
-    p = F.pad((logits - top).exp(), (0, -logits.shape[1] % block))
-    p = p.view(len(logits), -1, block)  # [B, blocks, block]
-    mass = p.sum(-1).double()  # [B, blocks]
-    total = mass.cumsum(-1)
-    # strictly below the total, here and in the block: no token of probability 0 is drawn
-    target = u * (1 - 1e-12) * total[:, -1:]
-    which = torch.searchsorted(total, target, right=True)  # [B, 1] the block
-    which = which.clamp_(max=total.shape[1] - 1)
-    share = 1 + (target - total.gather(1, which)) / mass.gather(1, which)
-    share = share.clamp_(0, 1 - 1e-12)
-    inside = p.gather(1, which[:, :, None].expand(-1, -1, block))[:, 0]
-    inside = inside.double().cumsum(-1)  # [B, block]
-    token = which * block + torch.searchsorted(inside, share * inside[:, -1:], right=True)
-    token = token.clamp_(max=logits.shape[1] - 1)  # only NaN comes here; the update will say so
-    logprob = (logits.gather(1, token) - top)[:, 0] - total[:, -1].log().float()
-    return token[:, 0], logprob
