@@ -625,8 +625,8 @@ def freeze(model, world):
 
 
 def shard(model, world):
-    """Hands the model to FSDP2, which moves it to the device. It keeps a shard of each weight, which
-    AdamW steps in float32, and makes the whole weight in `world.dtype` to compute. So policy,
+    """Hands the model to FSDP2, which moves it to the device and keeps a shard of each weight. The
+    shard is stepped in float32; the whole weight, in `world.dtype`, computes. So policy,
     sampler and reference compute with the same numbers: KL and log-ratio start at exactly 0."""
     if not is_sharded(world):
         return model
@@ -1603,7 +1603,8 @@ def read_checkpoint(out):
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
-        fail(f"{path}: this checkpoint cannot be read ({first_line(error)})")
+        why = f"({first_line(error)}); it may have been cut short"
+        fail(f"{path}: this checkpoint cannot be read {why}")
 
 
 def agree(out, world, number, what):
