@@ -278,8 +278,8 @@ def side_logprobs(model, samples, chunk=1024):
     for part, tokens in zip(states[mask].split(chunk), ids[mask].split(chunk)):
         part = checkpoint(head, part, tokens, use_reentrant=False, preserve_rng_state=False)
         logprobs.append(part)
-    empty = torch.zeros(mask.shape, device=mask.device)
-    return empty.masked_scatter(mask, torch.cat(logprobs))
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    return zeros.masked_scatter(mask, torch.cat(logprobs))
 
 
 # -- The loop ----------------------------------------------------------------------------------
@@ -687,8 +687,9 @@ def number(completion, row):
 
 
 def last_number(text):
-    """As a decimal, because floats cannot tell long numbers apart. Commas, $, a final dot and
-    trailing zeros do not matter. "1,234" is one number, "1,2,3" are three."""
+    """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
+    Commas, $, a final dot and zeros that end a decimal do not matter. "1,234" is one number,
+    "1,2,3" are three."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"
     found = re.findall(pattern, str(text).replace("$", ""))
@@ -701,7 +702,7 @@ def last_number(text):
 class Reward:
     """A loaded --reward."""
 
-    score: Callable  # completions and their lines of the prompts' file -> scores
+    score: Callable  # from completions and their records (lines of the data) to scores
     rule: Callable  # decides which held-out completions are right
     answer_flag: str = ""  # the flag that needs an answer in every line, or ""
     is_model: bool = False

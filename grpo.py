@@ -1,10 +1,10 @@
 """GRPO, Group Relative Policy Optimization: PPO without a critic.
 
-The policy pi draws G completions y_1 .. y_G of a prompt x, and each gets a reward r_i. A completion
+The policy pi draws n completions y_1 .. y_n of a prompt x, and each gets a reward r_i. A completion
 is good if its reward is above the mean of its group. That mean takes the place of the value
 function that PPO has to learn.
 
-    (1)  A_i   = (r_i - mean(r_1 .. r_G)) / (std(r_1 .. r_G) + 1e-4)          `group_advantages`
+    (1)  A_i   = (r_i - mean(r_1 .. r_n)) / (std(r_1 .. r_n) + 1e-4)          `group_advantages`
     (2)  rho_t = pi(a_t | x, a_<t) / pi_old(a_t | x, a_<t)                    `update_loss`
     (3)  l_t   = -min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A)    `clipped_loss`
     (4)  k_t   = exp(-d) - 1 + d,  d = log pi(a_t | ..) - log ref(a_t | ..)   `k3`
@@ -16,10 +16,11 @@ direction that A pushes. With one update per rollout, the default, every ratio i
 gradient is that of REINFORCE with (1) as the weight. The value of the loss then says nothing about
 learning. Watch the reward.
 
-Variants are flags. Those that change ratio or clip act only with several updates per rollout.
+Variants are flags. Ratio and clip matter only with several updates per rollout.
 
     GRPO as published   --aggregate sequence --beta 0.04    mean over tokens, then completions
     DAPO                --drop_equal_groups --mask_truncated --clip_high 0.28 --minibatches 4
+                        (without its penalty on length)
     Dr. GRPO            --scale none --aggregate constant   no divisor depends on the samples
     GSPO                --ratio sequence --minibatches 4    one ratio for a whole completion
 
@@ -28,14 +29,15 @@ Variants are flags. Those that change ratio or clip act only with several update
         --data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl
     torchrun --nproc_per_node 8 grpo.py --model ... --data ... --reward my_reward.py:score
 
-Shapes: B completions of this process in a rollout, n of each prompt (G above), b of them in one
-forward; C tokens in the longest completion, V in the vocabulary.
+Shapes: B completions of this process in a rollout, n of each prompt, b of them in one forward; C
+tokens in the longest completion.
 
 What is biased:
-  * With rewards of 0 and 1 the division by the std multiplies a prompt's gradient by
+  * With rewards of 0 and 1 the division by the std multiplies a prompt's gradient by about
     1 / sqrt(p (1 - p)), p its share of right answers. Very easy and very hard prompts count more.
-  * The group's mean contains the sample itself. This alone shrinks the gradient by 1 - 1/n.
-  * k3 in the loss has another gradient than the KL. It is kept as published (see `k3`).
+  * The group's mean contains the sample itself. This alone multiplies the gradient by 1 - 1/n.
+  * The divisors of --aggregate token and sequence depend on the samples (`token_weights`).
+  * The gradient of k3 is that of KL(ref || pi), not of KL(pi || ref). It is kept as published.
     reinforce.py has the unbiased way: log pi - log ref, subtracted from the reward.
   * pi_old comes from the trainer's forward. The sampler's log-probabilities differ from it by
     rounding (`kl/sample`: their mean distance).
@@ -79,8 +81,8 @@ class Args:
     eval_data: str | None = None
     """held-out prompts, as --data (None: those of the bundled task, or none with other data)"""
     eval_samples: int = 0
-    """completions drawn of each held-out prompt, for eval/pass@K: the chance that one of K is right
-    (judged by `number` with --reward number, else by `exact`)"""
+    """completions drawn for each held-out prompt, for eval/pass@K: the chance that at least one of
+    K is right (judged by `number` with --reward number, else by `exact`)"""
     reward: str = "exact"
     """exact | number | FILE.py:function(completion, row) -> float | a reward model's folder"""
     chat: bool = True
@@ -102,11 +104,11 @@ class Args:
     temperature: float = 1.0
     """of sampling, and of every log-probability: the policy is softmax(logits / temperature)"""
     scale: Literal["group", "batch", "none"] = "group"
-    """divide advantages by the std of the group's rewards, of the batch's, or by nothing"""
+    """divide advantages by the std of the group's rewards, of the rollout's, or do not divide"""
     keep_max: bool = False
     """learn only from the best completion of each prompt, and those that tie with it"""
     drop_equal_groups: bool = False
-    """draw twice as many prompts, and keep those whose rewards are not all equal"""
+    """draw twice the prompts, and keep half: first those whose rewards are not all equal"""
     mask_truncated: bool = False
     """leave completions that were cut out of the loss (they still count in the group's mean)"""
     ratio: Literal["token", "sequence"] = "token"
@@ -185,7 +187,7 @@ def resolve(args):
     if args.samples_per_prompt < 2:
         fail("--samples_per_prompt must be 2 or more: a sample is compared with its group")
     if by_sequence and args.aggregate != "sequence":
-        why = "a completion has one ratio, so long completions would count for more"
+        why = "its loss is a mean over completions"
         fail(f"--ratio sequence does not go with --aggregate {args.aggregate}: {why}")
     if not 0 <= args.clip_low <= 1 or args.clip_high < 0:
         fail("--clip_low must be from 0 to 1, and --clip_high 0 or more")
@@ -200,8 +202,8 @@ def resolve(args):
 def group_advantages(rewards, all_rewards, n, scale, keep_max):
     """Equation (1): rewards [B], n for each prompt -> advantages [B].
 
-    all_rewards are those of all processes, for --scale batch. Equal rewards give exactly 0.
-    Otherwise rounding (the mean of eight rewards of 0.1 is not 0.1) is divided by a std near 0.
+    all_rewards are those of all processes, for --scale batch. The std divides by n - 1, as torch's.
+    Equal rewards are set to 0: the mean of eight 0.1 need not be 0.1, and the std is then near 0.
     """
     groups = rewards.view(-1, n)
     A = groups - groups.mean(1, keepdim=True)
@@ -216,7 +218,7 @@ def group_advantages(rewards, all_rewards, n, scale, keep_max):
 
 
 def equal_groups(rewards, n):
-    """Which groups have equal rewards, [B / n]. Without a KL they teach nothing."""
+    """Which groups have equal rewards, [B / n]."""
     groups = rewards.view(-1, n)
     return groups.amax(1) == groups.amin(1)
 
@@ -233,7 +235,7 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
     """Equation (3), summed with weights: ratio [b, C] with gradient, advantages [b, C] or [b, 1].
 
     The minimum takes the clipped, constant term only where the ratio has already gone too far in
-    the direction that A pushes. So the gradient is that of ratio * A times this factor:
+    the direction that A pushes. The gradient is that of ratio * A times this factor:
 
                  ratio < 1 - low    between    ratio > 1 + high
         A > 0           1              1              0           0: good, already likelier
@@ -255,42 +257,43 @@ def is_clipped(ratio, advantages, clip_low, clip_high):
 
 
 def k3(logprobs, other_logprobs):
-    """Equation (4), [b, C]: an estimate of KL(p || other) on tokens that p drew, never negative.
+    """Equation (4), [b, C]: an estimate of KL(p || other) on tokens drawn from p, never negative.
+    logprobs are those of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
 
-    Its mean is that KL, but the mean of its gradient is the gradient of KL(other || p). Near each
-    other the two agree. (The gradient of ratio * k3, through both, is that of KL(p || other).)
-    expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
+    As a loss for p its gradient is that of KL(other || p). Near each other the two KLs agree. (The
+    gradient of p / p_old * k3, through both factors, is that of KL(p || other).)
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
 
 
-def token_weights(mask, aggregate, longest, world):
+def token_weights(mask, aggregate, limit, world):
     """w_t of equation (5), for all rows of an optimizer update: mask and result [rows, C].
 
-        sequence   1 / (K |y|)      K completions. Each completion counts the same (as published).
+        sequence   1 / (K |y|)      K: completions with a token in the loss. Each counts the same
+                                    (as published).
         token      1 / sum of |y|   Each token counts the same (DAPO).
-        constant   1 / (N longest)  N completions, those left out too; longest: --max_new_tokens.
-                                    The only unbiased one, up to a factor (Dr. GRPO).
+        constant   1 / (N limit)    N: all completions, limit: --max_new_tokens. The only unbiased
+                                    one, up to a factor (Dr. GRPO).
 
     `sequence` favours short answers where A > 0 and long ones where A < 0: wrong answers grow
     longer although nothing is learnt. The counts are of all processes and of the whole update, so
     the gradient does not depend on how the update is cut into micro-batches.
     """
-    length = mask.sum(1, keepdim=True)  # [b, 1]
+    length = mask.sum(1, keepdim=True)
     K, tokens, N = common.all_sum(world, (length > 0).sum(), length.sum(), len(mask))
     if aggregate == "sequence":
         return mask / (max(K, 1.0) * length.clamp(min=1))
     if aggregate == "token":
         return mask / max(tokens, 1.0)
-    return mask / (N * longest)
+    return mask / (N * limit)
 
 
 def has_gradient(weights, advantages, beta):
     """Which rows have a gradient: weights [rows, C], advantages [rows] -> [rows].
 
-    Rows with advantage 0 have none, unless the loss has another term (KL; an entropy bonus would
-    be one too). They need no forward. `token_weights` has counted them, so the sum stays the same.
+    Rows with advantage 0 have none, unless the loss has another term (the KL, or an entropy bonus).
+    They need no forward. `token_weights` has counted them, so leaving them out changes nothing.
     """
     factors = weights if beta else weights * advantages[:, None]
     return (factors != 0).any(1)
@@ -309,20 +312,20 @@ def token_logprobs(model, samples, rows, temperature):
 def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
     """states [b, C, width], which predict the tokens ids [b, C] -> log-probabilities, entropies.
 
-    Logits of `chunk` tokens at a time, computed again in backward: [b, C, V] never exists. With a
-    vocabulary of 150,000 it would be larger than the model.
+    Logits of `chunk` tokens at a time, computed again in backward: those of all tokens never exist.
+    8192 tokens x a vocabulary of 150,000 in float32 would be 5 GB.
     """
 
     def head(states, tokens):
-        logits = common.logits_of(model, states)  # [chunk, V] in float32
+        logits = common.logits_of(model, states)  # [chunk, vocabulary], float32
         if temperature != 1:
-            logits = logits / temperature  # as the sampler: what drew is what learns
+            logits = logits / temperature  # as in sampling: the policy trained is the one that drew
         logprobs = logits.log_softmax(-1)
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # For the log. Last, so that the recomputation in backward skips it.
-            # For an entropy bonus, drop the detach.
+            # Only logged. After all that backward needs: checkpoint's recomputation stops before
+            # it. For an entropy bonus, drop the detach (and keep rows without advantage).
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -334,21 +337,22 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         result = checkpoint(head, part, tokens, use_reentrant=False, preserve_rng_state=False)
         logprobs.append(result[0])
         entropies.append(result[1])
-    empty = torch.zeros(mask.shape, device=mask.device)
-    logprobs = empty.masked_scatter(mask, torch.cat(logprobs))
-    return logprobs, empty.masked_scatter(mask, torch.cat(entropies))
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    logprobs = zeros.masked_scatter(mask, torch.cat(logprobs))
+    return logprobs, zeros.masked_scatter(mask, torch.cat(entropies))
 
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of a rollout, in the micro-batches of the update: in bfloat16 they
-    depend on a batch's shape, and with other batches the first ratio would not be 1."""
+    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere, in the update's own
+    micro-batches: in bfloat16 they depend on the batch's shape. In others the first ratio would not
+    be 1."""
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
             logprobs, _ = token_logprobs(model, samples, rows, temperature)
             out[rows, : logprobs.shape[1]] = logprobs
-    common.forget_forwards(model)  # FSDP expects a backward after a forward
+    common.forget_forwards(model)  # FSDP expects a backward after a forward; here is none
     return out
 
 
@@ -381,12 +385,12 @@ def update_loss(policy, batch, rows, args, meter, is_first):
     logratio = logprobs - old
     if args.ratio == "sequence":
         logratio = sequence_logratio(logratio, mask)
-    ratio = logratio.clamp(-20, 20).exp()  # with gradient; the clamp avoids inf
+    ratio = logratio.clamp(-20, 20).exp()  # equation (2), with gradient; the clamp avoids inf
     loss = clipped_loss(ratio, A, w, args.clip_low, args.clip_high)
     if args.beta:
         ref = batch.ref_logprobs[rows, :C]
         loss = loss + args.beta * (k3(logprobs, ref) * w).sum()
-        meter.add("kl/ref", ((old - ref) * mask).sum(1), mask.any(1))  # nats a completion
+        meter.add("kl/ref", ((old - ref) * mask).sum(1), mask.any(1))  # in nats per completion
 
     with torch.no_grad():  # the rest is for the log
         low, high = is_clipped(ratio, A, args.clip_low, args.clip_high)
@@ -397,7 +401,7 @@ def update_loss(policy, batch, rows, args, meter, is_first):
         meter.add("clip/low", low, mask)
         meter.add("clip/high", high, mask)
         meter.add("entropy", entropy, mask)
-        if is_first and batch.old_logprobs is not None:
+        if is_first and batch.old_logprobs is not None:  # should be 0: pi is still pi_old
             meter.maximum("ratio/first", (ratio - 1).abs() * mask)
     return loss
 
@@ -412,8 +416,7 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
-    frozen_models = int(args.beta > 0) + int(reward.is_model)
-    # says what the run is, with its first prompt
+    frozen_models = int(args.beta > 0 and args.steps > 0) + int(reward.is_model)
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen_models
     )
@@ -441,7 +444,7 @@ def train(args):
             step_began = time.perf_counter()
             meter = common.Meter()
 
-            # 1. Rollout: completions of this step's prompts, and their rewards [B].
+            # 1. Rollout.
             samples, rewards = rollout(
                 policy, tokenizer, prompts, reward, share_prompts, args, world, step, meter
             )
@@ -475,7 +478,8 @@ def train(args):
                 ref = rollout_logprobs(reference, samples, minibatches, args.temperature)
                 batch.ref_logprobs = ref
 
-            # 5. Update. The weights contain every divisor, so losses and gradients add up.
+            # 5. Update. The weights contain every divisor: losses and gradients add up, over
+            #    micro-batches and processes.
             rate = common.learning_rate_at(
                 step, args.steps, args.learning_rate, args.schedule, args.warmup
             )
@@ -498,8 +502,8 @@ def train(args):
             if args.ref_update_every and step % args.ref_update_every == 0:
                 common.copy_weights(policy, reference)
 
-            # 6. Log. Rewards are of everything drawn; KL, ratio, clip and entropy of the rows that
-            #    were trained.
+            # 6. Log. Rewards are of everything drawn, lengths of the rows that were kept, and what
+            #    `update_loss` logs of the rows that were trained.
             step_ended = time.perf_counter()
             metrics = meter.result(world)
             tokens = metrics.pop("tokens")
@@ -517,7 +521,7 @@ def train(args):
             common.log(out, writer, step, metrics, shown)
             common.show_progress(bar, metrics, args, warned)
 
-            # 7. Save, if it is time or a signal (Ctrl-C, SIGTERM) has asked to stop.
+            # 7. Save, also if a signal (Ctrl-C, SIGTERM) has asked to stop.
             common.save_if_due(out, args, world, step, models, {"policy": optimizer}, stop_asked)
 
         if args.steps:
@@ -553,8 +557,8 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
     meter.total("tokens", samples.mask.sum())
 
     if args.drop_equal_groups:
-        # Groups with unequal rewards first; equal ones fill the batch if these are too few. (DAPO
-        # draws again and again until the batch is full. One large draw takes less time.)
+        # Keeps groups with unequal rewards; if they are too few, equal ones fill the batch. (DAPO
+        # draws until the batch is full. Here: once, twice the size.)
         groups = equal.int().argsort(stable=True)[: len(equal) // OVERSAMPLING]
         kept = (groups[:, None] * n + torch.arange(n, device=world.device)).flatten()
         samples = samples.take(kept)
@@ -565,7 +569,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
     return samples, rewards
 
 
-# -- A first reading may end here: cutting a rollout into batches, held-out scores, prompts, rewards
+# -- A first reading may end here: batches, held-out scores, rewards, prompts ------------------
 
 
 def shuffled_groups(args, world, step):
@@ -581,6 +585,7 @@ def shuffled_epochs(minibatches, args, step):
     """The mini-batches of all epochs, each epoch in an order of its own."""
     updates = []
     for epoch in range(args.epochs):
+        # the seed has no rank: all processes take the same mini-batch
         shuffle = random.Random(common.fold(args.seed, step, epoch, common.PASS))
         updates += shuffle.sample(minibatches, len(minibatches))
     return updates
@@ -590,11 +595,11 @@ def micro_batches(rows, trained, samples, tokens, world):
     """Cuts the rows of a mini-batch into parts, one forward each -> lists of row numbers.
 
     trained [rows] says which rows are taken. A part has at most `tokens` tokens (padding included,
-    a shared prompt counted once) or one row. Completions of a prompt stay together where they fit,
-    and rows of like length come together, to save padding.
+    a shared prompt counted once) or one row. Rows that share a prompt stay together where they fit,
+    and rows of like length come together.
 
-    All processes get equally many parts, as FSDP requires. One that is short of parts takes a row
-    that is not trained, or divides a part; all have equally many rows, so this cannot fail.
+    FSDP needs equally many parts in all processes. One that is short of parts takes a row that is
+    not trained, or divides a part. All have equally many rows, so this cannot fail.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -642,6 +647,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
     if n:
         ks.append(n)
     mine = held_out[world.rank :: world.size]
+    # prompts at once: their n completions are no more rows than a rollout has
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     size = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     size = max(size // max(n, 1), 1)
@@ -690,7 +696,7 @@ def count_right(texts, records, rule):
 
 
 def pass_at_k(n, right, k):
-    """The chance that at least one of k completions is right, where `right` of n were:
+    """The chance that at least one of k completions is right, if `right` of n drawn ones are:
     1 - C(n - right, k) / C(n, k). Unbiased; 1 - (1 - right / n)^k is not."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
@@ -707,8 +713,9 @@ def number(completion, row):
 
 
 def last_number(text):
-    """As a decimal, because floats cannot tell long numbers apart. Commas, $, a final dot and
-    trailing zeros do not matter. "1,234" is one number, "1,2,3" are three."""
+    """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
+    Commas, $, a final dot and zeros that end a decimal do not matter. "1,234" is one number,
+    "1,2,3" are three."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"
     found = re.findall(pattern, str(text).replace("$", ""))
@@ -721,7 +728,7 @@ def last_number(text):
 class Reward:
     """A loaded --reward."""
 
-    score: Callable  # completions and their lines of the prompts' file -> scores
+    score: Callable  # from completions and their records (lines of the data) to scores
     rule: Callable  # decides which held-out completions are right
     answer_flag: str = ""  # the flag that needs an answer in every line, or ""
     is_model: bool = False

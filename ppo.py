@@ -1,28 +1,31 @@
 """PPO, Proximal Policy Optimization: a critic for each token's credit, a clip for small steps.
 
-REINFORCE gives every token all the reward that comes after it. PPO trains a second network, the
-critic V, to predict that reward. If V rises after a token, the token's advantage is positive.
+REINFORCE gives every token all the reward that comes after it. PPO also trains a critic V, which
+predicts that reward. A token after which V rises gets credit: delta in (2).
 
     (1)  r_t = -beta (log pi_old(a_t | s_t) - log ref(a_t | s_t))             `token_rewards`
-         and the score is added at the last token;  s_t = (x, a_<t)
-    (2)  A_t = sum over l of (gamma lam)^l delta_{t+l},  R_t = A_t + V(s_t)   `gae`
-         delta_t = r_t + gamma V(s_{t+1}) - V(s_t);  V after the end is 0
+         and the score is added at the last token;  s_t = (x, a_<t), x the prompt
+    (2)  A_t = sum over j of (gamma lam)^j delta_{t+j}                        `gae`
+         delta_t = r_t + gamma V_old(s_{t+1}) - V_old(s_t);  V_old after the end is 0
+         R_t = A_t + V_old(s_t);  A_t is then whitened, R_t is not            `whiten`
     (3)  l_t = -min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t)  `clipped_loss`
          rho_t = pi(a_t | s_t) / pi_old(a_t | s_t);  pi_old drew the completions
-    (4)  k_t = exp(-d) - 1 + d,  d = log pi_old(a_t | ..) - log pi(a_t | ..)  `k3`, for --kl_stop
+    (4)  k_t = rho_t - 1 - log rho_t                                          `k3`
+         its sum over a completion estimates KL(pi_old || pi), for --kl_stop
     (5)  v_t = max((V - R_t)^2, (V_near - R_t)^2) / 2                         `value_loss`
          V_near = V_old + clip(V - V_old, -value_clip, value_clip)
-    (6)  loss = mean of l_t + value_coef v_t over all tokens of an update     `add_gradients`
+    (6)  loss = mean of (l_t + value_coef v_t) over the tokens of an update   `add_gradients`
 
 GAE (2) averages k-step advantages: k rewards as they came, then V for the rest,
     r_t + .. + gamma^(k-1) r_{t+k-1} + gamma^k V(s_{t+k}) - V(s_t), with weight (1 - lam) lam^(k-1).
-The last k, up to the end, has the weight that is left. lam 0 keeps only k = 1 (the actor-critic of
-textbooks): little variance, all errors of the critic. lam 1 keeps only the last k (Monte Carlo):
-the critic is just a baseline, like the mean score of a prompt's completions in GRPO.
+The largest k, which reaches the end, gets the weight that is left. lam 0 keeps only k = 1 (the
+actor-critic of textbooks): little variance, all errors of the critic. lam 1 keeps only the largest
+k (Monte Carlo): the critic is just a baseline, like the mean score of a prompt's completions in
+GRPO.
 
 With gamma 1, lam 1, no whitening, beta 0 and one update per rollout, V = 0 gives the gradient of
-REINFORCE without a baseline (times completions / tokens), and V = the group's mean gives that of
-GRPO with --scale none. Both are tested.
+REINFORCE without a baseline, except for a factor completions / tokens. V = the group's mean gives
+that of GRPO with --scale none. Both are tested.
 
 TRPO, before PPO, limited KL(pi_old || pi) in every step, with many passes through the model. The
 clip removes the gain from going further, but it does not bound the ratio: gradients of other
@@ -33,17 +36,19 @@ tokens still move it. `--kl_stop` ends a rollout's updates when the KL is too la
         --data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl
     torchrun --nproc_per_node 8 ppo.py --model ... --data ... --reward runs/reward_model/model
 
-Shapes: B completions of this process in a rollout, b in one forward, C tokens in the longest.
+Shapes: B completions of this process in a rollout, b in one forward, C tokens in the longest of
+those B or b.
 
 What is biased:
   * lam < 1: the critic's errors are in A. gamma < 1.
   * Whitening and the mean over tokens use numbers computed from the same samples.
-  * The clip. From a rollout's second update on the ratio: it corrects the probability of the
-    token, not that of the text before it.
-With gamma 1 and lam 1, k1 in the reward has the KL's own gradient; k3 in grpo.py's loss has not.
-V must not see the token that it judges, or it would be no baseline.
+  * The clip; and, from a rollout's second update on, the ratio: it corrects a token's probability,
+    not that of the text before it.
+In a rollout's first update, with gamma 1 and lam 1, (1) gives the gradient of KL(pi || ref), up to
+the factor of the mean. V must not see the token that it judges, or it would be no baseline.
 
-Left out: bootstrapping where a completion was cut, adaptive beta, entropy bonus, old rollouts.
+Left out: bootstrapping where a completion was cut, adaptive beta, an entropy bonus, replay of
+earlier rollouts.
 
 Papers: Schulman et al. 2015 (TRPO), 2016 (GAE), 2017 (PPO); Ziegler et al. 2019, Ouyang et al. 2022
 (language models); Huang et al. 2024 (which details matter).
@@ -103,16 +108,17 @@ class Args:
     temperature: float = 1.0
     """of sampling, and of every log-probability: the policy is softmax(logits / temperature)"""
     beta: float = 0.05
-    """weight of the KL penalty, k1 in the reward; at 0 no reference model is loaded"""
+    """weight of the KL penalty in the reward; at 0 no reference model is loaded"""
     missing_eos_penalty: float = 0.0
     """subtracted from the score of a completion that was cut at --max_new_tokens"""
     critic: Literal["separate", "shared"] = "separate"
-    """separate: a second model, started from the reward model if that reads the policy's tokens,
-    else from the policy. shared: a linear layer on the policy's states, for half the memory"""
+    """separate: a second model, started from the reward model if its tokenizer and context fit the
+    policy, else from the policy. shared: a linear layer on the policy's states; saves that model"""
     critic_learning_rate: float | None = None
     """of the critic (None: 1e-5, and 5e-4 for the bundled model; ten times that if it is shared)"""
     critic_warmup: int = 0
-    """first steps, in which only the critic learns (a shared one: its layer); --warmup follows"""
+    """first steps, in which only the critic learns (a shared one: its layer); the policy's --warmup
+    follows them"""
     gamma: float = 1.0
     """discount of a reward per token; 1: late rewards count like early ones"""
     lam: float = 0.95
@@ -124,12 +130,13 @@ class Args:
     clip_high: float = 0.2
     """upper bound of the ratio is 1 + this"""
     value_clip: float = 0.2
-    """how far a rollout moves a value, in units of the reward (0: no limit). With scores of 5
-    and more, 0.2 is slow"""
+    """a value that has moved this far to its return, in units of the reward, is not pushed on in
+    this rollout (0: no limit). With scores of 5 and more, 0.2 is slow"""
     value_coef: float = 0.5
-    """weight of the value loss; it matters for a shared critic, and for the gradient's norm"""
+    """weight of the value loss. With a separate critic it acts only through --max_grad_norm"""
     kl_stop: float = 0.0
-    """all updates of a rollout end above this KL(pi_old || pi), nats a completion; 0: never"""
+    """above this KL(pi_old || pi), in nats per completion, a rollout's other updates are skipped;
+    0: never"""
 
     # --- optimisation ---
     steps: int = 150
@@ -179,7 +186,7 @@ def resolve(args):
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
     critic_rate = 5e-4 if is_tiny_model else 1e-5
     if args.critic == "shared":
-        critic_rate *= 10  # its layer starts at 0, and may learn faster than the policy
+        critic_rate *= 10  # a new layer alone may learn faster than a pretrained model
     defaults = {
         "learning_rate": 3e-4 if is_tiny_model else 1e-6,
         "critic_learning_rate": critic_rate,
@@ -235,7 +242,7 @@ def mean_and_variance(x, mask, world):
 
 
 def whiten(x, mask, world):
-    """x [B, C] with mean 0 and std 1. With 1e-4, an x that differs only by rounding stays small."""
+    """x [B, C] with mean 0 and std 1. The 1e-4 keeps the rounding in equal x from being blown up."""
     mean, variance = mean_and_variance(x, mask, world)
     return (x - mean) / (math.sqrt(variance) + 1e-4) * mask
 
@@ -244,7 +251,7 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
     """Equation (3), summed with weights: ratio [b, C] with gradient, advantages [b, C] or [b, 1].
 
     The minimum takes the clipped, constant term only where the ratio has already gone too far in
-    the direction that A pushes. So the gradient is that of ratio * A times this factor:
+    the direction that A pushes. The gradient is that of ratio * A times this factor:
 
                  ratio < 1 - low    between    ratio > 1 + high
         A > 0           1              1              0           0: good, already likelier
@@ -266,11 +273,11 @@ def is_clipped(ratio, advantages, clip_low, clip_high):
 
 
 def k3(logprobs, other_logprobs):
-    """Equation (4), [b, C]: an estimate of KL(p || other) on tokens that p drew, never negative.
+    """Equation (4), [b, C]: an estimate of KL(p || other) on tokens drawn from p, never negative.
+    logprobs are those of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
 
-    Its mean is that KL, but the mean of its gradient is the gradient of KL(other || p). Near each
-    other the two agree. (The gradient of ratio * k3, through both, is that of KL(p || other).)
-    expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
+    As a loss for p its gradient is that of KL(other || p). Near each other the two KLs agree. (The
+    gradient of p / p_old * k3, through both factors, is that of KL(p || other).)
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
@@ -280,7 +287,7 @@ def value_loss(values, old_values, returns, weights, clip):
     """Equation (5), summed with weights; all [b, C], values with gradient.
 
     The larger error counts: a value that has moved by `clip` towards its return has no gradient,
-    and one that has moved away always has. So a few large returns cannot move the critic far.
+    and one that has moved away always has. Like the ratio's clip, this is no bound.
     """
     error = (values - returns) ** 2
     if clip:
@@ -290,9 +297,9 @@ def value_loss(values, old_values, returns, weights, clip):
 
 
 def explained_variance(values, returns, mask, world):
-    """1 - Var(G - V) / Var(G) over tokens, G the Monte Carlo returns: 1 if V is right, 0 for a
-    constant V, None if all G are equal. R_t of (2) contains V, and would agree with any critic.
-    """
+    """1 - Var(G - V) / Var(G) over tokens, G the Monte Carlo returns: 1 if V predicts every G up to
+    a constant, 0 for a constant V, None if all G are equal. R_t of (2) contains V if lam < 1, and
+    would flatter the critic."""
     _, variance = mean_and_variance(returns, mask, world)
     _, unexplained = mean_and_variance(returns - values, mask, world)
     return 1 - unexplained / variance if variance > 1e-6 else None
@@ -311,20 +318,20 @@ def token_logprobs(model, samples, rows, temperature):
 def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
     """states [b, C, width], which predict the tokens ids [b, C] -> log-probabilities, entropies.
 
-    Logits of `chunk` tokens at a time, computed again in backward: [b, C, V] never exists. With a
-    vocabulary of 150,000 it would be larger than the model.
+    Logits of `chunk` tokens at a time, computed again in backward: those of all tokens never exist.
+    8192 tokens x a vocabulary of 150,000 in float32 would be 5 GB.
     """
 
     def head(states, tokens):
-        logits = common.logits_of(model, states)  # [chunk, V] in float32
+        logits = common.logits_of(model, states)  # [chunk, vocabulary], float32
         if temperature != 1:
-            logits = logits / temperature  # as the sampler: what drew is what learns
+            logits = logits / temperature  # as in sampling: the policy trained is the one that drew
         logprobs = logits.log_softmax(-1)
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # For the log. Last, so that the recomputation in backward skips it.
-            # For an entropy bonus, drop the detach.
+            # Only logged. After all that backward needs: checkpoint's recomputation stops before
+            # it. For an entropy bonus, drop the detach (and keep rows without advantage).
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -336,21 +343,22 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         result = checkpoint(head, part, tokens, use_reentrant=False, preserve_rng_state=False)
         logprobs.append(result[0])
         entropies.append(result[1])
-    empty = torch.zeros(mask.shape, device=mask.device)
-    logprobs = empty.masked_scatter(mask, torch.cat(logprobs))
-    return logprobs, empty.masked_scatter(mask, torch.cat(entropies))
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    logprobs = zeros.masked_scatter(mask, torch.cat(logprobs))
+    return logprobs, zeros.masked_scatter(mask, torch.cat(entropies))
 
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of a rollout, in the micro-batches of the update: in bfloat16 they
-    depend on a batch's shape, and with other batches the first ratio would not be 1."""
+    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere, in the update's own
+    micro-batches: in bfloat16 they depend on the batch's shape. In others the first ratio would not
+    be 1."""
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
             logprobs, _ = token_logprobs(model, samples, rows, temperature)
             out[rows, : logprobs.shape[1]] = logprobs
-    common.forget_forwards(model)  # FSDP expects a backward after a forward
+    common.forget_forwards(model)  # FSDP expects a backward after a forward; here is none
     return out
 
 
@@ -366,7 +374,8 @@ def make_critic(policy, critic_path, tokenizer, args, world):
     """
     if critic_path:
         common.say(f"critic: separate, from {critic_path}")
-        critic = common.load_scalar(critic_path, world, tokenizer, 0.0, args.gradient_checkpointing)
+        checkpointing = args.gradient_checkpointing
+        critic = common.load_scalar(critic_path, world, tokenizer, 0.0, checkpointing)
         return critic, critic, common.scalar_head(critic)
     width = policy.get_output_embeddings().weight.shape[1]
     critic = torch.nn.Linear(width, 1, device=world.device)
@@ -383,8 +392,9 @@ def values_of(head, states):
 
 @torch.no_grad()
 def before_update(policy, trunk, head, samples, minibatches, temperature):
-    """As `rollout_logprobs`, log-probabilities of the policy and values -> two tensors [B, C]. If
-    the policy is the critic's trunk, one forward serves both."""
+    """Log-probabilities of the policy and values, in the micro-batches of the update, as in
+    `rollout_logprobs` -> two tensors [B, C]. A shared critic's values need no forward of their
+    own."""
     old = torch.zeros_like(samples.logprobs)
     values = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
@@ -395,6 +405,9 @@ def before_update(policy, trunk, head, samples, minibatches, temperature):
             if trunk is not policy:
                 states, _, _ = common.completion_states(trunk, samples, rows)
             values[rows, :C] = values_of(head, states) * mask
+    common.forget_forwards(policy)  # FSDP expects a backward after a forward; here is none
+    if trunk is not policy:
+        common.forget_forwards(trunk)
     return old, values
 
 
@@ -408,7 +421,7 @@ class Batch:
     samples: common.Samples
     weights: torch.Tensor  # [B, C] as all below: 1 / tokens of the update, 0 off the mask
     old_logprobs: torch.Tensor
-    values: torch.Tensor  # V_old of equation (5)
+    old_values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
 
@@ -427,10 +440,12 @@ def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, 
     policy_loss = clipped_loss(ratio, A, w, args.clip_low, args.clip_high)
     if trunk is not policy:
         if policy_learns:
-            policy_loss.backward()  # before the critic's forward: never the activations of both
+            policy_loss.backward()  # now, so that the activations of both are never held at once
         states, _, _ = common.completion_states(trunk, batch.samples, rows)
     values = values_of(head, states)
-    v_loss = value_loss(values, batch.values[rows, :C], batch.returns[rows, :C], w, args.value_clip)
+    v_loss = value_loss(
+        values, batch.old_values[rows, :C], batch.returns[rows, :C], w, args.value_clip
+    )
     loss = args.value_coef * v_loss
     if trunk is policy:
         loss = loss + policy_loss
@@ -439,24 +454,25 @@ def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, 
     with torch.no_grad():  # the rest is for the log and --kl_stop
         kl = (k3(old, logprobs) * mask).sum(1).double()
         low, high = is_clipped(ratio, A, args.clip_low, args.clip_high)
-        to_sampler = (old - batch.samples.logprobs[rows, :C]).abs()
+        sampled = batch.samples.logprobs[rows, :C]
         meter.total("loss", policy_loss)
         meter.total("value/loss", v_loss)
         meter.add("kl/old", kl)
-        meter.add("kl/sample", to_sampler, mask)
+        meter.add("kl/sample", (old - sampled).abs(), mask)
         meter.add("ratio/mean", ratio, mask)
         meter.add("clip/low", low, mask)
         meter.add("clip/high", high, mask)
         if policy_learns:
             meter.add("entropy", entropy, mask)
-        if is_first:
+        if is_first:  # should be 0: pi is still pi_old
             meter.maximum("ratio/first", (ratio - 1).abs() * mask)
+    # divided by the completions of this update, those of all processes
     return kl.sum() * args.minibatches / (args.prompts_per_step * args.samples_per_prompt)
 
 
 def take_step(models, optimizers, args, world, step):
-    """Clips the gradients of policy (a shared trunk, too) and critic, each by itself, and makes a
-    step of both -> the norms before clipping."""
+    """Clips the gradients of policy and critic, each by itself, and makes a step of both -> their
+    norms before clipping."""
     policy = models["policy"]
     critic = models["critic"]
     if args.critic == "shared" and world.size > 1:
@@ -467,7 +483,7 @@ def take_step(models, optimizers, args, world, step):
     if not math.isfinite(norm + critic_norm):
         gradients = f"the policy's gradient is {norm}, the critic's {critic_norm}"
         raise common.Stop(f"step {step}: {gradients}; update not made")
-    optimizers["policy"].step()  # nothing changes in --critic_warmup, without gradients
+    optimizers["policy"].step()  # does nothing in --critic_warmup, where it has no gradients
     optimizers["critic"].step()
     policy.zero_grad()
     critic.zero_grad()
@@ -484,8 +500,7 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     learning_models = 2 if critic_path else 1
-    frozen_models = int(args.beta > 0) + int(reward.is_model)
-    # says what the run is, with its first prompt
+    frozen_models = int(args.beta > 0 and args.steps > 0) + int(reward.is_model)
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, learning_models, frozen_models
     )
@@ -513,7 +528,7 @@ def train(args):
             meter = common.Meter()
             policy_learns = step > args.critic_warmup
 
-            # 1. Rollout: completions of this step's prompts, and their rewards [B].
+            # 1. Rollout.
             samples, rewards = rollout(
                 policy, tokenizer, prompts, reward, share_prompts, args, world, step, meter
             )
@@ -521,14 +536,14 @@ def train(args):
 
             # 2. Mini-batches (an optimizer update each) of micro-batches (a forward each), cut once
             #    for all epochs: old and new log-probabilities of a row come from the same batch.
-            mask = samples.mask  # [B, C]
+            mask = samples.mask
             weights = torch.zeros_like(samples.logprobs)  # [B, C]
             minibatches = []
             for rows in shuffled_groups(args, world, step):
                 # the mean (6) is over all micro-batches and processes
                 weights[rows] = mask[rows] / common.all_sum(world, mask[rows].sum())[0]
-                trained = mask[rows].any(1)  # all rows have a token
-                parts = micro_batches(rows, trained, samples, args.tokens_per_micro_batch, world)
+                every_row = torch.ones(len(rows), dtype=torch.bool)
+                parts = micro_batches(rows, every_row, samples, args.tokens_per_micro_batch, world)
                 minibatches.append(parts)
 
             # 3. What policy, critic and reference say of the rollout before any update, [B, C].
@@ -536,8 +551,8 @@ def train(args):
             kl = torch.zeros_like(old)
             if reference is not None:
                 ref = rollout_logprobs(reference, samples, minibatches, args.temperature)
-                kl = (old - ref) * mask  # k1
-                meter.add("kl/ref", kl.sum(1))  # nats a completion
+                kl = (old - ref) * mask
+                meter.add("kl/ref", kl.sum(1))  # in nats per completion
                 meter.add("kl/penalty", args.beta * kl.sum(1))
 
             # 4. Advantages and returns, equations (1) and (2). Returns are not whitened: the critic
@@ -560,9 +575,8 @@ def train(args):
             for parts in shuffled_epochs(minibatches, args, step):
                 moved = 0.0  # KL(pi_old || pi) before this update
                 for rows in parts:
-                    moved += add_gradients(
-                        policy, trunk, head, batch, rows, args, meter, policy_learns, not grad_norms
-                    )
+                    flags = {"policy_learns": policy_learns, "is_first": not grad_norms}
+                    moved += add_gradients(policy, trunk, head, batch, rows, args, meter, **flags)
                 tried_updates += 1
                 if args.kl_stop and grad_norms and common.all_sum(world, moved)[0] > args.kl_stop:
                     policy.zero_grad()
@@ -572,7 +586,8 @@ def train(args):
                 grad_norms.append(norm)
                 critic_norms.append(critic_norm)
 
-            # 6. Log. Losses, KL, ratio, clip and entropy are means over the updates.
+            # 6. Log. Losses, kl/old, ratio, clip and entropy are means over the updates, including
+            #    the one that --kl_stop did not make.
             step_ended = time.perf_counter()
             metrics = meter.result(world)
             tokens = metrics.pop("tokens")
@@ -597,7 +612,7 @@ def train(args):
             common.log(out, writer, step, metrics, shown)
             common.show_progress(bar, metrics, args, warned)
 
-            # 7. Save, if it is time or a signal (Ctrl-C, SIGTERM) has asked to stop.
+            # 7. Save, also if a signal (Ctrl-C, SIGTERM) has asked to stop.
             common.save_if_due(out, args, world, step, models, optimizers, stop_asked)
 
         if args.steps:
@@ -645,6 +660,7 @@ def shuffled_epochs(minibatches, args, step):
     """The mini-batches of all epochs, each epoch in an order of its own."""
     updates = []
     for epoch in range(args.epochs):
+        # the seed has no rank: all processes take the same mini-batch
         shuffle = random.Random(common.fold(args.seed, step, epoch, common.PASS))
         updates += shuffle.sample(minibatches, len(minibatches))
     return updates
@@ -654,11 +670,11 @@ def micro_batches(rows, trained, samples, tokens, world):
     """Cuts the rows of a mini-batch into parts, one forward each -> lists of row numbers.
 
     trained [rows] says which rows are taken. A part has at most `tokens` tokens (padding included,
-    a shared prompt counted once) or one row. Completions of a prompt stay together where they fit,
-    and rows of like length come together, to save padding.
+    a shared prompt counted once) or one row. Rows that share a prompt stay together where they fit,
+    and rows of like length come together.
 
-    All processes get equally many parts, as FSDP requires. One that is short of parts takes a row
-    that is not trained, or divides a part; all have equally many rows, so this cannot fail.
+    FSDP needs equally many parts in all processes. One that is short of parts takes a row that is
+    not trained, or divides a part. All have equally many rows, so this cannot fail.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -699,7 +715,7 @@ def micro_batches(rows, trained, samples, tokens, world):
 
 
 def set_learning_rates(optimizers, args, step):
-    """The policy's schedule begins when the critic's warm-up is over."""
+    """The policy's schedule begins after --critic_warmup, the critic's at step 1."""
     start = args.critic_warmup
     shape = (args.schedule, args.warmup)
     rate = common.learning_rate_at(step - start, args.steps - start, args.learning_rate, *shape)
@@ -748,8 +764,9 @@ def number(completion, row):
 
 
 def last_number(text):
-    """As a decimal, because floats cannot tell long numbers apart. Commas, $, a final dot and
-    trailing zeros do not matter. "1,234" is one number, "1,2,3" are three."""
+    """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
+    Commas, $, a final dot and zeros that end a decimal do not matter. "1,234" is one number,
+    "1,2,3" are three."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"
     found = re.findall(pattern, str(text).replace("$", ""))
@@ -762,7 +779,7 @@ def last_number(text):
 class Reward:
     """A loaded --reward."""
 
-    score: Callable  # completions and their lines of the prompts' file -> scores
+    score: Callable  # from completions and their records (lines of the data) to scores
     rule: Callable  # decides which held-out completions are right
     answer_flag: str = ""  # the flag that needs an answer in every line, or ""
     is_model: bool = False
@@ -783,8 +800,8 @@ def load_reward(spec, world, date):
 
 
 def load_task(args, world):
-    """Finds mistakes in the user's input before a policy is loaded or a file written. Returns last
-    the folder that a separate critic starts from, "" without one."""
+    """Checks the user's input before a policy is loaded or a file is written. Returns last the
+    folder that a separate critic starts from, or ""."""
     if args.prompts_per_step % (args.minibatches * world.size):
         multiple = f"a multiple of --minibatches {args.minibatches} x {world.size} processes"
         fail(f"--prompts_per_step {args.prompts_per_step} must be {multiple}")

@@ -250,7 +250,7 @@ def baselines(totals, all_totals, n, baseline):
 
 
 def equal_groups(rewards, n):
-    """Which groups have equal rewards, [B / n]. Without a KL they teach nothing."""
+    """Which groups have equal rewards, [B / n]."""
     groups = rewards.view(-1, n)
     return groups.amax(1) == groups.amin(1)
 
@@ -309,11 +309,11 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, N):
 
 
 def k3(logprobs, other_logprobs):
-    """Equation (4), [b, C]: an estimate of KL(p || other) on tokens that p drew, never negative.
+    """Equation (4), [b, C]: an estimate of KL(p || other) on tokens drawn from p, never negative.
+    logprobs are those of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
 
-    Its mean is that KL, but the mean of its gradient is the gradient of KL(other || p). Near each
-    other the two agree. (The gradient of ratio * k3, through both, is that of KL(p || other).)
-    expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
+    As a loss for p its gradient is that of KL(other || p). Near each other the two KLs agree. (The
+    gradient of p / p_old * k3, through both factors, is that of KL(p || other).)
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
@@ -332,20 +332,20 @@ def token_logprobs(model, samples, rows, temperature):
 def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
     """states [b, C, width], which predict the tokens ids [b, C] -> log-probabilities, entropies.
 
-    Logits of `chunk` tokens at a time, computed again in backward: [b, C, V] never exists. With a
-    vocabulary of 150,000 it would be larger than the model.
+    Logits of `chunk` tokens at a time, computed again in backward: those of all tokens never exist.
+    8192 tokens x a vocabulary of 150,000 in float32 would be 5 GB.
     """
 
     def head(states, tokens):
-        logits = common.logits_of(model, states)  # [chunk, V] in float32
+        logits = common.logits_of(model, states)  # [chunk, vocabulary], float32
         if temperature != 1:
-            logits = logits / temperature  # as the sampler: what drew is what learns
+            logits = logits / temperature  # as in sampling: the policy trained is the one that drew
         logprobs = logits.log_softmax(-1)
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # For the log. Last, so that the recomputation in backward skips it.
-            # For an entropy bonus, drop the detach.
+            # Only logged. After all that backward needs: checkpoint's recomputation stops before
+            # it. For an entropy bonus, drop the detach (and keep rows without advantage).
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -357,21 +357,22 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         result = checkpoint(head, part, tokens, use_reentrant=False, preserve_rng_state=False)
         logprobs.append(result[0])
         entropies.append(result[1])
-    empty = torch.zeros(mask.shape, device=mask.device)
-    logprobs = empty.masked_scatter(mask, torch.cat(logprobs))
-    return logprobs, empty.masked_scatter(mask, torch.cat(entropies))
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    logprobs = zeros.masked_scatter(mask, torch.cat(logprobs))
+    return logprobs, zeros.masked_scatter(mask, torch.cat(entropies))
 
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of a rollout, in the micro-batches of the update: in bfloat16 they
-    depend on a batch's shape, and with other batches the first ratio would not be 1."""
+    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere, in the update's own
+    micro-batches: in bfloat16 they depend on the batch's shape. In others the first ratio would not
+    be 1."""
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
             logprobs, _ = token_logprobs(model, samples, rows, temperature)
             out[rows, : logprobs.shape[1]] = logprobs
-    common.forget_forwards(model)  # FSDP expects a backward after a forward
+    common.forget_forwards(model)  # FSDP expects a backward after a forward; here is none
     return out
 
 
@@ -423,8 +424,7 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
-    frozen_models = int(args.beta > 0) + int(reward.is_model)
-    # says what the run is, with its first prompt
+    frozen_models = int(args.beta > 0 and args.steps > 0) + int(reward.is_model)
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen_models
     )
@@ -525,7 +525,7 @@ def train(args):
             common.log(out, writer, step, metrics, shown)
             common.show_progress(bar, metrics, args, warned)
 
-            # 7. Save, if it is time or a signal (Ctrl-C, SIGTERM) has asked to stop.
+            # 7. Save, also if a signal (Ctrl-C, SIGTERM) has asked to stop.
             common.save_if_due(out, args, world, step, models, {"policy": optimizer}, stop_asked)
 
         if args.steps:
@@ -562,7 +562,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
     return samples, scores
 
 
-# -- A first reading may end here: cutting a rollout into batches, held-out scores, prompts, rewards
+# -- A first reading may end here: batches, held-out scores, rewards, prompts ------------------
 
 
 def shuffled_groups(args, world, step):
@@ -578,6 +578,7 @@ def shuffled_epochs(minibatches, args, step):
     """The mini-batches of all epochs, each epoch in an order of its own."""
     updates = []
     for epoch in range(args.epochs):
+        # the seed has no rank: all processes take the same mini-batch
         shuffle = random.Random(common.fold(args.seed, step, epoch, common.PASS))
         updates += shuffle.sample(minibatches, len(minibatches))
     return updates
@@ -587,11 +588,11 @@ def micro_batches(rows, trained, samples, tokens, world):
     """Cuts the rows of a mini-batch into parts, one forward each -> lists of row numbers.
 
     trained [rows] says which rows are taken. A part has at most `tokens` tokens (padding included,
-    a shared prompt counted once) or one row. Completions of a prompt stay together where they fit,
-    and rows of like length come together, to save padding.
+    a shared prompt counted once) or one row. Rows that share a prompt stay together where they fit,
+    and rows of like length come together.
 
-    All processes get equally many parts, as FSDP requires. One that is short of parts takes a row
-    that is not trained, or divides a part; all have equally many rows, so this cannot fail.
+    FSDP needs equally many parts in all processes. One that is short of parts takes a row that is
+    not trained, or divides a part. All have equally many rows, so this cannot fail.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -670,8 +671,9 @@ def number(completion, row):
 
 
 def last_number(text):
-    """As a decimal, because floats cannot tell long numbers apart. Commas, $, a final dot and
-    trailing zeros do not matter. "1,234" is one number, "1,2,3" are three."""
+    """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
+    Commas, $, a final dot and zeros that end a decimal do not matter. "1,234" is one number,
+    "1,2,3" are three."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"
     found = re.findall(pattern, str(text).replace("$", ""))
@@ -684,7 +686,7 @@ def last_number(text):
 class Reward:
     """A loaded --reward."""
 
-    score: Callable  # completions and their lines of the prompts' file -> scores
+    score: Callable  # from completions and their records (lines of the data) to scores
     rule: Callable  # decides which held-out completions are right
     answer_flag: str = ""  # the flag that needs an answer in every line, or ""
     is_model: bool = False
