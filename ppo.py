@@ -242,7 +242,7 @@ def mean_and_variance(x, mask, world):
 
 
 def whiten(x, mask, world):
-    """x [B, C] with mean 0 and std 1. The 1e-4 keeps the rounding in equal x from being blown up."""
+    """x [B, C] with mean 0 and std 1. The 1e-4 keeps rounding in equal x from being blown up."""
     mean, variance = mean_and_variance(x, mask, world)
     return (x - mean) / (math.sqrt(variance) + 1e-4) * mask
 

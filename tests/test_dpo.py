@@ -252,7 +252,7 @@ def test_one_step_of_the_script_is_the_step_written_out(loss, tmp_path, monkeypa
         assert (after[k] - before[k] - way).norm() <= 2e-3 * way.norm() + 1e-6, k
 
 
-# --- whole runs, on the embedded model ---
+# --- whole runs, on the bundled model ---
 
 
 def run(tmp_path, name="run", **flags):

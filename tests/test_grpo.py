@@ -737,7 +737,7 @@ def test_the_steps_of_the_script_are_the_steps_written_out(changed, tmp_path, mo
     assert drawn_again > 0 or not f.drop_equal_groups
 
 
-# --- whole runs, on the embedded model ---
+# --- whole runs, on the bundled model ---
 
 
 def run(tmp_path, name="run", **flags):

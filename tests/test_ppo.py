@@ -512,7 +512,7 @@ def test_one_step_of_the_script_is_the_step_written_out(kind, whiten, tmp_path, 
             assert (saved[k] - p).norm() <= 2e-3 * far + 1e-6, k
 
 
-# --- whole runs, on the embedded model ---
+# --- whole runs, on the bundled model ---
 
 
 def run(tmp_path, name="run", **flags):

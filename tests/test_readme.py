@@ -1,4 +1,4 @@
-"""What the pages show runs: their commands, shortened, with the embedded model for those of a hub.
+"""What the pages show runs: their commands, shortened, with the bundled model for those of a hub.
 
 The pages are README.md, those of tests/docs and tests/bench/README.md, read in that order."""
 
@@ -63,7 +63,7 @@ def desk(tmp_path_factory):
     for name in SHORT:
         (folder / name).symlink_to(ROOT / name)
 
-    # the embedded model with room for longer texts stands for those of a hub
+    # the bundled model with room for longer texts stands for those of a hub
     shutil.copytree(TINY / "model", folder / "MODEL")
     config = json.loads((folder / "MODEL" / "config.json").read_text())
     config["max_position_embeddings"] = 256
@@ -81,7 +81,7 @@ def desk(tmp_path_factory):
     *_, messages = re.findall(r'"chosen": (\[.*?\])', forms)
     forms = forms.replace('[the same with "5"]', messages.replace('"4"', '"5"'))
     (folder / "messages.jsonl").write_text(forms)
-    # the embedded model has no chat template and no letters: texts of digits for its commands
+    # the bundled model has no chat template and no letters: texts of digits for its commands
     plain = {"prompt": "22=", "chosen": "4", "rejected": "5"}
     write_lines(folder / "pairs.jsonl", [plain] * 4)
     write_lines(folder / "held_out_pairs.jsonl", [plain] * 2)

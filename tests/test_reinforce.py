@@ -550,7 +550,7 @@ def test_a_reward_that_raises_names_row_and_completion():
         common.checked(lambda c, r: 1 / (c != "c7"))([f"c{i}" for i in range(9)], [{"prompt": f"p{i}"} for i in range(9)])
 
 
-# --- whole runs, on the embedded model ---
+# --- whole runs, on the bundled model ---
 
 
 def run(tmp_path, name="run", **flags):

@@ -121,7 +121,7 @@ SECOND = '{"prompt": "12=", "chosen": "2", "rejected": "12"}\n'  # the longer si
 
 
 def logged(script, folder):
-    """The names of all numbers in metrics.jsonl of a short run on the embedded task."""
+    """The names of all numbers in metrics.jsonl of a short run on the bundled task."""
     module = importlib.import_module(script)
     flags = FULL[script] | {"steps": 1, "max_new_tokens": 4, "device": "cpu", "out": str(folder)}
     takes_pairs = hasattr(module.Args, "pairs_per_step")

@@ -299,7 +299,7 @@ def test_a_pad_token_that_is_eos_gets_one_of_its_own(tmp_path, folder):
     assert kept.pad_token == "<pad>"
 
 
-# --- whole runs, on the embedded model ---
+# --- whole runs, on the bundled model ---
 
 
 def run(tmp_path, name="run", **flags):

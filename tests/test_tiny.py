@@ -1,4 +1,4 @@
-"""The embedded model and its data have the properties that the scripts and the README count on; not these bytes."""
+"""The bundled model and its data have the properties that the scripts and the README count on; not these bytes."""
 
 import json
 import sys

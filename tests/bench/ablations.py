@@ -4,9 +4,9 @@
     python tests/bench/ablations.py                    # 40 minutes on 2 cores, one run on each; goes on where it was stopped
     python tests/bench/ablations.py --only "GAE's lambda" --seeds 1 --completions 2560 --out /tmp/few
 
-Every run draws 25,600 completions of training prompts (half as many for PPO, whose updates are four) from the embedded model, with the
+Every run draws 25,600 completions of training prompts (half as many for PPO, whose updates are four) from the bundled model, with the
 flags named and otherwise a script's default, two seeds (of all arms one seed, then the other). Two ablations train nothing: they
-look at gradients of the embedded model.
+look at gradients of the bundled model.
 Writes ablations.json, ablations.md, and a picture for each, ablation_*.png.
 """
 

@@ -73,7 +73,7 @@ if __name__ == "__main__":
         known.get("kl/sample", {})
         | {  # what was measured of other models stays
             f"{name}, {str(dtype)[6:]}": apart(path, dtype)
-            for name, path in (("embedded model", str(grpo.TINY / "model")), *((Path(p).name, p) for p in sys.argv[1:]))
+            for name, path in (("bundled model", str(grpo.TINY / "model")), *((Path(p).name, p) for p in sys.argv[1:]))
             for dtype in (torch.float32, torch.bfloat16)
         }
     )

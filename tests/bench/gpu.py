@@ -55,7 +55,7 @@ class Args:
 
 
 def build(shape, device, folder):
-    """A folder with a model that knows nothing and a tokenizer for it: the embedded model's, one character a token, with a
+    """A folder with a model that knows nothing and a tokenizer for it: the bundled model's, one character a token, with a
     word for every further id, so that the texts of random ids differ."""
     words, width, inner, layers, heads = SHAPES[shape]
     config = transformers.Qwen2Config(
@@ -243,7 +243,7 @@ def step_of_trl(args, size, folder):
 
 
 def learn(args, size, dtype, folder):
-    """`python grpo.py`, the embedded model, with seeds 1, 2, 3: held-out exact match, greedy."""
+    """`python grpo.py`, the bundled model, with seeds 1, 2, 3: held-out exact match, greedy."""
     with ThreadPoolExecutor(3) as pool:  # at once: no times are taken from them
         flags = ["--dtype", dtype, *size["flags"]]
         logs = list(pool.map(lambda s: grpo_py(args, folder / f"{s}", ["--seed", s, *flags]), size["seeds"]))

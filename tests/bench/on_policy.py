@@ -4,7 +4,7 @@
 
 Three sets of pairs on the same prompts:
 
-    own        of 4 samples of the model that is trained, the best and the worst by `position` (the embedded pairs)
+    own        of 4 samples of the model that is trained, the best and the worst by `position` (the bundled pairs)
     foreign    the same of another model, made by the same recipe from another seed
     corrected  the right answer, and the worst sample of that other model: chosen sides better than either model's
 

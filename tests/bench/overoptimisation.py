@@ -3,7 +3,7 @@
     pip install -r requirements.txt matplotlib
     python tests/bench/overoptimisation.py           # about 12 minutes on 2 cores
 
-Trains the reward model of the embedded pairs (reward_model.py with no flags), then ppo.py on its scores with several betas. Every few
+Trains the reward model of the bundled pairs (reward_model.py with no flags), then ppo.py on its scores with several betas. Every few
 steps 4 completions of each held-out prompt are drawn at temperature 1, and their mean learned score, true score (`exact`) and
 KL to the model that PPO began with are noted. Best-of-N draws from that model; its KL is the bound log N - (N - 1) / N. Writes
 overoptimisation.json, .md and .png.

@@ -7,7 +7,7 @@
 
 Each online method draws 51,200 completions of training prompts; fine-tuning sees as many demonstrations, DPO as many sides of
 pairs. Every other flag is the script's default, and the schedule fits the number of steps. A seed that fails or collapses counts. Best-of-N
-draws from the start, by the score of a reward model trained on the embedded pairs. Seconds are steps times the median seconds of a
+draws from the start, by the score of a reward model trained on the bundled pairs. Seconds are steps times the median seconds of a
 step, measured apart (--time: a few steps of each method, in turns, alone on all cores), because the runs keep each other company.
 Writes results.json, results.md, results.png.
 """

@@ -4,8 +4,8 @@ In an environment of its own, because TRL is no dependency of this project:
 
     pip install -r requirements.txt trl==1.16.0 datasets matplotlib
     python tests/bench/vs_trl.py --model SMOLLM2 --data gsm8k_train.jsonl   # 135M chat model (smollm2.py), about 30 minutes on 2 cores
-    python tests/bench/vs_trl.py                                            # the embedded model, 2 minutes
-    python tests/bench/vs_trl.py --learn                                    # the embedded model, 3 seeds to the end: 25 minutes
+    python tests/bench/vs_trl.py                                            # the bundled model, 2 minutes
+    python tests/bench/vs_trl.py --learn                                    # the bundled model, 3 seeds to the end: 25 minutes
 
 Both get the same rendered prompts, batch, completion length, reward, optimizer, schedule and loss, precision, the same rows
 in a micro-batch and no gradient checkpointing. Each measurement is a process of its own; all take turns. Writes
@@ -40,15 +40,15 @@ from common import encode, load_tokenizer, start
 @dataclass
 class Args:
     model: str = str(grpo.TINY / "model")
-    """the embedded model, or the folder of another"""
+    """the bundled model, or the folder of another"""
     data: str = str(grpo.TINY / "sort_train.jsonl")
     """prompts with answers"""
     learn: bool = False
-    """whole runs of the embedded model instead of a few steps, for seeds 1, 2, 3"""
+    """whole runs of the bundled model instead of a few steps, for seeds 1, 2, 3"""
     rounds: int = 3
     """how often each takes its turn"""
     steps: int | None = None
-    """in a turn; the first of them, which warms up, is not counted (default: 2, with real rewards 4, embedded model 20,
+    """in a turn; the first of them, which warms up, is not counted (default: 2, with real rewards 4, bundled model 20,
     --learn grpo.py's own)"""
     child: str = ""
     """(what the script tells its own processes)"""
@@ -257,7 +257,7 @@ def table():
         ("135M", "full"): f"{chat}, no equal group",
         ("135M", "bfloat16"): "the same in bfloat16",
         ("135M", "real"): f"{chat}, real rewards",
-        ("tiny", ""): "embedded model, 32 x 8",
+        ("tiny", ""): "bundled model, 32 x 8",
         ("learn", ""): "the same, whole runs",
     }
     share = ""

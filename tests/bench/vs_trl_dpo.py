@@ -48,7 +48,7 @@ class Args:
     rounds: int = 3
     """how often each takes its turn of three steps, the first of which is not timed; 0: only the runs whose accuracy is measured"""
     agree: bool = False
-    """only compare loss and gradient, on the embedded model"""
+    """only compare loss and gradient, on the bundled model"""
     child: str = ""
     """(what the script tells its own processes)"""
 

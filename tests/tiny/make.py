@@ -1,4 +1,4 @@
-"""Remakes everything in this folder: the embedded model, the lists to sort, and preference pairs.
+"""Remakes everything in this folder: the bundled model, the lists to sort, and preference pairs.
 
     python tests/tiny/make.py               # a few minutes on 2 cores
     python tests/tiny/make.py --out /tmp/t  # somewhere else

@@ -1,4 +1,4 @@
-"""The embedded task: sort the digits of a list. Its data, and two rewards that give partial credit.
+"""The bundled task: sort the digits of a list. Its data, and two rewards that give partial credit.
 
     python reinforce.py --reward tests/tiny/sort.py:position
 
