@@ -21,7 +21,7 @@ RUNS = [
     "grpo.py --scale none --aggregate constant --keep_max --mask_truncated --max_new_tokens 8",
     "grpo.py --dtype bfloat16 --minibatches 2",
     "reinforce.py",
-    "reinforce.py --baseline group --normalize --gamma 0.95 --epochs 2 --minibatches 2",
+    "reinforce.py --baseline prompt --normalize --gamma 0.95 --epochs 2 --minibatches 2",
     "reinforce.py --dtype bfloat16",
     "ppo.py",
     "ppo.py --critic shared --kl_stop 0.001 --missing_eos_penalty 0.5 --max_new_tokens 8",
