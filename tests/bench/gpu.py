@@ -124,7 +124,7 @@ def decode(args, size, shape, folder):
     """`sample` of common.py beside transformers' `generate`: prompts of 256 tokens, 8 samples of each, 128 new tokens in every
     row. ms: of a step, the time for all new tokens less that for one, by 127; tokens/s: with the prompts' time. floor: as long
     as a large copy takes for the bytes that a step must read, weights and every row's keys and values; share: floor / ms.
-    grpo.py's model is in float32 under FSDP2 and computes in bfloat16; the others are bfloat16 alone. padding: tokens by which
+    grpo.py's model is in float32 under FSDP2 and computes in bfloat16, its logits in float32; the others are bfloat16 alone. padding: tokens by which
     one prompt is shorter than the rest; with none, attention needs no mask."""
     world, P, n, new = common.start(args.device), size["prompt"], size["group"], size["new"]
     build(shape, args.device, folder)
