@@ -31,13 +31,15 @@ def main():
     world = common.start("cpu", seed=0)
     path = str(grpo.TINY / "model")
     tokenizer = common.load_tokenizer(path)
-    rows = grpo.load_prompts(grpo.TINY / "sort_train.jsonl", "--data", tokenizer, grpo.Args())[:4]
+    rows = common.load_prompts(
+        grpo.TINY / "sort_train.jsonl", "--data", tokenizer, grpo.Args(), ""
+    )[:4]
     policy = common.load_policy(path, world)
     s = common.sample(policy, tokenizer, [ids for ids, _ in rows], n=4, max_new_tokens=16, seed=1)
     g = torch.Generator().manual_seed(0)
     advantages = torch.randn(16, generator=g)
     with torch.no_grad():
-        now, _ = grpo.token_logprobs(policy, *grpo.trim(s, list(range(16)), 4), 1.0)
+        now, _ = grpo.token_logprobs(policy, s, list(range(16)), 1.0)
     apart = 0.3 * torch.randn(now.shape, generator=g) + 0.3 * torch.randn(16, 1, generator=g)
     old = (now + apart) * s.mask  # ratios on both sides of the clip, of tokens and of completions
     ref = (now + 0.3 * torch.randn(now.shape, generator=g)) * s.mask
@@ -47,11 +49,14 @@ def main():
         for beta in (0.0, 0.1):
             policy.zero_grad()
             weights = grpo.token_weights(s.mask, aggregate, 16, world)
-            logprobs, _ = grpo.token_logprobs(policy, *grpo.trim(s, list(range(16)), 4), 1.0)
+            logprobs, _ = grpo.token_logprobs(policy, s, list(range(16)), 1.0)
             logratio = logprobs - old
             if ratio == "sequence":
                 logratio = grpo.sequence_logratio(logratio, s.mask)
-            loss, _, low, high = grpo.clipped_loss(logratio, advantages[:, None], s.mask, weights, 0.2, 0.28)
+            ratio_of_tokens = logratio.clamp(-20, 20).exp()
+            clip = (0.2, 0.28)
+            loss = grpo.clipped_loss(ratio_of_tokens, advantages[:, None], weights, *clip)
+            low, high = grpo.is_clipped(ratio_of_tokens, advantages[:, None], *clip)
             loss = loss + beta * (grpo.k3(logprobs, ref) * weights).sum()
             loss.backward()
             mine = torch.cat([p.grad.flatten() for p in policy.parameters()])
@@ -82,7 +87,7 @@ def main():
             row = {
                 "loss_type": loss_type, "importance_sampling_level": level, "beta": beta, "loss": loss.item(),
                 "loss_apart": abs(loss.item() - theirs.item()), "gradient_apart": ((mine - other).norm() / other.norm()).item(),
-                "clipped": round((low | high).sum().item() / s.mask.sum().item(), 3),
+                "clipped": round(((low | high) & s.mask).sum().item() / s.mask.sum().item(), 3),
             }  # fmt: skip
             print(row, flush=True)
             results.append(row)

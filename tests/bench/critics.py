@@ -55,15 +55,27 @@ def main(args):
                 ]
                 subprocess.run([*command, *flags, *SAME.split()], check=True, capture_output=True)
                 m = json.loads((Path(out) / "metrics.jsonl").read_text().splitlines()[-1])
-            turn = {"who": who} | {k: m[k] for k in ("time/sample", "time/train", "memory_gib", "length")}
+            turn = {"who": who} | {
+                k: m[k] for k in ("time/sample", "time/train", "memory_gib", "length")
+            }
             turns.append(turn)
             print(turn, flush=True)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
-    (HERE / "critics.json").write_text(json.dumps({**versions, "flags": SAME, "turns": turns}, indent=1) + "\n")
-    lines = ["| 135M model, 32 completions a step | sampling, s | training, s | peak memory |", "|---|---|---|---|"]
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    (HERE / "critics.json").write_text(
+        json.dumps({**versions, "flags": SAME, "turns": turns}, indent=1) + "\n"
+    )
+    lines = [
+        "| 135M model, 32 completions a step | sampling, s | training, s | peak memory |",
+        "|---|---|---|---|",
+    ]
     for who in WHO:
         sample, train, memory = (
-            statistics.median(t[k] for t in turns if t["who"] == who) for k in ("time/sample", "time/train", "memory_gib")
+            statistics.median(t[k] for t in turns if t["who"] == who)
+            for k in ("time/sample", "time/train", "memory_gib")
         )
         lines.append(f"| {who} | {sample:.1f} | {train:.1f} | {memory:.1f} GiB |")
     (HERE / "critics.md").write_text("\n".join(lines) + "\n")

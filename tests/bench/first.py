@@ -31,21 +31,42 @@ NAMES = (
 
 def measure(script):
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, str(HERE.parents[1] / f"{script}.py"), "--steps", "1", "--device", "cpu", "--out", out]
-        command += ["--policy", "", "--eval_prompts", ""] if script == "reward_model" else []  # no best-of-N
+        command = [
+            sys.executable,
+            str(HERE.parents[1] / f"{script}.py"),
+            "--steps",
+            "1",
+            "--device",
+            "cpu",
+            "--out",
+            out,
+        ]
+        command += (
+            ["--policy", "", "--eval_prompts", ""] if script == "reward_model" else []
+        )  # no best-of-N
         subprocess.run(command, check=True, capture_output=True)
-        before, first = (json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()[:2])
-    return {"before": {k: before[k] for k in BEFORE if k in before}, "first": {k: first[k] for k in NAMES if k in first}}
+        before, first = (
+            json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()[:2]
+        )
+    return {
+        "before": {k: before[k] for k in BEFORE if k in before},
+        "first": {k: first[k] for k in NAMES if k in first},
+    }
 
 
 def apart(path, dtype):
     """`kl/sample` of the first 64 completions (of at most 22 tokens) that a model draws for the sorting task's prompts."""
     world = common.start("cpu", str(dtype)[6:])
     model, tokenizer = common.load_reference(path, world), common.load_tokenizer(path)
-    prompts = [ids for ids, _ in grpo.load_prompts(str(grpo.TINY / "sort_test.jsonl"), "--data", tokenizer, grpo.Args())[:8]]
+    prompts = [
+        ids
+        for ids, _ in common.load_prompts(
+            str(grpo.TINY / "sort_test.jsonl"), "--data", tokenizer, grpo.Args(), ""
+        )[:8]
+    ]
     samples = common.sample(model, tokenizer, prompts, n=8, max_new_tokens=22, seed=0)
     with torch.no_grad():
-        logprobs, _ = grpo.token_logprobs(model, *grpo.trim(samples, list(range(64)), 8), 1.0)
+        logprobs, _ = grpo.token_logprobs(model, samples, list(range(64)), 1.0)
     return (((logprobs - samples.logprobs).abs() * samples.mask).sum() / samples.mask.sum()).item()
 
 
@@ -61,7 +82,9 @@ def table(found):
         for name in names:
             values = [shown(found[s][when].get(name)) for s in found]
             if any(values):
-                lines.append(f"| {'before: ' * (when == 'before')}`{name}` | " + " | ".join(values) + " |")
+                lines.append(
+                    f"| {'before: ' * (when == 'before')}`{name}` | " + " | ".join(values) + " |"
+                )
     return "\n".join(lines) + "\n"
 
 
@@ -73,7 +96,10 @@ if __name__ == "__main__":
         known.get("kl/sample", {})
         | {  # what was measured of other models stays
             f"{name}, {str(dtype)[6:]}": apart(path, dtype)
-            for name, path in (("bundled model", str(grpo.TINY / "model")), *((Path(p).name, p) for p in sys.argv[1:]))
+            for name, path in (
+                ("bundled model", str(grpo.TINY / "model")),
+                *((Path(p).name, p) for p in sys.argv[1:]),
+            )
             for dtype in (torch.float32, torch.bfloat16)
         }
     )

@@ -46,7 +46,12 @@ TINY = {
 
 @dataclass
 class Args:
-    only: tuple[Literal["decode", "train", "step", "learn"], ...] = ("decode", "train", "step", "learn")
+    only: tuple[Literal["decode", "train", "step", "learn"], ...] = (
+        "decode",
+        "train",
+        "step",
+        "learn",
+    )
     out: str = str(HERE)
     """folder of gpu.json and gpu.md"""
     device: Literal["auto", "cpu"] = "auto"
@@ -63,11 +68,18 @@ def build(shape, device, folder):
         num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32768, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     with torch.device(device):
-        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    core, settings = (json.loads((grpo.TINY / "model" / f"tokenizer{x}.json").read_text()) for x in ("", "_config"))
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
+            folder
+        )
+    core, settings = (
+        json.loads((grpo.TINY / "model" / f"tokenizer{x}.json").read_text())
+        for x in ("", "_config")
+    )
     core["model"]["vocab"] |= {f"w{i}": i for i in range(len(core["model"]["vocab"]), words)}
     (folder / "tokenizer.json").write_text(json.dumps(core))
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 32768}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"model_max_length": 32768})
+    )
 
 
 def fastest(run, *given, rounds=2, times=1):
@@ -87,10 +99,21 @@ def record(args, piece, case, got):
     """Puts a row into gpu.json, in the place of an older one of the same case and device, and writes gpu.md."""
     path = Path(args.out) / "gpu.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    device = (torch.cuda.get_device_name() if args.device == "cuda" else "CPU") + ", with the sizes of --tiny" * args.tiny
+    device = (
+        torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    ) + ", with the sizes of --tiny" * args.tiny
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     rows = [r for r in rows if (r["piece"], r["case"], r["device"]) != (piece, case, device)]
-    rows.append({"piece": piece, "case": case, "device": device, "date": time.strftime("%Y-%m-%d"), **versions, "got": got})
+    rows.append(
+        {
+            "piece": piece,
+            "case": case,
+            "device": device,
+            "date": time.strftime("%Y-%m-%d"),
+            **versions,
+            "got": got,
+        }
+    )
     rows.sort(key=lambda r: list(PIECES).index(r["piece"]))
     path.write_text(json.dumps(rows, indent=1) + "\n")
     path.with_suffix(".md").write_text(tables(rows))
@@ -101,20 +124,31 @@ def decode(args, size, shape, folder):
     """`sample` of common.py beside transformers' `generate`: prompts of 256 tokens, 8 samples of each, 128 new tokens in every
     row. ms: of a step, the time for all new tokens less that for one, by 127; tokens/s: with the prompts' time. floor: as long
     as a large copy takes for the bytes that a step must read, weights and every row's keys and values; share: floor / ms.
-    grpo.py's model is in float32 under FSDP2 and computes in bfloat16; the others are bfloat16 alone. padding: tokens by which
+    grpo.py's model is in float32 under FSDP2 and computes in bfloat16, its logits in float32; the others are bfloat16 alone. padding: tokens by which
     one prompt is shorter than the rest; with none, attention needs no mask."""
     world, P, n, new = common.start(args.device), size["prompt"], size["group"], size["new"]
     build(shape, args.device, folder)
     policy, tokenizer = common.load_policy(folder, world), common.load_tokenizer(folder)
-    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=world.dtype).to(world.device).eval()
-    tokenizer.add_special_tokens({"eos_token": "<never>"})  # the model has no such word, so no row ends; all look for it
-    policy.generation_config.eos_token_id = plain.generation_config.eos_token_id = tokenizer.eos_token_id
+    plain = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=world.dtype)
+        .to(world.device)
+        .eval()
+    )
+    tokenizer.add_special_tokens(
+        {"eos_token": "<never>"}
+    )  # the model has no such word, so no row ends; all look for it
+    policy.generation_config.eos_token_id = plain.generation_config.eos_token_id = (
+        tokenizer.eos_token_id
+    )
     tokenizer.decode = lambda *_, **__: ""  # no time for text, which `generate` does not make
     plain.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     copied = torch.zeros(2, size["copy"], dtype=torch.uint8, device=world.device)
     bandwidth = 2 * size["copy"] / fastest(torch.Tensor.copy_, *copied, rounds=5, times=20)
     weights = sum(p.nbytes for p in plain.parameters())
-    token = sum(2 * layer.self_attn.k_proj.out_features for layer in plain.model.layers) * world.dtype.itemsize  # its cache
+    token = (
+        sum(2 * layer.self_attn.k_proj.out_features for layer in plain.model.layers)
+        * world.dtype.itemsize
+    )  # its cache
     del copied
 
     def sample(model, prompts, new):
@@ -122,11 +156,22 @@ def decode(args, size, shape, folder):
         assert s.mask.shape == (len(prompts) * n, new) and s.mask.all()
 
     def generate(model, prompts, new):
-        s = common.as_samples(prompts, [[0]] * len(prompts), tokenizer, world)  # for its padding on the left
-        ids = model.generate(s.prompt_ids, attention_mask=s.prompt_mask.long(), max_new_tokens=new, num_return_sequences=n)
+        s = common.as_samples(
+            prompts, [[0]] * len(prompts), tokenizer, world
+        )  # for its padding on the left
+        ids = model.generate(
+            s.prompt_ids,
+            attention_mask=s.prompt_mask.long(),
+            max_new_tokens=new,
+            num_return_sequences=n,
+        )
         assert ids.shape == (len(prompts) * n, P + new)
 
-    ways = ("sample, grpo.py's model", sample, policy), ("sample", sample, plain), ("generate", generate, plain)
+    ways = (
+        ("sample, grpo.py's model", sample, policy),
+        ("sample", sample, plain),
+        ("generate", generate, plain),
+    )
     for rows, padding in itertools.product(size["rows"], (0, 1)):
         prompts = torch.randint(2, plain.config.vocab_size, (rows // n, P)).tolist()
         prompts[0] = prompts[0][padding:]
@@ -136,8 +181,14 @@ def decode(args, size, shape, folder):
             torch.cuda.empty_cache()
             run(model, prompts, 8)  # warms up
             first, whole = (fastest(run, model, prompts, count) for count in (1, new))
-            ms = (whole - first) / (new - 1) * 1e3  # the prompts, and the token that they lead to, are in both
-            got |= {f"{name}: ms": ms, f"{name}: share": floor / ms, f"{name}: tokens/s": rows * new / whole}
+            ms = (
+                (whole - first) / (new - 1) * 1e3
+            )  # the prompts, and the token that they lead to, are in both
+            got |= {
+                f"{name}: ms": ms,
+                f"{name}: share": floor / ms,
+                f"{name}: tokens/s": rows * new / whole,
+            }
         record(args, "decode", {"model": shape, "rows": rows, "padding": padding}, got)
 
 
@@ -156,11 +207,13 @@ def train(args, size, job, folder):
     optimizer, config = common.make_optimizer(policy, 1e-6), policy.config
     parameters, P, parts = sum(p.numel() for p in policy.parameters()), 16, 4
 
-    def update(advantages, *inputs):
-        weights = grpo.token_weights(inputs[-1], "token", 0, world) / parts
+    def update(advantages, samples):
+        weights = grpo.token_weights(samples.mask, "token", 0, world) / parts
+        rows = list(range(len(advantages)))
         for _ in range(parts):
-            logprobs, _ = grpo.token_logprobs(policy, *inputs, 1.0)
-            grpo.clipped_loss(logprobs - logprobs.detach(), advantages[:, None], inputs[-1], weights, 0.2, 0.2)[0].backward()
+            logprobs, _ = grpo.token_logprobs(policy, samples, rows, 1.0)
+            ratio = (logprobs - logprobs.detach()).clamp(-20, 20).exp()
+            grpo.clipped_loss(ratio, advantages[:, None], weights, 0.2, 0.2).backward()
         common.clip_gradients(policy, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -168,15 +221,28 @@ def train(args, size, job, folder):
     for T, padding in itertools.product(size["lengths"], (0, 1)):
         ids = torch.randint(2, config.vocab_size, (size["tokens"] // T, T), device=world.device)
         mask = torch.arange(ids.numel(), device=world.device).view_as(ids) >= padding
-        given = torch.randn(len(ids), device=world.device), ids[:, :P], mask[:, :P], None, ids[:, P:], mask[:, P:]
+        advantages = torch.randn(len(ids), device=world.device)
+        samples = common.Samples(ids[:, :P], mask[:, :P], ids[:, P:], mask[:, P:], None, None, None)
+        given = advantages, samples
         update(*given)  # warms up, and makes Adam's moments
         if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         speed = parts * ids.numel() / fastest(update, *given)
         work = (6 * parameters + 12 * config.num_hidden_layers * config.hidden_size * T / 2) * speed
-        case = {"model": shape, "checkpointing": "yes" if checkpointing else "no", "length": T, "padding": padding}
-        got = {"tokens/s": speed, "peak memory, GiB": common.memory_used(world) / 2**30, "model TFLOP/s": work / 1e12}
-        record(args, "train", case, got | {"matmul TFLOP/s": reached / 1e12, "share": work / reached})
+        case = {
+            "model": shape,
+            "checkpointing": "yes" if checkpointing else "no",
+            "length": T,
+            "padding": padding,
+        }
+        got = {
+            "tokens/s": speed,
+            "peak memory, GiB": common.memory_used(world) / 2**30,
+            "model TFLOP/s": work / 1e12,
+        }
+        record(
+            args, "train", case, got | {"matmul TFLOP/s": reached / 1e12, "share": work / reached}
+        )
 
 
 def step(args, size, who, folder):
@@ -187,7 +253,9 @@ def step(args, size, who, folder):
     build(size["shapes"][0], args.device, folder / "start")
     prompts = [f"{i:=>{size['prompt'] - i % 2}}" for i in range(4 * size["prompts"])]
     (folder / "data.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
-    (folder / "reward.py").write_text("def score(completion, row):\n    return float(len(completion))\n")
+    (folder / "reward.py").write_text(
+        "def score(completion, row):\n    return float(len(completion))\n"
+    )
     try:
         got = {"grpo.py": step_of_ours, "TRL": step_of_trl}[who](args, size, folder)
     except ImportError as error:
@@ -196,7 +264,15 @@ def step(args, size, who, folder):
 
 
 def grpo_py(args, out, flags):
-    command = [sys.executable, str(HERE.parents[1] / "grpo.py"), "--device", args.device, "--out", str(out), *map(str, flags)]
+    command = [
+        sys.executable,
+        str(HERE.parents[1] / "grpo.py"),
+        "--device",
+        args.device,
+        "--out",
+        str(out),
+        *map(str, flags),
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -204,7 +280,9 @@ def grpo_py(args, out, flags):
 def step_of_ours(args, size, folder):
     n, part, new = size["group"], size["part"], size["step_new"]
     flags = f"--model {folder}/start --data {folder}/data.jsonl --reward {folder}/reward.py:score --steps 3"
-    flags += f" --prompts_per_step {size['prompts']} --samples_per_prompt {n} --max_new_tokens {new}"
+    flags += (
+        f" --prompts_per_step {size['prompts']} --samples_per_prompt {n} --max_new_tokens {new}"
+    )
     flags += f" --tokens_per_micro_batch {part // n * size['prompt'] + part * new}"  # whole groups, as many rows as TRL has
     log = grpo_py(args, folder / "run", flags.split())[2:]  # the start; a warm-up
     assert all(m["equal_groups"] < 1 and m["grad_norm"] > 0 for m in log)
@@ -219,7 +297,11 @@ def step_of_trl(args, size, folder):
     from datasets import Dataset
 
     gpu, ends = args.device == "cuda", []
-    note = type("Clock", (transformers.TrainerCallback,), {"on_step_end": lambda *_, **__: ends.append(time.perf_counter())})
+    note = type(
+        "Clock",
+        (transformers.TrainerCallback,),
+        {"on_step_end": lambda *_, **__: ends.append(time.perf_counter())},
+    )
     config = trl.GRPOConfig(
         output_dir=str(folder / "run"), seed=1, max_steps=3, per_device_train_batch_size=size["part"], use_vllm=False, bf16=gpu,
         gradient_accumulation_steps=size["prompts"] * size["group"] // size["part"], num_generations=size["group"],
@@ -246,8 +328,13 @@ def learn(args, size, dtype, folder):
     """`python grpo.py`, the bundled model, with seeds 1, 2, 3: held-out exact match, greedy."""
     with ThreadPoolExecutor(3) as pool:  # at once: no times are taken from them
         flags = ["--dtype", dtype, *size["flags"]]
-        logs = list(pool.map(lambda s: grpo_py(args, folder / f"{s}", ["--seed", s, *flags]), size["seeds"]))
-    got = {"before": logs[0][0]["eval/exact"], "at the end": [log[-1]["eval/exact"] for log in logs]}
+        logs = list(
+            pool.map(lambda s: grpo_py(args, folder / f"{s}", ["--seed", s, *flags]), size["seeds"])
+        )
+    got = {
+        "before": logs[0][0]["eval/exact"],
+        "at the end": [log[-1]["eval/exact"] for log in logs],
+    }
     record(args, "learn", {"computes in": dtype, "steps": logs[0][-1]["step"]}, got)
 
 
@@ -257,19 +344,32 @@ PIECES = {f.__name__: f for f in (decode, train, step, learn)}
 def show(value):
     if isinstance(value, list):
         return ", ".join(map(show, value))
-    return str(value) if not isinstance(value, float) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return (
+        str(value)
+        if not isinstance(value, float)
+        else f"{value:,.0f}"
+        if value >= 100
+        else f"{value:.3g}"
+    )
 
 
 def tables(rows):
     blocks = []
     for piece, mine in itertools.groupby(rows, lambda r: r["piece"]):
         blocks.append(" ".join(PIECES[piece].__doc__.split()))
-        for stamp, same in itertools.groupby(mine, lambda r: (r["device"], r["date"], r["torch"], r["transformers"])):
+        for stamp, same in itertools.groupby(
+            mine, lambda r: (r["device"], r["date"], r["torch"], r["transformers"])
+        ):
             blocks.append("{}, {}, torch {}, transformers {}:".format(*stamp))
             cells = [r["case"] | r["got"] for r in same]
-            notes, cells = [c["note"] for c in cells if "note" in c], [c for c in cells if "note" not in c]
+            notes, cells = (
+                [c["note"] for c in cells if "note" in c],
+                [c for c in cells if "note" not in c],
+            )
             names = list(dict.fromkeys(k for c in cells for k in c))
-            lines = [names, ["---"] * len(names)] + [[show(c.get(k, "")) for k in names] for c in cells]
+            lines = [names, ["---"] * len(names)] + [
+                [show(c.get(k, "")) for k in names] for c in cells
+            ]
             blocks += ["\n".join(f"| {' | '.join(line)} |" for line in lines)] * bool(cells) + notes
     return "\n\n".join(blocks) + "\n"
 
@@ -277,7 +377,9 @@ def tables(rows):
 def main(args):
     gpu = torch.cuda.is_available() and args.device != "cpu"
     if not gpu and not args.tiny:
-        common.fail("there is no GPU to measure; --device cpu --tiny --out FOLDER tries this script on a CPU")
+        common.fail(
+            "there is no GPU to measure; --device cpu --tiny --out FOLDER tries this script on a CPU"
+        )
     if args.tiny and Path(args.out).resolve() == HERE:
         common.fail("--tiny gives no results: name another folder by --out")
     size = TINY if args.tiny else FULL
@@ -289,7 +391,9 @@ def main(args):
     args, failed = replace(args, device="cuda" if gpu else "cpu"), []
     for piece, job in ((p, j) for p in args.only for j in jobs[p]):
         with tempfile.TemporaryDirectory() as folder:
-            process = multiprocessing.get_context("spawn").Process(target=PIECES[piece], args=(args, size, job, Path(folder)))
+            process = multiprocessing.get_context("spawn").Process(
+                target=PIECES[piece], args=(args, size, job, Path(folder))
+            )
             process.start()
             process.join()
             failed += [f"{piece} {job}"] * (process.exitcode != 0)

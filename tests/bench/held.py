@@ -1,6 +1,6 @@
 """What each method holds in memory besides activations, from a model's config alone: weights, gradients, Adam's moments.
 
-python tests/bench/held.py                       # the 8 B example of the README; writes held.md, seconds
+python tests/bench/held.py                       # the 8 B example of tests/docs/running.md; writes held.md, seconds
 python tests/bench/held.py --model FOLDER        # another model's
 
 Two counts. The usual one on slides: everything in 16 bits, Adam's two moments for what learns, no gradients. And this project's:
@@ -47,13 +47,18 @@ def llama_8b():
 def held(config):
     """{method: bytes (in 16 bits without gradients, here, and both with a reward model that scores the samples)}."""
     with torch.device("meta"):  # a model without memory: its count is exact
-        count = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
+        count = sum(
+            p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters()
+        )
 
     def both(learn, frozen, samples):
         return (3 * learn + frozen) * 2 * count, (16 * learn + 2 * frozen + 2 * samples) * count
 
     return count, {
-        name: (*both(learn, frozen, samples), *(both(learn, frozen + 1, samples) if samples else ()))
+        name: (
+            *both(learn, frozen, samples),
+            *(both(learn, frozen + 1, samples) if samples else ()),
+        )
         for name, (learn, frozen, samples) in METHODS.items()
     }
 
@@ -67,7 +72,9 @@ def main(args):
     for name, (slides, here, *scored) in rows.items():
         learn, frozen, _ = METHODS[name]
         more = f"{scored[0] / 1e9:.0f} and {scored[1] / 1e9:.0f} GB" if scored else ""
-        lines.append(f"| {name} | {learn} + {frozen} | {slides / 1e9:.0f} GB | {here / 1e9:.0f} GB | {more} |")
+        lines.append(
+            f"| {name} | {learn} + {frozen} | {slides / 1e9:.0f} GB | {here / 1e9:.0f} GB | {more} |"
+        )
     print("\n".join(lines))
     if not args.model:
         (HERE / "held.md").write_text("\n".join(lines) + "\n")

@@ -1,4 +1,4 @@
-"""What the README says of first runs: each script with no flags but a seed, as a newcomer starts it.
+"""What tests/bench/README.md says of first runs: each script with no flags but a seed, as a newcomer starts it.
 
 python tests/bench/learning.py                                    # all of them, two to three minutes each on 2 cores
 python tests/bench/learning.py --commands "ppo.py --critic shared" --seeds 1       # one of them; the others' results stay
@@ -21,7 +21,15 @@ import transformers
 import tyro
 
 HERE = Path(__file__).resolve().parent
-ORDER = ("grpo.py", "grpo.py --dtype bfloat16", "reinforce.py", "ppo.py", "ppo.py --critic shared", "dpo.py", "reward_model.py")
+ORDER = (
+    "grpo.py",
+    "grpo.py --dtype bfloat16",
+    "reinforce.py",
+    "ppo.py",
+    "ppo.py --critic shared",
+    "dpo.py",
+    "reward_model.py",
+)
 
 
 @dataclass
@@ -42,10 +50,21 @@ def main(args):
         for seed in args.seeds:
             with tempfile.TemporaryDirectory() as out:
                 began, (script, *flags) = time.perf_counter(), shlex.split(command)
-                whole = [sys.executable, str(HERE.parents[1] / script), *flags, "--seed", str(seed), "--out", out]
+                whole = [
+                    sys.executable,
+                    str(HERE.parents[1] / script),
+                    *flags,
+                    "--seed",
+                    str(seed),
+                    "--out",
+                    out,
+                ]
                 subprocess.run(whole, check=True, capture_output=True)
                 seconds = time.perf_counter() - began
-                metrics = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+                metrics = [
+                    json.loads(line)
+                    for line in (Path(out) / "metrics.jsonl").read_text().splitlines()
+                ]
             curve = [(m["step"], score(m)) for m in metrics if score(m) is not None]
             memory = max(m.get("memory_gib", 0.0) for m in metrics)
             row = {
@@ -59,7 +78,8 @@ def main(args):
             row |= {
                 k: v
                 for k, v in metrics[-1].items()
-                if k.startswith("best_of/") or (k == "eval/accuracy" and "eval/exact" in metrics[-1])
+                if k.startswith("best_of/")
+                or (k == "eval/accuracy" and "eval/exact" in metrics[-1])
             }
             print(row, flush=True)
             runs = [r for r in runs if (r["command"], r["seed"]) != (command, seed)] + [row]
@@ -68,13 +88,24 @@ def main(args):
 
 
 def write(path, runs):
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+    }
     path.write_text(json.dumps({**versions, "runs": runs}, indent=1) + "\n")
-    lines = ["| command | held out | at the start | at the end, by seed | seconds |", "|---|---|---|---|---|"]
+    lines = [
+        "| command | held out | at the start | at the end, by seed | seconds |",
+        "|---|---|---|---|---|",
+    ]
     for command in dict.fromkeys(r["command"] for r in runs):
         mine = [r for r in runs if r["command"] == command]
         ranks = "best_of/true@1" in mine[0]
-        found = {"pairs right" if ranks else "exact match": [(r["held_out"][0][1], r["held_out"][-1][1]) for r in mine]}
+        found = {
+            "pairs right" if ranks else "exact match": [
+                (r["held_out"][0][1], r["held_out"][-1][1]) for r in mine
+            ]
+        }
         if "eval/accuracy" in mine[0]:
             found["pairs right"] = [(None, r["eval/accuracy"]) for r in mine]
         if ranks:
@@ -83,7 +114,10 @@ def write(path, runs):
             ]
         for i, (what, scores) in enumerate(found.items()):
             begun = sorted({f"{x:.2f}" for x, _ in scores if x is not None})
-            ends, seconds = ", ".join(f"{x:.2f}" for _, x in scores), ", ".join(str(r["seconds"]) for r in mine)
+            ends, seconds = (
+                ", ".join(f"{x:.2f}" for _, x in scores),
+                ", ".join(str(r["seconds"]) for r in mine),
+            )
             first = f"| `python {command}` " if i == 0 else "| "
             lines.append(
                 f"{first}| {what} | {' to '.join(begun[:: max(len(begun) - 1, 1)])} | {ends} | {seconds if i == 0 else ''} |"

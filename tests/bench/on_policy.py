@@ -45,14 +45,26 @@ def read(path):
 def sets_of_pairs(folder, other):
     """The three sets, on the same prompts, as files."""
     make.main(make.Args(out=folder / "other", seed=other))
-    model, own = common.load_policy(folder / "other" / "model", common.start("cpu")), read(TINY / "pairs_train.jsonl")
+    model, own = (
+        common.load_policy(folder / "other" / "model", common.start("cpu")),
+        read(TINY / "pairs_train.jsonl"),
+    )
     theirs = {r["prompt"]: r for r in make.pairs(model, own, other)}
-    rows = [r for r in own if r["prompt"] in theirs and theirs[r["prompt"]]["rejected"] != r["answer"]]
+    rows = [
+        r for r in own if r["prompt"] in theirs and theirs[r["prompt"]]["rejected"] != r["answer"]
+    ]
     foreign = [theirs[r["prompt"]] for r in rows]
-    sets = {"own": rows, "foreign": foreign, "corrected": [r | {"chosen": r["answer"]} for r in foreign]}
+    sets = {
+        "own": rows,
+        "foreign": foreign,
+        "corrected": [r | {"chosen": r["answer"]} for r in foreign],
+    }
     for name, pairs in sets.items():
         make.write(folder / f"{name}.jsonl", pairs)
-    return {name: sum(r["chosen"] == r["answer"] for r in pairs) / len(pairs) for name, pairs in sets.items()}, len(rows)
+    return {
+        name: sum(r["chosen"] == r["answer"] for r in pairs) / len(pairs)
+        for name, pairs in sets.items()
+    }, len(rows)
 
 
 def main(args):
@@ -63,18 +75,42 @@ def main(args):
         for seed in args.seeds:
             for name in right:  # in turns
                 out = folder / f"{name}-{seed}"
-                command = [sys.executable, str(HERE.parents[1] / "dpo.py"), "--data", str(folder / f"{name}.jsonl")]
-                command += ["--eval_data", str(TINY / "pairs_test.jsonl"), "--eval_prompts", str(TINY / "sort_test.jsonl")]
-                subprocess.run([*command, "--seed", str(seed), "--out", str(out)], check=True, capture_output=True)
+                command = [
+                    sys.executable,
+                    str(HERE.parents[1] / "dpo.py"),
+                    "--data",
+                    str(folder / f"{name}.jsonl"),
+                ]
+                command += [
+                    "--eval_data",
+                    str(TINY / "pairs_test.jsonl"),
+                    "--eval_prompts",
+                    str(TINY / "sort_test.jsonl"),
+                ]
+                subprocess.run(
+                    [*command, "--seed", str(seed), "--out", str(out)],
+                    check=True,
+                    capture_output=True,
+                )
                 metrics = read(out / "metrics.jsonl")
                 curve = [(m["step"], m["eval/exact"]) for m in metrics if "eval/exact" in m]
-                row = {"pairs": name, "seed": seed, "held_out": curve, "accuracy": metrics[-1]["eval/accuracy"]}
-                runs.append(row | {k: metrics[-1][k] for k in ("logprobs/chosen", "logprobs/rejected")})
+                row = {
+                    "pairs": name,
+                    "seed": seed,
+                    "held_out": curve,
+                    "accuracy": metrics[-1]["eval/accuracy"],
+                }
+                runs.append(
+                    row | {k: metrics[-1][k] for k in ("logprobs/chosen", "logprobs/rejected")}
+                )
                 print(runs[-1], flush=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     result = {**versions, "pairs": count, "chosen_right": right, "runs": runs}
     (HERE / "on_policy.json").write_text(json.dumps(result, indent=1) + "\n")
-    lines = ["| pairs | chosen sides that are right | exact match, each seed | mean |", "|---|---|---|---|"]
+    lines = [
+        "| pairs | chosen sides that are right | exact match, each seed | mean |",
+        "|---|---|---|---|",
+    ]
     for name in right:
         last = [r["held_out"][-1][1] for r in runs if r["pairs"] == name]
         scores = ", ".join(f"{x:.2f}" for x in last)

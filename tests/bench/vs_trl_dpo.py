@@ -62,14 +62,19 @@ def flags(args, out, steps):
 
 def pairs_of(args, path):
     tokenizer = common.load_tokenizer(args.model)
-    return tokenizer, dpo.encode_preferences(dpo.read_pairs(path, "--data"), tokenizer, flags(args, "", 1), "--data")
+    return tokenizer, dpo.encode_preferences(
+        dpo.read_pairs(path, "--data"), tokenizer, flags(args, "", 1), "--data"
+    )
 
 
 def measure(args, model, world):
     """Whether the implicit reward ranks each held-out pair right, by question."""
     tokenizer, pairs = pairs_of(args, args.test)
     settings, reference = dpo.resolve(flags(args, "", 1)), common.load_reference(args.model, world)
-    now, before = (dpo.score_pairs(m, tokenizer, pairs, True, settings, world) for m in (model.eval(), reference))
+    now, before = (
+        dpo.score_pairs(m, tokenizer, pairs, True, settings, world)
+        for m in (model.eval(), reference)
+    )
     margin = (now - before) @ torch.tensor([1.0, -1.0])
     return [(str(p[0]), float(m > 0)) for p, m in zip(pairs, margin)]
 
@@ -88,10 +93,15 @@ def ours(args, out, steps, final):
     dpo.train(flags(args, out / "run", steps))
     log = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     world = common.start("cpu")
-    result = {"seconds": [m["time/train"] for m in log if "time/train" in m], "loss": [m["loss"] for m in log if "loss" in m]}
+    result = {
+        "seconds": [m["time/train"] for m in log if "time/train" in m],
+        "loss": [m["loss"] for m in log if "loss" in m],
+    }
     result |= {"reference_seconds": clock["reference"] / steps}  # of a step
     if final:
-        result["right"] = measure(args, common.load_policy(str(out / "run" / "model"), world), world)
+        result["right"] = measure(
+            args, common.load_policy(str(out / "run" / "model"), world), world
+        )
     return result | {"configuration": dataclasses.asdict(dpo.resolve(flags(args, "", steps)))}
 
 
@@ -116,7 +126,12 @@ def trainer_of(args, out, pairs, tokenizer, **settings):
         def _prepare_dataset(self, dataset, *everything):
             return dataset
 
-    return config, Given(model=args.model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    return config, Given(
+        model=args.model,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
 
 
 def theirs(args, out, steps, final):
@@ -136,7 +151,10 @@ def theirs(args, out, steps, final):
 
     trainer.add_callback(Clock())
     trainer.train()
-    result = {"seconds": seconds, "loss": [m["loss"] for m in trainer.state.log_history if "loss" in m]}
+    result = {
+        "seconds": seconds,
+        "loss": [m["loss"] for m in trainer.state.log_history if "loss" in m],
+    }
     if final:
         result["right"] = measure(args, trainer.model, world)
     return result | {"configuration": json.loads(config.to_json_string())}
@@ -144,7 +162,16 @@ def theirs(args, out, steps, final):
 
 def turn(args, who, steps, final):
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, __file__, "--model", args.model, "--train", args.train, "--test", args.test]
+        command = [
+            sys.executable,
+            __file__,
+            "--model",
+            args.model,
+            "--train",
+            args.train,
+            "--test",
+            args.test,
+        ]
         command += ["--child", json.dumps({"who": who, "out": out, "steps": steps, "final": final})]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=out)
         return {"who": who, "steps": steps, **json.loads((Path(out) / "result.json").read_text())}
@@ -158,9 +185,13 @@ def agree():
     pairs = pairs[:8]
     for loss in ("sigmoid", "ipo", "hinge"):
         with tempfile.TemporaryDirectory() as out:
-            _, trainer = trainer_of(args, out, pairs, tokenizer, max_steps=1, loss_type=[loss], beta=0.3)
+            _, trainer = trainer_of(
+                args, out, pairs, tokenizer, max_steps=1, loss_type=[loss], beta=0.3
+            )
         model = trainer.model.train()
-        reference = dpo.score_pairs(model, tokenizer, pairs, False, dpo.resolve(flags(args, "", 1)), world)
+        reference = dpo.score_pairs(
+            model, tokenizer, pairs, False, dpo.resolve(flags(args, "", 1)), world
+        )
         with torch.no_grad():
             generator = torch.Generator().manual_seed(0)
             for p in model.parameters():
@@ -173,13 +204,18 @@ def agree():
         settings = dpo.resolve(dataclasses.replace(flags(args, "", 1), loss=loss, beta=0.3))
         for share in (False, True):
             model.zero_grad()
-            chosen, rejected = dpo.pair_logprobs(model, tokenizer, pairs, share, world)
+            chosen, rejected = dpo.pair_logprobs(model, tokenizer, pairs, share, world).T
             n = torch.tensor([[len(c), len(r)] for _, c, r in pairs])
             b = dpo.preference_loss(chosen, rejected, *reference.T, *n.T, settings).mean()
             b.backward()
             two = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-            apart = abs(a.item() - b.item()) / abs(a.item()), ((one - two).norm() / one.norm()).item()
-            print(f"{loss}, shared prompt {share}: loss {b.item():.6f}, apart {apart[0]:.1e}, gradient {apart[1]:.1e}")
+            apart = (
+                abs(a.item() - b.item()) / abs(a.item()),
+                ((one - two).norm() / one.norm()).item(),
+            )
+            print(
+                f"{loss}, shared prompt {share}: loss {b.item():.6f}, apart {apart[0]:.1e}, gradient {apart[1]:.1e}"
+            )
             worst = max(worst, *apart)
     print(f"largest difference: {worst:.1e}")
     sys.exit(worst > 1e-5)
@@ -192,7 +228,9 @@ def table(turns):
     ]
     for who in ("dpo.py", "TRL"):
         short = [t for t in turns if t["who"] == who and "right" not in t]
-        mean, low, high, questions = interval(next(t["right"] for t in turns if t["who"] == who and "right" in t))
+        mean, low, high, questions = interval(
+            next(t["right"] for t in turns if t["who"] == who and "right" in t)
+        )
         seconds = statistics.median(x for t in short for x in t["seconds"][1:])
         scoring = statistics.median(t.get("reference_seconds", 0.0) for t in short)
         memory = statistics.median(t["gib"] for t in short)
@@ -201,7 +239,12 @@ def table(turns):
         )
     one, two = (t["loss"] for t in turns if "right" in t)
     apart = max(abs(a - b) for a, b in zip(one, two))
-    return "\n".join([*lines, "", f"The losses of the {len(one)} steps are at most {apart:.4f} apart."]) + "\n"
+    return (
+        "\n".join(
+            [*lines, "", f"The losses of the {len(one)} steps are at most {apart:.4f} apart."]
+        )
+        + "\n"
+    )
 
 
 def main(args):
@@ -210,7 +253,9 @@ def main(args):
     if args.child:
         told = json.loads(args.child)
         out = Path(told["out"])
-        result = (ours if told["who"] == "dpo.py" else theirs)(args, out, told["steps"], told["final"])
+        result = (ours if told["who"] == "dpo.py" else theirs)(
+            args, out, told["steps"], told["final"]
+        )
         result["gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         (out / "result.json").write_text(json.dumps(result))
         return
@@ -218,22 +263,43 @@ def main(args):
     import transformers
     import trl
 
-    args = dataclasses.replace(args, **{k: str(Path(getattr(args, k)).resolve()) for k in ("model", "train", "test")})
+    args = dataclasses.replace(
+        args, **{k: str(Path(getattr(args, k)).resolve()) for k in ("model", "train", "test")}
+    )
     # the runs whose accuracy is measured, then those that are timed; what an interrupted run has done is not done again
     progress, both = HERE / "vs_trl_dpo.part.json", ("dpo.py", "TRL")
     turns = json.loads(progress.read_text()) if progress.exists() else []
-    todo = [(who, steps, final) for steps, final in [(args.steps, True), *[(3, False)] * args.rounds] for who in both]
+    todo = [
+        (who, steps, final)
+        for steps, final in [(args.steps, True), *[(3, False)] * args.rounds]
+        for who in both
+    ]
     for who, steps, final in todo[len(turns) :]:
         turns.append(turn(args, who, steps, final))
         t = turns[-1]
         progress.write_text(json.dumps(turns))
-        print(who, steps, f"{statistics.median(t['seconds'][1:]):.1f} s a step, {t['gib']:.1f} GiB", flush=True)
+        print(
+            who,
+            steps,
+            f"{statistics.median(t['seconds'][1:]):.1f} s a step, {t['gib']:.1f} GiB",
+            flush=True,
+        )
     if not args.rounds:
         return
     for t in turns:
-        plain = {k: v for k, v in t["configuration"].items() if "dir" not in k and k not in ("model", "data", "out")}
-        t["configuration"] = {k: Path(v).name if str(v).startswith("/") else v for k, v in plain.items()}
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
+        plain = {
+            k: v
+            for k, v in t["configuration"].items()
+            if "dir" not in k and k not in ("model", "data", "out")
+        }
+        t["configuration"] = {
+            k: Path(v).name if str(v).startswith("/") else v for k, v in plain.items()
+        }
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": trl.__version__,
+    }
     for t in turns:  # the questions themselves are not ours to copy
         if "right" in t:
             number = {q: i for i, q in enumerate(dict.fromkeys(q for q, _ in t["right"]))}
