@@ -19,7 +19,9 @@ WORDS = 48  # of the tiny vocabulary
 
 
 def pytest_addoption(parser):
-    parser.addoption("--script", help="test this copy of the script: test_grpo.py --script my_grpo.py")
+    parser.addoption(
+        "--script", help="test this copy of the script: test_grpo.py --script my_grpo.py"
+    )
 
 
 def pytest_configure(config):
@@ -27,7 +29,9 @@ def pytest_configure(config):
         put_copy_in_place(config.getoption("--script"), config.args)
     # under nohup SIGHUP is ignored, by whatever the tests start, too; those of a closed terminal need it
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    config.addinivalue_line("markers", "learning: trains until a score is reached; minutes (pytest -m learning)")
+    config.addinivalue_line(
+        "markers", "learning: trains until a score is reached; minutes (pytest -m learning)"
+    )
     config.addinivalue_line("markers", "cuda: needs a GPU (pytest -m cuda)")
 
 
@@ -35,7 +39,9 @@ def put_copy_in_place(script, tests):
     """Puts somebody's copy in the place of the script whose test file was asked for."""
     names = {Path(test.split("::")[0]).stem.removeprefix("test_") for test in tests}
     if len(names) != 1 or not (ROOT / f"{min(names)}.py").is_file():
-        raise pytest.UsageError("--script goes with one test file: tests/test_grpo.py --script my_grpo.py")
+        raise pytest.UsageError(
+            "--script goes with one test file: tests/test_grpo.py --script my_grpo.py"
+        )
     if not Path(script).is_file():
         raise pytest.UsageError(f"--script {script}: no such file")
     name = names.pop()
@@ -62,8 +68,12 @@ def make_tokenizer(pad="<pad>", eos="<eos>", bos=None, template=None):
     core = Tokenizer(models.WordLevel(words, unk_token="w3"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if bos:
-        core.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, words[bos])])
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token=pad, eos_token=eos, bos_token=bos)
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, words[bos])]
+        )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=pad, eos_token=eos, bos_token=bos
+    )
     tokenizer.chat_template = template
     return tokenizer
 
@@ -101,7 +111,14 @@ def family(name, scale=1.0, **changes):
         "falcon_h1": {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
         "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     }.get(name, {})  # fmt: skip
-    settings = {**common, **own, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0, **changes}
+    settings = {
+        **common,
+        **own,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        **changes,
+    }
     config = transformers.AutoConfig.for_model(
         name, **{k: v for k, v in settings.items() if k == "bos_token_id" or v is not None}
     )

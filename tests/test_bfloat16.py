@@ -560,7 +560,9 @@ def test_grpo_shares_prompts_in_bfloat16(data, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "prompts_can_be_shared", lambda *a: True)
     monkeypatch.setattr(common, "completion_states", look)
     train("grpo", tmp_path / "run", data, steps=1)
-    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines()[1] for name in ("once", "run")]
+    logs = [
+        (tmp_path / name / "metrics.jsonl").read_text().splitlines()[1] for name in ("once", "run")
+    ]
     once, run = (json.loads(line) for line in logs)
     assert shared and min(shared) > 1 and once["grad_norm"] == run["grad_norm"]
 
@@ -676,14 +678,18 @@ def test_sampling_puts_the_hooks_of_the_shards_aside_and_back(device):
         return torch.cat([g.flatten() for g in found])
 
     before, before_gradient = hooks(), gradient()
-    assert len(units) == 3 and all(pre and post for pre, post in before), "FSDP2 has hooks on each block"
+    assert len(units) == 3 and all(pre and post for pre, post in before), (
+        "FSDP2 has hooks on each block"
+    )
     with common.whole_weights(model):
         assert not any(pre or post for pre, post in hooks())
     inner = model.model.layers[1].mlp.register_forward_pre_hook(lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         common.sample(model, tokenizer, PROMPTS, n=2, max_new_tokens=8, seed=0)
     inner.remove()
-    assert hooks() == before and torch.equal(gradient(), before_gradient), "after a forward that failed, too"
+    assert hooks() == before and torch.equal(gradient(), before_gradient), (
+        "after a forward that failed, too"
+    )
     first = common.sample(model, tokenizer, PROMPTS, n=2, max_new_tokens=8, seed=0)
     assert hooks() == before
     assert torch.equal(gradient(), before_gradient)
@@ -691,7 +697,9 @@ def test_sampling_puts_the_hooks_of_the_shards_aside_and_back(device):
     assert torch.equal(first.ids, again.ids) and torch.equal(first.logprobs, again.logprobs)
 
 
-def test_a_reference_that_only_scores_is_let_go_before_the_policy_learns(data, tmp_path, monkeypatch):
+def test_a_reference_that_only_scores_is_let_go_before_the_policy_learns(
+    data, tmp_path, monkeypatch
+):
     """FSDP2's modules and their hooks hold each other, so `del` alone would keep a second model beside the training."""
     import gc
     import weakref

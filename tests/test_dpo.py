@@ -58,7 +58,9 @@ def test_losses_against_their_formulas(loss, beta):
     for i in range(5):
         wanted = FORMULAS[loss](*(x[i].item() for x in (c, r, a, b, m, n)), beta)
         assert got[i].item() == pytest.approx(wanted, rel=1e-10)
-    held = preference_loss(c, r, a, b, m, n, args(loss=loss, beta=beta, simpo_margin=0.7, sft_coef=0.3))
+    held = preference_loss(
+        c, r, a, b, m, n, args(loss=loss, beta=beta, simpo_margin=0.7, sft_coef=0.3)
+    )
     torch.testing.assert_close(held - got, -0.3 * c / m)
 
 
@@ -83,7 +85,11 @@ def test_the_gradient_raises_chosen_and_lowers_rejected_by_how_wrong_the_pair_is
 def test_the_derivation_by_enumeration():
     """(2) is the optimum of (1): any other policy has less, by beta KL(pi || pi*); and the differences of (3) are those of r."""
     g = torch.Generator().manual_seed(0)
-    ref, r, beta = torch.randn(6, generator=g).double().softmax(0), torch.randn(6, generator=g).double(), 0.4
+    ref, r, beta = (
+        torch.randn(6, generator=g).double().softmax(0),
+        torch.randn(6, generator=g).double(),
+        0.4,
+    )
 
     def objective(p):
         return (p * r).sum() - beta * (p * (p / ref).log()).sum()
@@ -93,7 +99,9 @@ def test_the_derivation_by_enumeration():
     best = best / Z
     for _ in range(50):
         p = torch.randn(6, generator=g).double().softmax(0)
-        torch.testing.assert_close(objective(best) - objective(p), beta * (p * (p / best).log()).sum())
+        torch.testing.assert_close(
+            objective(best) - objective(p), beta * (p * (p / best).log()).sum()
+        )
     torch.testing.assert_close(objective(best), beta * Z.log())
     implicit = beta * (best / ref).log()
     torch.testing.assert_close(implicit - implicit[0], r - r[0])
@@ -114,7 +122,9 @@ def test_summed_log_probabilities_against_plain_forwards_with_and_without_sharin
                     ids = torch.tensor([prompt + side])
                     logprobs = model(ids).logits.float().log_softmax(-1)[0, len(prompt) - 1 : -1]
                     wanted = logprobs.gather(1, torch.tensor(side)[:, None]).sum()
-                    torch.testing.assert_close(got[i, j], wanted, atol=2e-3 if name == "mamba" else 2e-4, rtol=1e-4)
+                    torch.testing.assert_close(
+                        got[i, j], wanted, atol=2e-3 if name == "mamba" else 2e-4, rtol=1e-4
+                    )
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -128,9 +138,13 @@ def test_the_gradient_is_the_same_however_the_step_is_cut(loss, share):
     for tokens in (100_000, 40, 1):
         model.zero_grad()
         parts = micro_batches_of_pairs(PAIRS, share, tokens, CPU)
-        assert sorted(i for p in parts for i in p) == [0, 1, 2, 3] and (tokens > 50 or len(parts) > 1)
+        assert sorted(i for p in parts for i in p) == [0, 1, 2, 3] and (
+            tokens > 50 or len(parts) > 1
+        )
         for part in parts:
-            chosen, rejected = pair_logprobs(model, tokenizer, [PAIRS[i] for i in part], share, CPU).T
+            chosen, rejected = pair_logprobs(
+                model, tokenizer, [PAIRS[i] for i in part], share, CPU
+            ).T
             n = torch.tensor([[len(PAIRS[i][1]), len(PAIRS[i][2])] for i in part])
             (preference_loss(chosen, rejected, *ref[part].T, *n.T, settings).sum() / 4).backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -153,7 +167,11 @@ def test_every_process_gets_as_many_parts_as_the_one_with_most_and_none_is_empty
         own = len(micro_batches_of_pairs(PAIRS, True, tokens, CPU))
         for most in (1, 3, 4):
             with monkeypatch.context() as patch:
-                patch.setattr(common, "all_gather", lambda world, count, most=most: torch.tensor([count, most]))
+                patch.setattr(
+                    common,
+                    "all_gather",
+                    lambda world, count, most=most: torch.tensor([count, most]),
+                )
                 parts = micro_batches_of_pairs(PAIRS, True, tokens, CPU)
             assert all(parts) and len(parts) == max(own, most)
             assert sorted(i for part in parts for i in part) == [0, 1, 2, 3]
@@ -163,16 +181,23 @@ def test_every_process_gets_as_many_parts_as_the_one_with_most_and_none_is_empty
 def test_scores_of_all_processes_come_back_once_and_in_order(size, monkeypatch):
     """Equally many on each, so that parts can be divided; also with fewer pairs than processes."""
     for count in (1, 2, 3, 7, 10):
-        shares = [share_of_process(list(range(count)), World(rank, size, CPU.device, CPU.dtype)) for rank in range(size)]
+        shares = [
+            share_of_process(list(range(count)), World(rank, size, CPU.device, CPU.dtype))
+            for rank in range(size)
+        ]
         assert {len(share) for share in shares} == {math.ceil(count / size)}
         results = [torch.tensor([[i, -i] for i in share]) for share in shares]
-        monkeypatch.setattr(common, "all_gather", lambda world, own, results=results: torch.cat(results))
+        monkeypatch.setattr(
+            common, "all_gather", lambda world, own, results=results: torch.cat(results)
+        )
         for rank in range(size):
             found = in_order(results[rank], count, World(rank, size, CPU.device, CPU.dtype))
             assert found.tolist() == [[i, -i] for i in range(count)]
 
 
-def test_pairs_equal_or_too_long_are_left_out_and_counted_and_messages_are_pairs_too(tmp_path, capsys):
+def test_pairs_equal_or_too_long_are_left_out_and_counted_and_messages_are_pairs_too(
+    tmp_path, capsys
+):
     talk = [{"role": "user", "content": "w5"}]
     rows = [
         {"prompt": "w5", "chosen": "w6 w7", "rejected": "w8"},
@@ -186,7 +211,9 @@ def test_pairs_equal_or_too_long_are_left_out_and_counted_and_messages_are_pairs
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     pairs = encode_preferences(dpo.read_pairs(prompts_file(tmp_path, rows), "--data"), make_tokenizer(template=template), args(max_tokens=20), "--data")  # fmt: skip
     assert "1 left out as equal or empty, 1 as over --max_tokens 20" in capsys.readouterr().out
-    assert len(pairs) == 2 and pairs[0] == pairs[1] and pairs[0][1][-1] == pairs[0][2][-1] == 1, "both end with EOS"
+    assert len(pairs) == 2 and pairs[0] == pairs[1] and pairs[0][1][-1] == pairs[0][2][-1] == 1, (
+        "both end with EOS"
+    )
 
 
 # --- a whole step, against one written out in float64 ---
@@ -212,7 +239,14 @@ def test_one_step_of_the_script_is_the_step_written_out(loss, tmp_path, monkeypa
     monkeypatch.setattr(common, "load_reference", moved)
     monkeypatch.setattr(common, "make_optimizer", sgd)
     data = few_pairs(tmp_path, 6)
-    flags = {"loss": loss, "beta": 0.3, "sft_coef": 0.2, "simpo_margin": 0.7, "learning_rate": 0.05, "max_grad_norm": 1e9}
+    flags = {
+        "loss": loss,
+        "beta": 0.3,
+        "sft_coef": 0.2,
+        "simpo_margin": 0.7,
+        "learning_rate": 0.05,
+        "max_grad_norm": 1e9,
+    }
     m = run(tmp_path, data=data, eval_data=data, reference="" if loss == "simpo" else dpo.Args.model, steps=1, pairs_per_step=6, warmup=0, schedule="constant",
             tokens_per_micro_batch=60, **flags)  # fmt: skip
     policy, reference = start["policy"], moved(dpo.Args.model, CPU).double()
@@ -222,12 +256,17 @@ def test_one_step_of_the_script_is_the_step_written_out(loss, tmp_path, monkeypa
 
     def logprob(model, prompt, side):
         logits = model(torch.tensor([prompt + side])).logits[0].double()
-        return logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(side)[:, None]).sum()
+        return (
+            logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            .gather(1, torch.tensor(side)[:, None])
+            .sum()
+        )
 
     for row in rows:
         prompt = common.encode_prompt(tokenizer, row["prompt"])
         sides = [
-            tokenizer(row[k], add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for k in ("chosen", "rejected")
+            tokenizer(row[k], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            for k in ("chosen", "rejected")
         ]
         (c, r), (m_c, m_r) = (logprob(policy, prompt, x) for x in sides), map(len, sides)
         with torch.no_grad():
@@ -236,15 +275,23 @@ def test_one_step_of_the_script_is_the_step_written_out(loss, tmp_path, monkeypa
             "ipo": (c - a) / m_c - (r - b) / m_r,
             "simpo": 0.3 * (c / m_c - r / m_r) - 0.7,
         }.get(loss, 0.3 * ((c - a) - (r - b)))
-        one = {"ipo": (h - 1 / 0.6) ** 2, "hinge": (1 - h).clamp(min=0)}.get(loss, -torch.nn.functional.logsigmoid(h))
+        one = {"ipo": (h - 1 / 0.6) ** 2, "hinge": (1 - h).clamp(min=0)}.get(
+            loss, -torch.nn.functional.logsigmoid(h)
+        )
         total = total + (one - 0.2 * c / m_c) / len(rows)
-        good, bad = {"ipo": ((c - a) / m_c, (r - b) / m_r), "simpo": (c / m_c, r / m_r)}.get(loss, (c - a, r - b))
-        sums += torch.tensor([x.item() for x in (0.3 * good, 0.3 * bad, c, r, good > bad)]) / len(rows)
+        good, bad = {"ipo": ((c - a) / m_c, (r - b) / m_r), "simpo": (c / m_c, r / m_r)}.get(
+            loss, (c - a, r - b)
+        )
+        sums += torch.tensor([x.item() for x in (0.3 * good, 0.3 * bad, c, r, good > bad)]) / len(
+            rows
+        )
     total.backward()
     names = ("chosen", "rejected", "logprobs/chosen", "logprobs/rejected", "accuracy")
     for name, wanted in zip(names, sums.tolist()):
         assert m[1][name] == pytest.approx(wanted, rel=1e-3, abs=1e-4), name
-    assert m[1]["loss"] == pytest.approx(total.item(), rel=1e-3) and m[0]["eval/loss"] == pytest.approx(total.item(), rel=1e-3)
+    assert m[1]["loss"] == pytest.approx(total.item(), rel=1e-3) and m[0][
+        "eval/loss"
+    ] == pytest.approx(total.item(), rel=1e-3)
     assert m[0]["eval/margin"] == pytest.approx(sums[0].item() - sums[1].item(), rel=1e-3, abs=1e-4)
     after = weights(tmp_path, "run")
     for k, p in policy.named_parameters():
@@ -256,9 +303,17 @@ def test_one_step_of_the_script_is_the_step_written_out(loss, tmp_path, monkeypa
 
 
 def run(tmp_path, name="run", **flags):
-    settings = {"out": str(tmp_path / name), "device": "cpu", "eval_data": "", "eval_prompts": "", "seed": 1}
+    settings = {
+        "out": str(tmp_path / name),
+        "device": "cpu",
+        "eval_data": "",
+        "eval_prompts": "",
+        "seed": 1,
+    }
     dpo.train(dpo.Args(**settings | flags))
-    return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def few_pairs(tmp_path, n=48):
@@ -275,7 +330,9 @@ def test_at_step_0_the_loss_is_log_2_and_the_margin_0(checkpointing, tmp_path):
     flags = SMALL | {"learning_rate": 1e-4, "gradient_checkpointing": checkpointing}
     m = run(tmp_path, steps=2, data=data, eval_data=data, **flags)
     assert (
-        m[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6) and m[0]["eval/margin"] == 0 and m[0]["eval/accuracy"] == 0.5
+        m[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
+        and m[0]["eval/margin"] == 0
+        and m[0]["eval/accuracy"] == 0.5
     )
     assert m[1]["loss"] == pytest.approx(math.log(2), abs=1e-4) and abs(m[1]["margin"]) < 1e-4
     assert m[2]["eval/loss"] < m[0]["eval/loss"] and m[2]["eval/margin"] > 0.01
@@ -283,19 +340,41 @@ def test_at_step_0_the_loss_is_log_2_and_the_margin_0(checkpointing, tmp_path):
 
 @pytest.mark.parametrize("loss", FORMULAS)
 def test_every_loss_learns_to_rank(loss, tmp_path):
-    m = run(tmp_path, steps=12, data=few_pairs(tmp_path, 16), loss=loss, pairs_per_step=16, learning_rate=3e-4, warmup=0)
-    assert m[-1]["loss"] < m[1]["loss"] and m[-1]["margin"] > m[1]["margin"] and m[-1]["accuracy"] >= m[1]["accuracy"]
-    chosen, rejected = (m[-1][f"logprobs/{k}"] - m[1][f"logprobs/{k}"] for k in ("chosen", "rejected"))
+    m = run(
+        tmp_path,
+        steps=12,
+        data=few_pairs(tmp_path, 16),
+        loss=loss,
+        pairs_per_step=16,
+        learning_rate=3e-4,
+        warmup=0,
+    )
+    assert (
+        m[-1]["loss"] < m[1]["loss"]
+        and m[-1]["margin"] > m[1]["margin"]
+        and m[-1]["accuracy"] >= m[1]["accuracy"]
+    )
+    chosen, rejected = (
+        m[-1][f"logprobs/{k}"] - m[1][f"logprobs/{k}"] for k in ("chosen", "rejected")
+    )
     assert chosen > rejected
 
 
 def test_an_sft_term_keeps_the_chosen_ones_likely(tmp_path):
-    flags = {"steps": 12, "data": few_pairs(tmp_path, 16), "pairs_per_step": 16, "learning_rate": 3e-4, "warmup": 0}
+    flags = {
+        "steps": 12,
+        "data": few_pairs(tmp_path, 16),
+        "pairs_per_step": 16,
+        "learning_rate": 3e-4,
+        "warmup": 0,
+    }
     free, held = run(tmp_path, "free", **flags), run(tmp_path, "held", sft_coef=1.0, **flags)
     assert held[-1]["logprobs/chosen"] > free[-1]["logprobs/chosen"] + 0.1
 
 
-def test_resuming_is_never_having_stopped_and_the_reference_is_the_first_policy(tmp_path, monkeypatch):
+def test_resuming_is_never_having_stopped_and_the_reference_is_the_first_policy(
+    tmp_path, monkeypatch
+):
     """Field notes, test 12. The reference's numbers come from the folder: those of the resumed policy would be others."""
     flags = SMALL | {"data": few_pairs(tmp_path), "save_every": 2, "schedule": "constant"}
     straight = run(tmp_path, "a", steps=4, **flags)
@@ -313,7 +392,9 @@ def test_resuming_is_never_having_stopped_and_the_reference_is_the_first_policy(
         resumed = run(tmp_path, "b", steps=4, resume=True, **flags)
     clocks = ("time/train", "tokens_per_second", "memory_gib")
     for a, b in zip(straight, resumed, strict=True):
-        assert {k: v for k, v in a.items() if k not in clocks} == {k: v for k, v in b.items() if k not in clocks}
+        assert {k: v for k, v in a.items() if k not in clocks} == {
+            k: v for k, v in b.items() if k not in clocks
+        }
     a, b = weights(tmp_path, "a"), weights(tmp_path, "b")
     assert all(torch.equal(a[k], b[k]) for k in a)
     few_pairs(tmp_path, 47)
@@ -321,7 +402,9 @@ def test_resuming_is_never_having_stopped_and_the_reference_is_the_first_policy(
         run(tmp_path, "b", steps=4, resume=True, **flags)  # other pairs than those that were scored
     few_pairs(tmp_path)
     run(tmp_path, "c", steps=2, **flags)
-    (tmp_path / "c" / "reference.pt").unlink()  # lost: made again from the model that the run began with
+    (
+        tmp_path / "c" / "reference.pt"
+    ).unlink()  # lost: made again from the model that the run began with
     again = run(tmp_path, "c", steps=4, resume=True, **flags)
     assert again[-1]["loss"] == pytest.approx(straight[-1]["loss"], abs=1e-5)
 
@@ -329,7 +412,13 @@ def test_resuming_is_never_having_stopped_and_the_reference_is_the_first_policy(
 def test_a_resumed_run_holds_its_held_out_pairs_against_the_first_policy(tmp_path):
     """Their reference scores are computed anew, before the checkpoint is loaded."""
     data = few_pairs(tmp_path)
-    flags = SMALL | {"data": data, "eval_data": data, "save_every": 2, "schedule": "constant", "learning_rate": 1e-3}
+    flags = SMALL | {
+        "data": data,
+        "eval_data": data,
+        "save_every": 2,
+        "schedule": "constant",
+        "learning_rate": 1e-3,
+    }
     straight = run(tmp_path, "a", steps=4, **flags)
     run(tmp_path, "b", steps=2, **flags)
     resumed = run(tmp_path, "b", steps=4, resume=True, **flags)
@@ -357,7 +446,9 @@ def test_a_signal_while_the_reference_scores_keeps_what_it_has_scored(tmp_path, 
     straight = run(tmp_path, "a", steps=2, **flags)
     with (
         monkeypatch.context() as patch,
-        pytest.raises(SystemExit, match="(?s)stopped by a signal while.*begin from the start with.*--resume"),
+        pytest.raises(
+            SystemExit, match="(?s)stopped by a signal while.*begin from the start with.*--resume"
+        ),
     ):
         patch.setattr(common, "catch_signals", lambda steps: lambda: True)
         run(tmp_path, "b", steps=2, **flags)
@@ -370,11 +461,15 @@ def test_a_signal_while_the_reference_scores_keeps_what_it_has_scored(tmp_path, 
 def test_before_a_step_was_made_another_reference_scores_anew(tmp_path, monkeypatch):
     """Without a checkpoint a run may be resumed with other flags, and the old reference's scores are not those of the new."""
     torch.manual_seed(0)
-    other = common.load_policy(dpo.Args.model, common.World(0, 1, torch.device("cpu"), torch.float32))
+    other = common.load_policy(
+        dpo.Args.model, common.World(0, 1, torch.device("cpu"), torch.float32)
+    )
     with torch.no_grad():
         for p in other.parameters():
             p.add_(0.05 * torch.randn_like(p))
-    common.save_model(other, common.load_tokenizer(dpo.Args.model), tmp_path / "other", common.start("cpu"))
+    common.save_model(
+        other, common.load_tokenizer(dpo.Args.model), tmp_path / "other", common.start("cpu")
+    )
     flags = SMALL | {"data": few_pairs(tmp_path), "schedule": "constant"}
     wanted = run(tmp_path, "a", steps=1, reference=str(tmp_path / "other"), **flags)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
@@ -388,7 +483,14 @@ def test_before_a_step_was_made_another_reference_scores_anew(tmp_path, monkeypa
 def test_chosen_answers_that_become_unlikely_are_told_of(rate, loud, tmp_path, monkeypatch, capsys):
     """The pairs' loss looks perfect meanwhile."""
     monkeypatch.setattr(common.tqdm, "write", print)
-    run(tmp_path, steps=30, data=few_pairs(tmp_path, 16), pairs_per_step=16, learning_rate=rate, warmup=0)
+    run(
+        tmp_path,
+        steps=30,
+        data=few_pairs(tmp_path, 16),
+        pairs_per_step=16,
+        learning_rate=rate,
+        warmup=0,
+    )
     assert capsys.readouterr().out.count("even chosen answers are") == loud
 
 
@@ -397,8 +499,12 @@ def test_samples_of_held_out_prompts_can_be_read(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     flags = {"eval_prompts": f"{tmp_path}/prompts.jsonl", "eval_every": 1}
     run(tmp_path, steps=1, data=few_pairs(tmp_path, 16), pairs_per_step=16, **flags)
-    shown = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    assert [(x["step"], x["prompt"]) for x in shown] == [(s, p) for s in (0, 1) for p in ("52817=", "31=")]
+    shown = [
+        json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    ]
+    assert [(x["step"], x["prompt"]) for x in shown] == [
+        (s, p) for s in (0, 1) for p in ("52817=", "31=")
+    ]
     assert all(x["reward"] in (0.0, 1.0) and x["completion"] for x in shown)
 
 
@@ -422,11 +528,17 @@ def test_only_pairs_that_the_run_visits_are_scored_by_the_reference(tmp_path, mo
     [
         ({"beta": 0.0}, "--beta 0.0: must be above 0"),
         ({"label_smoothing": 0.5}, "--label_smoothing 0.5: must be from 0 to below 0.5"),
-        ({"label_smoothing": 0.1, "loss": "ipo"}, "--label_smoothing acts with --loss sigmoid only"),
+        (
+            {"label_smoothing": 0.1, "loss": "ipo"},
+            "--label_smoothing acts with --loss sigmoid only",
+        ),
         ({"sft_coef": -1.0}, "--sft_coef -1.0: must be 0 or more"),
         ({"resume": True, "steps": 0}, "--steps 0 evaluates a model"),
         ({"steps": 0}, "name pairs with --eval_data"),
-        ({"steps": 0, "eval_data": str(dpo.TINY / "pairs_test.jsonl")}, "compares --model with itself"),
+        (
+            {"steps": 0, "eval_data": str(dpo.TINY / "pairs_test.jsonl")},
+            "compares --model with itself",
+        ),
         ({"eval_data": "held_out.jsonl"}, "--data: name a file of pairs"),
         ({"simpo_margin": math.inf}, "--simpo_margin inf: must be a number"),
         ({"data": "no_such.jsonl"}, "--data no_such.jsonl"),
@@ -437,13 +549,20 @@ def test_mistakes_are_one_line(flags, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, **flags)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert (
+        stop.value.code == 2
+        and words in error
+        and error.count("\n") == 1
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_held_out_prompts_are_sampled_for(tmp_path):
     prompts = (dpo.TINY / "sort_test.jsonl").read_text().splitlines()[:64]
     (tmp_path / "p.jsonl").write_text("\n".join(prompts))
-    m = run(tmp_path, steps=1, data=few_pairs(tmp_path), eval_prompts=str(tmp_path / "p.jsonl"), **SMALL)
+    m = run(
+        tmp_path, steps=1, data=few_pairs(tmp_path), eval_prompts=str(tmp_path / "p.jsonl"), **SMALL
+    )
     assert 0 < m[0]["eval/exact"] < 1 and "eval/exact" in m[-1] and "eval/accuracy" not in m[-1]
 
 

@@ -177,7 +177,9 @@ def test_no_more_is_drawn_at_once_than_in_a_rollout_however_long_the_prompts(scr
     the evaluation. 8192 tokens are always drawn at once, and a rollout's rows, too."""
     asked = []
     monkeypatch.setattr(common, "sample", stand_in(asked))
-    steps = {"pairs_per_step": 2} if script is dpo else {"prompts_per_step": 2, "samples_per_prompt": 4}
+    steps = (
+        {"pairs_per_step": 2} if script is dpo else {"prompts_per_step": 2, "samples_per_prompt": 4}
+    )
     small = steps | ({"minibatches": 1} if script is ppo else {})
     for longest, rows in ((119, 64), (1991, 4), (9991, 1)):  # 9 more are drawn
         if script is dpo:
@@ -186,7 +188,9 @@ def test_no_more_is_drawn_at_once_than_in_a_rollout_however_long_the_prompts(scr
         found = evaluated(script, 90, "number", longest=longest, **small)
         assert found == pytest.approx(scores_by_hand(90, {0, 1}, 0))
         drawn = [len(a["prompts"]) for a in asked]
-        assert [ids[0] for a in asked for ids in a["prompts"]] == list(range(90)), "each once, in order"
+        assert [ids[0] for a in asked for ids in a["prompts"]] == list(range(90)), (
+            "each once, in order"
+        )
         assert max(drawn) == (rows if script is dpo else max(rows, 8))
 
 
@@ -216,7 +220,9 @@ def evaluate_everywhere(out):
         for count, longest in ((1, 1), (2, 1), (7, 1), (513, 1), (37, 1991)):
             for script in EVALUATED:
                 n = 2 if script is grpo else 0
-                found[f"{named(script)} {count}"] = evaluated(script, count, "number", n, world, longest)
+                found[f"{named(script)} {count}"] = evaluated(
+                    script, count, "number", n, world, longest
+                )
         seeds = [a["seed"] for a in asked if a["temperature"] > 0]
     (out / f"{world.rank}.json").write_text(json.dumps([found, seeds]))
 

@@ -34,16 +34,30 @@ def start(script, folder, **flags):
     if not data.exists():
         data.write_text((json.dumps(GOOD[script]) + "\n") * 4)
     module = importlib.import_module(script)
-    settings = SMALL[script] | {"data": str(data), "eval_data": "", "device": "cpu", "steps": 2, "save_every": 1, "warmup": 0}
+    settings = SMALL[script] | {
+        "data": str(data),
+        "eval_data": "",
+        "device": "cpu",
+        "steps": 2,
+        "save_every": 1,
+        "warmup": 0,
+    }
     module.train(module.Args(**(settings | {"out": str(folder / "run")} | flags)))
 
 
 def row(**changes):
-    return lambda script: json.dumps({k: v for k, v in (GOOD[script] | changes).items() if v is not ...})
+    return lambda script: json.dumps(
+        {k: v for k, v in (GOOD[script] | changes).items() if v is not ...}
+    )
 
 
 def lines(*rows):
-    return lambda script: "\n".join([json.dumps(GOOD[script]), *(r if isinstance(r, str) else r(script) for r in rows)]) + "\n"
+    return lambda script: (
+        "\n".join(
+            [json.dumps(GOOD[script]), *(r if isinstance(r, str) else r(script) for r in rows)]
+        )
+        + "\n"
+    )
 
 
 # --- what the user gives: (scripts, what is in the data file, flags, words of the one line) ---
@@ -73,7 +87,9 @@ MISTAKES = [
     (PAIRS, lines(row(chosen=[{"role": "user", "content": "25"}])), {}, ["line 2", "chosen"]),
     (
         PAIRS,
-        lines(row(chosen=[{"role": "user", "content": "9="}, {"role": "assistant", "content": "9"}])),
+        lines(
+            row(chosen=[{"role": "user", "content": "9="}, {"role": "assistant", "content": "9"}])
+        ),
         {},
         ["ask the same"],
     ),
@@ -140,11 +156,17 @@ def test_a_mistake_is_one_line_and_leaves_the_disk_as_it_was(
     monkeypatch.chdir(tmp_path)
     if content is not None:
         content = content(script)
-        (tmp_path / "data.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+        (tmp_path / "data.jsonl").write_bytes(
+            content if isinstance(content, bytes) else content.encode()
+        )
     else:
         (tmp_path / "data.jsonl").write_text((json.dumps(GOOD[script]) + "\n") * 4)
-    flags = {"out": ""} | {k: v.format(shelf) if isinstance(v, str) else v for k, v in flags.items()}
-    before = {p: p.stat().st_mtime_ns for p in itertools.chain(tmp_path.rglob("*"), shelf.rglob("*"))}
+    flags = {"out": ""} | {
+        k: v.format(shelf) if isinstance(v, str) else v for k, v in flags.items()
+    }
+    before = {
+        p: p.stat().st_mtime_ns for p in itertools.chain(tmp_path.rglob("*"), shelf.rglob("*"))
+    }
     monkeypatch.setattr(common, "load_policy", lambda *a, **k: 1 / 0)
     monkeypatch.setattr(common, "shard", lambda *a, **k: 1 / 0)
     with pytest.raises(SystemExit) as stopped:
@@ -153,7 +175,9 @@ def test_a_mistake_is_one_line_and_leaves_the_disk_as_it_was(
     assert stopped.value.code == 2 and len(said) == 1 and said[0].startswith("error: "), said
     assert all(word in said[0] for word in words), said
     after = {
-        p: p.stat().st_mtime_ns for p in itertools.chain(tmp_path.rglob("*"), shelf.rglob("*")) if "__pycache__" not in str(p)
+        p: p.stat().st_mtime_ns
+        for p in itertools.chain(tmp_path.rglob("*"), shelf.rglob("*"))
+        if "__pycache__" not in str(p)
     }
     assert after == before
 
@@ -161,7 +185,9 @@ def test_a_mistake_is_one_line_and_leaves_the_disk_as_it_was(
 # --- odd, but right: these run ---
 
 ODD = {
-    "right to left": row(prompt="\u05e9\u05dc\u05d5\u05dd=", answer="\u0645\u0631\u062d\u0628\u0627"),
+    "right to left": row(
+        prompt="\u05e9\u05dc\u05d5\u05dd=", answer="\u0645\u0631\u062d\u0628\u0627"
+    ),
     "astral and combining": row(prompt="\U0001f600e\u0301=", answer="\U0001f600"),
     "line separators inside": row(prompt="5\u20282\u0085=", answer="25"),
     "an empty answer": row(answer="", chosen="", rejected="5"),
@@ -190,8 +216,12 @@ def broken(script, folder, capsys, words, **flags):
     with pytest.raises(SystemExit) as stopped:
         start(script, folder, **flags)
     said = str(stopped.value.code)
-    assert "Traceback" not in said and len(said.splitlines()) == 2 and all(w in said for w in words), said
-    assert common.read_checkpoint(folder / "run")["step"] == 1 and "--resume" in said.splitlines()[1]
+    assert (
+        "Traceback" not in said and len(said.splitlines()) == 2 and all(w in said for w in words)
+    ), said
+    assert (
+        common.read_checkpoint(folder / "run")["step"] == 1 and "--resume" in said.splitlines()[1]
+    )
 
 
 @pytest.mark.parametrize("script", ROLLOUTS)
@@ -243,9 +273,13 @@ def test_out_of_memory_names_the_flags_that_help(script, tmp_path, monkeypatch, 
     broken(script, tmp_path, capsys, ["out of memory", "--tokens_per_micro_batch"])
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
+@pytest.mark.skipif(
+    not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full"
+)
 @pytest.mark.parametrize("script", ALL)
-def test_a_full_disk_stops_the_run_and_leaves_the_older_checkpoint(script, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_stops_the_run_and_leaves_the_older_checkpoint(
+    script, tmp_path, monkeypatch, capsys
+):
     honest = common.save_checkpoint
 
     def fill(out, *rest):
@@ -258,7 +292,9 @@ def test_a_full_disk_stops_the_run_and_leaves_the_older_checkpoint(script, tmp_p
 
 
 @pytest.mark.parametrize("script", ALL)
-def test_a_disk_that_fills_up_while_saving_leaves_the_older_checkpoint(script, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_fills_up_while_saving_leaves_the_older_checkpoint(
+    script, tmp_path, monkeypatch, capsys
+):
     honest = torch.save
 
     def fill(state, file):
@@ -269,11 +305,15 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_older_checkpoint(script, t
 
     monkeypatch.setattr(torch, "save", fill)
     broken(script, tmp_path, capsys, ["No space left on device"])
-    assert [p.name for p in (tmp_path / "run" / "checkpoint").iterdir()] == ["000001.pt"], "half a file would be in the way"
+    assert [p.name for p in (tmp_path / "run" / "checkpoint").iterdir()] == ["000001.pt"], (
+        "half a file would be in the way"
+    )
 
 
 @pytest.mark.parametrize("script", ALL)
-def test_a_model_that_cannot_be_written_stops_the_run_after_its_checkpoint(script, tmp_path, monkeypatch):
+def test_a_model_that_cannot_be_written_stops_the_run_after_its_checkpoint(
+    script, tmp_path, monkeypatch
+):
     def full(*args, **kwargs):
         raise RuntimeError("I/O error: No space left on device (os error 28)")
 
@@ -302,7 +342,10 @@ def test_a_checkpoint_cut_short_or_of_another_model_is_named(script, tmp_path, c
 
 def other(state):
     """A checkpoint whose weights have other shapes."""
-    models = {name: {k: v[..., :1] for k, v in weights.items()} for name, weights in state["models"].items()}
+    models = {
+        name: {k: v[..., :1] for k, v in weights.items()}
+        for name, weights in state["models"].items()
+    }
     return state | {"models": models}
 
 
@@ -336,6 +379,14 @@ def test_the_newest_checkpoints_are_kept(script, tmp_path):
     (tmp_path / "run" / "checkpoint" / "000004.pt").unlink()
     start(script, tmp_path, steps=4, keep=1, resume=True)  # from the one before
     assert [p.name for p in common.checkpoints(tmp_path / "run")] == ["000004.pt"]
-    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [m["step"] for m in log if "scale/mean" not in m] == [0, 1, 2, 3, 4]  # a reward model's scale comes after the last
+    log = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [m["step"] for m in log if "scale/mean" not in m] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]  # a reward model's scale comes after the last
     assert sum("scale/mean" in m for m in log) == (script == "reward_model")

@@ -42,10 +42,15 @@ AGGREGATES = ["sequence", "token", "constant"]
 def test_advantages_by_hand():
     r = torch.tensor([1.0, 0.0, 0.0, 0.0, 2.0, 2.0, 0.0, 0.0])
     group = group_advantages(r, r, 4, "group", False)
-    torch.testing.assert_close(group[:4], torch.tensor([0.75, -0.25, -0.25, -0.25]) / (0.5 + 1e-4))  # unbiased: std is 0.5
-    torch.testing.assert_close(group[4:], torch.tensor([1.0, 1.0, -1.0, -1.0]) / (math.sqrt(4 / 3) + 1e-4))
     torch.testing.assert_close(
-        group_advantages(r, r, 4, "none", False), torch.tensor([0.75, -0.25, -0.25, -0.25, 1, 1, -1, -1])
+        group[:4], torch.tensor([0.75, -0.25, -0.25, -0.25]) / (0.5 + 1e-4)
+    )  # unbiased: std is 0.5
+    torch.testing.assert_close(
+        group[4:], torch.tensor([1.0, 1.0, -1.0, -1.0]) / (math.sqrt(4 / 3) + 1e-4)
+    )
+    torch.testing.assert_close(
+        group_advantages(r, r, 4, "none", False),
+        torch.tensor([0.75, -0.25, -0.25, -0.25, 1, 1, -1, -1]),
     )
     torch.testing.assert_close(
         group_advantages(r, r, 4, "batch", False),
@@ -67,7 +72,10 @@ def test_equal_rewards_have_exactly_no_advantage(scale, value):
 def test_the_group_std_makes_rare_successes_weigh_more():
     """Dr. GRPO's difficulty bias: one right of eight is worth 2.6 times as much as with a prompt got right half the time."""
     rare, even = torch.tensor([1.0] + [0] * 7), torch.tensor([1.0] * 4 + [0] * 4)
-    scaled, centred = ([group_advantages(r, r, 8, s, False)[0].item() for r in (rare, even)] for s in ("group", "none"))
+    scaled, centred = (
+        [group_advantages(r, r, 8, s, False)[0].item() for r in (rare, even)]
+        for s in ("group", "none")
+    )
     assert abs(centred[0] / centred[1] - 1.75) < 1e-4 and abs(scaled[0] / scaled[1] - 2.646) < 2e-3
 
 
@@ -76,7 +84,16 @@ def test_the_group_std_makes_rare_successes_weigh_more():
 
 @pytest.mark.parametrize(
     "advantage, ratio, passes",
-    [(1, 0.5, 1), (1, 1.0, 1), (1, 1.25, 1), (1, 1.5, 0), (-1, 0.5, 0), (-1, 0.85, 1), (-1, 1.0, 1), (-1, 1.5, 1)],
+    [
+        (1, 0.5, 1),
+        (1, 1.0, 1),
+        (1, 1.25, 1),
+        (1, 1.5, 0),
+        (-1, 0.5, 0),
+        (-1, 0.85, 1),
+        (-1, 1.0, 1),
+        (-1, 1.5, 1),
+    ],
 )
 def test_the_clip_stops_the_gradient_in_two_cells_of_the_table_only(advantage, ratio, passes):
     """Every cell of the mask M(A, rho): the gradient of rho * A, or exactly 0. low 0.2, high 0.28."""
@@ -90,7 +107,9 @@ def test_the_clip_stops_the_gradient_in_two_cells_of_the_table_only(advantage, r
     loss.backward()
     assert abs(logprobs.grad.item() - -advantage * ratio * passes) < 1e-6
     assert abs(r.item() - ratio) < 1e-6
-    assert low.item() == (advantage < 0 and not passes) and high.item() == (advantage > 0 and not passes)
+    assert low.item() == (advantage < 0 and not passes) and high.item() == (
+        advantage > 0 and not passes
+    )
     bounded = min(max(ratio, 0.8), 1.28)
     assert abs(loss.item() - -min(ratio * advantage, bounded * advantage)) < 1e-6
 
@@ -146,10 +165,18 @@ def test_aggregations_by_hand():
     mask = torch.arange(4) < torch.tensor([[1], [3]])
     assert token_weights(mask, "sequence", 10, CPU).sum(1).tolist() == pytest.approx([1 / 2, 1 / 2])
     assert token_weights(mask, "token", 10, CPU).sum(1).tolist() == pytest.approx([1 / 4, 3 / 4])
-    assert token_weights(mask, "constant", 10, CPU).sum(1).tolist() == pytest.approx([1 / 20, 3 / 20])
-    cut = torch.tensor([[False] * 4, [True, True, True, False]])  # the first was cut and is left out
-    assert token_weights(cut, "sequence", 10, CPU).sum().item() == pytest.approx(1), "a mean over those that are left"
-    assert token_weights(cut, "constant", 10, CPU).sum().item() == pytest.approx(3 / 20), "a constant, whatever was cut"
+    assert token_weights(mask, "constant", 10, CPU).sum(1).tolist() == pytest.approx(
+        [1 / 20, 3 / 20]
+    )
+    cut = torch.tensor(
+        [[False] * 4, [True, True, True, False]]
+    )  # the first was cut and is left out
+    assert token_weights(cut, "sequence", 10, CPU).sum().item() == pytest.approx(1), (
+        "a mean over those that are left"
+    )
+    assert token_weights(cut, "constant", 10, CPU).sum().item() == pytest.approx(3 / 20), (
+        "a constant, whatever was cut"
+    )
     nothing = token_weights(mask & False, "token", 10, CPU)
     assert (nothing == 0).all(), "all completions cut: no division by 0"
 
@@ -165,7 +192,9 @@ def test_the_mean_per_sequence_pushes_short_answers_up_and_long_wrong_ones_down_
             w = token_weights(mask, aggregate, 8, CPU)
             ratio = (logprobs - logprobs.detach()).exp()
             clipped_loss(ratio, torch.full((2, 1), A), w, 0.2, 0.2).backward()
-            push = -logprobs.grad[:, 0]  # the direction in which the optimizer moves a token's log-probability
+            push = -logprobs.grad[
+                :, 0
+            ]  # the direction in which the optimizer moves a token's log-probability
             assert (push.sign() == math.copysign(1, A)).all()
             assert abs((push[0] / push[1]).item() - times) < 1e-5
 
@@ -214,7 +243,9 @@ def test_k3_is_never_negative_has_the_kl_as_mean_and_the_reverse_kls_gradient():
     estimate = k3(logprobs, ref)
     assert (estimate >= 0).all() and abs((p * estimate).sum() - (p * (logprobs - ref)).sum()) < 1e-6
     expected = gradient(model, (p.detach() * k3(logprobs, ref)).sum()).clone()
-    backward = gradient(model, (ref.exp() * (ref - exact_logprobs(model, single)[:, 0])).sum()).clone()
+    backward = gradient(
+        model, (ref.exp() * (ref - exact_logprobs(model, single)[:, 0])).sum()
+    ).clone()
     again = exact_logprobs(model, single)[:, 0]
     forward = gradient(model, (again.exp() * (again - ref)).sum()).clone()
     assert (expected - backward).norm() < 1e-6 * backward.norm()
@@ -250,7 +281,9 @@ def test_a_prompt_computed_once_gives_the_gradient_of_a_prompt_computed_for_each
             logprobs, _ = token_logprobs(model, s, part, 0.8)
             (logprobs * w[part, : logprobs.shape[1]]).sum().backward()
             seen[part, : logprobs.shape[1]] = logprobs.detach()
-        results.append((seen, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+        results.append(
+            (seen, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        )
     (plain, g), (shared, h) = results
     torch.testing.assert_close(shared, plain, atol=1e-4, rtol=1e-4)
     assert (g - h).norm() < 1e-4 * g.norm()
@@ -299,10 +332,19 @@ def test_every_family_computes_on_a_gpus_path_as_in_float32(name, bfloat16, tmp_
             logprobs, _ = token_logprobs(model, s, part, 1.0)
             logprobs.sum().backward()
     a, b = (
-        torch.cat([common.whole(p.grad).flatten() for p in common.at_rest(model).parameters() if p.grad is not None])
+        torch.cat(
+            [
+                common.whole(p.grad).flatten()
+                for p in common.at_rest(model).parameters()
+                if p.grad is not None
+            ]
+        )
         for model in (plain, policy)
     )
-    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.98 and 0.9 < b.norm() / a.norm() < 1.1
+    assert (
+        torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.98
+        and 0.9 < b.norm() / a.norm() < 1.1
+    )
 
 
 def test_completions_of_one_token_need_no_second_forward_to_be_right():
@@ -332,13 +374,20 @@ def test_the_self_check_turns_sharing_off_where_it_would_be_wrong(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(common.DynamicCache, "reorder_cache", forgetful)
         assert not check(model, CPU, False)
-    with monkeypatch.context() as patch:  # a cache that mixes up whose prompt is whose: rows of two prompts show it
-        patch.setattr(common.DynamicCache, "reorder_cache", lambda self, rows: honest(self, rows * 0))
+    with (
+        monkeypatch.context() as patch
+    ):  # a cache that mixes up whose prompt is whose: rows of two prompts show it
+        patch.setattr(
+            common.DynamicCache, "reorder_cache", lambda self, rows: honest(self, rows * 0)
+        )
         assert not check(model, CPU, False)
     with monkeypatch.context() as patch:  # a cache that cannot do it at all
         patch.setattr(common.DynamicCache, "reorder_cache", lambda self, rows: 1 / 0)
         assert not check(model, CPU, False)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )
     enable({"use_reentrant": False})
     assert not check(model, CPU, False)
     assert all(p.grad is None for p in model.parameters())
@@ -741,8 +790,14 @@ def test_the_steps_of_the_script_are_the_steps_written_out(changed, tmp_path, mo
 
 
 def run(tmp_path, name="run", **flags):
-    grpo.train(grpo.Args(**{"out": str(tmp_path / name), "device": "cpu", "eval_data": "", "seed": 1} | flags))
-    return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    grpo.train(
+        grpo.Args(
+            **{"out": str(tmp_path / name), "device": "cpu", "eval_data": "", "seed": 1} | flags
+        )
+    )
+    return [
+        json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def few_rows(tmp_path):
@@ -757,10 +812,22 @@ def test_the_first_ratio_is_1_and_the_kl_0_and_later_ones_are_not(tmp_path):
     """Field notes, test 2, in a run: with checkpointing and another temperature, exactly."""
     flags = SMALL | {"beta": 0.1, "temperature": 0.7, "warmup": 0, "learning_rate": 1e-3}
     for checkpointing in (False, True):
-        m = run(tmp_path, f"c{checkpointing}", steps=2, gradient_checkpointing=checkpointing, **flags)
+        m = run(
+            tmp_path, f"c{checkpointing}", steps=2, gradient_checkpointing=checkpointing, **flags
+        )
         assert m[1]["kl/ref"] == 0 and m[1]["kl/sample"] < 1e-5 and m[2]["kl/ref"] != 0
-        assert "ratio/first" not in m[1], "with one update there is no other forward to compare with"
-        m = run(tmp_path, f"e{checkpointing}", steps=1, epochs=2, minibatches=2, gradient_checkpointing=checkpointing, **flags)
+        assert "ratio/first" not in m[1], (
+            "with one update there is no other forward to compare with"
+        )
+        m = run(
+            tmp_path,
+            f"e{checkpointing}",
+            steps=1,
+            epochs=2,
+            minibatches=2,
+            gradient_checkpointing=checkpointing,
+            **flags,
+        )
         assert m[1]["ratio/first"] == 0 and m[1]["ratio/mean"] != 1 and m[1]["kl/old"] != 0
 
 
@@ -799,21 +866,42 @@ def test_shared_and_plain_prompts_train_the_same_weights(tmp_path, monkeypatch):
 def test_groups_are_not_mixed_up(scale, tmp_path):
     """Search-R1 88: a reward that is the prompt's own number leaves nothing to learn, in every cut of the step."""
     data = prompts_file(tmp_path, [{"prompt": f"{i}=", "answer": str(i)} for i in range(8)])
-    (tmp_path / "r.py").write_text("def reward(completion, row):\n    return 0.1 * float(row['prompt'][:-1])\n")
+    (tmp_path / "r.py").write_text(
+        "def reward(completion, row):\n    return 0.1 * float(row['prompt'][:-1])\n"
+    )
     for tokens in (30, 8192):
-        flags = {"reward": f"{tmp_path}/r.py:reward", "tokens_per_micro_batch": tokens, "prompts_per_step": 8}
+        flags = {
+            "reward": f"{tmp_path}/r.py:reward",
+            "tokens_per_micro_batch": tokens,
+            "prompts_per_step": 8,
+        }
         m = run(tmp_path, f"t{tokens}", data=data, scale=scale, steps=1, max_new_tokens=8, **flags)
-        assert m[1]["grad_norm"] == 0 and m[1]["equal_groups"] == 1 and abs(m[1]["reward"] - 0.35) < 1e-6
+        assert (
+            m[1]["grad_norm"] == 0
+            and m[1]["equal_groups"] == 1
+            and abs(m[1]["reward"] - 0.35) < 1e-6
+        )
 
 
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"ratio": "sequence", "epochs": 2}, {"scale": "none", "aggregate": "constant"}, {"keep_max": True, "beta": 0.01}],
+    [
+        {},
+        {"ratio": "sequence", "epochs": 2},
+        {"scale": "none", "aggregate": "constant"},
+        {"keep_max": True, "beta": 0.01},
+    ],
 )
 def test_a_bandits_rewarded_token_becomes_likelier(flags, tmp_path):
     """Field notes, test 9: one prompt, one token, and only `7` pays."""
     data = prompts_file(tmp_path, [{"prompt": "42=", "answer": "7"}])
-    flags = flags | {"prompts_per_step": 4, "samples_per_prompt": 16, "max_new_tokens": 1, "warmup": 0, "learning_rate": 1e-3}
+    flags = flags | {
+        "prompts_per_step": 4,
+        "samples_per_prompt": 16,
+        "max_new_tokens": 1,
+        "warmup": 0,
+        "learning_rate": 1e-3,
+    }
     m = run(tmp_path, data=data, steps=25, **flags)
     assert m[1]["reward"] < 0.3 and m[-1]["reward"] > 0.9
 
@@ -821,8 +909,16 @@ def test_a_bandits_rewarded_token_becomes_likelier(flags, tmp_path):
 def test_truncated_completions_do_not_move_the_weights_when_masked(tmp_path):
     """All are cut at 3 tokens: masked, there is no gradient at all."""
     data = prompts_file(tmp_path, [{"prompt": "4213576=", "answer": "1234567"}])
-    (tmp_path / "r.py").write_text("def reward(completion, row):\n    return float(completion.count('1'))\n")
-    flags = {"data": data, "reward": f"{tmp_path}/r.py:reward", "max_new_tokens": 3, "prompts_per_step": 2, "steps": 1}
+    (tmp_path / "r.py").write_text(
+        "def reward(completion, row):\n    return float(completion.count('1'))\n"
+    )
+    flags = {
+        "data": data,
+        "reward": f"{tmp_path}/r.py:reward",
+        "max_new_tokens": 3,
+        "prompts_per_step": 2,
+        "steps": 1,
+    }
     masked, plain = run(tmp_path, "m", mask_truncated=True, **flags), run(tmp_path, "p", **flags)
     assert masked[1]["truncated"] == plain[1]["truncated"] == 1
     assert masked[1]["grad_norm"] == 0 and plain[1]["grad_norm"] > 0
@@ -831,7 +927,10 @@ def test_truncated_completions_do_not_move_the_weights_when_masked(tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ({"ratio": "sequence", "aggregate": "token"}, "--ratio sequence does not go with --aggregate token"),
+        (
+            {"ratio": "sequence", "aggregate": "token"},
+            "--ratio sequence does not go with --aggregate token",
+        ),
         ({"ref_update_every": 2}, "--ref_update_every needs a --beta above 0"),
         ({"samples_per_prompt": 1}, "--samples_per_prompt must be 2 or more"),
         ({"clip_low": 1.5}, "--clip_low must be from 0 to 1"),
@@ -847,7 +946,12 @@ def test_flags_that_contradict_each_other_are_one_line(flags, words, tmp_path, c
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, **flags)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert (
+        stop.value.code == 2
+        and words in error
+        and error.count("\n") == 1
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_flags_left_open_are_filled_in_from_the_others():
@@ -877,7 +981,9 @@ def test_dropping_equal_groups_fills_the_batch_with_signal(tmp_path, monkeypatch
     kept = []
     honest = grpo.group_advantages
     monkeypatch.setattr(
-        grpo, "group_advantages", lambda r, *a: (kept.append(grpo.equal_groups(r, 8).sum().item()), honest(r, *a))[1]
+        grpo,
+        "group_advantages",
+        lambda r, *a: (kept.append(grpo.equal_groups(r, 8).sum().item()), honest(r, *a))[1],
     )
     flags = {"steps": 2, "prompts_per_step": 16, "max_new_tokens": 12}
     run(tmp_path, "plain", **flags)
@@ -886,25 +992,49 @@ def test_dropping_equal_groups_fills_the_batch_with_signal(tmp_path, monkeypatch
 
     (tmp_path / "r.py").write_text("def reward(completion, row):\n    return 1.0\n")
     draws, honest_sample = [], common.sample
-    monkeypatch.setattr(common, "sample", lambda *a, **k: (draws.append(a[2]), honest_sample(*a, **k))[1])
-    m = run(tmp_path, "never", reward=f"{tmp_path}/r.py:reward", drop_equal_groups=True, steps=2, **SMALL)
-    assert [len(x) for x in draws] == [8, 8] and m[1]["equal_groups"] == 1 and m[1]["grad_norm"] == 0
+    monkeypatch.setattr(
+        common, "sample", lambda *a, **k: (draws.append(a[2]), honest_sample(*a, **k))[1]
+    )
+    m = run(
+        tmp_path,
+        "never",
+        reward=f"{tmp_path}/r.py:reward",
+        drop_equal_groups=True,
+        steps=2,
+        **SMALL,
+    )
+    assert (
+        [len(x) for x in draws] == [8, 8] and m[1]["equal_groups"] == 1 and m[1]["grad_norm"] == 0
+    )
     assert len({str(prompt) for draw in draws for prompt in draw}) == 16, "no prompt is drawn twice"
 
 
 @pytest.mark.parametrize("script", [reinforce, ppo, grpo], ids=lambda m: m.__name__)
-def test_every_epoch_visits_every_minibatch_once_in_an_order_of_its_own(script, tmp_path, monkeypatch):
+def test_every_epoch_visits_every_minibatch_once_in_an_order_of_its_own(
+    script, tmp_path, monkeypatch
+):
     seen, honest = [], common.completion_states
     monkeypatch.setattr(
-        common, "completion_states", lambda model, s, rows: (seen.append(tuple(rows)), honest(model, s, rows))[1]
+        common,
+        "completion_states",
+        lambda model, s, rows: (seen.append(tuple(rows)), honest(model, s, rows))[1],
     )
     for name in ("has_gradient", "rows_to_train"):
         if hasattr(script, name):  # every row is trained, whatever its reward
             monkeypatch.setattr(script, name, lambda x, *a: torch.ones(len(x), dtype=torch.bool))
-    flags = {"prompts_per_step": 8, "samples_per_prompt": 2, "epochs": 4, "minibatches": 4, "steps": 1, "max_new_tokens": 4}
+    flags = {
+        "prompts_per_step": 8,
+        "samples_per_prompt": 2,
+        "epochs": 4,
+        "minibatches": 4,
+        "steps": 1,
+        "max_new_tokens": 4,
+    }
     if script is ppo:
         flags["critic"] = "shared"  # one forward for both
-    script.train(script.Args(out=str(tmp_path / "run"), device="cpu", eval_data="", beta=0.0, **flags))
+    script.train(
+        script.Args(out=str(tmp_path / "run"), device="cpu", eval_data="", beta=0.0, **flags)
+    )
     updates = seen[-16:]  # after the forwards of the old policy
     epochs = [tuple(updates[i : i + 4]) for i in range(0, 16, 4)]
     assert all(sorted(e) == sorted(epochs[0]) and len(set(e)) == 4 for e in epochs), epochs
@@ -913,15 +1043,26 @@ def test_every_epoch_visits_every_minibatch_once_in_an_order_of_its_own(script, 
 
 def test_the_clips_shares_are_logged_under_their_names(tmp_path, monkeypatch):
     everywhere = torch.ones(1, 1, dtype=torch.bool)
-    monkeypatch.setattr(grpo, "is_clipped", lambda ratio, *a: (everywhere.expand_as(ratio), ratio < 0))
+    monkeypatch.setattr(
+        grpo, "is_clipped", lambda ratio, *a: (everywhere.expand_as(ratio), ratio < 0)
+    )
     m = run(tmp_path, steps=1, **SMALL)
     assert m[1]["clip/low"] == pytest.approx(1.0) and m[1]["clip/high"] == 0
 
 
 def test_the_reference_follows_the_policy_when_told_to(tmp_path):
-    flags = SMALL | {"steps": 4, "beta": 0.1, "learning_rate": 1e-3, "warmup": 0, "schedule": "constant"}
+    flags = SMALL | {
+        "steps": 4,
+        "beta": 0.1,
+        "learning_rate": 1e-3,
+        "warmup": 0,
+        "schedule": "constant",
+    }
     still, moving = run(tmp_path, "a", **flags), run(tmp_path, "b", ref_update_every=2, **flags)
-    assert still[2]["kl/ref"] == moving[2]["kl/ref"] != 0 and moving[3]["kl/ref"] == 0 != moving[4]["kl/ref"]
+    assert (
+        still[2]["kl/ref"] == moving[2]["kl/ref"] != 0
+        and moving[3]["kl/ref"] == 0 != moving[4]["kl/ref"]
+    )
     assert still[3]["kl/ref"] != 0
 
 

@@ -12,7 +12,11 @@ pytestmark = pytest.mark.learning
 
 
 def scores(script, out, *flags):
-    subprocess.run([sys.executable, str(ROOT / f"{script}.py"), "--out", str(out), *flags], check=True, cwd=out.parent)
+    subprocess.run(
+        [sys.executable, str(ROOT / f"{script}.py"), "--out", str(out), *flags],
+        check=True,
+        cwd=out.parent,
+    )
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [m["eval/exact"] for m in log if "eval/exact" in m]
 
@@ -27,8 +31,14 @@ def test_the_first_numbers_are_those_of_the_readme():
         for when, numbers in first.measure(script).items():
             assert numbers.keys() == known[script][when].keys()
             for name, value in known[script][when].items():
-                firm = value in (0.0, 1.0) or name == "kl/sample" or (script == "dpo" and not name.startswith("eval/exact"))
-                assert numbers[name] == pytest.approx(value, rel=1e-3 if firm else 0.2, abs=1e-5 if firm else 0.02), (
+                firm = (
+                    value in (0.0, 1.0)
+                    or name == "kl/sample"
+                    or (script == "dpo" and not name.startswith("eval/exact"))
+                )
+                assert numbers[name] == pytest.approx(
+                    value, rel=1e-3 if firm else 0.2, abs=1e-5 if firm else 0.02
+                ), (
                     script,
                     name,
                 )
@@ -49,15 +59,21 @@ def test_grpo_learns_to_sort_in_bfloat16(tmp_path):
 def test_a_reward_model_learns_and_makes_best_of_n(tmp_path):
     command = [sys.executable, str(ROOT / "reward_model.py"), "--out", str(tmp_path / "run")]
     subprocess.run(command, check=True, cwd=tmp_path)
-    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     last = {k: v for m in log for k, v in m.items()}
-    assert last["eval/accuracy"] >= 0.95 and last["best_of/true@16"] >= last["best_of/true@1"] + 0.20
+    assert (
+        last["eval/accuracy"] >= 0.95 and last["best_of/true@16"] >= last["best_of/true@1"] + 0.20
+    )
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_ppo_learns_to_sort(critic, tmp_path):
     """Shortened: from at most 0.40 to at least 0.60 in a third of the steps."""
-    curve = scores("ppo", tmp_path / "run", "--critic", critic, "--steps", "50", "--eval_every", "50")
+    curve = scores(
+        "ppo", tmp_path / "run", "--critic", critic, "--steps", "50", "--eval_every", "50"
+    )
     assert curve[0] <= 0.40 and curve[-1] >= 0.60, curve
 
 
@@ -77,7 +93,12 @@ def test_reinforce_learns_to_sort(tmp_path):
 
 def test_fine_tuning_on_demonstrations_learns_to_sort(tmp_path):
     curve = scores(
-        "reinforce", tmp_path / "run", "--demos", str(ROOT / "tests" / "tiny" / "sort_train.jsonl"), "--steps", "150"
+        "reinforce",
+        tmp_path / "run",
+        "--demos",
+        str(ROOT / "tests" / "tiny" / "sort_train.jsonl"),
+        "--steps",
+        "150",
     )
     assert curve[0] <= 0.40 and curve[-1] >= 0.80, curve
 
@@ -95,9 +116,23 @@ def test_fine_tuning_on_demonstrations_learns_to_sort(tmp_path):
 def test_two_processes_learn_as_one_does(command, least, tmp_path):
     """The runs above, or shorter ones, with their thresholds, by torchrun."""
     script, *flags = command.split()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / script)]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(ROOT / script),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, *flags, "--device", "cpu", "--out", str(tmp_path / "run")], check=True, env=environment)
-    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    subprocess.run(
+        [*launch, *flags, "--device", "cpu", "--out", str(tmp_path / "run")],
+        check=True,
+        env=environment,
+    )
+    log = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     last = {k: v for m in log for k, v in m.items()}
     assert all(last[name] >= value for name, value in least.items()), last

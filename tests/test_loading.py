@@ -19,7 +19,15 @@ import transformers
 from conftest import FAMILIES, ROOT, family, make_tokenizer
 
 import common
-from common import World, encode, encode_completion, encode_prompt, load_policy, load_reference, load_scalar
+from common import (
+    World,
+    encode,
+    encode_completion,
+    encode_prompt,
+    load_policy,
+    load_reference,
+    load_scalar,
+)
 
 CPU = World(0, 1, torch.device("cpu"), torch.float32)
 TEMPLATE = "<bos>{% for m in messages %} {{ m['role'][0] == 'u' and 'w10' or 'w11' }} {{ m['content'] }} <eos>{% endfor %} w12"
@@ -28,7 +36,9 @@ TEMPLATE = "<bos>{% for m in messages %} {{ m['role'][0] == 'u' and 'w10' or 'w1
 def says(capsys, *parts):
     """The one line of an error, which names the flag or file and what to do."""
     line = capsys.readouterr().err
-    assert line.startswith("error: ") and line.count("\n") == 1 and all(str(p) in line for p in parts), line
+    assert (
+        line.startswith("error: ") and line.count("\n") == 1 and all(str(p) in line for p in parts)
+    ), line
 
 
 # --- text to ids ---
@@ -40,7 +50,9 @@ def test_a_rendered_template_has_one_bos_and_its_own_ends_only():
     assert encode_prompt(tokenizer, "w5", system="w6") == [2, 11, 6, 1, 10, 5, 1, 12]
     assert encode_prompt(tokenizer, [{"role": "user", "content": "w5"}]) == [2, 10, 5, 1, 12]
     talk = [{"role": "system", "content": "w7"}, {"role": "user", "content": "w5"}]
-    assert encode_prompt(tokenizer, talk, system="w6") == [2, 11, 7, 1, 10, 5, 1, 12], "a row's own system message stays"
+    assert encode_prompt(tokenizer, talk, system="w6") == [2, 11, 7, 1, 10, 5, 1, 12], (
+        "a row's own system message stays"
+    )
 
 
 def test_raw_text_gets_what_the_tokenizer_puts_before_it():
@@ -69,9 +81,17 @@ def test_in_a_chat_an_answer_ends_as_the_template_ends_a_turn():
     named = {"default": GEMMA, "tool_use": TEMPLATE}  # several templates, as some models have them
     tokenizer.chat_template = named
     assert common.stop_ids(family("llama"), tokenizer) == [1, end]
-    for template in (TEMPLATE, TEMPLATE.replace("<eos>", "w4"), "<bos> said", "{{ raise_exception('no') }}", None):
+    for template in (
+        TEMPLATE,
+        TEMPLATE.replace("<eos>", "w4"),
+        "<bos> said",
+        "{{ raise_exception('no') }}",
+        None,
+    ):
         tokenizer = make_tokenizer(bos="<bos>", template=template)
-        assert encode_completion(tokenizer, "w5", True) == [5, 1] and common.stop_ids(family("llama"), tokenizer) == [1]
+        assert encode_completion(tokenizer, "w5", True) == [5, 1] and common.stop_ids(
+            family("llama"), tokenizer
+        ) == [1]
 
 
 THINKING = """{% for m in messages %}<start> {{ m.role }} \
@@ -103,7 +123,9 @@ def test_prompt_and_given_answer_are_what_the_template_writes_of_both(given, tho
             answered = encode_completion(tokenizer, answer, True, prompt, system)
             whole = common.encode_answer(tokenizer, common.messages(prompt, system), answer)
             own = "<think>" in answer
-            if not (own and thoughts == 0):  # thinking is off, and the answer thinks: no template writes that
+            if not (
+                own and thoughts == 0
+            ):  # thinking is off, and the answer thinks: no template writes that
                 assert asked + answered == whole, (prompt, answer)
             assert answered[:2].count(thought[0]) == (own or thoughts)
 
@@ -111,7 +133,9 @@ def test_prompt_and_given_answer_are_what_the_template_writes_of_both(given, tho
 def test_an_answer_without_a_thought_in_its_template_is_what_it_was(tmp_path, capsys):
     plain = make_tokenizer(template=GEMMA.replace("<start> w12", "<start> assistant "))
     for answer in ("w5", " w6 ", "", "<start> w5"):
-        assert encode_completion(plain, answer, True, "w8") == encode_completion(plain, answer, True)
+        assert encode_completion(plain, answer, True, "w8") == encode_completion(
+            plain, answer, True
+        )
     assert "note" not in capsys.readouterr().out
     common.say_once.cache_clear()
     odd = make_tokenizer(bos="<bos>", template=TEMPLATE)  # writes w12 after an answer, too
@@ -154,7 +178,9 @@ def test_a_resumed_run_reads_the_date_on_which_it_began(tmp_path, monkeypatch):
     assert first == make_tokenizer()("<bos> w09 w11 w5").input_ids
     common.open_run(flags, "x", CPU)
     monkeypatch.setattr(common, "BEGAN", "2001-12-10T12:00:00")
-    assert prompt(Flags(out=str(tmp_path / "new"))) == make_tokenizer()("<bos> w10 w12 w5").input_ids
+    assert (
+        prompt(Flags(out=str(tmp_path / "new"))) == make_tokenizer()("<bos> w10 w12 w5").input_ids
+    )
     again = Flags(out=str(tmp_path / "run"), resume=True)
     assert prompt(again) == first
     common.open_run(again, "x", CPU)
@@ -185,7 +211,10 @@ def test_the_stop_set_is_the_union(listed, wanted):
 
 
 def test_a_tokenizer_without_pad_gets_eos_for_it(tmp_path, capsys):
-    for name, tokenizer in (("a", make_tokenizer(pad=None)), ("b", make_tokenizer(pad="<beyond the vocabulary>"))):
+    for name, tokenizer in (
+        ("a", make_tokenizer(pad=None)),
+        ("b", make_tokenizer(pad="<beyond the vocabulary>")),
+    ):
         family("llama").save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         assert common.load_tokenizer(tmp_path / name).pad_token_id == 1
@@ -205,11 +234,18 @@ def folder(tmp_path):
     return tmp_path / "m"
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "falcon", "gpt_neox", "bloom", "opt", "phi3", "granite", "mixtral"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "llama", "qwen2", "falcon", "gpt_neox", "bloom", "opt", "phi3", "granite", "mixtral"],
+)
 def test_dropout_is_off_in_training_and_kept_in_the_saved_config(name, tmp_path):
     """KL in the thousands at step 1 (trl 3500). Each family has its own names for it, and its own places to apply it."""
     config = family(name).config
-    drops = {k: 0.5 for k, v in vars(config).items() if isinstance(v, float) and ("drop" in k or "jitter" in k)}
+    drops = {
+        k: 0.5
+        for k, v in vars(config).items()
+        if isinstance(v, float) and ("drop" in k or "jitter" in k)
+    }
     assert drops or name in ("gpt_neox",), "this family has a dropout to test with"
     family(name, **drops).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
@@ -227,9 +263,14 @@ def test_what_is_trained_is_what_the_saved_model_computes(tmp_path):
     """PhiMoE's router has a margin that is called a jitter and acts in evaluation, too. In training mode it
     draws experts at random; with a margin of 0 it would take them for sure, and be another function."""
     family("phimoe", router_jitter_noise=0.4, input_jitter_noise=0.4).save_pretrained(tmp_path)
-    policy, plain = load_policy(tmp_path, CPU), transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    policy, plain = (
+        load_policy(tmp_path, CPU),
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval(),
+    )
     ids = torch.arange(3, 27).view(2, 12)
-    common.sample(policy, make_tokenizer(), [[5]], max_new_tokens=2)  # which leaves every module's mode as it was
+    common.sample(
+        policy, make_tokenizer(), [[5]], max_new_tokens=2
+    )  # which leaves every module's mode as it was
     for _ in range(2):
         assert torch.equal(policy(input_ids=ids).logits, plain(input_ids=ids).logits)
 
@@ -239,7 +280,11 @@ def test_no_part_of_a_config_keeps_its_noise(tmp_path):
     settings = {"attn_config": {"attn_pdrop": 0.3}, "ffn_config": {"moe_jitter_eps": 0.3}}
     transformers.AutoConfig.for_model("dbrx", resid_pdrop=0.3, **settings).save_pretrained(tmp_path)
     config = common.read_config(tmp_path)
-    assert (config.resid_pdrop, config.attn_config.attn_pdrop, config.ffn_config.moe_jitter_eps) == (0, 0, 0)
+    assert (
+        config.resid_pdrop,
+        config.attn_config.attn_pdrop,
+        config.ffn_config.moe_jitter_eps,
+    ) == (0, 0, 0)
 
 
 def test_a_saved_model_is_an_ordinary_folder(folder, tmp_path):
@@ -265,14 +310,20 @@ def test_a_saved_model_is_an_ordinary_folder(folder, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "out"], "nothing is left beside it"
 
 
-@pytest.mark.parametrize("template", [None, GEMMA])  # with the second, the saved settings have one more end
-def test_a_temperature_without_do_sample_does_not_stop_a_model_from_being_saved(template, folder, tmp_path):
+@pytest.mark.parametrize(
+    "template", [None, GEMMA]
+)  # with the second, the saved settings have one more end
+def test_a_temperature_without_do_sample_does_not_stop_a_model_from_being_saved(
+    template, folder, tmp_path
+):
     """Llama-2's and Vicuna's folders have it, and save_pretrained refuses to write it: a run failed after its last
     step, and again with --resume."""
     settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 1, "pad_token_id": 0}
     (folder / "generation_config.json").write_text(json.dumps(settings))
     tokenizer = make_tokenizer(template=template)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<start>", "<end>"]} if template else {})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<start>", "<end>"]} if template else {}
+    )
     policy = load_policy(folder, CPU)
     before = policy.generation_config.to_dict()
     common.save_model(policy, tokenizer, tmp_path / "out", CPU)
@@ -280,11 +331,18 @@ def test_a_temperature_without_do_sample_does_not_stop_a_model_from_being_saved(
     ends = [1, tokenizer.convert_tokens_to_ids("<end>")] if template else 1
     assert saved.pop("transformers_version") and saved == settings | {"eos_token_id": ends}
     assert policy.generation_config.to_dict() == before
-    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.temperature == 0.9
+    assert (
+        transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out"
+        ).generation_config.temperature
+        == 0.9
+    )
 
 
 @pytest.mark.parametrize("part", ["config", "tokenizer"])
-def test_whatever_cannot_be_written_is_a_sentence_and_leaves_no_half_folder(part, folder, tmp_path, monkeypatch):
+def test_whatever_cannot_be_written_is_a_sentence_and_leaves_no_half_folder(
+    part, folder, tmp_path, monkeypatch
+):
     policy, tokenizer = load_policy(folder, CPU), make_tokenizer()
     broken = tokenizer if part == "tokenizer" else policy.config
     monkeypatch.setattr(type(broken), "save_pretrained", lambda *_, **__: 1 / 0)
@@ -309,7 +367,9 @@ def test_checkpointing_gives_the_same_gradient_and_is_really_on(name, tmp_path):
     ids, grads, kept = torch.randint(3, 48, (2, 12)), [], []
     for on in (False, True):
         model, count = load_policy(tmp_path, CPU, gradient_checkpointing=on), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, c=count: c.append(x.numel()) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, c=count: c.append(x.numel()) or x, lambda x: x
+        ):
             loss = model(input_ids=ids, use_cache=False).logits.square().mean()
         kept.append(sum(count))
         loss.backward()
@@ -368,9 +428,15 @@ def test_a_scalar_model_comes_back_with_the_same_scores(folder, tmp_path):
     reward = load_scalar(folder, CPU, make_tokenizer(), head_std=1.0)
     common.save_model(reward, make_tokenizer(), tmp_path / "rm", CPU)
     again = load_scalar(tmp_path / "rm", CPU, make_tokenizer())
-    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm", dtype=torch.float32)
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "rm", dtype=torch.float32
+    )
     ids = torch.tensor([[7, 8, 9]])
-    assert reward(input_ids=ids).logits.item() == again(input_ids=ids).logits.item() == plain(input_ids=ids).logits.item()
+    assert (
+        reward(input_ids=ids).logits.item()
+        == again(input_ids=ids).logits.item()
+        == plain(input_ids=ids).logits.item()
+    )
 
 
 def test_a_causal_model_is_no_reward_model(folder, capsys):
@@ -398,8 +464,16 @@ def test_a_head_that_is_not_understood_is_refused(name, settings, tmp_path, caps
         load_policy(tmp_path, CPU)
 
 
-UNKNOWN = {"auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}, "model_type": "unheard_of"}
-KNOWN = {"auto_map": {name: "code.Model" for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification")}}
+UNKNOWN = {
+    "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+    "model_type": "unheard_of",
+}
+KNOWN = {
+    "auto_map": {
+        name: "code.Model"
+        for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
+    }
+}
 WORDS_BY_CODE = {"auto_map": {"AutoTokenizer": ["code.Words", None]}, "tokenizer_class": "Words"}
 
 
@@ -407,7 +481,9 @@ WORDS_BY_CODE = {"auto_map": {"AutoTokenizer": ["code.Words", None]}, "tokenizer
     "file, lines",
     [("config.json", UNKNOWN), ("config.json", KNOWN), ("tokenizer_config.json", WORDS_BY_CODE)],
 )
-def test_no_code_of_a_folder_is_run_though_the_user_would_say_yes(file, lines, folder, tmp_path, monkeypatch, capsys):
+def test_no_code_of_a_folder_is_run_though_the_user_would_say_yes(
+    file, lines, folder, tmp_path, monkeypatch, capsys
+):
     """transformers asks on the terminal, unless it is told, and "y" runs what the folder brings."""
     answers = io.StringIO("y\n" * 9)
     monkeypatch.setattr("sys.stdin", answers)
@@ -432,7 +508,9 @@ def test_no_code_of_a_folder_is_run_though_the_user_would_say_yes(file, lines, f
 def test_two_runs_started_at_once_get_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exists = type(tmp_path).exists
-    monkeypatch.setattr(type(tmp_path), "exists", lambda p: False if "runs" in str(p) else exists(p))  # both looked before
+    monkeypatch.setattr(
+        type(tmp_path), "exists", lambda p: False if "runs" in str(p) else exists(p)
+    )  # both looked before
     assert common.open_run(Flags(), "x", CPU) != common.open_run(Flags(), "x", CPU)
 
 
@@ -457,9 +535,13 @@ def test_a_model_folder_that_is_none(make, tmp_path, capsys):
 def whole_gradient(model):
     """Of a small batch, whole; with what the model computed."""
     ids = torch.arange(3, 27).view(2, 12)
-    logprobs = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().log_softmax(-1)
+    logprobs = (
+        model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().log_softmax(-1)
+    )
     logprobs[..., 5].sum().backward()
-    return {k: common.whole(p.grad).clone() for k, p in model.named_parameters() if p.grad is not None}
+    return {
+        k: common.whole(p.grad).clone() for k, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3], [4, 5], [2, 7, 9], [1]])
@@ -467,8 +549,12 @@ def test_the_states_of_a_shared_prompt_are_those_of_a_prompt_for_each_row(rows):
     """Also for a part of a group, and in the columns that these rows need."""
     model, prompts = family("llama"), [[5, 6, 7], [8], [9, 10, 11, 12]]
     samples = common.sample(model, make_tokenizer(), prompts, n=4, max_new_tokens=7, seed=1)
-    plain, ids, mask = common.completion_states(model, dataclasses.replace(samples, rows_per_prompt=1), rows)
-    shared, *same = common.completion_states(model, dataclasses.replace(samples, rows_per_prompt=4), rows)
+    plain, ids, mask = common.completion_states(
+        model, dataclasses.replace(samples, rows_per_prompt=1), rows
+    )
+    shared, *same = common.completion_states(
+        model, dataclasses.replace(samples, rows_per_prompt=4), rows
+    )
     assert torch.equal(ids, same[0]) and torch.equal(mask, same[1]) and mask.any(0).all()
     torch.testing.assert_close(plain[mask], shared[mask], atol=1e-5, rtol=1e-5)
     whole = torch.cat([samples.prompt_ids[rows], ids], 1)
@@ -479,7 +565,9 @@ def test_the_states_of_a_shared_prompt_are_those_of_a_prompt_for_each_row(rows):
 
 
 @pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next", "olmo_hybrid"])
-def test_a_cache_that_ends_a_pass_in_the_middle_turns_sharing_off_and_leaves_no_trace(name, bfloat16, tmp_path):
+def test_a_cache_that_ends_a_pass_in_the_middle_turns_sharing_off_and_leaves_no_trace(
+    name, bfloat16, tmp_path
+):
     """Their linear attention overwrites what backward needs, and says so when half of the gradient is there."""
     if not hasattr(common.FSDPModule, "reset_iter_state"):
         pytest.skip("this torch cannot begin anew after half a pass; the run ends with a sentence")
@@ -493,11 +581,19 @@ def test_a_cache_that_ends_a_pass_in_the_middle_turns_sharing_off_and_leaves_no_
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name, why", [("xglm", "mixed dtype"), ("zamba2", "shared with a parameter"), ("minimax", "dtype")])
-def test_an_error_that_is_none_of_sharing_is_said_as_what_it_is(name, why, checkpointing, bfloat16, tmp_path):
+@pytest.mark.parametrize(
+    "name, why",
+    [("xglm", "mixed dtype"), ("zamba2", "shared with a parameter"), ("minimax", "dtype")],
+)
+def test_an_error_that_is_none_of_sharing_is_said_as_what_it_is(
+    name, why, checkpointing, bfloat16, tmp_path
+):
     family(name).save_pretrained(tmp_path)
     model = load_policy(tmp_path, bfloat16)
-    with pytest.raises(common.Stop, match=f"^the family '{name}' cannot be trained in bfloat16 .*{why}.*--dtype float32"):
+    with pytest.raises(
+        common.Stop,
+        match=f"^the family '{name}' cannot be trained in bfloat16 .*{why}.*--dtype float32",
+    ):
         common.prompts_can_be_shared(model, bfloat16, checkpointing)
 
 
@@ -510,10 +606,15 @@ def test_a_reference_computes_as_the_policy_does_to_the_last_bit(bfloat16, tmp_p
     """Falcon-H1 scales by a float32 buffer: rounded in the reference alone, it made a KL of 0.02 in step 1."""
     family("falcon_h1", ssm_multipliers=[0.35, 0.71, 1.3, 0.9, 1.1]).save_pretrained(tmp_path)
     policy, reference = load_policy(tmp_path, bfloat16), load_reference(tmp_path, bfloat16)
-    assert {p.dtype for p in reference.parameters()} == {torch.bfloat16}, "half the memory of the policy's"
+    assert {p.dtype for p in reference.parameters()} == {torch.bfloat16}, (
+        "half the memory of the policy's"
+    )
     ids = torch.arange(3, 27).view(2, 12)
     with torch.no_grad():
-        a, b = (m(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for m in (policy, reference))
+        a, b = (
+            m(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            for m in (policy, reference)
+        )
     assert torch.equal(a, b)
 
 
@@ -538,14 +639,21 @@ def test_a_model_that_never_learns_keeps_nothing_of_its_forwards(forward, bfloat
         "scores": lambda: common.score_ids(scorer, tokenizer, [[5, 6], [7]], bfloat16),
         "sample": lambda: common.sample(reference, tokenizer, [[5, 6]], max_new_tokens=3),
         "pairs": lambda: dpo.score_pairs(
-            reference, tokenizer, [([5, 6], [8, 9, 1], [10, 1])], False, Namespace(tokens_per_micro_batch=99), bfloat16
+            reference,
+            tokenizer,
+            [([5, 6], [8, 9, 1], [10, 1])],
+            False,
+            Namespace(tokens_per_micro_batch=99),
+            bfloat16,
         ),
     }[forward]
     model = scorer if forward == "scores" else reference
     for _ in range(10):
         call()
     assert remembered(model) == 0
-    assert all(isinstance(p, common.DTensor) for p in model.parameters()), "the root's weights are shards again"
+    assert all(isinstance(p, common.DTensor) for p in model.parameters()), (
+        "the root's weights are shards again"
+    )
 
 
 def test_one_process_does_not_divide_its_gradient_by_1(bfloat16, folder):
@@ -614,14 +722,19 @@ def test_a_run_that_cannot_fit_is_warned_of_before_anything_is_loaded(
 def test_running_out_of_memory_names_the_flags_that_help(tmp_path):
     """Held-out completions are as long as --max_new_tokens, in scripts without a rollout, too."""
     for flags, words in (
-        ({"prompts_per_step": 8, "max_new_tokens": 9}, "--prompts_per_step or --max_new_tokens in a new run"),
+        (
+            {"prompts_per_step": 8, "max_new_tokens": 9},
+            "--prompts_per_step or --max_new_tokens in a new run",
+        ),
         ({"max_new_tokens": 9}, "lower --max_new_tokens in a new run"),
         ({"max_new_tokens": 9, "sample_rows": 2}, "lower --sample_rows or --max_new_tokens"),
     ):
         args = Namespace(steps=0, out="o", **flags)
         with pytest.raises(SystemExit) as stopped, common.guarded(tmp_path, args, None):
             raise torch.OutOfMemoryError("no more")
-        assert "--tokens_per_micro_batch" in str(stopped.value.code) and words in str(stopped.value.code)
+        assert "--tokens_per_micro_batch" in str(stopped.value.code) and words in str(
+            stopped.value.code
+        )
 
 
 # --- optimizer ---
@@ -677,7 +790,9 @@ def test_clipping_equals_torchs_and_reports_what_is_not_finite():
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-8)
     small = {k: p.grad.clone() for k, p in a.named_parameters()}
     common.clip_gradients(a, 1.0)
-    assert all(torch.equal(p.grad, small[k]) for k, p in a.named_parameters()), "a small gradient is left alone"
+    assert all(torch.equal(p.grad, small[k]) for k, p in a.named_parameters()), (
+        "a small gradient is left alone"
+    )
     a.model.norm.weight.grad[0] = float("inf")
     assert not math.isfinite(common.clip_gradients(a, 0.5)), "the scripts do not step on it"
 
@@ -715,7 +830,9 @@ def test_runs_are_numbered_and_named_ones_never_overwritten(tmp_path, monkeypatc
         (Flags(resume=True), "x", ["--out"]),
     ],
 )
-def test_resuming_with_another_flag_is_an_error_that_names_it(flags, script, parts, tmp_path, monkeypatch, capsys):
+def test_resuming_with_another_flag_is_an_error_that_names_it(
+    flags, script, parts, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     common.open_run(Flags(out="mine"), "x", CPU)
     (tmp_path / "mine" / "checkpoint").mkdir()
@@ -766,7 +883,10 @@ def test_a_resumed_run_may_change_few_flags_and_no_others(script, tmp_path, caps
 def test_steps_may_change_on_resumption(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common.open_run(Flags(out="mine"), "x", CPU)
-    assert common.open_run(Flags(out="mine", resume=True, steps=20, save_every=1), "x", CPU).name == "mine"
+    assert (
+        common.open_run(Flags(out="mine", resume=True, steps=20, save_every=1), "x", CPU).name
+        == "mine"
+    )
     assert json.loads((tmp_path / "mine" / "args.json").read_text())["steps"] == 20
 
 
@@ -881,7 +1001,9 @@ def test_a_disk_that_is_really_full_is_a_sentence_and_the_last_checkpoint_stays(
 def test_a_checkpoint_cut_short_or_of_another_model_gets_a_sentence(folder, tmp_path, capsys):
     common.save_checkpoint(tmp_path, CPU, 1, {"policy": family("llama", hidden_size=64)}, {})
     with pytest.raises(SystemExit):
-        common.load_checkpoint(common.read_checkpoint(tmp_path), {"policy": load_policy(folder, CPU)}, {})
+        common.load_checkpoint(
+            common.read_checkpoint(tmp_path), {"policy": load_policy(folder, CPU)}, {}
+        )
     says(capsys, "another model")
     path = tmp_path / "checkpoint" / "000001.pt"
     path.write_bytes(path.read_bytes()[:1000])
@@ -893,10 +1015,14 @@ def test_a_checkpoint_cut_short_or_of_another_model_gets_a_sentence(folder, tmp_
 
 def test_a_log_is_cut_to_its_checkpoint(tmp_path):
     log = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"step": s, "text": "a\u2028b"}, ensure_ascii=False) + "\n" for s in range(8)]
+    lines = [
+        json.dumps({"step": s, "text": "a\u2028b"}, ensure_ascii=False) + "\n" for s in range(8)
+    ]
     log.write_text("".join(lines) + '{"step": 8, "rew', encoding="utf-8")
     common.cut_log(log, 5)
-    assert [json.loads(line)["step"] for line in log.read_text(encoding="utf-8").split("\n")[:-1]] == list(range(6))
+    assert [
+        json.loads(line)["step"] for line in log.read_text(encoding="utf-8").split("\n")[:-1]
+    ] == list(range(6))
     common.cut_log(tmp_path / "none", 5)
 
 
@@ -925,23 +1051,36 @@ def test_checkpoints_are_in_the_order_of_their_steps_and_torn_ones_go(folder, tm
 
 
 def test_there_is_no_rate_before_the_first_step():
-    assert [common.learning_rate_at(s, 9, 1.0, "linear", w) for s in (-3, 0) for w in (0, 5)] == [0, 0, 0, 0]
+    assert [common.learning_rate_at(s, 9, 1.0, "linear", w) for s in (-3, 0) for w in (0, 5)] == [
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("steps", [0, 5])
 def test_only_a_run_with_steps_is_told_how_to_go_on(steps, tmp_path):
     import types
 
-    with pytest.raises(SystemExit) as stopped, common.guarded(tmp_path, types.SimpleNamespace(steps=steps, out="o"), None):
+    with (
+        pytest.raises(SystemExit) as stopped,
+        common.guarded(tmp_path, types.SimpleNamespace(steps=steps, out="o"), None),
+    ):
         raise common.Stop("no more")
-    assert str(stopped.value.code).startswith("error: no more") and ("--resume" in str(stopped.value.code)) == bool(steps)
+    assert str(stopped.value.code).startswith("error: no more") and (
+        "--resume" in str(stopped.value.code)
+    ) == bool(steps)
 
 
 def test_where_there_are_no_steps_to_finish_the_first_signal_ends_the_run(tmp_path):
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         common.catch_signals(0)
-        with pytest.raises(SystemExit, match="^stopped at once$"), common.guarded(tmp_path, Namespace(steps=0, out="x"), None):
+        with (
+            pytest.raises(SystemExit, match="^stopped at once$"),
+            common.guarded(tmp_path, Namespace(steps=0, out="x"), None),
+        ):
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
         for s, handler in handlers.items():
@@ -1155,7 +1294,9 @@ def test_a_checkpoint_is_saved_when_it_is_due(step, asked, saves, ends, tmp_path
 
 def test_folded_seeds_differ_and_repeat():
     seeds = {common.fold(a, b, c) for a in range(10) for b in range(10) for c in range(10)}
-    assert len(seeds) == 1000 and common.fold(1, 2, 3) in seeds and all(0 <= s < 2**63 for s in seeds)
+    assert (
+        len(seeds) == 1000 and common.fold(1, 2, 3) in seeds and all(0 <= s < 2**63 for s in seeds)
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -1167,11 +1308,17 @@ def test_on_gpus_each_process_takes_its_own_and_computes_in_bfloat16(size, monke
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
     monkeypatch.setattr(common.dist, "is_initialized", lambda: False)
-    monkeypatch.setattr(common.dist, "init_process_group", lambda *a, **settings: made.append((a, settings)))
+    monkeypatch.setattr(
+        common.dist, "init_process_group", lambda *a, **settings: made.append((a, settings))
+    )
     for name, value in {"RANK": size - 1, "LOCAL_RANK": size - 1, "WORLD_SIZE": size}.items():
         monkeypatch.setenv(name, str(value))
     world, device = common.start(), torch.device("cuda", size - 1)
-    assert world == World(size - 1, size, device, torch.bfloat16) and chosen == [device] and common.is_sharded(world)
+    assert (
+        world == World(size - 1, size, device, torch.bfloat16)
+        and chosen == [device]
+        and common.is_sharded(world)
+    )
     (backend,), settings = made[0]
     assert backend == "nccl" and settings["timeout"].total_seconds() == 3600
     if size == 1:
@@ -1183,7 +1330,9 @@ def test_on_gpus_each_process_takes_its_own_and_computes_in_bfloat16(size, monke
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
-def test_memory_that_runs_out_in_the_self_check_is_no_reason_to_compute_prompts_anew(call, folder, monkeypatch):
+def test_memory_that_runs_out_in_the_self_check_is_no_reason_to_compute_prompts_anew(
+    call, folder, monkeypatch
+):
     """The plain forward, the prompts' or the completions': `guarded` says which flags help."""
     model, calls, honest = load_policy(folder, CPU), [], common.hidden_states
 
@@ -1206,8 +1355,12 @@ def test_after_backward_nothing_of_a_prompts_pass_is_held_by_the_loss(folder):
     ids = torch.tensor([[5, 6, 7]])
     last, cache = common.prompt_states(model, ids, ids > 0)
     held = [weakref.ref(t) for t in last.grad_fn.tensors]
-    loss = (last.sum() + sum(layer.keys.sum() + layer.values.sum() for layer in cache.layers)).square()
+    loss = (
+        last.sum() + sum(layer.keys.sum() + layer.values.sum() for layer in cache.layers)
+    ).square()
     loss.backward()
     del last, cache
     assert len(held) > 2 and not any(t() is not None for t in held)
-    assert all(p.grad is not None for n, p in model.named_parameters() if "layers" in n), "and the gradient has passed"
+    assert all(p.grad is not None for n, p in model.named_parameters() if "layers" in n), (
+        "and the gradient has passed"
+    )

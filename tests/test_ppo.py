@@ -58,7 +58,9 @@ def test_the_score_comes_with_the_last_chosen_token_and_the_kl_with_each():
     torch.testing.assert_close(got.sum(1), scores - 0.3 * (kl * mask).sum(1))
 
 
-@pytest.mark.parametrize("gamma, lam", list(itertools.product((1.0, 0.9, 0.0), (0.0, 0.5, 0.95, 1.0))))
+@pytest.mark.parametrize(
+    "gamma, lam", list(itertools.product((1.0, 0.9, 0.0), (0.0, 0.5, 0.95, 1.0)))
+)
 def test_gae_against_brute_force_sums(gamma, lam):
     """What the critic says of places where there is no token must not matter: V after the end is 0."""
     mask, randn = some()
@@ -92,9 +94,13 @@ def test_lambda_stands_between_the_k_step_advantages():
                 n = T - t
                 share = [(1 - lam) * lam ** (k - 1) for k in range(1, n)] + [lam ** (n - 1)]
                 assert abs(sum(share) - 1) < 1e-12
-                assert abs(got[t].item() - sum(w * step[t][k] for k, w in enumerate(share, 1))) < 1e-12
+                assert (
+                    abs(got[t].item() - sum(w * step[t][k] for k, w in enumerate(share, 1))) < 1e-12
+                )
                 if lam == 0.6 and n > 1:
-                    wrong = sum(lam ** (k - 1) * step[t][k] for k in range(1, n + 1)) / sum(lam**k for k in range(n))
+                    wrong = sum(lam ** (k - 1) * step[t][k] for k in range(1, n + 1)) / sum(
+                        lam**k for k in range(n)
+                    )
                     assert abs(got[t].item() - wrong) > 1e-6
 
 
@@ -103,17 +109,32 @@ def test_monte_carlo_returns_are_what_came_whatever_the_critic_says():
     rewards = randn(6, 7) * mask
     a, b = (gae(rewards, randn(6, 7), mask, 0.9, 1.0)[1] for _ in range(2))
     torch.testing.assert_close(a, b)
-    to_go = reinforce.rewards_to_go(token_rewards(torch.ones(6, dtype=torch.float64), -rewards, mask, 1.0), 0.9)
-    torch.testing.assert_close(gae(token_rewards(torch.ones(6), -rewards, mask, 1.0), b, mask, 0.9, 1.0)[1], to_go)
+    to_go = reinforce.rewards_to_go(
+        token_rewards(torch.ones(6, dtype=torch.float64), -rewards, mask, 1.0), 0.9
+    )
+    torch.testing.assert_close(
+        gae(token_rewards(torch.ones(6), -rewards, mask, 1.0), b, mask, 0.9, 1.0)[1], to_go
+    )
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.8])
-def test_an_exact_critics_advantage_is_q_minus_v_at_lambda_0_and_at_any_lambda_in_expectation(gamma):
+def test_an_exact_critics_advantage_is_q_minus_v_at_lambda_0_and_at_any_lambda_in_expectation(
+    gamma,
+):
     """A policy over three tokens, 1 ends, three at most, all paths listed: Q and V from the tree, from the leaves up."""
     g = torch.Generator().manual_seed(0)
-    paths = [c for k in (1, 2, 3) for c in itertools.product(range(3), repeat=k) if 1 not in c[:-1] and (c[-1] == 1 or k == 3)]
+    paths = [
+        c
+        for k in (1, 2, 3)
+        for c in itertools.product(range(3), repeat=k)
+        if 1 not in c[:-1] and (c[-1] == 1 or k == 3)
+    ]
     policy = {p: torch.randn(3, generator=g, dtype=torch.float64).softmax(0).tolist() for k in range(3) for p in itertools.product((0, 2), repeat=k)}  # fmt: skip
-    reward = {p[: t + 1]: torch.randn(1, generator=g, dtype=torch.float64).item() for p in paths for t in range(len(p))}
+    reward = {
+        p[: t + 1]: torch.randn(1, generator=g, dtype=torch.float64).item()
+        for p in paths
+        for t in range(len(p))
+    }
 
     def V(state):
         return 0.0 if state not in policy else sum(policy[state][a] * Q(state, a) for a in range(3))
@@ -137,7 +158,10 @@ def test_an_exact_critics_advantage_is_q_minus_v_at_lambda_0_and_at_any_lambda_i
                 if lam == 0:
                     assert abs(advantages[i, t] - exact) < 1e-12
                 same = [j for j, q in enumerate(paths) if q[: t + 1] == p[: t + 1]]
-                assert abs((chance[same] * advantages[same, t]).sum() / chance[same].sum() - exact) < 1e-12
+                assert (
+                    abs((chance[same] * advantages[same, t]).sum() / chance[same].sum() - exact)
+                    < 1e-12
+                )
 
 
 def test_whitened_advantages_have_mean_0_and_spread_1_over_tokens_alone():
@@ -156,7 +180,14 @@ def test_whitened_advantages_have_mean_0_and_spread_1_over_tokens_alone():
 
 def test_the_clip_in_all_its_cells():
     """The truth table: which ratios may still move, by the sign of the advantage; and the minimum against a loop."""
-    for A, ratio, moves in [(1, 0.5, 1), (1, 1.0, 1), (1, 1.5, 0), (-1, 0.5, 0), (-1, 1.0, 1), (-1, 1.5, 1)]:
+    for A, ratio, moves in [
+        (1, 0.5, 1),
+        (1, 1.0, 1),
+        (1, 1.5, 0),
+        (-1, 0.5, 0),
+        (-1, 1.0, 1),
+        (-1, 1.5, 1),
+    ]:
         logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
         one = torch.ones(1, 1, dtype=torch.float64)
         clipped_loss(logprobs.exp(), A * one, one, 0.2, 0.3).backward()
@@ -183,7 +214,11 @@ def test_both_losses_against_loops_in_float64():
 
 def test_a_value_that_has_moved_far_enough_rests_and_one_that_went_away_comes_back():
     one = torch.ones(1, 1)
-    for value, moves in ((0.1, True), (0.5, False), (-0.5, True)):  # from 0, the return is 1, the clip 0.2
+    for value, moves in (
+        (0.1, True),
+        (0.5, False),
+        (-0.5, True),
+    ):  # from 0, the return is 1, the clip 0.2
         v = torch.full((1, 1), value, requires_grad=True)
         value_loss(v, 0 * one, one, one, 0.2).backward()
         assert (v.grad != 0).item() is moves
@@ -192,11 +227,16 @@ def test_a_value_that_has_moved_far_enough_rests_and_one_that_went_away_comes_ba
 def test_explained_variance():
     mask, randn = some()
     R = randn(6, 7)
-    assert explained_variance(R, R, mask, CPU) == 1 and abs(explained_variance(0 * R + 3, R, mask, CPU)) < 1e-12
+    assert (
+        explained_variance(R, R, mask, CPU) == 1
+        and abs(explained_variance(0 * R + 3, R, mask, CPU)) < 1e-12
+    )
     V, kept = randn(6, 7), R[mask]
     wanted = 1 - ((R - V)[mask].var(correction=0) / kept.var(correction=0)).item()
     assert abs(explained_variance(V, R, mask, CPU) - wanted) < 1e-12 and wanted < 0
-    assert explained_variance(V, 0 * R + 3, mask, CPU) is None, "nothing to explain, and nobody to blame"
+    assert explained_variance(V, 0 * R + 3, mask, CPU) is None, (
+        "nothing to explain, and nobody to blame"
+    )
 
 
 def test_the_kl_to_the_old_policy_is_estimated_without_bias_and_never_negative():
@@ -204,10 +244,14 @@ def test_the_kl_to_the_old_policy_is_estimated_without_bias_and_never_negative()
     _, randn = some()
     old, new = randn(9).log_softmax(0), randn(9).log_softmax(0)
     estimate = k3(old, new)
-    assert (estimate >= 0).all() and abs((old.exp() * estimate).sum() - (old.exp() * (old - new)).sum()) < 1e-12
+    assert (estimate >= 0).all() and abs(
+        (old.exp() * estimate).sum() - (old.exp() * (old - new)).sum()
+    ) < 1e-12
     small = 1e-5 * randn(1000)
     close = k3(torch.zeros(1000), small.float())
-    assert (close >= 0).all() and close.mean().item() == pytest.approx((small**2 / 2).mean().item(), rel=1e-3)
+    assert (close >= 0).all() and close.mean().item() == pytest.approx(
+        (small**2 / 2).mean().item(), rel=1e-3
+    )
 
 
 # --- one family ---
@@ -218,7 +262,12 @@ def batch_of_a_policy():
     s = rollout(model)
     s.rows_per_prompt = 1
     logprobs, _ = token_logprobs(model, s, list(range(16)), 1.0)
-    return model, s, logprobs, torch.rand(16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return (
+        model,
+        s,
+        logprobs,
+        torch.rand(16, generator=torch.Generator().manual_seed(5), dtype=torch.float64),
+    )
 
 
 def test_with_a_critic_of_0_it_is_reinforce_without_baseline():
@@ -232,7 +281,9 @@ def test_with_a_critic_of_0_it_is_reinforce_without_baseline():
     model, s, logprobs, r = batch_of_a_policy()
     b = reinforce.baselines(r, r, 4, "none")
     to_go = reinforce.rewards_to_go(token_rewards(r, none, s.mask, 0.0), 1.0)
-    theirs = gradient(model, reinforce.policy_loss(logprobs, logprobs.detach(), to_go - b[:, None], s.mask, 16)[0])
+    theirs = gradient(
+        model, reinforce.policy_loss(logprobs, logprobs.detach(), to_go - b[:, None], s.mask, 16)[0]
+    )
     assert (mine * s.mask.sum() / 16 - theirs).norm() < 1e-6 * theirs.norm() and mine.norm() > 0
 
 
@@ -308,7 +359,9 @@ def test_the_gradient_of_both_losses_is_the_same_however_the_step_is_cut(kind, s
     s.rows_per_prompt = shared
     with torch.no_grad():
         now, _ = token_logprobs(policy, s, list(range(16)), 1.0)
-    batch.old_logprobs = now + 0.4 * torch.sin(torch.arange(now.shape[1]) + torch.arange(16)[:, None])
+    batch.old_logprobs = now + 0.4 * torch.sin(
+        torch.arange(now.shape[1]) + torch.arange(16)[:, None]
+    )
     for tokens in (100_000, 90, 1):
         for m in (policy, trunk, head):
             m.zero_grad()
@@ -345,7 +398,9 @@ def test_no_gradient_reaches_a_value_after_the_end_nor_comes_from_there():
     values = values_of(head, completion_states(policy, s, [0, 1])[0])
     values.retain_grad()
     value_loss(values, 0 * values.detach(), torch.full((2, 4), 9.0), s.mask / 6, 0.0).backward()
-    assert (values.grad[0] != 0).tolist() == [True, True, False, False], "V before the EOS is trained, V after it is not"
+    assert (values.grad[0] != 0).tolist() == [True, True, False, False], (
+        "V before the EOS is trained, V after it is not"
+    )
 
 
 # --- a whole step, against one written out in float64 ---
@@ -379,14 +434,21 @@ def test_one_step_of_the_script_is_the_step_written_out(kind, whiten, tmp_path, 
          "learning_rate": 0.05, "critic_learning_rate": 0.2, "missing_eos_penalty": 0.4, "whiten": whiten, "max_grad_norm": 1e9}  # fmt: skip
     seen, honest = (
         {},
-        {name: getattr(common, name) for name in ("sample", "load_reference", "load_policy", "load_scalar", "make_optimizer")},
+        {
+            name: getattr(common, name)
+            for name in ("sample", "load_reference", "load_policy", "load_scalar", "make_optimizer")
+        },
     )
 
     def moved(model, seed):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for p in model.parameters():
-                p.add_(0.1 * torch.randn(p.shape, generator=generator) * (p.std() if p.numel() > 1 else 1.0))
+                p.add_(
+                    0.1
+                    * torch.randn(p.shape, generator=generator)
+                    * (p.std() if p.numel() > 1 else 1.0)
+                )
         return model
 
     def sample(model, *rest, **settings):
@@ -401,20 +463,28 @@ def test_one_step_of_the_script_is_the_step_written_out(kind, whiten, tmp_path, 
             with torch.no_grad():
                 (common.scalar_head(model) if kind == "separate" else model).weight.normal_(0, 0.2)
         seen[which] = copy.deepcopy(model).double()
-        seen[f"start_{which}"] = {k: p.detach().double().clone() for k, p in model.named_parameters()}
+        seen[f"start_{which}"] = {
+            k: p.detach().double().clone() for k, p in model.named_parameters()
+        }
         return torch.optim.SGD(model.parameters(), lr=rate)
 
     monkeypatch.setattr(ppo, "time", Clock())
     monkeypatch.setattr(common, "sample", sample)
     monkeypatch.setattr(common, "load_reference", lambda *a: moved(honest["load_reference"](*a), 1))
     monkeypatch.setattr(common, "make_optimizer", sgd)
-    (tmp_path / "r.py").write_text("def reward(completion, row):\n    return 0.3 * len(completion) - 1.0\n")
+    (tmp_path / "r.py").write_text(
+        "def reward(completion, row):\n    return 0.3 * len(completion) - 1.0\n"
+    )
     log = run(tmp_path, steps=1, critic=kind, reward=f"{tmp_path}/r.py:reward", prompts_per_step=8, max_new_tokens=7, epochs=2,
               minibatches=2, warmup=0, schedule="constant", **f)  # fmt: skip
     policy, critic, s = seen["policy"], seen["critic"], seen["samples"]
     reference = moved(honest["load_reference"](ppo.Args.model, CPU), 1).double()
-    rows = [(s.prompt_ids[i][s.prompt_mask[i]].tolist(), s.ids[i][s.mask[i]].tolist()) for i in range(8)]
-    assert not s.finished.all() and len({len(c) for _, c in rows}) > 2, "cut ones and unequal lengths"
+    rows = [
+        (s.prompt_ids[i][s.prompt_mask[i]].tolist(), s.ids[i][s.mask[i]].tolist()) for i in range(8)
+    ]
+    assert not s.finished.all() and len({len(c) for _, c in rows}) > 2, (
+        "cut ones and unequal lengths"
+    )
 
     with torch.no_grad():
         old = [logprobs_row(policy, p, c, f["temperature"]) for p, c in rows]
@@ -424,13 +494,21 @@ def test_one_step_of_the_script_is_the_step_written_out(kind, whiten, tmp_path, 
     for i, (_, c) in enumerate(rows):
         T = len(c)
         score = 0.3 * len(s.texts[i]) - 1.0 - (0.0 if s.finished[i] else f["missing_eos_penalty"])
-        r = [-f["beta"] * (old[i][t] - ref[i][t]).item() + (score if t == T - 1 else 0.0) for t in range(T)]
+        r = [
+            -f["beta"] * (old[i][t] - ref[i][t]).item() + (score if t == T - 1 else 0.0)
+            for t in range(T)
+        ]
         kl_ref += (old[i] - ref[i]).sum().item() / 8
         scores.append(0.3 * len(s.texts[i]) - 1.0)
         came.append([sum(f["gamma"] ** k * r[t + k] for k in range(T - t)) for t in range(T)])
         v = [*V[i].tolist(), 0.0]
         delta = [r[t] + f["gamma"] * v[t + 1] - v[t] for t in range(T)]
-        A.append([sum((f["gamma"] * f["lam"]) ** k * delta[t + k] for k in range(T - t)) for t in range(T)])
+        A.append(
+            [
+                sum((f["gamma"] * f["lam"]) ** k * delta[t + k] for k in range(T - t))
+                for t in range(T)
+            ]
+        )
         R.append([a + b for a, b in zip(A[-1], v)])
     everything = torch.tensor([a for row in A for a in row])
     came = torch.tensor([x for row in came for x in row])
@@ -456,7 +534,9 @@ def test_one_step_of_the_script_is_the_step_written_out(kind, whiten, tmp_path, 
         mean, spread = everything.mean().item(), everything.std(correction=0).item()
         A = [[(a - mean) / (spread + 1e-4) for a in row] for row in A]
 
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(common.fold(1, 1, 0, common.CUT))).view(2, 4)
+    order = torch.randperm(
+        8, generator=torch.Generator().manual_seed(common.fold(1, 1, 0, common.CUT))
+    ).view(2, 4)
     sums = collections.Counter()
     norms = {"policy": [], "critic": []}
     for epoch in range(2):
@@ -491,7 +571,10 @@ def test_one_step_of_the_script_is_the_step_written_out(kind, whiten, tmp_path, 
                 of_all = [p.grad.norm().item() for p in model.parameters() if p.grad is not None]
                 norms[name].append(math.hypot(*of_all))
             with torch.no_grad():
-                for model, rate in ((policy, f["learning_rate"]), (critic, f["critic_learning_rate"])):
+                for model, rate in (
+                    (policy, f["learning_rate"]),
+                    (critic, f["critic_learning_rate"]),
+                ):
                     for p in model.parameters():
                         if p.grad is not None:
                             p -= rate * p.grad
@@ -516,8 +599,14 @@ def test_one_step_of_the_script_is_the_step_written_out(kind, whiten, tmp_path, 
 
 
 def run(tmp_path, name="run", **flags):
-    ppo.train(ppo.Args(**{"out": str(tmp_path / name), "device": "cpu", "eval_data": "", "seed": 1} | flags))
-    return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    ppo.train(
+        ppo.Args(
+            **{"out": str(tmp_path / name), "device": "cpu", "eval_data": "", "seed": 1} | flags
+        )
+    )
+    return [
+        json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def critics(tmp_path, name):
@@ -531,10 +620,20 @@ SMALL = {"prompts_per_step": 16, "max_new_tokens": 12}
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_first_ratio_is_1_and_the_kl_0_and_later_ones_are_not(critic, checkpointing, tmp_path):
     """Field notes, test 2, in a run: with checkpointing, another temperature and several samples a prompt, exactly."""
-    flags = SMALL | {"temperature": 0.7, "warmup": 0, "learning_rate": 1e-3, "samples_per_prompt": 2}
+    flags = SMALL | {
+        "temperature": 0.7,
+        "warmup": 0,
+        "learning_rate": 1e-3,
+        "samples_per_prompt": 2,
+    }
     m = run(tmp_path, steps=2, critic=critic, gradient_checkpointing=checkpointing, **flags)
     for row in m[1:]:
-        assert row["ratio/first"] == 0 and row["kl/sample"] < 1e-5 and row["kl/old"] > 0 and row["ratio/mean"] != 1
+        assert (
+            row["ratio/first"] == 0
+            and row["kl/sample"] < 1e-5
+            and row["kl/old"] > 0
+            and row["ratio/mean"] != 1
+        )
     assert m[1]["kl/ref"] == 0 == m[1]["kl/penalty"] and m[2]["kl/ref"] != 0
     assert m[2]["kl/penalty"] == pytest.approx(0.05 * m[2]["kl/ref"])
     assert abs(m[1]["value/explained"]) < 1e-9, "a head of 0 explains nothing yet"
@@ -544,10 +643,19 @@ def test_the_first_ratio_is_1_and_the_kl_0_and_later_ones_are_not(critic, checkp
 def test_a_bandits_rewarded_token_becomes_likelier(critic, tmp_path):
     """Field notes, test 9: one prompt, one token, and only `7` pays. Its critic learns what it pays."""
     data = prompts_file(tmp_path, [{"prompt": "42=", "answer": "7"}])
-    flags = {"prompts_per_step": 64, "max_new_tokens": 1, "warmup": 0, "learning_rate": 1e-3, "critic_learning_rate": 3e-3}
+    flags = {
+        "prompts_per_step": 64,
+        "max_new_tokens": 1,
+        "warmup": 0,
+        "learning_rate": 1e-3,
+        "critic_learning_rate": 3e-3,
+    }
     m = run(tmp_path, data=data, steps=25, beta=0.0, critic=critic, schedule="constant", **flags)
     assert m[1]["reward"] < 0.3 and m[-1]["reward"] > 0.9 and "kl/ref" not in m[1]
-    assert m[-1]["value/loss"] < 0.5 * max(row["value/loss"] for row in m[1:]) and m[-1]["value/loss"] < 0.05
+    assert (
+        m[-1]["value/loss"] < 0.5 * max(row["value/loss"] for row in m[1:])
+        and m[-1]["value/loss"] < 0.05
+    )
 
 
 @pytest.mark.parametrize("critic", CRITICS)
@@ -559,7 +667,9 @@ def test_resuming_is_never_having_stopped(critic, tmp_path):
     resumed = run(tmp_path, "b", steps=4, schedule="constant", resume=True, **flags)
     clocks = ("time/sample", "time/train", "tokens_per_second", "memory_gib")
     for a, b in zip(straight, resumed, strict=True):
-        assert {k: v for k, v in a.items() if k not in clocks} == {k: v for k, v in b.items() if k not in clocks}
+        assert {k: v for k, v in a.items() if k not in clocks} == {
+            k: v for k, v in b.items() if k not in clocks
+        }
     for kept in (weights, critics):
         a, b = kept(tmp_path, "a"), kept(tmp_path, "b")
         assert all(torch.equal(a[k], b[k]) for k in a) and any(a[k].abs().sum() > 0 for k in a)
@@ -569,18 +679,35 @@ def test_resuming_is_never_having_stopped(critic, tmp_path):
 def test_while_the_critic_warms_up_the_policy_rests(critic, tmp_path):
     run(tmp_path, "warm", steps=1, critic=critic, critic_warmup=1, warmup=0, **SMALL)
     run(tmp_path, "cold", steps=1, critic=critic, warmup=0, **SMALL)
-    assert "entropy" not in json.loads((tmp_path / "warm" / "metrics.jsonl").read_text().splitlines()[1])
+    assert "entropy" not in json.loads(
+        (tmp_path / "warm" / "metrics.jsonl").read_text().splitlines()[1]
+    )
     start = dict(common.load_policy(ppo.Args.model, CPU).named_parameters())
     warm, cold = weights(tmp_path, "warm"), weights(tmp_path, "cold")
-    assert all(torch.equal(warm[k], start[k]) for k in start) and not all(torch.equal(cold[k], start[k]) for k in start)
-    assert any(v.abs().sum() > 0 for k, v in critics(tmp_path, "warm").items() if "score" in k or critic == "shared")
+    assert all(torch.equal(warm[k], start[k]) for k in start) and not all(
+        torch.equal(cold[k], start[k]) for k in start
+    )
+    assert any(
+        v.abs().sum() > 0
+        for k, v in critics(tmp_path, "warm").items()
+        if "score" in k or critic == "shared"
+    )
 
 
 def test_the_updates_of_a_rollout_end_when_the_kl_has_passed_its_stop(tmp_path):
-    flags = SMALL | {"steps": 2, "epochs": 4, "minibatches": 2, "learning_rate": 3e-4, "warmup": 0, "schedule": "constant"}
+    flags = SMALL | {
+        "steps": 2,
+        "epochs": 4,
+        "minibatches": 2,
+        "learning_rate": 3e-4,
+        "warmup": 0,
+        "schedule": "constant",
+    }
     free, held, tight = (run(tmp_path, f"k{k}", kl_stop=k, **flags) for k in (0.0, 0.02, 1e-9))
     assert free[2]["updates"] == 8 and 1 <= held[2]["updates"] < 8
-    assert tight[1]["updates"] == tight[2]["updates"] == 1, "the first finds a KL of exactly 0, the second anything else"
+    assert tight[1]["updates"] == tight[2]["updates"] == 1, (
+        "the first finds a KL of exactly 0, the second anything else"
+    )
 
 
 def test_the_kl_stop_is_in_nats_a_completion_of_one_update(tmp_path, monkeypatch):
@@ -674,14 +801,23 @@ def test_flags_that_contradict_each_other_are_one_line(flags, words, tmp_path, c
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, **flags)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert (
+        stop.value.code == 2
+        and words in error
+        and error.count("\n") == 1
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_a_family_without_a_sequence_classifier_is_told_of_the_shared_critic(tmp_path, capsys):
     model, tokenizer = family("mamba"), make_tokenizer()
     model.save_pretrained(tmp_path / "mamba"), tokenizer.save_pretrained(tmp_path / "mamba")
     with pytest.raises(SystemExit) as stop:
-        run(tmp_path, model=str(tmp_path / "mamba"), data=prompts_file(tmp_path, [{"prompt": "w5", "answer": "w6"}]))
+        run(
+            tmp_path,
+            model=str(tmp_path / "mamba"),
+            data=prompts_file(tmp_path, [{"prompt": "w5", "answer": "w6"}]),
+        )
     assert stop.value.code == 2 and "--critic shared" in capsys.readouterr().err
 
 
@@ -691,11 +827,15 @@ def test_what_each_method_holds_counted_both_ways():
 
     count, rows = held(llama_8b())
     assert abs(count / 8e9 - 1) < 0.005
-    slides, here = ({name: [x / count for x in of[i::2]] for name, of in rows.items()} for i in (0, 1))
+    slides, here = (
+        {name: [x / count for x in of[i::2]] for name, of in rows.items()} for i in (0, 1)
+    )
     ppo_name = "PPO with its KL, a separate critic"
     assert slides[ppo_name][1] * 8 == 128 and slides["GRPO with its KL"][1] * 8 == 80
     assert here[ppo_name] == [2 * (4 + 4 + 8) + 2 + 2, 2 * (4 + 4 + 8) + 2 * 2 + 2]
-    assert here["GRPO without (beta 0)"][1] == 16 + 2 + 2 and here["DPO, reference scored before"] == [16]
+    assert here["GRPO without (beta 0)"][1] == 16 + 2 + 2 and here[
+        "DPO, reference scored before"
+    ] == [16]
     config = common.read_config(ppo.Args.model)
     count, rows = held(config)
     world = World(0, 1, torch.device("cpu"), torch.float32)
@@ -708,5 +848,12 @@ def test_a_reward_model_of_the_policys_context_reads_cut_completions(tmp_path):
     critic, tokenizer = common.load_scalar(ppo.Args.model, CPU, common.load_tokenizer(ppo.Args.model), 0.5), common.load_tokenizer(ppo.Args.model)  # fmt: skip
     common.save_model(critic, tokenizer, tmp_path / "judge", CPU)
     data = prompts_file(tmp_path, [{"prompt": "421357689=", "answer": "1"}])
-    m = run(tmp_path, data=data, reward=str(tmp_path / "judge"), steps=1, prompts_per_step=64, temperature=3.0)
+    m = run(
+        tmp_path,
+        data=data,
+        reward=str(tmp_path / "judge"),
+        steps=1,
+        prompts_per_step=64,
+        temperature=3.0,
+    )
     assert m[1]["truncated"] > 0

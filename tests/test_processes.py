@@ -18,7 +18,12 @@ LENGTHS = [10, 9, 10, 3, 2, 4]  # tokens that count: the first half of the rows 
 def stand_in_loss(model, rows):
     """Mean log-probability over the tokens of the WHOLE batch: each process divides by the global count."""
     ids, total = BATCH[rows], sum(n - 1 for n in LENGTHS)
-    logprobs = model(input_ids=ids).logits.float().log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    logprobs = (
+        model(input_ids=ids)
+        .logits.float()
+        .log_softmax(-1)[:, :-1]
+        .gather(2, ids[:, 1:, None])[..., 0]
+    )
     mask = torch.arange(1, 10) < torch.tensor([LENGTHS[r] for r in rows])[:, None]
     return -(logprobs * mask).sum() / total
 
@@ -45,7 +50,10 @@ def one_step(folder, out, checkpointing):
     stand_in_loss(model, rows).backward()
     again = {k: whole(p.grad).clone() for k, p in model.named_parameters()}
     if world.rank == 0:
-        torch.save({"grads": grads, "norm": norm, "ids": s.ids, "logprobs": s.logprobs, "again": again}, out / "result.pt")
+        torch.save(
+            {"grads": grads, "norm": norm, "ids": s.ids, "logprobs": s.logprobs, "again": again},
+            out / "result.pt",
+        )
 
 
 def close(a, b, tolerance=1e-6):
@@ -105,7 +113,9 @@ def sample_and_train(folder, out, dtype):
                 with torch.profiler.profile() as seen:
                     drawn.append(sample(model, tokenizer, prompts, n=2, max_new_tokens=6, seed=3))
                 events = {event.key: event.count for event in seen.key_averages()}
-                forwards = 1 + max(s.ids.shape[1] for s in drawn)  # the root's hooks run in each, and no block's
+                forwards = 1 + max(
+                    s.ids.shape[1] for s in drawn
+                )  # the root's hooks run in each, and no block's
                 assert 0 < events["FSDP::pre_forward"] <= forwards
             else:
                 model.zero_grad()
@@ -122,7 +132,9 @@ def sample_and_train(folder, out, dtype):
 
 
 @pytest.mark.parametrize("size, dtype", [(1, "bfloat16"), (2, "float32")])
-def test_sampling_runs_none_of_fsdps_hooks_and_training_after_it_is_as_before(size, dtype, tmp_path):
+def test_sampling_runs_none_of_fsdps_hooks_and_training_after_it_is_as_before(
+    size, dtype, tmp_path
+):
     """The hooks take time of the CPU for every token. They are private attributes of torch's modules, and a
     forward that trained without them would leave every gradient where it is."""
     family("qwen2", tie_word_embeddings=True).save_pretrained(tmp_path / "start")
@@ -135,7 +147,11 @@ def test_a_model_without_blocks_is_refused_and_not_left_untrained(tmp_path, capf
     import transformers
 
     config = transformers.BioGptConfig(
-        vocab_size=48, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32
+        vocab_size=48,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=32,
     )
     model = transformers.BioGptForCausalLM(config)
     if model._no_split_modules:
@@ -163,13 +179,20 @@ def test_saved_on_two_processes_loaded_on_one(tmp_path):
     assert state["step"] == 1 and state["world"] == 2
     common.load_checkpoint(state, {"policy": model}, {"policy": optimizer})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    assert type(plain).__name__ == "LlamaForCausalLM" and plain.config.architectures == ["LlamaForCausalLM"]
+    assert type(plain).__name__ == "LlamaForCausalLM" and plain.config.architectures == [
+        "LlamaForCausalLM"
+    ]
     for (k, a), (_, b) in zip(model.state_dict().items(), plain.state_dict().items()):
         assert torch.equal(a, b), k
     moments = state["optimizers"]["policy"]
     for i, p in enumerate(model.parameters()):
-        assert moments[i]["exp_avg"].shape == p.shape and torch.equal(optimizer.state[p]["exp_avg"], moments[i]["exp_avg"])
-        assert optimizer.state[p]["exp_avg_sq"].abs().sum() > 0 and optimizer.state[p]["step"].item() == 1
+        assert moments[i]["exp_avg"].shape == p.shape and torch.equal(
+            optimizer.state[p]["exp_avg"], moments[i]["exp_avg"]
+        )
+        assert (
+            optimizer.state[p]["exp_avg_sq"].abs().sum() > 0
+            and optimizer.state[p]["step"].item() == 1
+        )
 
 
 def train(flags):
@@ -181,7 +204,9 @@ def train(flags):
 def test_reinforce_on_two_processes_is_reinforce_on_one(tmp_path):
     """The same global batch (demonstrations, so that nothing is drawn), unequal lengths per process, a micro-batch budget
     that gives the processes unequal numbers of parts: the same weights; and saved on two, resumed on one."""
-    rows = [{"prompt": "5" * (1 + i % 4) + "=", "answer": "7" * (1 + (5 * i) % 11)} for i in range(8)]
+    rows = [
+        {"prompt": "5" * (1 + i % 4) + "=", "answer": "7" * (1 + (5 * i) % 11)} for i in range(8)
+    ]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     flags = {
         "demos": str(tmp_path / "d.jsonl"),
@@ -195,7 +220,10 @@ def test_reinforce_on_two_processes_is_reinforce_on_one(tmp_path):
     one, two = (common.read_checkpoint(tmp_path / n)["models"]["policy"] for n in ("one", "two"))
     for k in one:
         assert (one[k] - two[k]).abs().max() < 1e-5, k
-    logs = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    logs = [
+        [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    ]
     for a, b in zip(*logs):
         for k in ("loss", "grad_norm", "entropy", "length"):
             assert abs(a.get(k, 0) - b.get(k, 0)) < 1e-3 * max(1, abs(a.get(k, 0))), k
@@ -215,7 +243,11 @@ def test_reinforce_samples_and_evaluates_on_two_processes(tmp_path):
     }
     run(train, 2, flags | {"out": str(tmp_path / "two")})
     log = [json.loads(x) for x in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
-    assert [m["step"] for m in log] == [0, 1, 2] and log[1]["kl/ref"] == 0 and log[1]["ratio/first"] == 0
+    assert (
+        [m["step"] for m in log] == [0, 1, 2]
+        and log[1]["kl/ref"] == 0
+        and log[1]["ratio/first"] == 0
+    )
     assert log[1]["kl/sample"] < 1e-5
     assert log[0]["eval/exact"] * 512 == pytest.approx(160, abs=1), "that of the greedy completions"
     assert (tmp_path / "two" / "model" / "model.safetensors").is_file()
@@ -229,7 +261,9 @@ def grpo_gradient(folder, out, dtype="float32"):
     model = load_policy(folder, world)
     model.generation_config.eos_token_id = [1, 5, 9, 20]
     prompts = [[7, 12, 3], [5, 9, 11, 30, 31, 14], [6], [33, 21]]
-    s = sample(model, make_tokenizer(), prompts, n=4, max_new_tokens=8, seed=3)  # the same on every process
+    s = sample(
+        model, make_tokenizer(), prompts, n=4, max_new_tokens=8, seed=3
+    )  # the same on every process
     A = torch.randn(16, generator=torch.Generator().manual_seed(0))
     mine = list(range(16))[world.rank * 16 // world.size : (world.rank + 1) * 16 // world.size]
     results = {}
@@ -242,10 +276,14 @@ def grpo_gradient(folder, out, dtype="float32"):
                 logprobs, _ = grpo.token_logprobs(model, s, part, 1.0)
                 w = weights[part, : logprobs.shape[1]]
                 rows = torch.tensor(part)
-                old = logprobs.detach() + 0.4 * torch.sin(torch.arange(logprobs.shape[1]) + rows[:, None])
+                old = logprobs.detach() + 0.4 * torch.sin(
+                    torch.arange(logprobs.shape[1]) + rows[:, None]
+                )
                 loss = grpo.clipped_loss((logprobs - old).exp(), A[rows, None], w, 0.2, 0.2)
                 (loss + 0.1 * (grpo.k3(logprobs, old) * w).sum()).backward()
-            results[aggregate, group] = {k: whole(p.grad).clone() for k, p in model.named_parameters()}
+            results[aggregate, group] = {
+                k: whole(p.grad).clone() for k, p in model.named_parameters()
+            }
             model.zero_grad()
     if world.rank == 0:
         torch.save({"results": results, "ids": s.ids}, out)
@@ -308,12 +346,16 @@ def test_grpo_on_two_processes_draws_again_moves_its_reference_and_resumes_on_on
     }
     run(train_grpo, 2, flags)
     log = [json.loads(x) for x in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
-    assert [m["step"] for m in log] == [0, 1, 2] and log[1]["kl/ref"] == log[2]["kl/ref"] == 0, "the reference is the policy"
+    assert [m["step"] for m in log] == [0, 1, 2] and log[1]["kl/ref"] == log[2]["kl/ref"] == 0, (
+        "the reference is the policy"
+    )
     assert 0 < log[0]["eval/pass@1"] < log[0]["eval/pass@2"]
     saved = common.read_checkpoint(tmp_path / "two")["models"]
     assert all(torch.equal(saved["reference"][k], saved["policy"][k]) for k in saved["policy"])
     before = dict(load_policy(grpo_model(), start("cpu")).named_parameters())
-    assert all(not torch.equal(saved["policy"][k], before[k]) for k in before), "two processes learn, too"
+    assert all(not torch.equal(saved["policy"][k], before[k]) for k in before), (
+        "two processes learn, too"
+    )
     train_grpo(flags | {"resume": True, "steps": 3})
     assert common.read_checkpoint(tmp_path / "two")["step"] == 3
 
@@ -350,13 +392,27 @@ def test_a_reward_model_on_two_processes_is_one_on_one(tmp_path):
     one, two = (common.read_checkpoint(tmp_path / n)["models"]["model"] for n in ("one", "two"))
     for k in one:
         assert (one[k] - two[k]).abs().max() < 1e-5, k
-    logs = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    logs = [
+        [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    ]
     for a, b in zip(*logs):
-        for k in ("loss", "accuracy", "margin", "grad_norm", "eval/accuracy", "eval/margin", "eval/calibration"):
+        for k in (
+            "loss",
+            "accuracy",
+            "margin",
+            "grad_norm",
+            "eval/accuracy",
+            "eval/margin",
+            "eval/calibration",
+        ):
             assert abs(a.get(k, 0) - b.get(k, 0)) < 1e-3 * max(1, abs(a.get(k, 0))), k
     assert logs[1][-1]["best_of/kl@2"] > 0 and len(logs[0]) == len(logs[1]) == 5
     scores = [
-        common.load_scorer(str(tmp_path / n / "model"), start("cpu"))(["12578"], [{"prompt": "52817="}]) for n in ("one", "two")
+        common.load_scorer(str(tmp_path / n / "model"), start("cpu"))(
+            ["12578"], [{"prompt": "52817="}]
+        )
+        for n in ("one", "two")
     ]
     assert abs(scores[0][0] - scores[1][0]) < 1e-3, "the folded heads"
     train_reward_model(flags | {"out": str(tmp_path / "two"), "resume": True, "steps": 4})
@@ -368,8 +424,14 @@ def train_ppo(flags):
     import ppo
 
     def stand_in(model, tokenizer, prompts, *, n=1, **settings):
-        texts = [p[::-1] + p[: 1 + len(p) // 2] + [tokenizer.eos_token_id] for p in prompts for _ in range(n)]
-        return common.as_samples([p for p in prompts for _ in range(n)], texts, tokenizer, start("cpu"))
+        texts = [
+            p[::-1] + p[: 1 + len(p) // 2] + [tokenizer.eos_token_id]
+            for p in prompts
+            for _ in range(n)
+        ]
+        return common.as_samples(
+            [p for p in prompts for _ in range(n)], texts, tokenizer, start("cpu")
+        )
 
     honest, common.sample = common.sample, stand_in
     try:
@@ -406,15 +468,30 @@ def test_ppo_on_two_processes_is_ppo_on_one(critic, tmp_path):
     run(train_ppo, 2, flags | {"out": str(tmp_path / "two")})
     saved = [common.read_checkpoint(tmp_path / n)["models"] for n in ("one", "two")]
     before = dict(load_policy(grpo_model(), start("cpu")).named_parameters())
-    assert all(not torch.equal(saved[1]["policy"][k], before[k]) for k in before), "two processes learn, too"
+    assert all(not torch.equal(saved[1]["policy"][k], before[k]) for k in before), (
+        "two processes learn, too"
+    )
     for which in ("policy", "critic"):
         for k, a in saved[0][which].items():
             # of the way it has come: Adam makes a step of the size of the rate out of a gradient that is 0 but for rounding
             way = a - before[k] if which == "policy" else a
             assert (a - saved[1][which][k]).norm() < 1e-3 * way.norm(), (which, k)
-    logs = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    logs = [
+        [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    ]
     for a, b in zip(*logs, strict=True):
-        for k in ("reward", "loss", "value/loss", "value/explained", "returns", "kl/ref", "kl/old", "updates", "grad_norm"):
+        for k in (
+            "reward",
+            "loss",
+            "value/loss",
+            "value/explained",
+            "returns",
+            "kl/ref",
+            "kl/old",
+            "updates",
+            "grad_norm",
+        ):
             assert abs(a.get(k, 0) - b.get(k, 0)) < 1e-3 * max(1, abs(a.get(k, 0))), k
     assert logs[0][-1]["value/explained"] > 0.05, "and the critic has learnt something"
     train_ppo(flags | {"out": str(tmp_path / "two"), "resume": True, "steps": 5})
@@ -451,9 +528,21 @@ def test_dpo_on_two_processes_is_dpo_on_one(tmp_path):
     before = dict(load_policy(grpo_model(), start("cpu")).named_parameters())
     for k in one:
         assert (one[k] - two[k]).norm() < 1e-3 * (one[k] - before[k]).norm(), k
-    logs = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    logs = [
+        [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    ]
     for a, b in zip(*logs, strict=True):
-        for k in ("loss", "accuracy", "margin", "grad_norm", "eval/accuracy", "eval/margin", "eval/loss", "logprobs/chosen"):
+        for k in (
+            "loss",
+            "accuracy",
+            "margin",
+            "grad_norm",
+            "eval/accuracy",
+            "eval/margin",
+            "eval/loss",
+            "logprobs/chosen",
+        ):
             if k == "accuracy" and a["step"] == 1:
                 continue  # policy and reference are equal: which side is ahead is rounding
             assert abs(a.get(k, 0) - b.get(k, 0)) < 1e-3 * max(1, abs(a.get(k, 0))), k
@@ -469,12 +558,20 @@ def train_on_given_samples(everything, out):
     import importlib
 
     def stand_in(model, tokenizer, prompts, *, n=1, **settings):
-        texts = [p[::-1] + p[: 1 + (len(p) + j) % len(p)] + [tokenizer.eos_token_id] for p in prompts for j in range(n)]
-        return common.as_samples([p for p in prompts for _ in range(n)], texts, tokenizer, start("cpu"))
+        texts = [
+            p[::-1] + p[: 1 + (len(p) + j) % len(p)] + [tokenizer.eos_token_id]
+            for p in prompts
+            for j in range(n)
+        ]
+        return common.as_samples(
+            [p for p in prompts for _ in range(n)], texts, tokenizer, start("cpu")
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "sample", stand_in)
-        patch.setattr(common.dist, "destroy_process_group", lambda: None)  # one group for all of them
+        patch.setattr(
+            common.dist, "destroy_process_group", lambda: None
+        )  # one group for all of them
         for script, flags in everything.items():
             module = importlib.import_module(script)
             module.train(module.Args(device="cpu", out=f"{out}/{script}", **flags))
@@ -488,10 +585,25 @@ def test_one_two_and_four_processes_make_the_same_weights(tmp_path):
 
     rows = [{"prompt": f"{'9241736'[: 3 + i % 5]}=", "answer": "1"} for i in range(8)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "r.py").write_text("def f(completion, row):\n    return len(completion) * 0.3 - completion.count('2')\n")
-    (tmp_path / "p.jsonl").write_text("\n".join((dpo.TINY / "pairs_train.jsonl").read_text().splitlines()[:16]))
-    flags = {"steps": 5, "learning_rate": 2e-4, "tokens_per_micro_batch": 60, "warmup": 2, "eval_data": ""}
-    rollouts = flags | {"data": f"{tmp_path}/d.jsonl", "prompts_per_step": 8, "reward": f"{tmp_path}/r.py:f", "beta": 0.05}
+    (tmp_path / "r.py").write_text(
+        "def f(completion, row):\n    return len(completion) * 0.3 - completion.count('2')\n"
+    )
+    (tmp_path / "p.jsonl").write_text(
+        "\n".join((dpo.TINY / "pairs_train.jsonl").read_text().splitlines()[:16])
+    )
+    flags = {
+        "steps": 5,
+        "learning_rate": 2e-4,
+        "tokens_per_micro_batch": 60,
+        "warmup": 2,
+        "eval_data": "",
+    }
+    rollouts = flags | {
+        "data": f"{tmp_path}/d.jsonl",
+        "prompts_per_step": 8,
+        "reward": f"{tmp_path}/r.py:f",
+        "beta": 0.05,
+    }
     pairs = flags | {"data": f"{tmp_path}/p.jsonl", "pairs_per_step": 8, "eval_prompts": ""}
     everything = {
         "reinforce": rollouts | {"samples_per_prompt": 4},
@@ -508,9 +620,15 @@ def test_one_two_and_four_processes_make_the_same_weights(tmp_path):
         one, two, four = (common.read_checkpoint(tmp_path / n / script)["models"] for n in "124")
         for name, weights in one.items():
             for k, w in weights.items():
-                assert max((w - other[name][k]).abs().max() for other in (two, four)) < 1e-5, (script, name, k)
+                assert max((w - other[name][k]).abs().max() for other in (two, four)) < 1e-5, (
+                    script,
+                    name,
+                    k,
+                )
         policy = next(iter(one.values()))
-        assert all((policy[k] - w).abs().max() > 1e-4 for k, w in before.items() if k in policy), f"{script} has learnt nothing"
+        assert all((policy[k] - w).abs().max() > 1e-4 for k, w in before.items() if k in policy), (
+            f"{script} has learnt nothing"
+        )
 
 
 def fail_in_one(folder):
@@ -599,7 +717,9 @@ def test_processes_that_see_different_checkpoints_stop_before_they_spoil_one(tmp
     for script in everything:
         assert [(tmp_path / f"{script}.{rank}").read_text() for rank in range(2)] == ["2", "2"]
         assert (tmp_path / script / "checkpoint" / "000005.pt").exists()
-    words = "the last checkpoint is of step [5, 0], in the order of the processes; put --out on a disk"
+    words = (
+        "the last checkpoint is of step [5, 0], in the order of the processes; put --out on a disk"
+    )
     assert said.count(words) == len(everything), said
 
 

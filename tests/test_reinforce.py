@@ -42,7 +42,9 @@ def enumerable(vocab=5, length=3, seed=0):
     model = family("llama", vocab_size=vocab, num_hidden_layers=1, scale=0.7).double()
     completions = [c for k in range(1, length + 1) for c in itertools.product(range(vocab), repeat=k)
                    if 1 not in c[:-1] and (c[-1] == 1 or k == length)]  # fmt: skip
-    s = as_samples([[0, 2]] * len(completions), [list(c) for c in completions], make_tokenizer(), CPU)
+    s = as_samples(
+        [[0, 2]] * len(completions), [list(c) for c in completions], make_tokenizer(), CPU
+    )
     return model, s
 
 
@@ -58,14 +60,22 @@ def gradient(model, loss):
 
 
 def some_rewards(s, seed=1):
-    return torch.rand(len(s.ids), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3 - 1
+    return (
+        torch.rand(len(s.ids), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        * 3
+        - 1
+    )
 
 
 # --- the policy gradient theorem (lectures: the log-derivative trick) ---
 
 
-@pytest.mark.parametrize("kind, samples", [("none", 1), ("loo", 2), ("prompt", 2), ("batch", 2), ("loo", 3)])
-def test_the_expected_gradient_is_that_of_the_expected_reward_up_to_the_baselines_factor(kind, samples):
+@pytest.mark.parametrize(
+    "kind, samples", [("none", 1), ("loo", 2), ("prompt", 2), ("batch", 2), ("loo", 3)]
+)
+def test_the_expected_gradient_is_that_of_the_expected_reward_up_to_the_baselines_factor(
+    kind, samples
+):
     """Every possible batch of n independent completions, each weighed with its probability: the mean of the estimator's
     gradient is the exact gradient of E[r], times 1 - 1/n where the mean contains the sample itself."""
     model, s = enumerable(vocab=3, length=2)
@@ -81,9 +91,13 @@ def test_the_expected_gradient_is_that_of_the_expected_reward_up_to_the_baseline
     for batch in itertools.product(range(len(p)), repeat=samples):
         rows = list(batch)
         b = baselines(reward[rows], reward[rows], samples, kind)
-        to_go = rewards_to_go(token_rewards(reward[rows], torch.zeros_like(logprobs[rows]), s.mask[rows], 0.0), 1.0)
+        to_go = rewards_to_go(
+            token_rewards(reward[rows], torch.zeros_like(logprobs[rows]), s.mask[rows], 0.0), 1.0
+        )
         advantages = (to_go - b[:, None]) * s.mask[rows]
-        one, _ = policy_loss(logprobs[rows], logprobs[rows].detach(), advantages, s.mask[rows], samples)
+        one, _ = policy_loss(
+            logprobs[rows], logprobs[rows].detach(), advantages, s.mask[rows], samples
+        )
         loss = loss + p[rows].prod() * one
     got = gradient(model, loss)
     factor = 1 - 1 / samples if kind in ("prompt", "batch") else 1.0
@@ -99,7 +113,9 @@ def test_a_token_mean_would_be_the_gradient_of_another_objective():
     logprobs = exact_logprobs(model, s)
     p = logprobs.sum(1).exp().detach()
     mean = gradient(model, -(p * reward * logprobs.sum(1) / s.mask.sum(1)).sum())
-    assert torch.cosine_similarity(mean, wanted, 0) < 0.998  # off by five degrees; the right one is exact to 1e-5
+    assert (
+        torch.cosine_similarity(mean, wanted, 0) < 0.998
+    )  # off by five degrees; the right one is exact to 1e-5
 
 
 @pytest.mark.parametrize("beta", [0.3, 1.0])
@@ -150,7 +166,10 @@ def test_rewards_to_go_against_brute_force_sums():
         got = rewards_to_go(token_rewards(scores, kl, mask, beta), gamma)
         for i in range(4):
             T = int(mask[i].sum())
-            r = [-beta * kl[i, t].item() + (scores[i].item() if t == T - 1 else 0.0) for t in range(T)]
+            r = [
+                -beta * kl[i, t].item() + (scores[i].item() if t == T - 1 else 0.0)
+                for t in range(T)
+            ]
             for t in range(7):
                 wanted = sum(gamma ** (u - t) * r[u] for u in range(t, T)) if t < T else 0.0
                 assert abs(got[i, t].item() - wanted) < 1e-5
@@ -160,7 +179,10 @@ def test_at_gamma_1_and_beta_0_every_token_has_the_whole_reward():
     """Then reward-to-go is the whole-sequence form of the gradient."""
     mask = torch.arange(5) < torch.tensor([5, 2])[:, None]
     scores = torch.tensor([2.0, -1.0])
-    assert torch.equal(rewards_to_go(token_rewards(scores, torch.randn(2, 5), mask, 0.0), 1.0), scores[:, None] * mask)
+    assert torch.equal(
+        rewards_to_go(token_rewards(scores, torch.randn(2, 5), mask, 0.0), 1.0),
+        scores[:, None] * mask,
+    )
 
 
 # --- baselines and their variance ---
@@ -173,7 +195,9 @@ def test_baselines_by_hand():
     torch.testing.assert_close(b["batch"], torch.full((6,), 4 / 6))
     torch.testing.assert_close(b["prompt"], torch.tensor([1 / 3] * 3 + [1.0] * 3))
     torch.testing.assert_close(b["loo"], torch.tensor([0.0, 0.5, 0.5, 1.0, 1.0, 1.0]))
-    torch.testing.assert_close(spread(r, r, 3, "loo"), torch.tensor([3**-0.5 + 1e-4] * 3 + [1.0] * 3))
+    torch.testing.assert_close(
+        spread(r, r, 3, "loo"), torch.tensor([3**-0.5 + 1e-4] * 3 + [1.0] * 3)
+    )
     everyone = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0])
     assert baselines(r, everyone, 3, "batch")[0] == 0.5, "the batch is that of all processes"
 
@@ -224,7 +248,9 @@ def test_normalize_divides_by_the_spread_of_the_scores_and_makes_nothing_large_o
     mask = torch.ones(8, 1, dtype=torch.bool)
     A = token_advantages(scores, kl[:, None], mask, args, CPU)[:, 0]
     totals = scores - 9 * kl
-    torch.testing.assert_close(A, (totals - baselines(totals, totals, 4, kind)) / torch.tensor(wanted))
+    torch.testing.assert_close(
+        A, (totals - baselines(totals, totals, 4, kind)) / torch.tensor(wanted)
+    )
 
 
 def test_the_batchs_spread_is_that_of_all_processes():
@@ -240,14 +266,19 @@ def test_the_lectures_centred_variable():
     g = torch.Generator().manual_seed(0)
     x = 95 + 10 * torch.rand(200_000, generator=g, dtype=torch.float64)
     y = torch.randint(0, 2, (200_000,), generator=g).double() * 2 - 1
-    assert abs((x * y).var() - (100**2 + 100 / 12)) < 50 and abs(((x - 100) * y).var() - 100 / 12) < 0.1
+    assert (
+        abs((x * y).var() - (100**2 + 100 / 12)) < 50
+        and abs(((x - 100) * y).var() - 100 / 12) < 0.1
+    )
     assert abs((x * y).mean()) < 1 and abs(((x - 100) * y).mean()) < 0.03
 
 
 def two_states():
     """Two prompts, two actions each, a policy that tosses a coin: in the first the actions pay 10 and 11, in the second
     0 and 1. Scores of all four cases and the gradient's factor d log pi / d logit = +-1/2."""
-    return torch.tensor([10.0, 11.0, 0.0, 1.0], dtype=torch.float64), torch.tensor([-0.5, 0.5, -0.5, 0.5], dtype=torch.float64)
+    return torch.tensor([10.0, 11.0, 0.0, 1.0], dtype=torch.float64), torch.tensor(
+        [-0.5, 0.5, -0.5, 0.5], dtype=torch.float64
+    )
 
 
 def test_the_two_state_example_as_numbers():
@@ -263,7 +294,11 @@ def test_the_two_state_example_as_numbers():
     assert centred.tolist() == [0.25, 0.25, 0.25, 0.25]
     batch = (r - r.mean()) * score  # one mean for both states
     variances = [x.var(correction=0).item() for x in (raw, batch, centred)]
-    assert variances == [(25 + 30.25 + 0 + 0.25) / 4 - 1 / 16, (2 * 20.25 / 4 + 2 * 30.25 / 4) / 4 - 1 / 16, 0.0]
+    assert variances == [
+        (25 + 30.25 + 0 + 0.25) / 4 - 1 / 16,
+        (2 * 20.25 / 4 + 2 * 30.25 / 4) / 4 - 1 / 16,
+        0.0,
+    ]
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
@@ -271,14 +306,19 @@ def test_the_variance_optimal_baseline_in_closed_form(p):
     """One parameter, one action of probability p = sigmoid(theta): b* = E[g^2 r] / E[g^2], g = d log pi / d theta. No
     other baseline has less variance; the mean reward is near it, and is it at p = 1/2."""
     probability = torch.tensor([p, 1 - p], dtype=torch.float64)
-    g, r = torch.tensor([1 - p, -p], dtype=torch.float64), torch.tensor([3.0, 1.0], dtype=torch.float64)
+    g, r = (
+        torch.tensor([1 - p, -p], dtype=torch.float64),
+        torch.tensor([3.0, 1.0], dtype=torch.float64),
+    )
 
     def variance(b):
         x = (r - b) * g
         return ((probability * x * x).sum() - (probability * x).sum() ** 2).item()
 
     best = ((probability * g * g * r).sum() / (probability * g * g).sum()).item()
-    assert abs(best - (3 * (1 - p) + 1 * p)) < 1e-12  # for two actions: the rewards weighed the other way round
+    assert (
+        abs(best - (3 * (1 - p) + 1 * p)) < 1e-12
+    )  # for two actions: the rewards weighed the other way round
     grid = [best + d for d in (-1, -0.1, -0.01, 0.01, 0.1, 1)]
     assert all(variance(best) < variance(b) for b in grid)
     means = [((probability * (r - b) * g).sum()).item() for b in (0.0, best, 7.0)]
@@ -293,7 +333,9 @@ def test_a_baseline_shrinks_the_variance_of_the_real_estimator():
     reward = some_rewards(s) + 5
     logprobs = exact_logprobs(model, s)
     p = logprobs.sum(1).exp().detach()
-    score = torch.stack([gradient(model, exact_logprobs(model, s)[i].sum()).clone() for i in range(len(p))])  # [rows, weights]
+    score = torch.stack(
+        [gradient(model, exact_logprobs(model, s)[i].sum()).clone() for i in range(len(p))]
+    )  # [rows, weights]
     g, spread = torch.Generator().manual_seed(0), {}
     batches = torch.multinomial(p, 400 * 8, replacement=True, generator=g).view(400, 8)
     for kind in ("none", "batch", "prompt", "loo"):
@@ -310,9 +352,13 @@ def test_a_baseline_shrinks_the_variance_of_the_real_estimator():
 
 def test_the_gradients_sign_follows_the_advantage():
     logprobs = torch.tensor([[-1.0, -1.0]], requires_grad=True)
-    loss, _ = policy_loss(logprobs, logprobs.detach(), torch.tensor([[2.0, -3.0]]), torch.ones(1, 2), 1)
+    loss, _ = policy_loss(
+        logprobs, logprobs.detach(), torch.tensor([[2.0, -3.0]]), torch.ones(1, 2), 1
+    )
     loss.backward()
-    assert logprobs.grad.tolist() == [[-2.0, 3.0]]  # descent makes the first likelier, the second less
+    assert logprobs.grad.tolist() == [
+        [-2.0, 3.0]
+    ]  # descent makes the first likelier, the second less
 
 
 def test_old_samples_are_weighed_by_the_ratio_and_only_a_constant_denominator_learns():
@@ -324,8 +370,12 @@ def test_old_samples_are_weighed_by_the_ratio_and_only_a_constant_denominator_le
     loss.backward()
     torch.testing.assert_close(ratio, (logprobs - old).exp().detach())
     torch.testing.assert_close(logprobs.grad, -ratio * A)
-    torch.testing.assert_close(torch.autograd.grad(-((logprobs - old).exp() * A).sum(), logprobs)[0], -ratio * A)
-    wrong = -((logprobs - logprobs).exp() * A).sum()  # what it is with a denominator that is not detached
+    torch.testing.assert_close(
+        torch.autograd.grad(-((logprobs - old).exp() * A).sum(), logprobs)[0], -ratio * A
+    )
+    wrong = -(
+        (logprobs - logprobs).exp() * A
+    ).sum()  # what it is with a denominator that is not detached
     assert torch.autograd.grad(wrong, logprobs)[0].abs().max() == 0
     far, _ = policy_loss(torch.tensor([[-1000.0, 0.0]]), torch.tensor([[0.0, -1000.0]]), A, mask, 1)
     assert torch.isfinite(far), "a log-ratio of 1000 must not overflow"
@@ -347,7 +397,13 @@ def test_token_logprobs_equal_a_plain_forward_and_the_sampler(name):
     """Left, right and no padding; chunks that do not divide; heads that scale or cap their logits (Granite, Gemma)."""
     model = family(name)
     s = sample(
-        model, make_tokenizer(), [[7, 12, 3], [5, 9, 11, 30, 31, 14], [6]], n=2, max_new_tokens=9, temperature=0.7, seed=1
+        model,
+        make_tokenizer(),
+        [[7, 12, 3], [5, 9, 11, 30, 31, 14], [6]],
+        n=2,
+        max_new_tokens=9,
+        temperature=0.7,
+        seed=1,
     )
     s.rows_per_prompt = 1
     states, ids, mask = common.completion_states(model, s, list(range(6)))
@@ -360,8 +416,12 @@ def test_token_logprobs_equal_a_plain_forward_and_the_sampler(name):
             full = (model(text[None]).logits[0].float() / 0.7).log_softmax(-1)
         C = int(s.mask[row].sum())
         plain = full[len(text) - C - 1 : -1]
-        torch.testing.assert_close(logprobs[row, :C], plain.gather(1, text[-C:, None])[:, 0], atol=tolerance, rtol=0)
-        torch.testing.assert_close(entropy[row, :C], -(plain.exp() * plain).sum(-1), atol=tolerance, rtol=0)
+        torch.testing.assert_close(
+            logprobs[row, :C], plain.gather(1, text[-C:, None])[:, 0], atol=tolerance, rtol=0
+        )
+        torch.testing.assert_close(
+            entropy[row, :C], -(plain.exp() * plain).sum(-1), atol=tolerance, rtol=0
+        )
     assert (logprobs[~s.mask] == 0).all() and (entropy[~s.mask] == 0).all()
 
 
@@ -370,8 +430,19 @@ def test_token_logprobs_equal_a_plain_forward_and_the_sampler(name):
 def test_ratio_is_1_and_kl_is_0_before_the_first_update(temperature, checkpointing, tmp_path):
     """Field notes, test 2: with dropout in the config, with checkpointing, with another temperature. Exactly."""
     family("llama", attention_dropout=0.5).save_pretrained(tmp_path)
-    policy, reference = common.load_policy(tmp_path, CPU, checkpointing), common.load_reference(tmp_path, CPU)
-    s = sample(policy, make_tokenizer(), [[7, 12], [5, 9, 11, 30]], n=4, max_new_tokens=9, temperature=temperature, seed=1)
+    policy, reference = (
+        common.load_policy(tmp_path, CPU, checkpointing),
+        common.load_reference(tmp_path, CPU),
+    )
+    s = sample(
+        policy,
+        make_tokenizer(),
+        [[7, 12], [5, 9, 11, 30]],
+        n=4,
+        max_new_tokens=9,
+        temperature=temperature,
+        seed=1,
+    )
     parts = micro_batches(range(len(s.mask)), s.mask.any(1), s, 60, CPU)
     s.rows_per_prompt = 1 if checkpointing else 4
     old, ref = (rollout_logprobs(m, s, [parts], temperature) for m in (policy, reference))
@@ -379,14 +450,25 @@ def test_ratio_is_1_and_kl_is_0_before_the_first_update(temperature, checkpointi
     for part in parts:
         logprobs, _ = token_logprobs(policy, s, part, temperature)
         _, ratio = policy_loss(
-            logprobs, old[part, : logprobs.shape[1]], torch.ones_like(logprobs), torch.ones_like(logprobs), 1
+            logprobs,
+            old[part, : logprobs.shape[1]],
+            torch.ones_like(logprobs),
+            torch.ones_like(logprobs),
+            1,
         )
         assert (ratio == 1).all()
 
 
 def rollout(model, n=4):
     model.generation_config.eos_token_id = [1, 5, 9, 20]
-    return sample(model, make_tokenizer(), [[7, 12, 3], [5, 9, 11, 30, 31, 14], [6], [33, 21]], n=n, max_new_tokens=12, seed=3)
+    return sample(
+        model,
+        make_tokenizer(),
+        [[7, 12, 3], [5, 9, 11, 30, 31, 14], [6], [33, 21]],
+        n=n,
+        max_new_tokens=12,
+        seed=3,
+    )
 
 
 @pytest.mark.parametrize("n", [1, 4])
@@ -395,16 +477,23 @@ def test_the_gradient_is_the_same_however_it_is_cut(tokens, n):
     """Field notes, test 3: the most repeated bug of all (trl 3021, verl 906, ...). With prompts shared, and without."""
     model = family("llama").double()
     s = rollout(model)
-    advantages = torch.randn(s.mask.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * s.mask
+    advantages = (
+        torch.randn(s.mask.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        * s.mask
+    )
     grads = []
     for group in (1, n):
         model.zero_grad()
         s.rows_per_prompt = group
-        parts = micro_batches(range(16), s.mask.any(1), s, tokens, CPU) if grads else [list(range(16))]
+        parts = (
+            micro_batches(range(16), s.mask.any(1), s, tokens, CPU) if grads else [list(range(16))]
+        )
         for part in parts:
             logprobs, _ = token_logprobs(model, s, part, 1.0)
             C = logprobs.shape[1]
-            policy_loss(logprobs, logprobs.detach(), advantages[part, :C], s.mask[part, :C], 16)[0].backward()
+            policy_loss(logprobs, logprobs.detach(), advantages[part, :C], s.mask[part, :C], 16)[
+                0
+            ].backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert (grads[0] - grads[1]).norm() < 1e-6 * grads[0].norm()
 
@@ -417,9 +506,14 @@ def test_micro_batches_hold_every_row_once_and_keep_to_the_budget(tokens):
     prompt, completion = s.prompt_mask.sum(1), s.mask.sum(1)
     for part in parts:
         prompts = len({r // 4 for r in part})
-        assert len(part) == 1 or prompts * prompt[part].max() + len(part) * completion[part].max() <= tokens
+        assert (
+            len(part) == 1
+            or prompts * prompt[part].max() + len(part) * completion[part].max() <= tokens
+        )
         whole = {r // 4 for r in part if sum(x // 4 == r // 4 for x in part) == 4}
-        assert len(whole) == len({r // 4 for r in part}) or len({r // 4 for r in part}) == 1, "whole groups, or slices of one"
+        assert len(whole) == len({r // 4 for r in part}) or len({r // 4 for r in part}) == 1, (
+            "whole groups, or slices of one"
+        )
 
 
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
@@ -433,7 +527,13 @@ def test_eos_carries_gradient_and_nothing_after_it_does(pad):
     assert grads[0].norm() > 0 and s.mask.tolist() == [[True, True]]
     logprobs, _ = token_logprobs(model, longer, [0, 1], 1.0)
     assert (logprobs[0, 2:] == 0).all()
-    loss, _ = policy_loss(logprobs[:1], logprobs[:1].detach(), torch.tensor([[0.0, -1.0, 9.0, 9.0]]), longer.mask[:1], 1)
+    loss, _ = policy_loss(
+        logprobs[:1],
+        logprobs[:1].detach(),
+        torch.tensor([[0.0, -1.0, 9.0, 9.0]]),
+        longer.mask[:1],
+        1,
+    )
     assert (gradient(model, loss) - grads[0]).norm() < 1e-5 * grads[0].norm()
 
 
@@ -453,7 +553,10 @@ def test_number_compares_the_last_numbers_as_decimals(said, answer, right):
 
 
 def test_exact_ignores_white_space_around():
-    assert reinforce.exact(" 12\n", {"answer": "12"}) == 1 and reinforce.exact("1 2", {"answer": "12"}) == 0
+    assert (
+        reinforce.exact(" 12\n", {"answer": "12"}) == 1
+        and reinforce.exact("1 2", {"answer": "12"}) == 0
+    )
 
 
 def test_commas_are_read_between_groups_of_three_digits_only():
@@ -471,8 +574,14 @@ def test_commas_are_read_between_groups_of_three_digits_only():
         assert reinforce.number(",".join(map(str, numbers)), {"answer": f"{numbers[-1]}.0"})
     for text, last in (("1,2,3", 3), ("1,2345", 2345), ("1234,567", 567), ("1,234,56", 56)):
         assert reinforce.number(text, {"answer": last}), text
-    for text, whole in (("1,234,567.5", "1234567.5"), ("$1,000", 1000), ("costs $12,000.", "12000")):
-        assert reinforce.number(text, {"answer": whole}) and reinforce.number(whole, {"answer": text})
+    for text, whole in (
+        ("1,234,567.5", "1234567.5"),
+        ("$1,000", 1000),
+        ("costs $12,000.", "12000"),
+    ):
+        assert reinforce.number(text, {"answer": whole}) and reinforce.number(
+            whole, {"answer": text}
+        )
 
 
 @pytest.mark.parametrize("reward", [0.1, 0.7, -1.3, 100.1])
@@ -504,27 +613,48 @@ def judge(tmp_path, places, words=None):
 def test_a_reward_model_with_a_short_context_lowers_the_length_of_answers(tmp_path, capsys):
     """Found before the run: in its middle, --resume would refuse another --max_new_tokens."""
     data = prompts_file(tmp_path, [{"prompt": "54321="}, {"prompt": "1="}])
-    flags = {"data": data, "reward": judge(tmp_path, 12), "prompts_per_step": 2, "max_new_tokens": 20}
+    flags = {
+        "data": data,
+        "reward": judge(tmp_path, 12),
+        "prompts_per_step": 2,
+        "max_new_tokens": 20,
+    }
     run(tmp_path, steps=1, samples_per_prompt=2, **flags)
     said = capsys.readouterr().out
-    assert "--max_new_tokens 20 is lowered to 5" in said and "reads 12 tokens, and the longest prompt has 7" in said
+    assert (
+        "--max_new_tokens 20 is lowered to 5" in said
+        and "reads 12 tokens, and the longest prompt has 7" in said
+    )
     assert json.loads((tmp_path / "run" / "args.json").read_text())["max_new_tokens"] == 5
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path, "none", steps=1, **flags | {"reward": judge(tmp_path, 7)})
-    assert "a smaller --max_prompt_tokens" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    assert (
+        "a smaller --max_prompt_tokens" in capsys.readouterr().err
+        and not (tmp_path / "none").exists()
+    )
 
 
 def test_a_reward_model_with_other_tokens_reads_the_end_of_what_is_too_long(tmp_path, capsys):
     """How long an answer is in its tokens nobody knows before. The run goes on, and says it once."""
     data = prompts_file(tmp_path, [{"prompt": "5 4 3 2 1 ="}])
     other = judge(tmp_path, 8, make_tokenizer())
-    run(tmp_path, data=data, reward=other, steps=2, prompts_per_step=1, samples_per_prompt=2, max_new_tokens=20)
+    run(
+        tmp_path,
+        data=data,
+        reward=other,
+        steps=2,
+        prompts_per_step=1,
+        samples_per_prompt=2,
+        max_new_tokens=20,
+    )
     assert "the beginning will be cut off" in capsys.readouterr().out
     tokenizer = common.load_tokenizer(other)
     model = common.load_scalar(other, CPU, tokenizer, frozen=True)
     texts = [list(range(3, 3 + n)) for n in (5, 8, 20)]
     scores = common.score_ids(model, tokenizer, texts, CPU)
-    assert scores == pytest.approx(common.score_ids(model, tokenizer, [t[-8:] for t in texts], CPU), abs=1e-6)
+    assert scores == pytest.approx(
+        common.score_ids(model, tokenizer, [t[-8:] for t in texts], CPU), abs=1e-6
+    )
     assert len(set(scores)) == 3
     common.score_ids(model, tokenizer, texts, CPU)
     assert capsys.readouterr().out.count("reads 8 tokens; of longer texts it reads the end") == 1
@@ -532,7 +662,9 @@ def test_a_reward_model_with_other_tokens_reads_the_end_of_what_is_too_long(tmp_
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "1.0", None, torch.zeros(2), [1]])
 def test_a_reward_that_is_no_finite_number_names_row_and_completion(value):
-    words = "(?s)^--reward gave .*, no finite number, for prompt 'the prompt' and .*'the completion'"
+    words = (
+        "(?s)^--reward gave .*, no finite number, for prompt 'the prompt' and .*'the completion'"
+    )
     with pytest.raises(common.Stop, match=words):
         common.checked(lambda c, r: value)(["the completion"], [{"prompt": "the prompt"}])
     assert common.checked(lambda c, r: torch.tensor(0.5))(["a", "b"], [{}, {}]) == [0.5, 0.5]
@@ -547,15 +679,23 @@ def test_a_reward_whose_library_raises_names_the_line_of_the_reward():
 def test_a_reward_that_raises_names_row_and_completion():
     words = r"an error in test_reinforce.py, line \d+ \(ZeroDivisionError.*'p7'.*'c7'"
     with pytest.raises(common.Stop, match=words):
-        common.checked(lambda c, r: 1 / (c != "c7"))([f"c{i}" for i in range(9)], [{"prompt": f"p{i}"} for i in range(9)])
+        common.checked(lambda c, r: 1 / (c != "c7"))(
+            [f"c{i}" for i in range(9)], [{"prompt": f"p{i}"} for i in range(9)]
+        )
 
 
 # --- whole runs, on the bundled model ---
 
 
 def run(tmp_path, name="run", **flags):
-    reinforce.train(reinforce.Args(**{"out": str(tmp_path / name), "device": "cpu", "eval_data": "", "seed": 1} | flags))
-    return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    reinforce.train(
+        reinforce.Args(
+            **{"out": str(tmp_path / name), "device": "cpu", "eval_data": "", "seed": 1} | flags
+        )
+    )
+    return [
+        json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def weights(tmp_path, name):
@@ -571,7 +711,9 @@ def test_groups_are_not_mixed_up(tmp_path, monkeypatch):
     """Search-R1 88: a reward that is the prompt's own number must give each group its own baseline, so nothing is left
     to learn and no weight moves, in every cut of the step."""
     data = prompts_file(tmp_path, [{"prompt": f"{i}=", "answer": str(i)} for i in range(8)])
-    (tmp_path / "r.py").write_text("def reward(completion, row):\n    return float(row['prompt'][:-1])\n")
+    (tmp_path / "r.py").write_text(
+        "def reward(completion, row):\n    return float(row['prompt'][:-1])\n"
+    )
     for tokens in (30, 8192):
         m = run(
             tmp_path,
@@ -604,7 +746,10 @@ def test_a_bandits_rewarded_token_becomes_likelier(tmp_path):
     assert m[1]["reward"] < 0.3 and m[-1]["reward"] > 0.9
 
 
-@pytest.mark.parametrize("flags", [{}, {"epochs": 2, "minibatches": 2}, {"beta": 0.0, "baseline": "batch", "normalize": True}])
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"epochs": 2, "minibatches": 2}, {"beta": 0.0, "baseline": "batch", "normalize": True}],
+)
 def test_resuming_equals_never_having_stopped(flags, tmp_path):
     """Bit for bit on the CPU: weights, moments and every logged number that is not a time (trl 3179, 3247)."""
     flags |= {"max_new_tokens": 12, "eval_every": 2, "eval_data": None, "prompts_per_step": 4}
@@ -615,7 +760,9 @@ def test_resuming_equals_never_having_stopped(flags, tmp_path):
     assert len(straight) == len(resumed) == 5
     for x, y in zip(straight, resumed):
         extra = {"eval/reward", "eval/exact"}
-        assert {k: v for k, v in x.items() if k not in clocks} == {k: v for k, v in y.items() if k not in clocks}, extra
+        assert {k: v for k, v in x.items() if k not in clocks} == {
+            k: v for k, v in y.items() if k not in clocks
+        }, extra
     a, b = weights(tmp_path, "a"), weights(tmp_path, "b")
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -624,11 +771,23 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     """SIGKILL between two checkpoints, with steps logged that no checkpoint holds: they are logged again, once."""
     flags = {"steps": 6, "save_every": 2, "prompts_per_step": 4, "max_new_tokens": 12}
     straight = run(tmp_path, "a", **flags)
-    command = [sys.executable, str(ROOT / "reinforce.py"), "--out", str(tmp_path / "b"), "--device", "cpu", "--eval_data", ""]
+    command = [
+        sys.executable,
+        str(ROOT / "reinforce.py"),
+        "--out",
+        str(tmp_path / "b"),
+        "--device",
+        "cpu",
+        "--eval_data",
+        "",
+    ]
     command += [x for k, v in flags.items() for x in (f"--{k}", str(v))]
     # as many threads as here: sums in another order would differ in the last bit
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process, log = subprocess.Popen(command, cwd=tmp_path, env=environment), tmp_path / "b" / "metrics.jsonl"
+    process, log = (
+        subprocess.Popen(command, cwd=tmp_path, env=environment),
+        tmp_path / "b" / "metrics.jsonl",
+    )
     while not log.exists() or log.read_text().count("\n") < 4:  # step 3 is logged, step 2 was saved
         assert process.poll() is None
         time.sleep(0.05)
@@ -644,8 +803,22 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
 
 
 def test_the_first_ratio_is_1_and_later_ones_are_not(tmp_path):
-    m = run(tmp_path, steps=1, epochs=2, minibatches=2, prompts_per_step=4, learning_rate=1e-3, warmup=0, max_new_tokens=12)
-    assert m[1]["ratio/first"] == 0 and m[1]["kl/ref"] == 0 and m[1]["ratio/mean"] != 1 and m[1]["kl/sample"] < 1e-5
+    m = run(
+        tmp_path,
+        steps=1,
+        epochs=2,
+        minibatches=2,
+        prompts_per_step=4,
+        learning_rate=1e-3,
+        warmup=0,
+        max_new_tokens=12,
+    )
+    assert (
+        m[1]["ratio/first"] == 0
+        and m[1]["kl/ref"] == 0
+        and m[1]["ratio/mean"] != 1
+        and m[1]["kl/sample"] < 1e-5
+    )
 
 
 def test_no_reference_is_loaded_at_beta_0(tmp_path, monkeypatch):
@@ -659,7 +832,9 @@ def test_a_tiny_rate_moves_float32_weights(tmp_path):
     run(tmp_path, steps=1, learning_rate=1e-6, warmup=0, prompts_per_step=16, max_new_tokens=12)
     before = common.load_policy(reinforce.TINY / "model", CPU).state_dict()
     after = weights(tmp_path, "run")
-    moved = sum((after[k] != before[k]).sum().item() for k in after) / sum(v.numel() for v in after.values())
+    moved = sum((after[k] != before[k]).sum().item() for k in after) / sum(
+        v.numel() for v in after.values()
+    )
     assert moved > 0.9
     lost = sum((after[k].bfloat16() != before[k].bfloat16()).sum().item() for k in after) / sum(
         v.numel() for v in after.values()
@@ -671,10 +846,19 @@ def test_demonstrations_are_fine_tuning(tmp_path):
     """The loss of step 1 is the mean over rows of the summed negative log-likelihood, EOS included, by hand."""
     rows = [{"prompt": "52=", "answer": "25"}, {"prompt": "9310=", "answer": "0139"}]
     m = run(tmp_path, demos=prompts_file(tmp_path, rows), steps=1, prompts_per_step=2)
-    model, tokenizer = common.load_policy(reinforce.TINY / "model", CPU), common.load_tokenizer(reinforce.TINY / "model")
+    model, tokenizer = (
+        common.load_policy(reinforce.TINY / "model", CPU),
+        common.load_tokenizer(reinforce.TINY / "model"),
+    )
     nll = 0.0
     for r in rows:
-        ids = torch.tensor([tokenizer(r["prompt"]).input_ids + tokenizer(r["answer"]).input_ids + [tokenizer.eos_token_id]])
+        ids = torch.tensor(
+            [
+                tokenizer(r["prompt"]).input_ids
+                + tokenizer(r["answer"]).input_ids
+                + [tokenizer.eos_token_id]
+            ]
+        )
         logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
         nll -= logprobs[len(r["prompt"]) - 1 :].sum().item()
     assert abs(m[1]["loss"] - nll / 2) < 1e-4 and m[1]["reward"] == 1 and "kl/sample" not in m[1]
@@ -685,7 +869,12 @@ def test_held_out_rows_need_answers_only_for_rewards_that_read_them(tmp_path, ca
     (tmp_path / "r.py").write_text("def f(completion, row):\n    return float(len(completion))\n")
     demos = prompts_file(tmp_path, [{"prompt": "52=", "answer": "25"}])
     (tmp_path / "asked.jsonl").write_text('{"prompt": "31="}\n')
-    flags = {"demos": demos, "eval_data": str(tmp_path / "asked.jsonl"), "steps": 1, "prompts_per_step": 1}
+    flags = {
+        "demos": demos,
+        "eval_data": str(tmp_path / "asked.jsonl"),
+        "steps": 1,
+        "prompts_per_step": 1,
+    }
     m = run(tmp_path, reward=f"{tmp_path}/r.py:f", **flags)
     assert m[0]["eval/reward"] > 0 and "eval/exact" not in m[0]
     with pytest.raises(SystemExit):
@@ -712,8 +901,17 @@ def test_a_reward_that_fails_stops_the_run_with_its_checkpoint_whole(tmp_path):
     (tmp_path / "r.py").write_text(
         "calls = []\ndef reward(c, r):\n    calls.append(1)\n    return 1.0 if len(calls) <= 32 else float('nan')\n"
     )
-    with pytest.raises(SystemExit, match="(?s)nan, no finite number, for prompt.*completion.*--resume"):
-        run(tmp_path, reward=f"{tmp_path}/r.py:reward", steps=9, prompts_per_step=2, max_new_tokens=4, save_every=1)
+    with pytest.raises(
+        SystemExit, match="(?s)nan, no finite number, for prompt.*completion.*--resume"
+    ):
+        run(
+            tmp_path,
+            reward=f"{tmp_path}/r.py:reward",
+            steps=9,
+            prompts_per_step=2,
+            max_new_tokens=4,
+            save_every=1,
+        )
     assert common.read_checkpoint(tmp_path / "run")["step"] == 2
 
 
@@ -1063,38 +1261,67 @@ GOOD = '{"prompt": "52=", "answer": "25"}\n'
         ({"samples_per_prompt": 1}, GOOD, ["--baseline loo", "--samples_per_prompt"]),
         ({"samples_per_prompt": 1, "baseline": "prompt"}, GOOD, ["--baseline prompt"]),
         ({"minibatches": 0}, GOOD, ["--minibatches 0", "1 or more"]),
-        ({"prompts_per_step": 3, "minibatches": 2}, GOOD, ["--prompts_per_step 3", "--minibatches"]),
+        (
+            {"prompts_per_step": 3, "minibatches": 2},
+            GOOD,
+            ["--prompts_per_step 3", "--minibatches"],
+        ),
         ({"temperature": 0.0}, GOOD, ["--temperature"]),
         ({"demos": "{}/data.jsonl", "baseline": "loo"}, GOOD, ["--demos", "--baseline"]),
-        ({"demos": "{}/data.jsonl", "samples_per_prompt": 4}, GOOD, ["--demos", "--samples_per_prompt"]),
+        (
+            {"demos": "{}/data.jsonl", "samples_per_prompt": 4},
+            GOOD,
+            ["--demos", "--samples_per_prompt"],
+        ),
         ({"demos": "{}/data.jsonl", "gamma": 0.9}, GOOD, ["--demos", "--gamma"]),
         ({"demos": "{}/data.jsonl", "beta": 0.1}, GOOD, ["--demos", "--beta"]),
         ({"demos": "{}/data.jsonl"}, '{"prompt": "52="}\n', ["--demos", "line 1", "answer"]),
         ({"demos": "{}/data.jsonl", "max_new_tokens": 2}, GOOD, ["--max_new_tokens 2"]),
         ({"out": "{}/full"}, GOOD, ["--out", "--resume"]),
-        ({"out": "{}/full", "resume": True, "learning_rate": 0.5}, GOOD, ["--learning_rate", "0.5"]),
+        (
+            {"out": "{}/full", "resume": True, "learning_rate": 0.5},
+            GOOD,
+            ["--learning_rate", "0.5"],
+        ),
         ({"eval_data": "{}/none.jsonl"}, GOOD, ["--eval_data", "none.jsonl"]),
-        ({}, json.dumps({"prompt": "5" * 80, "answer": "1"}) + "\n", ["and the model's context 32"]),
+        (
+            {},
+            json.dumps({"prompt": "5" * 80, "answer": "1"}) + "\n",
+            ["and the model's context 32"],
+        ),
         ({}, '{"prompt": [{"role": "user", "content": "5"}], "answer": "5"}\n', ["chat template"]),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_the_disk_as_it_was(flags, content, parts, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_line_and_leaves_the_disk_as_it_was(
+    flags, content, parts, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "full" / "checkpoint").mkdir(parents=True)
     (tmp_path / "full" / "checkpoint" / "000001.pt").touch()
-    (tmp_path / "full" / "args.json").write_text(json.dumps({"script": "reinforce", "learning_rate": 0.1}))
+    (tmp_path / "full" / "args.json").write_text(
+        json.dumps({"script": "reinforce", "learning_rate": 0.1})
+    )
     (tmp_path / "r.py").write_text("def f(c, r):\n    return 1.0\n")
     (tmp_path / "bad.py").write_text("def f(:\n")
     if content is not None:
-        (tmp_path / "data.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+        (tmp_path / "data.jsonl").write_bytes(
+            content if isinstance(content, bytes) else content.encode()
+        )
     flags = {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in flags.items()}
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     monkeypatch.setattr(common, "load_policy", lambda *a, **k: 1 / 0)
     with pytest.raises(SystemExit) as stopped:
-        reinforce.train(reinforce.Args(**({"data": str(tmp_path / "data.jsonl"), "device": "cpu"} | flags)))
+        reinforce.train(
+            reinforce.Args(**({"data": str(tmp_path / "data.jsonl"), "device": "cpu"} | flags))
+        )
     lines = capsys.readouterr().err.strip().splitlines()
     assert (
-        stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and all(p in lines[0] for p in parts)
+        stopped.value.code == 2
+        and len(lines) == 1
+        and lines[0].startswith("error: ")
+        and all(p in lines[0] for p in parts)
     ), lines
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "__pycache__" not in str(p)} == before
+    assert {
+        p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "__pycache__" not in str(p)
+    } == before

@@ -43,9 +43,14 @@ def test_the_loss_is_log_2_where_the_model_cannot_tell_and_falls_with_the_differ
 
 
 def test_the_gradient_raises_chosen_lowers_rejected_and_sees_only_the_difference():
-    c, r = torch.tensor([0.3, 5.0], requires_grad=True), torch.tensor([0.1, -5.0], requires_grad=True)
+    c, r = (
+        torch.tensor([0.3, 5.0], requires_grad=True),
+        torch.tensor([0.1, -5.0], requires_grad=True),
+    )
     pair_loss(c, r, torch.zeros(2), 2, 0.0).backward()
-    assert (c.grad < 0).all() and torch.equal(c.grad, -r.grad) and c.grad[0] < 100 * c.grad[1], "a sure pair teaches little"
+    assert (c.grad < 0).all() and torch.equal(c.grad, -r.grad) and c.grad[0] < 100 * c.grad[1], (
+        "a sure pair teaches little"
+    )
 
 
 def test_scores_beyond_floating_point_stay_finite():
@@ -60,8 +65,12 @@ def test_scores_beyond_floating_point_stay_finite():
 
 def test_best_of_n_against_every_choice_of_n():
     """For every subset of n of the M samples the true value of its best; with ties all that tie count alike."""
-    scores = torch.tensor([[0.3, 0.1, 0.9, 0.9, -1.0], [1.0, 1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
-    values = torch.tensor([[1.0, 5.0, 2.0, 3.0, 7.0], [1.0, 2.0, 3.0, 4.0, 5.0]], dtype=torch.float64)
+    scores = torch.tensor(
+        [[0.3, 0.1, 0.9, 0.9, -1.0], [1.0, 1.0, 1.0, 1.0, 1.0]], dtype=torch.float64
+    )
+    values = torch.tensor(
+        [[1.0, 5.0, 2.0, 3.0, 7.0], [1.0, 2.0, 3.0, 4.0, 5.0]], dtype=torch.float64
+    )
     for n in range(1, 6):
         wanted = []
         for s, v in zip(scores.tolist(), values.tolist()):
@@ -70,7 +79,9 @@ def test_best_of_n_against_every_choice_of_n():
                 top = [i for i in chosen if s[i] == max(s[j] for j in chosen)]
                 picks.append(sum(v[i] for i in top) / len(top))
             wanted.append(sum(picks) / len(picks))
-        torch.testing.assert_close(best_of(scores, values, n), torch.tensor(wanted, dtype=torch.float64))
+        torch.testing.assert_close(
+            best_of(scores, values, n), torch.tensor(wanted, dtype=torch.float64)
+        )
 
 
 def test_the_best_of_one_is_the_mean_and_the_score_rises_with_n():
@@ -138,7 +149,9 @@ def test_pairs_may_be_texts_or_messages_with_the_prompt_in_them(tmp_path):
 def test_equal_and_long_pairs_are_left_out_and_counted(tmp_path, capsys):
     rows = [{"prompt": "w5", "chosen": "w6", "rejected": x} for x in ("w7", "w6", "w7 w8 w9 w10")]
     args = reward_model.Args(max_tokens=4)
-    kept, records = encode_pairs(read_pairs(pairs_file(tmp_path, rows), "--data"), make_tokenizer(), args, "--data")
+    kept, records = encode_pairs(
+        read_pairs(pairs_file(tmp_path, rows), "--data"), make_tokenizer(), args, "--data"
+    )
     assert len(kept) == 1 and records[0]["rejected"] == "w7"
     assert "of 3 pairs 1 left out as equal, 1 as over --max_tokens 4" in capsys.readouterr().out
 
@@ -150,7 +163,11 @@ def test_what_both_sides_begin_with_is_split_off_and_each_keeps_a_token(tmp_path
     read = read_pairs(pairs_file(tmp_path, rows), "--data")
     pairs, records = encode_pairs(read, make_tokenizer(), reward_model.Args(), "--data")
     assert records == read
-    assert pairs == [([5], [6, 7, 1], [8, 1]), ([5, 6], [7, 1], [8, 9, 1]), ([5, 6, 7], [1], [1, 8, 1])]
+    assert pairs == [
+        ([5], [6, 7, 1], [8, 1]),
+        ([5, 6], [7, 1], [8, 9, 1]),
+        ([5, 6, 7], [1], [1, 8, 1]),
+    ]
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 60, 10_000])
@@ -178,7 +195,10 @@ def folder(tmp_path_factory):
 
 def pairs_of(n=6):
     g = torch.Generator().manual_seed(0)
-    text = lambda: torch.randint(3, 48, (int(torch.randint(2, 9, (1,), generator=g)),), generator=g).tolist() + [1]  # noqa: E731
+    text = lambda: (
+        torch.randint(3, 48, (int(torch.randint(2, 9, (1,), generator=g)),), generator=g).tolist()
+        + [1]
+    )  # noqa: E731
     return [([5, 6, 7], text(), text()) for _ in range(n)]
 
 
@@ -191,13 +211,18 @@ def test_the_score_is_read_at_the_last_real_token_whatever_the_padding(share, fo
     chosen, rejected = pair_scores(model, tokenizer, pairs, share, CPU).T
     for i, pair in enumerate(pairs):
         alone = pair_scores(model, tokenizer, [pair], share, CPU)[0]
-        assert abs(alone[0].item() - chosen[i].item()) < 1e-5 and abs(alone[1].item() - rejected[i].item()) < 1e-5
+        assert (
+            abs(alone[0].item() - chosen[i].item()) < 1e-5
+            and abs(alone[1].item() - rejected[i].item()) < 1e-5
+        )
     # by hand: the trunk's last state times the head
     with torch.no_grad():
         state = model.model(input_ids=torch.tensor([[5, 6, 0]])).last_hidden_state[0, -1]
     assert abs((model.score.weight @ state).item() - chosen[-1].item()) < 1e-5
     pooled = model(input_ids=torch.tensor([[5, 6, 0]])).logits.item()
-    assert abs(pooled - chosen[-1].item()) > 1e-3, "the pooling by pad id would have scored another token"
+    assert abs(pooled - chosen[-1].item()) > 1e-3, (
+        "the pooling by pad id would have scored another token"
+    )
 
 
 @pytest.mark.parametrize("tokens", [30, 60])
@@ -211,7 +236,9 @@ def test_the_gradient_is_the_same_however_the_step_is_cut(tokens, folder):
         for part in micro_batches_of_pairs(pairs, share, budget, CPU):
             c, r = pair_scores(model, tokenizer, [pairs[i] for i in part], share, CPU).T
             pair_loss(c, r, 0.1 * torch.tensor(part), 6, 0.01).backward()
-        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        grads.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
     assert all((grads[0] - g).norm() < 1e-5 * grads[0].norm() for g in grads[1:])
 
 
@@ -227,7 +254,9 @@ def test_scores_of_every_family_agree_with_transformers_pipeline_saved_and_loade
     chosen, rejected = pair_scores(model, tokenizer, pairs, False, CPU).T.tolist()
     assert common.prompts_can_be_shared(model, CPU, False)
     shared = pair_scores(model, tokenizer, pairs, True, CPU).T.tolist()
-    assert shared[0] == pytest.approx(chosen, abs=1e-5) and shared[1] == pytest.approx(rejected, abs=1e-5)
+    assert shared[0] == pytest.approx(chosen, abs=1e-5) and shared[1] == pytest.approx(
+        rejected, abs=1e-5
+    )
     common.save_model(model, tokenizer, tmp_path / "model", CPU)
     # the class is named, because AutoTokenizer would read these words with the class that goes with the family's own vocabulary
     read = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
@@ -253,7 +282,9 @@ def test_with_a_template_whole_conversations_are_rendered_and_no_second_bos_is_p
     ids = common.encode_answer(tokenizer, [{"role": "user", "content": "w5"}], "w6")
     assert ids == [2, 40, 5, 41, 40, 6, 41] and common.encode_answer(tokenizer, "w5", "w6") == ids
     raw = make_tokenizer(bos="<bos>")
-    assert common.encode_answer(raw, "w5", "w6") == [2, 5, 6, 1], "without one: prompt and answer, ended by EOS"
+    assert common.encode_answer(raw, "w5", "w6") == [2, 5, 6, 1], (
+        "without one: prompt and answer, ended by EOS"
+    )
 
 
 def test_without_the_template_the_result_has_none(tmp_path, folder):
@@ -261,13 +292,28 @@ def test_without_the_template_the_result_has_none(tmp_path, folder):
     make_tokenizer(template=TEMPLATE).save_pretrained(tmp_path / "base")
     data = pairs_file(tmp_path, [{"prompt": "w5", "chosen": "w6", "rejected": "w7"}])
     for chat, there in ((True, True), (False, False)):
-        run(tmp_path, f"{chat}", model=str(tmp_path / "base"), data=data, steps=1, pairs_per_step=1, chat=chat)
-        assert bool(common.load_tokenizer(str(tmp_path / f"{chat}" / "model")).chat_template) == there
+        run(
+            tmp_path,
+            f"{chat}",
+            model=str(tmp_path / "base"),
+            data=data,
+            steps=1,
+            pairs_per_step=1,
+            chat=chat,
+        )
+        assert (
+            bool(common.load_tokenizer(str(tmp_path / f"{chat}" / "model")).chat_template) == there
+        )
 
 
 def test_a_classifier_with_two_labels_is_refused(tmp_path, capsys):
     config = transformers.LlamaConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=48, num_labels=2
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        vocab_size=48,
+        num_labels=2,
     )
     transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path)
     with pytest.raises(SystemExit):
@@ -280,7 +326,9 @@ def test_starts_longer_than_a_sliding_window_are_shared_rightly(tmp_path):
     model, start = common.load_scalar(tmp_path, CPU, make_tokenizer(), 0.2), list(range(3, 23))
     pairs = [(start, c, r) for _, c, r in pairs_of()]
     assert common.prompts_can_be_shared(model, CPU, False)
-    plain, shared = (pair_scores(model, make_tokenizer(), pairs, share, CPU) for share in (False, True))
+    plain, shared = (
+        pair_scores(model, make_tokenizer(), pairs, share, CPU) for share in (False, True)
+    )
     torch.testing.assert_close(plain, shared, atol=1e-5, rtol=1e-5)
 
 
@@ -314,7 +362,9 @@ def run(tmp_path, name="run", **flags):
         "seed": 1,
     } | flags
     reward_model.train(reward_model.Args(**flags))
-    return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def few(tmp_path, name, count):
@@ -331,13 +381,17 @@ def test_a_saved_model_scores_the_same_by_every_way(tmp_path):
     texts = ["12578", "13", "0134799"]
     reward = common.load_scorer(str(tmp_path / "run" / "model"), CPU)
     ours = reward(texts, rows)
-    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model").eval()
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "run" / "model"
+    ).eval()
     assert plain.config.num_labels == 1 and plain.config.problem_type == "regression"
     assert plain.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
     pipe = transformers.pipeline("text-classification", str(tmp_path / "run" / "model"))
     for score, text, row in zip(ours, texts, rows):
         with torch.no_grad():
-            alone = plain(input_ids=torch.tensor([common.encode_answer(tokenizer, row["prompt"], text)])).logits.item()
+            alone = plain(
+                input_ids=torch.tensor([common.encode_answer(tokenizer, row["prompt"], text)])
+            ).logits.item()
         piped = pipe(row["prompt"] + text + tokenizer.eos_token)[0]["score"]
         assert abs(alone - score) < 1e-5 and abs(piped - score) < 1e-5
 
@@ -347,12 +401,16 @@ def test_scores_have_unit_spread_at_the_end_and_the_order_they_had(tmp_path):
     run(tmp_path, "scaled", steps=4, data=data)
     run(tmp_path, "raw", steps=4, data=data, unit_scale=False)
     _, rows = encode_pairs(
-        read_pairs(data, "--data"), common.load_tokenizer(reward_model.Args.model), reward_model.Args(max_tokens=32), ""
+        read_pairs(data, "--data"),
+        common.load_tokenizer(reward_model.Args.model),
+        reward_model.Args(max_tokens=32),
+        "",
     )
     texts = [r[side] for r in rows for side in ("chosen", "rejected")]
     doubled = [r for r in rows for _ in range(2)]
     scaled, raw = (
-        torch.tensor(common.load_scorer(str(tmp_path / n / "model"), CPU)(texts, doubled)) for n in ("scaled", "raw")
+        torch.tensor(common.load_scorer(str(tmp_path / n / "model"), CPU)(texts, doubled))
+        for n in ("scaled", "raw")
     )
     assert abs(scaled.std(unbiased=False).item() - 1) < 1e-3 < abs(raw.std().item() - 1)
     torch.testing.assert_close(scaled / scaled.std(), raw / raw.std(), atol=1e-3, rtol=1e-3)
@@ -368,15 +426,29 @@ def test_resuming_equals_never_having_stopped(tmp_path):
         {k: v for k, v in m.items() if k not in clocks} for m in straight
     ]
     a, b = (
-        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / n / "model").state_dict() for n in ("a", "b")
+        transformers.AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / n / "model"
+        ).state_dict()
+        for n in ("a", "b")
     )
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_finished_model_reports_best_of_n_without_training(tmp_path):
     run(tmp_path, "rm", steps=1)
-    flags = {"policy": str(reward_model.TINY / "model"), "eval_prompts": few(tmp_path, "sort_test.jsonl", 16)}
-    m = run(tmp_path, "bon", model=str(tmp_path / "rm" / "model"), steps=0, best_of=(1, 4), max_new_tokens=12, **flags)[-1]
+    flags = {
+        "policy": str(reward_model.TINY / "model"),
+        "eval_prompts": few(tmp_path, "sort_test.jsonl", 16),
+    }
+    m = run(
+        tmp_path,
+        "bon",
+        model=str(tmp_path / "rm" / "model"),
+        steps=0,
+        best_of=(1, 4),
+        max_new_tokens=12,
+        **flags,
+    )[-1]
     assert m["best_of/score@1"] < m["best_of/score@4"] and 0 <= m["best_of/true@1"] <= 1
     assert m["best_of/kl@1"] == 0 and abs(m["best_of/kl@4"] - (math.log(4) - 0.75)) < 1e-12
     assert not (tmp_path / "bon" / "model").exists()
@@ -387,14 +459,24 @@ def test_a_finished_model_reports_best_of_n_without_training(tmp_path):
     [
         ({}, [{"prompt": "5=", "chosen": "5"}], 'line 1: needs "rejected"'),
         ({}, [{"prompt": "5=", "chosen": "5", "rejected": "5"}], "no pair is left"),
-        ({"use_margin": True}, [{"prompt": "5=", "chosen": "5", "rejected": "6"}], '--use_margin needs a "margin"'),
+        (
+            {"use_margin": True},
+            [{"prompt": "5=", "chosen": "5", "rejected": "6"}],
+            '--use_margin needs a "margin"',
+        ),
         ({"max_tokens": 2}, [{"prompt": "5=", "chosen": "5", "rejected": "6"}], "no pair is left"),
         (
             {},
             [
                 {
-                    "chosen": [{"role": "user", "content": "5="}, {"role": "assistant", "content": "5"}],
-                    "rejected": [{"role": "user", "content": "6="}, {"role": "assistant", "content": "5"}],
+                    "chosen": [
+                        {"role": "user", "content": "5="},
+                        {"role": "assistant", "content": "5"},
+                    ],
+                    "rejected": [
+                        {"role": "user", "content": "6="},
+                        {"role": "assistant", "content": "5"},
+                    ],
                 }
             ],
             "the prompt is not what the messages before the answer say",
@@ -415,13 +497,30 @@ def test_a_mistake_is_one_line(flags, rows, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, **{"data": data} | flags)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert (
+        stop.value.code == 2
+        and words in error
+        and error.count("\n") == 1
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_a_signal_in_best_of_n_leaves_a_saved_model_and_can_be_gone_on_from(tmp_path, monkeypatch):
-    flags = {"policy": str(reward_model.TINY / "model"), "eval_prompts": few(tmp_path, "sort_test.jsonl", 4), "best_of": (1, 2)}
-    flags |= {"steps": 1, "data": few(tmp_path, "pairs_train.jsonl", 8), "pairs_per_step": 8, "max_new_tokens": 6}
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="(?s)stopped by a signal in best-of-N.*--resume"):
+    flags = {
+        "policy": str(reward_model.TINY / "model"),
+        "eval_prompts": few(tmp_path, "sort_test.jsonl", 4),
+        "best_of": (1, 2),
+    }
+    flags |= {
+        "steps": 1,
+        "data": few(tmp_path, "pairs_train.jsonl", 8),
+        "pairs_per_step": 8,
+        "max_new_tokens": 6,
+    }
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(SystemExit, match="(?s)stopped by a signal in best-of-N.*--resume"),
+    ):
         patch.setattr(common, "catch_signals", lambda steps: lambda: True)
         run(tmp_path, **flags)
     assert (tmp_path / "run" / "model" / "config.json").is_file()
@@ -439,27 +538,46 @@ def test_a_step_and_the_held_out_numbers_by_hand(tmp_path):
     """From a finished model, whose head is kept: loss with margin and centering, the logged means, the rate that was stepped with."""
     run(tmp_path, "rm", steps=2)
     start, data = str(tmp_path / "rm" / "model"), pairs_file(tmp_path, HAND)
-    flags = {"model": start, "data": data, "eval_data": data, "unit_scale": False, "use_margin": True, "center": 0.1}
+    flags = {
+        "model": start,
+        "data": data,
+        "eval_data": data,
+        "unit_scale": False,
+        "use_margin": True,
+        "center": 0.1,
+    }
     before, first = run(tmp_path, steps=1, pairs_per_step=3, learning_rate=4e-4, warmup=3, **flags)
     score = common.load_scorer(start, CPU)
-    c, r = (torch.tensor(score([row[side] for row in HAND], HAND)) for side in ("chosen", "rejected"))
+    c, r = (
+        torch.tensor(score([row[side] for row in HAND], HAND)) for side in ("chosen", "rejected")
+    )
     m = torch.tensor([row["margin"] for row in HAND])
-    loss = sum(math.log(1 + math.exp(-x)) for x in (c - r - m).tolist()) / 3 + 0.1 * ((c + r) ** 2).mean().item()
+    loss = (
+        sum(math.log(1 + math.exp(-x)) for x in (c - r - m).tolist()) / 3
+        + 0.1 * ((c + r) ** 2).mean().item()
+    )
     assert c.std() > 1e-3 and (c != r).all()
-    assert first["loss"] == pytest.approx(loss, abs=1e-5) and first["accuracy"] == pytest.approx((c > r).float().mean().item())
+    assert first["loss"] == pytest.approx(loss, abs=1e-5) and first["accuracy"] == pytest.approx(
+        (c > r).float().mean().item()
+    )
     assert [first[k] for k in ("chosen", "rejected", "margin")] == pytest.approx(
         [c.mean().item(), r.mean().item(), (c - r).mean().item()], abs=1e-5
     )
     assert before["eval/margin"] == pytest.approx((c - r).mean().item(), abs=1e-5)
-    assert before["eval/loss"] == pytest.approx(sum(math.log(1 + math.exp(-x)) for x in (c - r).tolist()) / 3, abs=1e-5)
+    assert before["eval/loss"] == pytest.approx(
+        sum(math.log(1 + math.exp(-x)) for x in (c - r).tolist()) / 3, abs=1e-5
+    )
     assert before["eval/accuracy"] == pytest.approx((c > r).float().mean().item())
     assert before["eval/accuracy_longer"] == pytest.approx((c > r)[[0, 2]].float().mean().item())
     assert before["eval/accuracy_shorter"] == float(c[1] > r[1])
-    a, b = (transformers.AutoModelForSequenceClassification.from_pretrained(p) for p in (start, tmp_path / "run" / "model"))
-    moved = max((x - y).abs().max().item() for x, y in zip(a.parameters(), b.parameters()))
-    assert first["learning_rate"] == pytest.approx(1e-4) and moved == pytest.approx(1e-4, rel=0.05), (
-        "Adam's first step is the rate"
+    a, b = (
+        transformers.AutoModelForSequenceClassification.from_pretrained(p)
+        for p in (start, tmp_path / "run" / "model")
     )
+    moved = max((x - y).abs().max().item() for x, y in zip(a.parameters(), b.parameters()))
+    assert first["learning_rate"] == pytest.approx(1e-4) and moved == pytest.approx(
+        1e-4, rel=0.05
+    ), "Adam's first step is the rate"
 
 
 def test_calibration_against_bins_counted_by_hand():
@@ -481,10 +599,21 @@ def test_a_model_from_elsewhere_is_read_as_reward_and_pipeline_read_it(tmp_path)
     torch.manual_seed(3)
     model = common.load_scalar(str(reward_model.TINY / "model"), CPU, tokenizer, 0.5)
     common.save_model(model, tokenizer, tmp_path / "theirs", CPU)
-    found = run(tmp_path, model=str(tmp_path / "theirs"), steps=0, data="", eval_data=pairs_file(tmp_path, HAND))[0]
+    found = run(
+        tmp_path,
+        model=str(tmp_path / "theirs"),
+        steps=0,
+        data="",
+        eval_data=pairs_file(tmp_path, HAND),
+    )[0]
     score = common.load_scorer(str(tmp_path / "theirs"), CPU)
-    c, r = (torch.tensor(score([row[side] for row in HAND], HAND)) for side in ("chosen", "rejected"))
-    assert found["eval/margin"] == pytest.approx((c - r).mean().item(), abs=1e-5) and abs(found["eval/margin"]) > 1e-2
+    c, r = (
+        torch.tensor(score([row[side] for row in HAND], HAND)) for side in ("chosen", "rejected")
+    )
+    assert (
+        found["eval/margin"] == pytest.approx((c - r).mean().item(), abs=1e-5)
+        and abs(found["eval/margin"]) > 1e-2
+    )
 
 
 @pytest.mark.parametrize("pad", [0, None])
@@ -520,17 +649,37 @@ def test_the_true_reward_is_that_of_the_best_by_score(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "load_reference", lambda *a: None)
     monkeypatch.setattr(common, "sample", sample)
     monkeypatch.setattr(
-        common, "score_texts", lambda m, t, texts, rows, w: [{"0": 2.0, "1": 1.0, "2": 0.0}[x[1]] for x in texts]
+        common,
+        "score_texts",
+        lambda m, t, texts, rows, w: [{"0": 2.0, "1": 1.0, "2": 0.0}[x[1]] for x in texts],
     )
-    true = {"00": 0.0, "01": 1.0, "02": 1.0, "10": 1.0, "11": 0.0, "12": 0.0, "20": 0.0, "21": 0.0, "22": 1.0}
-    args = reward_model.Args(best_of=(1, 3), sample_rows=6, temperature=0.7, policy="x", max_new_tokens=4)
+    true = {
+        "00": 0.0,
+        "01": 1.0,
+        "02": 1.0,
+        "10": 1.0,
+        "11": 0.0,
+        "12": 0.0,
+        "20": 0.0,
+        "21": 0.0,
+        "22": 1.0,
+    }
+    args = reward_model.Args(
+        best_of=(1, 3), sample_rows=6, temperature=0.7, policy="x", max_new_tokens=4
+    )
     prompts = [([i], {"prompt": str(i)}) for i in range(3)]
     for reward in (reward_model.Reward(lambda texts, rows: [true[x] for x in texts], None), None):
-        got = reward_model.report_best_of(None, None, None, prompts, reward, args, CPU, lambda: False)
-        assert got["best_of/score@1"] == pytest.approx(1.0) and got["best_of/score@3"] == pytest.approx(2.0)
+        got = reward_model.report_best_of(
+            None, None, None, prompts, reward, args, CPU, lambda: False
+        )
+        assert got["best_of/score@1"] == pytest.approx(1.0) and got[
+            "best_of/score@3"
+        ] == pytest.approx(2.0)
         assert ("best_of/true@3" in got) == (reward is not None)
         if reward:
-            assert got["best_of/true@1"] == pytest.approx(4 / 9) and got["best_of/true@3"] == pytest.approx(1 / 3)
+            assert got["best_of/true@1"] == pytest.approx(4 / 9) and got[
+                "best_of/true@3"
+            ] == pytest.approx(1 / 3)
     assert [a[:3] for a in asked[:2]] == [(2, 3, 0.7), (1, 3, 0.7)] and asked[0][3] != asked[1][3]
 
 
@@ -538,7 +687,12 @@ def test_best_of_n_without_answers_reports_the_score_alone(tmp_path):
     run(tmp_path, "rm", steps=1)
     data = tmp_path / "prompts.jsonl"
     data.write_text('{"prompt": "52="}\n{"prompt": "31="}\n')
-    flags = {"policy": str(reward_model.TINY / "model"), "eval_prompts": str(data), "best_of": (1, 2), "max_new_tokens": 6}
+    flags = {
+        "policy": str(reward_model.TINY / "model"),
+        "eval_prompts": str(data),
+        "best_of": (1, 2),
+        "max_new_tokens": 6,
+    }
     found = run(tmp_path, "bon", model=str(tmp_path / "rm" / "model"), steps=0, **flags)[-1]
     assert "best_of/score@2" in found and not any("true" in k for k in found)
     data.write_text('{"prompt": "52="}\n{"prompt": "31=", "answer": "13"}\n')
@@ -570,7 +724,9 @@ def test_what_the_console_shows_is_what_the_pipeline_is_to_be_given(tmp_path, ca
     pipe = transformers.pipeline("text-classification", str(tmp_path / "model"), tokenizer=read)
     score = common.score_ids(model, tokenizer, [ids], CPU)[0]
     assert ids[0] == tokenizer.bos_token_id
-    assert pipe(tokenizer.decode(ids), add_special_tokens=False)[0]["score"] == pytest.approx(score, abs=1e-5)
+    assert pipe(tokenizer.decode(ids), add_special_tokens=False)[0]["score"] == pytest.approx(
+        score, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("load", ["policy", "reference", "scalar"])
@@ -580,7 +736,9 @@ def test_weights_that_a_folder_lacks_are_not_drawn_at_random(load, tmp_path, cap
 
     family("llama").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    save_file({f"module.{k}": v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    save_file(
+        {f"module.{k}": v for k, v in load_file(file).items()}, file, metadata={"format": "pt"}
+    )
     make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(SystemExit):
         if load == "scalar":
@@ -600,13 +758,24 @@ def test_the_end_of_a_turn_is_no_pad_either():
 
 @pytest.mark.parametrize("name", ["BertConfig", "RobertaConfig", "BartConfig"])
 def test_a_model_whose_score_is_not_read_at_the_last_token_is_refused(name, tmp_path, capsys):
-    small = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    small |= {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1} if name == "BartConfig" else {}
+    small = {
+        "vocab_size": 48,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    small |= (
+        {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1} if name == "BartConfig" else {}
+    )
     getattr(transformers, name)(**small).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(SystemExit):
         run(tmp_path, model=str(tmp_path), steps=1)
-    assert "has no score that is read at a text's last token" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert (
+        "has no score that is read at a text's last token" in capsys.readouterr().err
+        and not (tmp_path / "run").exists()
+    )
 
 
 # --- a whole run, against one written out in float64 ---
@@ -847,5 +1016,10 @@ def test_contents_in_parts_want_a_template(capsys):
 
 def test_an_empty_prompt_is_that_of_the_conversations(tmp_path):
     talk = [{"role": "user", "content": "5="}]
-    sides = {side: [*talk, {"role": "assistant", "content": x}] for side, x in (("chosen", "5"), ("rejected", "7"))}
-    assert [r["prompt"] for r in read_pairs(pairs_file(tmp_path, [{"prompt": "", **sides}]), "--data")] == [talk]
+    sides = {
+        side: [*talk, {"role": "assistant", "content": x}]
+        for side, x in (("chosen", "5"), ("rejected", "7"))
+    }
+    assert [
+        r["prompt"] for r in read_pairs(pairs_file(tmp_path, [{"prompt": "", **sides}]), "--data")
+    ] == [talk]

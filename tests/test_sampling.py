@@ -28,9 +28,13 @@ def plain_logprobs(model, s, row, temperature):
 
 def stops_for(model, tokenizer):
     """Two stop tokens (besides EOS) with which some rows end early and some are cut, whatever the family likes to say."""
-    ids = sample(model, tokenizer, PROMPTS, n=3, max_new_tokens=24, temperature=0.7, seed=1).ids.tolist()
+    ids = sample(
+        model, tokenizer, PROMPTS, n=3, max_new_tokens=24, temperature=0.7, seed=1
+    ).ids.tolist()
     for stops in itertools.combinations(range(3, WORDS), 2):
-        lengths = [min([t + 1 for t, i in enumerate(row) if i in (1, *stops)], default=24) for row in ids]
+        lengths = [
+            min([t + 1 for t, i in enumerate(row) if i in (1, *stops)], default=24) for row in ids
+        ]
         if min(lengths) < 12 and sum(n == 24 for n in lengths) > 1 and len(set(lengths)) > 3:
             return [1, *stops]
     raise AssertionError("no such pair")
@@ -49,7 +53,9 @@ def test_logprobs_equal_those_of_a_plain_forward(name, pad_is_eos):
     model.generation_config.eos_token_id = stops_for(model, tokenizer)
     s = sample(model, tokenizer, PROMPTS, n=3, max_new_tokens=24, temperature=0.7, seed=1)
     lengths = s.mask.sum(1)
-    assert lengths.min() < 12 and lengths.max() == 24, "the test wants rows that end early and rows that are cut"
+    assert lengths.min() < 12 and lengths.max() == 24, (
+        "the test wants rows that end early and rows that are cut"
+    )
     assert worst(model, s, 0.7) < (1e-3 if name == "mamba" else 1e-4)
 
 
@@ -79,10 +85,14 @@ def test_a_wrong_mask_would_be_noticed(name):
     assert worst(model, s, 0.7) > 1e-2
 
 
-@pytest.mark.parametrize("name", [n for n in FAMILIES if n not in ("mamba", "bloom")])  # those know no positions
+@pytest.mark.parametrize(
+    "name", [n for n in FAMILIES if n not in ("mamba", "bloom")]
+)  # those know no positions
 def test_a_wrong_position_would_be_noticed(name):
     model = family(name)
-    broken(model, position_ids=lambda p: p + 1 if p.shape[1] == 1 else p)  # off by one from the second token on
+    broken(
+        model, position_ids=lambda p: p + 1 if p.shape[1] == 1 else p
+    )  # off by one from the second token on
     s = sample(model, make_tokenizer(), PROMPTS, n=3, max_new_tokens=12, temperature=0.7, seed=1)
     del model.forward
     assert worst(model, s, 0.7) > 1e-2
@@ -106,10 +116,19 @@ def test_draw_is_the_inverse_of_the_cumulative_sum(words):
     torch.manual_seed(words)
     logits = torch.randn(words) * 3
     logits[0] = logits[-1] = -float("inf")  # neither end can be drawn
-    u = torch.cat([torch.tensor([0.0, 1 - 2**-53]).double(), torch.linspace(0.001, 0.999, 500, dtype=torch.float64)])
+    u = torch.cat(
+        [
+            torch.tensor([0.0, 1 - 2**-53]).double(),
+            torch.linspace(0.001, 0.999, 500, dtype=torch.float64),
+        ]
+    )
     tokens, _ = draw(logits.expand(len(u), -1), u[:, None])
-    wanted = torch.searchsorted(logits.double().softmax(-1).cumsum(-1), u, right=True).clamp(1, words - 2)
-    assert (tokens != wanted).float().mean() < 0.01  # a float32 exp against a float64 one, at the very edges
+    wanted = torch.searchsorted(logits.double().softmax(-1).cumsum(-1), u, right=True).clamp(
+        1, words - 2
+    )
+    assert (
+        tokens != wanted
+    ).float().mean() < 0.01  # a float32 exp against a float64 one, at the very edges
     assert (tokens - wanted).abs().max() <= 1
 
 
@@ -152,15 +171,21 @@ def test_equal_seeds_give_equal_samples_and_others_do_not(tokenizer):
     torch.manual_seed(3)
     d = sample(model, tokenizer, PROMPTS, n=2, max_new_tokens=8)
     e = sample(model, tokenizer, PROMPTS, n=2, max_new_tokens=8)
-    assert d.ids.shape != e.ids.shape or not torch.equal(d.ids, e.ids), "without a seed two calls must differ"
+    assert d.ids.shape != e.ids.shape or not torch.equal(d.ids, e.ids), (
+        "without a seed two calls must differ"
+    )
 
 
 def test_what_a_row_draws_does_not_depend_on_which_rows_were_dropped(monkeypatch, tokenizer):
     model = family("llama")
     model.generation_config.eos_token_id = STOPS
     a = sample(model, tokenizer, PROMPTS, n=8, max_new_tokens=16, seed=2)
-    monkeypatch.setattr(common.RoomyLayer, "reorder_cache", _spy := _Spy(common.RoomyLayer.reorder_cache))
-    b = sample(model, tokenizer, [p for p in PROMPTS for _ in range(8)], max_new_tokens=16, seed=2)  # no shared prompt
+    monkeypatch.setattr(
+        common.RoomyLayer, "reorder_cache", _spy := _Spy(common.RoomyLayer.reorder_cache)
+    )
+    b = sample(
+        model, tokenizer, [p for p in PROMPTS for _ in range(8)], max_new_tokens=16, seed=2
+    )  # no shared prompt
     assert torch.equal(a.ids, b.ids) and (a.logprobs - b.logprobs).abs().max() < 1e-5
     assert _spy.calls > 2, "rows were never dropped"
 
@@ -210,11 +235,15 @@ def test_prompts_in_slices_give_the_samples_of_all_prompts_at_once(name, monkeyp
     model.forward = spied
     prompts = [*PROMPTS, [8, 15]]
     whole = sample(model, tokenizer, prompts, n=3, max_new_tokens=24, temperature=0.7, seed=1)
-    monkeypatch.setattr(common, "PREFILL_TOKENS", 2 * 11 + 10)  # room for two rows of the longest prompt
+    monkeypatch.setattr(
+        common, "PREFILL_TOKENS", 2 * 11 + 10
+    )  # room for two rows of the longest prompt
     slices = sample(model, tokenizer, prompts, n=3, max_new_tokens=24, temperature=0.7, seed=1)
     assert prefills == [5, 2, 2, 1]
     assert torch.equal(whole.ids, slices.ids) and torch.equal(whole.mask, slices.mask)
-    torch.testing.assert_close(whole.logprobs, slices.logprobs, atol=1e-5 if name != "mamba" else 1e-4, rtol=0)
+    torch.testing.assert_close(
+        whole.logprobs, slices.logprobs, atol=1e-5 if name != "mamba" else 1e-4, rtol=0
+    )
 
 
 class _Spy:
@@ -245,7 +274,9 @@ def test_mask_covers_the_stop_token_and_nothing_after_it():
         assert finished or length == 12
         assert (logprobs[:length] < 0).all() and (logprobs[length:] == 0).all()
         words = ["<pad>", "<eos>", "<bos>", *(f"w{i}" for i in range(3, WORDS))]
-        assert text.split() == [words[i] for i in ids[: length - int(finished)].tolist() if i != 1]  # <eos> is special
+        assert text.split() == [
+            words[i] for i in ids[: length - int(finished)].tolist() if i != 1
+        ]  # <eos> is special
 
 
 def test_rows_are_grouped_by_prompt(tokenizer):
@@ -276,16 +307,24 @@ def test_new_weights_are_used_at_once(tokenizer):
 def test_mode_checkpointing_and_generation_config_are_as_before(tokenizer):
     """generate with checkpointing loses the cache (transformers 36051); here it is off while sampling, and on again."""
     model = family("llama").train()
-    model = common.prepare(model, common.World(0, 1, torch.device("cpu"), torch.float32), gradient_checkpointing=True)
+    model = common.prepare(
+        model, common.World(0, 1, torch.device("cpu"), torch.float32), gradient_checkpointing=True
+    )
     model.model.norm.eval()  # a part that somebody froze stays frozen
-    model.generation_config.update(do_sample=True, top_k=1, top_p=0.1, repetition_penalty=3.0, temperature=0.1)
+    model.generation_config.update(
+        do_sample=True, top_k=1, top_p=0.1, repetition_penalty=3.0, temperature=0.1
+    )
     config = model.generation_config.to_dict()
     s = sample(model, tokenizer, PROMPTS, n=8, max_new_tokens=8, seed=0)
     assert model.training and model.model.layers[0].training and not model.model.norm.training
-    assert model.model.layers[0].gradient_checkpointing and model.generation_config.to_dict() == config
+    assert (
+        model.model.layers[0].gradient_checkpointing and model.generation_config.to_dict() == config
+    )
     assert not s.logprobs.requires_grad
     assert worst(model.eval(), s, 1.0) < 1e-4
-    assert len({tuple(r) for r in s.ids[:8].tolist()}) > 4, "top_k=1 of the generation config must not act"
+    assert len({tuple(r) for r in s.ids[:8].tolist()}) > 4, (
+        "top_k=1 of the generation config must not act"
+    )
 
 
 def test_a_failure_inside_leaves_the_training_mode_alone(tokenizer):
@@ -298,7 +337,9 @@ def test_a_failure_inside_leaves_the_training_mode_alone(tokenizer):
 
 def test_ids_outside_the_tokenizer_are_no_accident(tokenizer):
     """Vocabularies are often padded beyond the tokenizer's (Qwen): such a token decodes to nothing."""
-    s = sample(family("llama", vocab_size=WORDS + 16), tokenizer, PROMPTS, n=16, max_new_tokens=8, seed=0)
+    s = sample(
+        family("llama", vocab_size=WORDS + 16), tokenizer, PROMPTS, n=16, max_new_tokens=8, seed=0
+    )
     assert (s.ids[s.mask] >= WORDS).any() and all(isinstance(t, str) for t in s.texts)
 
 

@@ -49,7 +49,11 @@ def train(script, folder, everything, flags):
         if everything:
             name = "has_gradient" if script == "grpo" else "rows_to_train"
             patch.setattr(module, name, lambda x, *a: torch.ones(len(x), dtype=torch.bool))
-        module.train(module.Args(**{"out": str(folder), "device": "cpu", "eval_data": "", "warmup": 0} | flags))
+        module.train(
+            module.Args(
+                **{"out": str(folder), "device": "cpu", "eval_data": "", "warmup": 0} | flags
+            )
+        )
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return log, common.read_checkpoint(folder)["models"]["policy"], sum(rows)
 
@@ -69,7 +73,15 @@ def same(tmp_path, script, **flags):
     full, wanted, all_rows = train(script, tmp_path / "full", True, small | flags)
     log, weights, rows = train(script, tmp_path / "fewer", False, small | flags)
     for a, b in zip(full[1:], log[1:], strict=True):
-        for name in ("reward", "loss", "grad_norm", "length", "truncated", "equal_groups", "learning_rate"):
+        for name in (
+            "reward",
+            "loss",
+            "grad_norm",
+            "length",
+            "truncated",
+            "equal_groups",
+            "learning_rate",
+        ):
             assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-6), name
     start = dict(common.load_policy(TINY / "model", common.start("cpu")).named_parameters())
     moved = max((wanted[k] - start[k]).abs().max() for k in wanted)
@@ -81,14 +93,21 @@ def same(tmp_path, script, **flags):
 
 @pytest.mark.parametrize("epochs, minibatches", [(1, 1), (2, 4)])
 @pytest.mark.parametrize(
-    "ratio, aggregate", [("token", "sequence"), ("token", "token"), ("token", "constant"), ("sequence", None)]
+    "ratio, aggregate",
+    [("token", "sequence"), ("token", "token"), ("token", "constant"), ("sequence", None)],
 )
-def test_grpo_without_the_rows_of_equal_groups_is_grpo(ratio, aggregate, epochs, minibatches, tmp_path):
-    all_rows, rows, log = same(tmp_path, "grpo", ratio=ratio, aggregate=aggregate, epochs=epochs, minibatches=minibatches)
+def test_grpo_without_the_rows_of_equal_groups_is_grpo(
+    ratio, aggregate, epochs, minibatches, tmp_path
+):
+    all_rows, rows, log = same(
+        tmp_path, "grpo", ratio=ratio, aggregate=aggregate, epochs=epochs, minibatches=minibatches
+    )
     passes = epochs + (epochs * minibatches > 1)
     assert all_rows == 2 * 32 * passes
     trained = sum(round((1 - m["equal_groups"]) * 32) for m in log[1:])
-    assert 0 < trained < 48 and rows == trained * passes, "no row of another group was computed, and none twice"
+    assert 0 < trained < 48 and rows == trained * passes, (
+        "no row of another group was computed, and none twice"
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,7 +131,10 @@ def test_what_else_leaves_rows_without_gradient(flags, fewer, tmp_path):
     [
         ({"beta": 0.0}, True),
         ({"beta": 0.0, "epochs": 2, "minibatches": 4}, True),
-        ({"beta": 0.0, "baseline": "none", "minibatches": 2}, True),  # a sample that is paid nothing has no gradient
+        (
+            {"beta": 0.0, "baseline": "none", "minibatches": 2},
+            True,
+        ),  # a sample that is paid nothing has no gradient
         ({"beta": 0.0, "keep_max": True, "normalize": True}, True),
         ({"beta": 0.0, "baseline": "batch"}, False),
         ({"beta": 0.1, "minibatches": 2}, False),
@@ -124,7 +146,8 @@ def test_reinforce_without_the_rows_of_no_advantage_is_reinforce(flags, fewer, t
 
 
 @pytest.mark.parametrize(
-    "script, flags", [("grpo", {}), ("grpo", {"epochs": 2, "minibatches": 2}), ("reinforce", {"beta": 0.0})]
+    "script, flags",
+    [("grpo", {}), ("grpo", {"epochs": 2, "minibatches": 2}), ("reinforce", {"beta": 0.0})],
 )
 def test_a_step_in_which_no_row_has_a_gradient_makes_no_update(script, flags, tmp_path):
     """AdamW with moments from an earlier step would move the weights at a gradient of 0, too."""
@@ -143,16 +166,34 @@ def test_a_step_in_which_no_row_has_a_gradient_makes_no_update(script, flags, tm
             return super().step(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "make_optimizer", lambda model, rate: Counted(model.parameters(), lr=rate))
+        patch.setattr(
+            common, "make_optimizer", lambda model, rate: Counted(model.parameters(), lr=rate)
+        )
         patch.setattr(common, "hidden_states", lambda *a: 1 / 0)
         patch.setattr(common, "check_head", lambda model: None)
         patch.setattr(common, "prompts_can_be_shared", lambda *a: True)
-        module.train(module.Args(out=str(tmp_path / "run"), device="cpu", eval_data="", steps=2, **flags))
-    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        module.train(
+            module.Args(out=str(tmp_path / "run"), device="cpu", eval_data="", steps=2, **flags)
+        )
+    log = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert not steps
     for m in log[1:]:
-        assert m["loss"] == 0 and m["grad_norm"] == 0 and m["equal_groups"] == 1 and m["reward"] == pytest.approx(0.7)
-        assert not m.keys() & {"entropy", "ratio/mean", "ratio/first", "kl/sample", "kl/old", "clip/low"}
+        assert (
+            m["loss"] == 0
+            and m["grad_norm"] == 0
+            and m["equal_groups"] == 1
+            and m["reward"] == pytest.approx(0.7)
+        )
+        assert not m.keys() & {
+            "entropy",
+            "ratio/mean",
+            "ratio/first",
+            "kl/sample",
+            "kl/old",
+            "clip/low",
+        }
     start = dict(common.load_policy(TINY / "model", common.start("cpu")).named_parameters())
     saved = common.read_checkpoint(tmp_path / "run")["models"]["policy"]
     assert all(torch.equal(saved[k], start[k]) for k in start)
@@ -164,7 +205,10 @@ def train_here(script, out, flags):
 
     def stand_in(model, tokenizer, prompts, *, n=1, **settings):
         lengths = [(p, 1 + (len(p) + j) % (len(p) + 2)) for p in prompts for j in range(n)]
-        texts = [[*itertools.islice(itertools.cycle(p[::-1]), length), tokenizer.eos_token_id] for p, length in lengths]
+        texts = [
+            [*itertools.islice(itertools.cycle(p[::-1]), length), tokenizer.eos_token_id]
+            for p, length in lengths
+        ]
         return common.as_samples([p for p, _ in lengths], texts, tokenizer, common.start("cpu"))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -177,8 +221,13 @@ def train_here(script, out, flags):
 def test_processes_with_unequal_numbers_of_rows_have_the_gradient_of_one(script, reward, tmp_path):
     """The first process has no row left with the first reward, and no process has one with the last."""
     (tmp_path / "r.py").write_text(REWARDS)
-    count, step = 8, 4  # rows in the file; prompts of a step, the first half of which is the first process's
-    rows = [{"prompt": f"{'92417368'[i]}{'53' * (1 + i % 3)}=", "answer": str(i)} for i in range(count)]
+    count, step = (
+        8,
+        4,
+    )  # rows in the file; prompts of a step, the first half of which is the first process's
+    rows = [
+        {"prompt": f"{'92417368'[i]}{'53' * (1 + i % 3)}=", "answer": str(i)} for i in range(count)
+    ]
     order = [common.nth_row(count, i, 1) for i in range(2 * step)]
     for place, number in enumerate(order):
         rows[number]["half"] = place % step // (step // 2)
@@ -199,7 +248,10 @@ def test_processes_with_unequal_numbers_of_rows_have_the_gradient_of_one(script,
     run_in_processes(train_here, 2, script, tmp_path / "2", flags)
     one, two = (common.read_checkpoint(tmp_path / n)["models"]["policy"] for n in "12")
     assert all((one[k] - two[k]).abs().max() < 1e-5 for k in one)
-    logs = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in "12"]
+    logs = [
+        [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in "12"
+    ]
     for a, b in zip(*logs, strict=True):
         assert a.keys() == b.keys()
         for k in a.keys() - {"time/sample", "time/train", "tokens_per_second", "memory_gib"}:

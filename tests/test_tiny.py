@@ -36,7 +36,10 @@ def test_the_model_is_small_in_bfloat16_with_a_pad_of_its_own():
     assert sum(p.stat().st_size for p in (TINY / "model").iterdir()) < 3e6
     with safe_open(TINY / "model" / "model.safetensors", "pt") as file:
         assert {file.get_tensor(k).dtype for k in file.keys()} == {torch.bfloat16}
-    model, tokenizer = common.load_policy(TINY / "model", CPU), common.load_tokenizer(TINY / "model")
+    model, tokenizer = (
+        common.load_policy(TINY / "model", CPU),
+        common.load_tokenizer(TINY / "model"),
+    )
     assert 0.5e6 <= sum(p.numel() for p in model.parameters()) <= 1.5e6
     assert tokenizer.pad_token_id != tokenizer.eos_token_id and tokenizer.chat_template is None
     ids = tokenizer("52817= 12578\nabc").input_ids
@@ -44,7 +47,9 @@ def test_the_model_is_small_in_bfloat16_with_a_pad_of_its_own():
 
 
 def test_lists_are_right_and_no_list_is_in_two_files():
-    train, test, pairs, held = (rows(f"{n}.jsonl") for n in ("sort_train", "sort_test", "pairs_train", "pairs_test"))
+    train, test, pairs, held = (
+        rows(f"{n}.jsonl") for n in ("sort_train", "sort_test", "pairs_train", "pairs_test")
+    )
     assert len(test) == 512 and len(train) >= 4096
     for r in train + test:
         digits = r["prompt"].removesuffix("=")
@@ -63,10 +68,20 @@ def test_the_model_is_right_now_and_then_and_no_more():
         rows("sort_test.jsonl"),
     )
     for n, temperature, wanted, few in ((4, 1.0, 312, 8), (1, 0.0, 160, 1)):
-        s = sample(model, tokenizer, [r["prompt"] for r in test], n=n, max_new_tokens=23, temperature=temperature, seed=0)
+        s = sample(
+            model,
+            tokenizer,
+            [r["prompt"] for r in test],
+            n=n,
+            max_new_tokens=23,
+            temperature=temperature,
+            seed=0,
+        )
         right = sum(t == test[i // n]["answer"] for i, t in enumerate(s.texts))
         assert right == pytest.approx(wanted, abs=few)
-        assert s.finished.float().mean() > 0.7, "it knows how to end an answer (greedily it sometimes runs on)"
+        assert s.finished.float().mean() > 0.7, (
+            "it knows how to end an answer (greedily it sometimes runs on)"
+        )
 
 
 def test_pairs_are_ranked_without_ties(sort):
@@ -89,7 +104,10 @@ def test_pairs_are_ranked_without_ties(sort):
 )
 def test_the_partial_rewards_by_hand(said, position, adjacent, sort):
     row = {"prompt": "7215=", "answer": "1257"}
-    assert abs(sort.position(said, row) - position) < 1e-9 and abs(sort.adjacent(said, row) - adjacent) < 1e-9
+    assert (
+        abs(sort.position(said, row) - position) < 1e-9
+        and abs(sort.adjacent(said, row) - adjacent) < 1e-9
+    )
 
 
 def test_the_data_is_remade_the_same(sort):
@@ -109,7 +127,14 @@ def test_scripts_name_default_files_by_their_own_place(monkeypatch, tmp_path):
 
 programs = sys.modules[common.load_function(f"{TINY}/programs.py:passes", "--reward").__module__]
 
-ADD = {"tests": ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add('a', 'b') == 'ab'", "assert add(2, 2) == 5"]}
+ADD = {
+    "tests": [
+        "assert add(1, 2) == 3",
+        "assert add(0, 0) == 0",
+        "assert add('a', 'b') == 'ab'",
+        "assert add(2, 2) == 5",
+    ]
+}
 
 
 @pytest.mark.parametrize(

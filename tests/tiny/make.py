@@ -41,12 +41,21 @@ class Args:
 def tokenizer():
     """Characters, as few as the task needs and a plain sentence wants: every further one takes its share of probability
     from the digits while the model knows little. No chat template."""
-    words = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *"0123456789= \n.,?abcdefghijklmnopqrstuvwxyz"])}
+    words = {
+        w: i
+        for i, w in enumerate(
+            ["<pad>", "<eos>", "<unk>", *"0123456789= \n.,?abcdefghijklmnopqrstuvwxyz"]
+        )
+    }
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=32
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_max_length=32,
     )
 
 
@@ -70,11 +79,20 @@ def pairs(model, rows, seed):
     found = []
     for i in range(0, len(rows), 256):
         part = rows[i : i + 256]
-        s = common.sample(model, tokenizer(), [r["prompt"] for r in part], n=4, max_new_tokens=24, seed=seed + i)
+        s = common.sample(
+            model, tokenizer(), [r["prompt"] for r in part], n=4, max_new_tokens=24, seed=seed + i
+        )
         for j, row in enumerate(part):
             ranked = sorted(s.texts[4 * j : 4 * j + 4], key=lambda t: sort.position(t, row))
             if sort.position(ranked[-1], row) > sort.position(ranked[0], row):
-                found.append({"prompt": row["prompt"], "chosen": ranked[-1], "rejected": ranked[0], "answer": row["answer"]})
+                found.append(
+                    {
+                        "prompt": row["prompt"],
+                        "chosen": ranked[-1],
+                        "rejected": ranked[0],
+                        "answer": row["answer"],
+                    }
+                )
     return found
 
 
@@ -101,9 +119,15 @@ def main(args):
     write(args.out / "pairs_train.jsonl", pairs(model, train[:4096], args.seed))
     write(
         args.out / "pairs_test.jsonl",
-        pairs(model, sort.lists(640, args.seed + 2, without={r["prompt"] for r in train + test}), args.seed + 9999),
+        pairs(
+            model,
+            sort.lists(640, args.seed + 2, without={r["prompt"] for r in train + test}),
+            args.seed + 9999,
+        ),
     )
-    s = common.sample(model, tokenizer(), [r["prompt"] for r in test], n=8, max_new_tokens=24, seed=args.seed)
+    s = common.sample(
+        model, tokenizer(), [r["prompt"] for r in test], n=8, max_new_tokens=24, seed=args.seed
+    )
     right = [t == test[i // 8]["answer"] for i, t in enumerate(s.texts)]
     print(f"sampled, {sum(right) / len(right):.3f} of the held-out lists are sorted right")
 

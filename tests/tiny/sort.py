@@ -22,7 +22,9 @@ def adjacent(completion, row):
     left = list(answer)
     present = sum(1 for c in said if c in left and not left.remove(c))
     ordered = sum(a <= b for a, b in zip(said, said[1:]))
-    return 0.5 * present / max(len(said), len(answer)) + 0.5 * ordered / max(len(said) - 1, len(answer) - 1)
+    return 0.5 * present / max(len(said), len(answer)) + 0.5 * ordered / max(
+        len(said) - 1, len(answer) - 1
+    )
 
 
 def lists(count, seed, without=()):

@@ -22,8 +22,13 @@ def main(folder):
     sums = [(a, b) for a in range(1, 21) for b in range(1, 21)]
     random.Random(0).shuffle(sums)
     for name, part in (("test", sums[:100]), ("train", sums[100:])):
-        rows = [{"prompt": f"What is {a} + {b}? Reply with the number only.", "answer": str(a + b)} for a, b in part]
-        (Path(folder) / f"sums_{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        rows = [
+            {"prompt": f"What is {a} + {b}? Reply with the number only.", "answer": str(a + b)}
+            for a, b in part
+        ]
+        (Path(folder) / f"sums_{name}.jsonl").write_text(
+            "".join(json.dumps(r) + "\n" for r in rows)
+        )
 
 
 if __name__ == "__main__":
