@@ -540,7 +540,7 @@ def test_only_pairs_that_the_run_visits_are_scored_by_the_reference(tmp_path, mo
             "compares --model with itself",
         ),
         ({"eval_data": "held_out.jsonl"}, "--data: name a file of pairs"),
-        ({"simpo_margin": math.inf}, "--simpo_margin inf: must be a number"),
+        ({"simpo_margin": math.inf}, "--simpo_margin inf: must be finite"),
         ({"data": "no_such.jsonl"}, "--data no_such.jsonl"),
         ({"max_tokens": 3}, "no pair is left"),
     ],
