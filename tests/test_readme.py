@@ -141,12 +141,12 @@ def test_the_reward_of_the_readme_runs(desk, monkeypatch):
 
 
 def test_the_output_in_the_readme_is_that_of_the_command(desk, monkeypatch, capsys):
-    """The lines that every machine prints alike: the first prompt and the first scores."""
+    """The lines that every machine prints alike: the first text and the first scores."""
     shown = block_with("step 0: held-out reward").splitlines()
     short = "--steps 1 --prompts_per_step 2 --out runs/output --device cpu"
     run(["grpo.py", *short.split()], desk, monkeypatch)
     said = capsys.readouterr()
-    for start in ("first prompt: ", "step 0: "):
+    for start in ("first text, as the model sees it: ", "step 0: "):
         line = next(line for line in shown if line.startswith(start))
         assert line in said.out + said.err
 
