@@ -6,7 +6,7 @@ LOADING
     Text to token ids      load_tokenizer, encode_prompt, encode_completion, load_prompts
     Configs                read_config, context_of, fit_context, fit_reward_model
     Models                 load_policy, load_reference, load_scalar, shard, save_model
-    Rewards                load_function, checked, stop_together, load_scorer
+    Rewards                load_reward, load_function, load_scorer
 SAMPLING
     Completions            Samples, sample, as_samples, rows_at_once
     States and logits      completion_states, hidden_states, logits_of, can_share_prompts
@@ -44,6 +44,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -416,7 +417,8 @@ def load_prompts(path, flag, tokenizer, args, answer_flag):
         if not 0 < len(ids) <= args.max_prompt_tokens:
             left_out += 1
         elif answer_flag and not has_answer(record):
-            fail(f'{where}: {answer_flag} needs an "answer", a text or a number')
+            prompt = f"the prompt is {record['prompt']!r:.100}"
+            fail(f'{where}: {answer_flag} needs an "answer", a text or a number; {prompt}')
         else:
             kept.append((ids, record))
     if left_out:
@@ -725,6 +727,32 @@ def write_model(model, tokenizer, folder, state, dtype):
 
 
 # -- Rewards ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reward:
+    """A loaded --reward."""
+
+    score: Callable  # from completions and their records (lines of the data) to scores
+    rule: Callable  # decides which held-out completions are right
+    answer_flag: str = ""  # the flag to name if a line lacks an answer; "": answers are optional
+    is_model: bool = False
+
+
+def load_reward(spec, rules, world, date):
+    """--reward: the name of a rule, FILE.py:function, or a reward model. Held-out completions are
+    right by the rule of that name, or else by the first of the rules."""
+    rule = rules.get(spec, next(iter(rules.values())))
+    if spec in rules:
+        return Reward(stop_together(checked(rule), world), rule, answer_flag=f"--reward {spec}")
+    if spec.partition(":")[0].endswith(".py"):
+        function = checked(load_function(spec, "--reward"))
+        return Reward(stop_together(function, world), rule)
+    if "/" not in spec and not Path(spec).exists():  # no hub name and no folder
+        names = ", ".join(rules)
+        fail(f"--reward {spec}: choose {names}, FILE.py:function, or a reward model's folder")
+    scorer = load_scorer(spec, world, date)
+    return Reward(stop_together(scorer, world), rule, is_model=True)
 
 
 def load_function(spec, flag):

@@ -12,8 +12,8 @@ reference ref. The second step has a known optimum, pi*. DPO inserts it into the
 
 Z(x) makes the probabilities of pi* sum to 1. (2) is the optimum, because (1) equals
 -beta KL(pi || pi*) plus a constant. (3) is (2), solved for r: every policy is the optimum of some
-reward. Insert (3) into (4), for a chosen completion y and a rejected z, with the policy pi that is
-trained as pi*: Z cancels, and P = sigmoid(h).
+reward. Insert (3) into (4) for a chosen completion y and a rejected z, and write pi, the policy in
+training, for pi*: Z cancels, and P = sigmoid(h).
 
 So the policy itself is the reward model, and training is a classification of pairs. The gradient
 raises log pi(y) and lowers log pi(z), each by beta sigmoid(-h). Pairs in the wrong order count
@@ -24,11 +24,10 @@ log(pi / ref) / n of the chosen completion, minus that of the rejected one.
 
     sigmoid  -log sigmoid(h). With --label_smoothing e, the share of labels that are wrong:
              -(1 - e) log sigmoid(h) - e log sigmoid(-h)
-    ipo      (d - 1 / (2 beta))^2: d is drawn to a target, so it does not grow without limit. Means
-             over tokens, as IPO's authors advised later. beta 1, the default: 0.5 nats a token.
+    ipo      (d - 1 / (2 beta))^2: d is drawn to a target, 0.5 nats a token at beta 1, the default.
+             d is a mean over tokens, as IPO's authors advised later.
     hinge    max(0, 1 - h): no gradient once h is 1
-    simpo    -log sigmoid(beta (log pi(y) / n_y - log pi(z) / n_z) - simpo_margin): no reference,
-             and means over tokens, by which beam search with length normalisation ranks
+    simpo    -log sigmoid(beta (log pi(y) / n_y - log pi(z) / n_z) - simpo_margin): no reference
 
 --sft_coef c adds -c log pi(y) / n_y to each of them.
 
@@ -45,7 +44,7 @@ Shapes: b pairs in one forward, 2b rows. A side is a chosen or a rejected comple
 the longest side.
 
 Limits:
-  * DPO is offline. Some other policy drew all completions, once. What the policy says today is
+  * DPO is offline. All completions were drawn once, before training. What the policy says today is
     never scored, and nothing in (6) restrains pi on completions that are not in the data.
   * Both log-probabilities may fall while the margin grows. The probability goes to completions that
     nobody has ranked. --sft_coef keeps the chosen ones likely.
@@ -63,7 +62,6 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -120,7 +118,7 @@ class Args:
     label_smoothing: float = 0.0
     """share of pairs whose labels are thought to be wrong (with --loss sigmoid)"""
     simpo_margin: float = 1.0
-    """by how much beta times the mean log-probability should be higher (with --loss simpo)"""
+    """how far chosen should lead in beta times mean log-probability (with --loss simpo)"""
     sft_coef: float = 0.0
     """weight of -log pi(chosen) / length, which keeps the chosen completions likely"""
 
@@ -185,7 +183,7 @@ def resolve(args):
     common.check_flags(args)
     smoothing = args.label_smoothing
     if not 0 < args.beta < math.inf:
-        fail(f"--beta {args.beta}: must be above 0 and finite; at 0 no pair has a gradient")
+        fail(f"--beta {args.beta}: must be above 0 and finite")
     if not 0 <= smoothing < 0.5:
         fail(f"--label_smoothing {smoothing}: must be from 0 to below 0.5")
     if smoothing and args.loss != "sigmoid":
@@ -239,7 +237,7 @@ def implicit_reward(logprobs, ref_logprobs, length, args):
 
 
 def share_won(chosen, rejected):
-    """1 where chosen is scored higher, 1/2 on a tie (DPO begins with ties only), else 0, [b]."""
+    """1 where chosen is scored higher, 1/2 on a tie (DPO begins with ties), else 0, [b]."""
     return (chosen > rejected) + 0.5 * (chosen == rejected)
 
 
@@ -292,7 +290,7 @@ def update_loss(policy, tokenizer, pairs, ref, share_prompts, args, world, meter
     ref = ref.to(world.device)
     length = side_lengths(pairs).to(world.device)
     losses = preference_loss(*logprobs.T, *ref.T, *length.T, args)  # [b]
-    # divided by the pairs of the whole update, so the size of the micro-batches does not matter
+    # divided by the pairs of all micro-batches and processes, over which gradients are summed
     loss = losses.sum() / args.pairs_per_step
 
     with torch.no_grad():  # the rest is for the log
@@ -317,13 +315,14 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
+    # the first text of the run, which `introduce` shows
     texts = pairs + held_out + [(ids, []) for ids, _ in prompts]
     first_prompt, first_side = texts[0][:2]
+    first_text = first_prompt + first_side
     learning_models = int(args.steps > 0)
     frozen_models = 1 - learning_models + int(reward is not None and reward.is_model)
-    first = first_prompt + first_side
     writer, bar = common.introduce(
-        out, args, world, tokenizer, first, done_steps, learning_models, frozen_models
+        out, args, world, tokenizer, first_text, done_steps, learning_models, frozen_models
     )
     if pairs:
         drawn = args.steps * args.pairs_per_step
@@ -332,7 +331,7 @@ def train(args):
 
     with common.guarded(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing)
-        # a prompt is computed once for both sides, if the model's cache allows it
+        # a prompt is computed once for both sides, if a trial forward and backward shows it can be
         share_prompts = args.steps > 0 and common.prompts_can_be_shared(
             policy, world, args.gradient_checkpointing
         )
@@ -364,7 +363,7 @@ def train(args):
             meter.total("tokens", count_tokens(batch))
             parts = micro_batches_of_pairs(batch, share_prompts, args.tokens_per_micro_batch, world)
 
-            # 2. Update. The losses are shares of one mean, so losses and gradients add up.
+            # 2. Update.
             rate = common.learning_rate_at(
                 step, args.steps, args.learning_rate, args.schedule, args.warmup
             )
@@ -407,14 +406,14 @@ def train(args):
                 bar.set_postfix_str(f"loss {metrics['loss']:.3f}, accuracy {accuracy:.3f}")
                 bar.update()
 
-            # 4. Save, if it is time or a signal (Ctrl-C, SIGTERM) has asked to stop.
+            # 4. Save if it is due. After a signal (Ctrl-C, SIGTERM), save and end the run.
             common.save_if_due(
                 out, args, world, step, {"policy": policy}, {"policy": optimizer}, stop_asked
             )
 
         if args.steps:
             common.save_model(policy, tokenizer, out / "model", world)
-    # for the line of Python that is shown: with a template any prompt works
+    # `usage` shows an example; a model without a template gets a prompt of its training
     prompt = "" if tokenizer.chat_template else tokenizer.decode(first_prompt)
     common.conclude(out, args, writer, bar, common.usage(out, tokenizer, prompt, args))
 
@@ -425,12 +424,12 @@ def train(args):
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     """Cuts pairs into parts, one forward each -> lists of pair numbers.
 
-    A pair is (common beginning, rest of chosen, rest of rejected), as token ids. A part has at most
-    `tokens` tokens (padding included, a shared beginning counted once) or one pair. Pairs of like
-    length come together, to save padding.
+    A pair is (beginning, rest of chosen, rest of rejected), as token ids; both sides share the
+    beginning (the prompt). A part has at most `tokens` tokens (padding included, a shared beginning
+    counted once) or one pair. Pairs of like length come together, to save padding.
 
-    All processes get equally many parts, as FSDP requires. One that is short of parts divides one;
-    all have equally many pairs, so this cannot fail.
+    FSDP needs equally many parts in all processes. Where some are missing, the largest part gives
+    up a pair. All have equally many pairs, so this cannot fail.
     """
     copies = 1 if share_prompts else 2
     prompt_length = [copies * len(prompt) for prompt, _, _ in pairs]
@@ -473,7 +472,7 @@ def in_order(results, count, world):
 
 
 def side_lengths(pairs):
-    """Tokens of chosen and rejected after what both begin with, [pairs, 2]."""
+    """Tokens of chosen and rejected without the beginning that both share, [pairs, 2]."""
     return torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs])
 
 
@@ -579,13 +578,13 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
     completions to be read). Each process takes its share."""
     mine = held_out[world.rank :: world.size]
     longest = max((len(ids) for ids, _ in held_out), default=0) + args.max_new_tokens
-    # the keys and values of 4 micro-batches need less memory than the training of one
+    # while sampling, the cache of 4 micro-batches is smaller than the training of one
     rows = 4 * args.tokens_per_micro_batch // longest
     size = common.rows_at_once(held_out, args.max_new_tokens, rows)
     meter = common.Meter()
     shown = []
     for start in range(0, math.ceil(len(held_out) / world.size), size):
-        # a process with no prompts left samples along (FSDP), and counts nothing
+        # FSDP: a process with no prompts left must still sample; its results do not count
         is_counted = start < len(mine)
         part = mine[start : start + size] or held_out[:1]
         ids = [ids for ids, _ in part]
@@ -656,7 +655,7 @@ def encode_preferences(records, tokenizer, args, flag):
     useless = 0
     for record in records:
         prompt = record["prompt"]
-        is_chat = args.chat or isinstance(prompt, list)
+        is_chat = args.chat or isinstance(prompt, list)  # messages always take the template
         ids = common.encode_prompt(tokenizer, prompt, args.system, args.chat)
         chosen, rejected = [
             common.encode_completion(tokenizer, record[side], is_chat, prompt, args.system)
@@ -698,28 +697,7 @@ def last_number(text):
     return Decimal(found[-1].replace(",", "").rstrip("."))
 
 
-@dataclass
-class Reward:
-    """A loaded --reward."""
-
-    score: Callable  # from completions and their records (lines of the data) to scores
-    rule: Callable  # decides which held-out completions are right
-    answer_flag: str = ""  # the flag that needs an answer in every line, or ""
-    is_model: bool = False
-
-
-def load_reward(spec, world, date):
-    # `checked` refuses scores that are not finite. `stop_together` stops all processes if one fails
-    if spec in ("exact", "number"):
-        rule = exact if spec == "exact" else number
-        return Reward(common.stop_together(common.checked(rule), world), rule, f"--reward {spec}")
-    if spec.partition(":")[0].endswith(".py"):
-        function = common.checked(common.load_function(spec, "--reward"))
-        return Reward(common.stop_together(function, world), exact)
-    if "/" not in spec and not Path(spec).exists():  # neither a hub name nor a folder
-        fail(f"--reward {spec}: choose exact, number, FILE.py:function, or a reward model's folder")
-    scorer = common.load_scorer(spec, world, date)
-    return Reward(common.stop_together(scorer, world), exact, is_model=True)
+RULES = {"exact": exact, "number": number}  # the rewards that --reward knows by name
 
 
 def load_task(args, world):
@@ -751,7 +729,7 @@ def load_task(args, world):
         records = read_pairs(args.eval_data, "--eval_data")
         held_out = encode_preferences(records, tokenizer, args, "--eval_data")
     if args.eval_prompts:
-        reward = load_reward(args.reward, world, date)
+        reward = common.load_reward(args.reward, RULES, world, date)
         prompts = common.load_prompts(
             args.eval_prompts, "--eval_prompts", tokenizer, args, reward.answer_flag
         )

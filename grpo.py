@@ -10,7 +10,8 @@ function that PPO has to learn.
     (4)  k_t   = exp(-d) - 1 + d,  d = log pi(a_t | ..) - log ref(a_t | ..)   `k3`
     (5)  loss  = sum over tokens of w_t (l_t + beta k_t)                      `token_weights`
 
-pi_old is the policy that drew the completions. The ratio (2) allows several updates with one
+pi_old is the policy that drew the completions, ref the policy before training; beta (0 by default)
+keeps pi near it. The ratio (2) allows several updates with one
 rollout. The clip (3) sets a token's gradient to zero once its ratio has gone too far in the
 direction that A pushes. With one update per rollout, the default, every ratio is 1, and the
 gradient is that of REINFORCE with (1) as the weight. The value of the loss then says nothing about
@@ -20,7 +21,7 @@ Variants are flags. Ratio and clip matter only with several updates per rollout.
 
     GRPO as published   --aggregate sequence --beta 0.04    mean over tokens, then completions
     DAPO                --drop_equal_groups --mask_truncated --clip_high 0.28 --minibatches 4
-                        (without its penalty on length)
+                        (without its penalty on length; draws twice, not until full)
     Dr. GRPO            --scale none --aggregate constant   no divisor depends on the samples
     GSPO                --ratio sequence --minibatches 4    one ratio for a whole completion
 
@@ -29,18 +30,20 @@ Variants are flags. Ratio and clip matter only with several updates per rollout.
         --data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl
     torchrun --nproc_per_node 8 grpo.py --model ... --data ... --reward my_reward.py:score
 
-Shapes: B completions of this process in a rollout, n of each prompt, b of them in one forward; C
-tokens in the longest completion.
+Shapes: B completions of this process in a rollout, n of each prompt, b of them in one forward. C
+tokens in the longest completion, of the rollout in [B, C], of the forward in [b, C].
 
 What is biased:
   * With rewards of 0 and 1 the division by the std multiplies a prompt's gradient by about
     1 / sqrt(p (1 - p)), p its share of right answers. Very easy and very hard prompts count more.
-  * The group's mean contains the sample itself. This alone multiplies the gradient by 1 - 1/n.
+  * The group's mean contains the sample itself. With --scale none, that multiplies the expected
+    gradient by 1 - 1/n.
   * The divisors of --aggregate token and sequence depend on the samples (`token_weights`).
-  * The gradient of k3 is that of KL(ref || pi), not of KL(pi || ref). It is kept as published.
-    reinforce.py has the unbiased way: log pi - log ref, subtracted from the reward.
-  * pi_old comes from the trainer's forward. The sampler's log-probabilities differ from it by
-    rounding (`kl/sample`: their mean distance).
+  * The expected gradient of k3 is that of KL(ref || pi), not of KL(pi || ref). It is kept as
+    published. reinforce.py has the unbiased way: log pi - log ref, subtracted from the reward.
+  * With several updates: the clip, and the ratio (2), which does not correct the text before it.
+  * log pi_old is computed by the trainer. The sampler's values differ by rounding (`kl/sample`:
+    their mean distance).
 
 Left out: a critic and per-token credit (ppo.py), process rewards, asynchronous sampling.
 
@@ -54,7 +57,6 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -110,7 +112,7 @@ class Args:
     drop_equal_groups: bool = False
     """draw twice the prompts, and keep half: first those whose rewards are not all equal"""
     mask_truncated: bool = False
-    """leave completions that were cut out of the loss (they still count in the group's mean)"""
+    """give truncated completions no loss (their rewards still count in the group's mean)"""
     ratio: Literal["token", "sequence"] = "token"
     """importance ratio: one for each token, or their geometric mean over the completion"""
     clip_low: float | None = None
@@ -203,7 +205,8 @@ def group_advantages(rewards, all_rewards, n, scale, keep_max):
     """Equation (1): rewards [B], n for each prompt -> advantages [B].
 
     all_rewards are those of all processes, for --scale batch. The std divides by n - 1, as torch's.
-    Equal rewards are set to 0: the mean of eight 0.1 need not be 0.1, and the std is then near 0.
+    Groups of equal rewards get exactly 0: their mean need not be exact, and Adam makes a full step
+    of any gradient, however small.
     """
     groups = rewards.view(-1, n)
     A = groups - groups.mean(1, keepdim=True)
@@ -324,8 +327,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged. After all that backward needs: checkpoint's recomputation stops before
-            # it. For an entropy bonus, drop the detach (and keep rows without advantage).
+            # Only logged. Kept last: checkpoint stops recomputing once it has what backward
+            # needs. For an entropy bonus, drop the detach, and keep rows with advantage 0.
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -344,15 +347,15 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere, in the update's own
-    micro-batches: in bfloat16 they depend on the batch's shape. In others the first ratio would not
-    be 1."""
+    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere, in the micro-batches of the
+    update: in bfloat16 they depend on a micro-batch's shape, and with other micro-batches the first
+    ratio would not be 1."""
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
             logprobs, _ = token_logprobs(model, samples, rows, temperature)
             out[rows, : logprobs.shape[1]] = logprobs
-    common.forget_forwards(model)  # FSDP expects a backward after a forward; here is none
+    common.forget_forwards(model)  # FSDP expects a backward after a forward; none follows
     return out
 
 
@@ -390,7 +393,8 @@ def update_loss(policy, batch, rows, args, meter, is_first):
     if args.beta:
         ref = batch.ref_logprobs[rows, :C]
         loss = loss + args.beta * (k3(logprobs, ref) * w).sum()
-        meter.add("kl/ref", ((old - ref) * mask).sum(1), mask.any(1))  # in nats per completion
+        # of pi_old, which drew the tokens; in nats per completion
+        meter.add("kl/ref", ((old - ref) * mask).sum(1), mask.any(1))
 
     with torch.no_grad():  # the rest is for the log
         low, high = is_clipped(ratio, A, args.clip_low, args.clip_high)
@@ -416,6 +420,7 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
+    # for the memory that is said at the start
     frozen_models = int(args.beta > 0 and args.steps > 0) + int(reward.is_model)
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen_models
@@ -502,8 +507,7 @@ def train(args):
             if args.ref_update_every and step % args.ref_update_every == 0:
                 common.copy_weights(policy, reference)
 
-            # 6. Log. Rewards are of everything drawn, lengths of the rows that were kept, and what
-            #    `update_loss` logs of the rows that were trained.
+            # 6. Log. Rewards cover all rows drawn, lengths those kept, `update_loss` those trained.
             step_ended = time.perf_counter()
             metrics = meter.result(world)
             tokens = metrics.pop("tokens")
@@ -521,7 +525,7 @@ def train(args):
             common.log(out, writer, step, metrics, shown)
             common.show_progress(bar, metrics, args, warned)
 
-            # 7. Save, also if a signal (Ctrl-C, SIGTERM) has asked to stop.
+            # 7. Save if it is due. After a signal (Ctrl-C, SIGTERM), save and end the run.
             common.save_if_due(out, args, world, step, models, {"policy": optimizer}, stop_asked)
 
         if args.steps:
@@ -598,8 +602,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     a shared prompt counted once) or one row. Rows that share a prompt stay together where they fit,
     and rows of like length come together.
 
-    FSDP needs equally many parts in all processes. One that is short of parts takes a row that is
-    not trained, or divides a part. All have equally many rows, so this cannot fail.
+    FSDP needs equally many parts in all processes. A process that is short of parts adds a row that
+    is not trained, or splits a part. All have equally many rows, so this cannot fail.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -647,13 +651,12 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
     if n:
         ks.append(n)
     mine = held_out[world.rank :: world.size]
-    # prompts at once: their n completions are no more rows than a rollout has
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
-    size = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
-    size = max(size // max(n, 1), 1)
+    rows = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
+    size = max(rows // max(n, 1), 1)  # prompts at once, with n completions each
     meter = common.Meter()
     for start in range(0, math.ceil(len(held_out) / world.size), size):
-        # a process with no prompts left samples along (FSDP), and counts nothing
+        # FSDP: a process with no prompts left must still sample; its results do not count
         is_counted = start < len(mine)
         part = mine[start : start + size] or held_out[:1]
         ids = [ids for ids, _ in part]
@@ -724,28 +727,7 @@ def last_number(text):
     return Decimal(found[-1].replace(",", "").rstrip("."))
 
 
-@dataclass
-class Reward:
-    """A loaded --reward."""
-
-    score: Callable  # from completions and their records (lines of the data) to scores
-    rule: Callable  # decides which held-out completions are right
-    answer_flag: str = ""  # the flag that needs an answer in every line, or ""
-    is_model: bool = False
-
-
-def load_reward(spec, world, date):
-    # `checked` refuses scores that are not finite. `stop_together` stops all processes if one fails
-    if spec in ("exact", "number"):
-        rule = exact if spec == "exact" else number
-        return Reward(common.stop_together(common.checked(rule), world), rule, f"--reward {spec}")
-    if spec.partition(":")[0].endswith(".py"):
-        function = common.checked(common.load_function(spec, "--reward"))
-        return Reward(common.stop_together(function, world), exact)
-    if "/" not in spec and not Path(spec).exists():  # neither a hub name nor a folder
-        fail(f"--reward {spec}: choose exact, number, FILE.py:function, or a reward model's folder")
-    scorer = common.load_scorer(spec, world, date)
-    return Reward(common.stop_together(scorer, world), exact, is_model=True)
+RULES = {"exact": exact, "number": number}  # the rewards that --reward knows by name
 
 
 def load_task(args, world):
@@ -757,7 +739,7 @@ def load_task(args, world):
     config = common.policy_config(args.model)
     date = common.run_date(args, world)  # some chat templates print it
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)
-    reward = load_reward(args.reward, world, date)
+    reward = common.load_reward(args.reward, RULES, world, date)
     prompts = common.load_prompts(args.data, "--data", tokenizer, args, reward.answer_flag)
     answer_flag = reward.answer_flag
     if args.eval_samples and not answer_flag:

@@ -8,6 +8,7 @@ predicts that reward. A token after which V rises gets credit: delta in (2).
     (2)  A_t = sum over j of (gamma lam)^j delta_{t+j}                        `gae`
          delta_t = r_t + gamma V_old(s_{t+1}) - V_old(s_t);  V_old after the end is 0
          R_t = A_t + V_old(s_t);  A_t is then whitened, R_t is not            `whiten`
+         V_old is V before the rollout's first update
     (3)  l_t = -min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t)  `clipped_loss`
          rho_t = pi(a_t | s_t) / pi_old(a_t | s_t);  pi_old drew the completions
     (4)  k_t = rho_t - 1 - log rho_t                                          `k3`
@@ -27,25 +28,26 @@ With gamma 1, lam 1, no whitening, beta 0 and one update per rollout, V = 0 give
 REINFORCE without a baseline, except for a factor completions / tokens. V = the group's mean gives
 that of GRPO with --scale none. Both are tested.
 
-TRPO, before PPO, limited KL(pi_old || pi) in every step, with many passes through the model. The
-clip removes the gain from going further, but it does not bound the ratio: gradients of other
-tokens still move it. `--kl_stop` ends a rollout's updates when the KL is too large.
+TRPO bounded KL(pi_old || pi) in every step, at the cost of many extra forwards and backwards. PPO's
+clip only removes the gain from leaving the range; it does not bound the ratio, because gradients of
+other tokens still move it. `--kl_stop` ends a rollout's updates when the KL is too large.
 
     python ppo.py                        # a tiny model learns to sort digits; needs no download
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --reward number \
         --data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl
     torchrun --nproc_per_node 8 ppo.py --model ... --data ... --reward runs/reward_model/model
 
-Shapes: B completions of this process in a rollout, b in one forward, C tokens in the longest of
-those B or b.
+Shapes: B completions of this process in a rollout, b of them in one forward. C tokens in the
+longest, of the rollout in [B, C], of the forward in [b, C]. mask is true on a completion's tokens.
 
 What is biased:
-  * lam < 1: the critic's errors are in A. gamma < 1.
+  * lam < 1: the critic's errors are in A. gamma < 1: late rewards count for less.
   * Whitening and the mean over tokens use numbers computed from the same samples.
   * The clip; and, from a rollout's second update on, the ratio: it corrects a token's probability,
     not that of the text before it.
-In a rollout's first update, with gamma 1 and lam 1, (1) gives the gradient of KL(pi || ref), up to
-the factor of the mean. V must not see the token that it judges, or it would be no baseline.
+Not biased, with gamma 1, lam 1, no whitening, in a rollout's first update: the gradient of the KL
+penalty. It is that of beta KL(pi || ref), times completions / tokens. V must not see the token that
+it judges, or it would be no baseline.
 
 Left out: bootstrapping where a completion was cut, adaptive beta, an entropy bonus, replay of
 earlier rollouts.
@@ -60,7 +62,6 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -113,7 +114,7 @@ class Args:
     """subtracted from the score of a completion that was cut at --max_new_tokens"""
     critic: Literal["separate", "shared"] = "separate"
     """separate: a second model, started from the reward model if its tokenizer and context fit the
-    policy, else from the policy. shared: a linear layer on the policy's states; saves that model"""
+    policy, else from the policy. shared: a linear layer on the policy's states, no second model"""
     critic_learning_rate: float | None = None
     """of the critic (None: 1e-5, and 5e-4 for the bundled model; ten times that if it is shared)"""
     critic_warmup: int = 0
@@ -130,13 +131,14 @@ class Args:
     clip_high: float = 0.2
     """upper bound of the ratio is 1 + this"""
     value_clip: float = 0.2
-    """a value that has moved this far to its return, in units of the reward, is not pushed on in
-    this rollout (0: no limit). With scores of 5 and more, 0.2 is slow"""
+    """within a rollout, a value that has moved this far (in units of the reward) towards its return
+    gets no gradient (0: no limit). With scores of 5 and more, 0.2 is slow"""
     value_coef: float = 0.5
-    """weight of the value loss. With a separate critic it acts only through --max_grad_norm"""
+    """weight of the value loss. With a separate critic AdamW cancels it, unless --max_grad_norm
+    clips"""
     kl_stop: float = 0.0
-    """above this KL(pi_old || pi), in nats per completion, a rollout's other updates are skipped;
-    0: never"""
+    """once KL(pi_old || pi), in nats per completion, is above this, a rollout's remaining updates
+    are skipped; 0: never"""
 
     # --- optimisation ---
     steps: int = 150
@@ -286,8 +288,9 @@ def k3(logprobs, other_logprobs):
 def value_loss(values, old_values, returns, weights, clip):
     """Equation (5), summed with weights; all [b, C], values with gradient.
 
-    The larger error counts: a value that has moved by `clip` towards its return has no gradient,
-    and one that has moved away always has. Like the ratio's clip, this is no bound.
+    The larger error counts: a value that has moved by `clip` towards its return has no gradient
+    (unless it has passed it), and one that has moved away always has. Like the ratio's clip, this
+    is no bound.
     """
     error = (values - returns) ** 2
     if clip:
@@ -330,8 +333,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged. After all that backward needs: checkpoint's recomputation stops before
-            # it. For an entropy bonus, drop the detach (and keep rows without advantage).
+            # Only logged. Kept last: checkpoint stops recomputing once it has what backward
+            # needs. For an entropy bonus, drop the detach, and keep rows with advantage 0.
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -350,15 +353,15 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere, in the update's own
-    micro-batches: in bfloat16 they depend on the batch's shape. In others the first ratio would not
-    be 1."""
+    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere, in the micro-batches of the
+    update: in bfloat16 they depend on a micro-batch's shape, and with other micro-batches the first
+    ratio would not be 1."""
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
             logprobs, _ = token_logprobs(model, samples, rows, temperature)
             out[rows, : logprobs.shape[1]] = logprobs
-    common.forget_forwards(model)  # FSDP expects a backward after a forward; here is none
+    common.forget_forwards(model)  # FSDP expects a backward after a forward; none follows
     return out
 
 
@@ -375,7 +378,9 @@ def make_critic(policy, critic_path, tokenizer, args, world):
     if critic_path:
         common.say(f"critic: separate, from {critic_path}")
         checkpointing = args.gradient_checkpointing
-        critic = common.load_scalar(critic_path, world, tokenizer, 0.0, checkpointing)
+        critic = common.load_scalar(
+            critic_path, world, tokenizer, head_std=0.0, gradient_checkpointing=checkpointing
+        )
         return critic, critic, common.scalar_head(critic)
     width = policy.get_output_embeddings().weight.shape[1]
     critic = torch.nn.Linear(width, 1, device=world.device)
@@ -405,7 +410,7 @@ def before_update(policy, trunk, head, samples, minibatches, temperature):
             if trunk is not policy:
                 states, _, _ = common.completion_states(trunk, samples, rows)
             values[rows, :C] = values_of(head, states) * mask
-    common.forget_forwards(policy)  # FSDP expects a backward after a forward; here is none
+    common.forget_forwards(policy)  # FSDP expects a backward after a forward; none follows
     if trunk is not policy:
         common.forget_forwards(trunk)
     return old, values
@@ -428,7 +433,7 @@ class Batch:
 
 def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, is_first):
     """Equations (3) to (6) for one micro-batch, some `rows` of the rollout: adds its gradients
-    -> its part of KL(pi_old || pi), in nats a completion of the update."""
+    -> its share of the update's KL(pi_old || pi), in nats per completion."""
     with torch.set_grad_enabled(policy_learns):
         states, ids, mask = common.completion_states(policy, batch.samples, rows)
         logprobs, entropy = logprobs_of(policy, states, ids, mask, args.temperature)  # [b, C]
@@ -476,7 +481,7 @@ def take_step(models, optimizers, args, world, step):
     policy = models["policy"]
     critic = models["critic"]
     if args.critic == "shared" and world.size > 1:
-        for p in critic.parameters():  # not sharded, so FSDP does not sum its gradients
+        for p in critic.parameters():  # not sharded: its gradients are not summed by FSDP
             torch.distributed.all_reduce(p.grad)
     norm = common.clip_gradients(policy, args.max_grad_norm)
     critic_norm = common.clip_gradients(critic, args.max_grad_norm)
@@ -500,6 +505,7 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     learning_models = 2 if critic_path else 1
+    # for the memory that is said at the start
     frozen_models = int(args.beta > 0 and args.steps > 0) + int(reward.is_model)
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, learning_models, frozen_models
@@ -612,7 +618,7 @@ def train(args):
             common.log(out, writer, step, metrics, shown)
             common.show_progress(bar, metrics, args, warned)
 
-            # 7. Save, also if a signal (Ctrl-C, SIGTERM) has asked to stop.
+            # 7. Save if it is due. After a signal (Ctrl-C, SIGTERM), save and end the run.
             common.save_if_due(out, args, world, step, models, optimizers, stop_asked)
 
         if args.steps:
@@ -673,8 +679,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     a shared prompt counted once) or one row. Rows that share a prompt stay together where they fit,
     and rows of like length come together.
 
-    FSDP needs equally many parts in all processes. One that is short of parts takes a row that is
-    not trained, or divides a part. All have equally many rows, so this cannot fail.
+    FSDP needs equally many parts in all processes. A process that is short of parts adds a row that
+    is not trained, or splits a part. All have equally many rows, so this cannot fail.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -733,7 +739,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
     size = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     meter = common.Meter()
     for start in range(0, math.ceil(len(held_out) / world.size), size):
-        # a process with no prompts left samples along (FSDP), and counts nothing
+        # FSDP: a process with no prompts left must still sample; its results do not count
         is_counted = start < len(mine)
         part = mine[start : start + size] or held_out[:1]
         ids = [ids for ids, _ in part]
@@ -775,40 +781,19 @@ def last_number(text):
     return Decimal(found[-1].replace(",", "").rstrip("."))
 
 
-@dataclass
-class Reward:
-    """A loaded --reward."""
-
-    score: Callable  # from completions and their records (lines of the data) to scores
-    rule: Callable  # decides which held-out completions are right
-    answer_flag: str = ""  # the flag that needs an answer in every line, or ""
-    is_model: bool = False
-
-
-def load_reward(spec, world, date):
-    # `checked` refuses scores that are not finite. `stop_together` stops all processes if one fails
-    if spec in ("exact", "number"):
-        rule = exact if spec == "exact" else number
-        return Reward(common.stop_together(common.checked(rule), world), rule, f"--reward {spec}")
-    if spec.partition(":")[0].endswith(".py"):
-        function = common.checked(common.load_function(spec, "--reward"))
-        return Reward(common.stop_together(function, world), exact)
-    if "/" not in spec and not Path(spec).exists():  # neither a hub name nor a folder
-        fail(f"--reward {spec}: choose exact, number, FILE.py:function, or a reward model's folder")
-    scorer = common.load_scorer(spec, world, date)
-    return Reward(common.stop_together(scorer, world), exact, is_model=True)
+RULES = {"exact": exact, "number": number}  # the rewards that --reward knows by name
 
 
 def load_task(args, world):
-    """Checks the user's input before a policy is loaded or a file is written. Returns last the
-    folder that a separate critic starts from, or ""."""
+    """Checks the user's input before a policy is loaded or a file is written. The last value that
+    it returns is the folder that a separate critic starts from, or ""."""
     if args.prompts_per_step % (args.minibatches * world.size):
         multiple = f"a multiple of --minibatches {args.minibatches} x {world.size} processes"
         fail(f"--prompts_per_step {args.prompts_per_step} must be {multiple}")
     config = common.policy_config(args.model)
     date = common.run_date(args, world)  # some chat templates print it
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)
-    reward = load_reward(args.reward, world, date)
+    reward = common.load_reward(args.reward, RULES, world, date)
     answer_flag = reward.answer_flag
     prompts = common.load_prompts(args.data, "--data", tokenizer, args, answer_flag)
     held_out = common.load_prompts(args.eval_data, "--eval_data", tokenizer, args, answer_flag)

@@ -67,7 +67,6 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -344,8 +343,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged. After all that backward needs: checkpoint's recomputation stops before
-            # it. For an entropy bonus, drop the detach (and keep rows without advantage).
+            # Only logged. Kept last: checkpoint stops recomputing once it has what backward
+            # needs. For an entropy bonus, drop the detach, and keep rows with advantage 0.
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -364,15 +363,15 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere, in the update's own
-    micro-batches: in bfloat16 they depend on the batch's shape. In others the first ratio would not
-    be 1."""
+    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere, in the micro-batches of the
+    update: in bfloat16 they depend on a micro-batch's shape, and with other micro-batches the first
+    ratio would not be 1."""
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
             logprobs, _ = token_logprobs(model, samples, rows, temperature)
             out[rows, : logprobs.shape[1]] = logprobs
-    common.forget_forwards(model)  # FSDP expects a backward after a forward; here is none
+    common.forget_forwards(model)  # FSDP expects a backward after a forward; none follows
     return out
 
 
@@ -424,6 +423,7 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
+    # for the memory that is said at the start
     frozen_models = int(args.beta > 0 and args.steps > 0) + int(reward.is_model)
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen_models
@@ -525,7 +525,7 @@ def train(args):
             common.log(out, writer, step, metrics, shown)
             common.show_progress(bar, metrics, args, warned)
 
-            # 7. Save, also if a signal (Ctrl-C, SIGTERM) has asked to stop.
+            # 7. Save if it is due. After a signal (Ctrl-C, SIGTERM), save and end the run.
             common.save_if_due(out, args, world, step, models, {"policy": optimizer}, stop_asked)
 
         if args.steps:
@@ -591,8 +591,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     a shared prompt counted once) or one row. Rows that share a prompt stay together where they fit,
     and rows of like length come together.
 
-    FSDP needs equally many parts in all processes. One that is short of parts takes a row that is
-    not trained, or divides a part. All have equally many rows, so this cannot fail.
+    FSDP needs equally many parts in all processes. A process that is short of parts adds a row that
+    is not trained, or splits a part. All have equally many rows, so this cannot fail.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -640,7 +640,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
     size = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     meter = common.Meter()
     for start in range(0, math.ceil(len(held_out) / world.size), size):
-        # a process with no prompts left samples along (FSDP), and counts nothing
+        # FSDP: a process with no prompts left must still sample; its results do not count
         is_counted = start < len(mine)
         part = mine[start : start + size] or held_out[:1]
         ids = [ids for ids, _ in part]
@@ -682,28 +682,7 @@ def last_number(text):
     return Decimal(found[-1].replace(",", "").rstrip("."))
 
 
-@dataclass
-class Reward:
-    """A loaded --reward."""
-
-    score: Callable  # from completions and their records (lines of the data) to scores
-    rule: Callable  # decides which held-out completions are right
-    answer_flag: str = ""  # the flag that needs an answer in every line, or ""
-    is_model: bool = False
-
-
-def load_reward(spec, world, date):
-    # `checked` refuses scores that are not finite. `stop_together` stops all processes if one fails
-    if spec in ("exact", "number"):
-        rule = exact if spec == "exact" else number
-        return Reward(common.stop_together(common.checked(rule), world), rule, f"--reward {spec}")
-    if spec.partition(":")[0].endswith(".py"):
-        function = common.checked(common.load_function(spec, "--reward"))
-        return Reward(common.stop_together(function, world), exact)
-    if "/" not in spec and not Path(spec).exists():  # neither a hub name nor a folder
-        fail(f"--reward {spec}: choose exact, number, FILE.py:function, or a reward model's folder")
-    scorer = common.load_scorer(spec, world, date)
-    return Reward(common.stop_together(scorer, world), exact, is_model=True)
+RULES = {"exact": exact, "number": number}  # the rewards that --reward knows by name
 
 
 def load_task(args, world):
@@ -715,7 +694,7 @@ def load_task(args, world):
     config = common.policy_config(args.model)
     date = common.run_date(args, world)  # some chat templates print it
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)
-    reward = load_reward(args.reward, world, date)
+    reward = common.load_reward(args.reward, RULES, world, date)
     answer_flag = reward.answer_flag
     if args.demos:
         prompts = common.load_prompts(args.demos, "--demos", tokenizer, args, "a demonstration")

@@ -52,7 +52,6 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -212,7 +211,7 @@ def best_of(scores, values, n):
 
 
 def share_won(chosen, rejected):
-    """1 where chosen is scored higher, 1/2 on a tie (DPO begins with ties only), else 0, [b]."""
+    """1 where chosen is scored higher, 1/2 on a tie (DPO begins with ties), else 0, [b]."""
     return (chosen > rejected) + 0.5 * (chosen == rejected)
 
 
@@ -399,7 +398,7 @@ def train(args):
                 bar.set_postfix_str(f"loss {metrics['loss']:.3f}, accuracy {accuracy:.3f}")
                 bar.update()
 
-            # 4. Save, if it is time or a signal (Ctrl-C, SIGTERM) has asked to stop.
+            # 4. Save if it is due. After a signal (Ctrl-C, SIGTERM), save and end the run.
             common.save_if_due(
                 out, args, world, step, {"model": model}, {"model": optimizer}, stop_asked
             )
@@ -427,12 +426,12 @@ def train(args):
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     """Cuts pairs into parts, one forward each -> lists of pair numbers.
 
-    A pair is (common beginning, rest of chosen, rest of rejected), as token ids. A part has at most
-    `tokens` tokens (padding included, a shared beginning counted once) or one pair. Pairs of like
-    length come together, to save padding.
+    A pair is (beginning, rest of chosen, rest of rejected), as token ids; both sides share the
+    beginning (the prompt). A part has at most `tokens` tokens (padding included, a shared beginning
+    counted once) or one pair. Pairs of like length come together, to save padding.
 
-    All processes get equally many parts, as FSDP requires. One that is short of parts divides one;
-    all have equally many pairs, so this cannot fail.
+    FSDP needs equally many parts in all processes. Where some are missing, the largest part gives
+    up a pair. All have equally many pairs, so this cannot fail.
     """
     copies = 1 if share_prompts else 2
     prompt_length = [copies * len(prompt) for prompt, _, _ in pairs]
@@ -475,7 +474,7 @@ def in_order(results, count, world):
 
 
 def side_lengths(pairs):
-    """Tokens of chosen and rejected after what both begin with, [pairs, 2]."""
+    """Tokens of chosen and rejected without the beginning that both share, [pairs, 2]."""
     return torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs])
 
 
@@ -553,7 +552,7 @@ def report_best_of(model, tokenizer, policy_tokenizer, prompts, reward, args, wo
     for start in range(0, math.ceil(len(prompts) / world.size), size):
         if common.all_sum(world, stop_asked())[0]:
             raise common.Ended("stopped by a signal in best-of-N; the model is saved")
-        # a process with no prompts left samples along (FSDP), and counts nothing
+        # FSDP: a process with no prompts left must still sample; its results do not count
         is_counted = start < len(mine)
         part = mine[start : start + size] or prompts[:1]
         texts = common.sample(
@@ -702,28 +701,7 @@ def last_number(text):
     return Decimal(found[-1].replace(",", "").rstrip("."))
 
 
-@dataclass
-class Reward:
-    """A loaded --reward."""
-
-    score: Callable  # from completions and their records (lines of the data) to scores
-    rule: Callable  # decides which held-out completions are right
-    answer_flag: str = ""  # the flag that needs an answer in every line, or ""
-    is_model: bool = False
-
-
-def load_reward(spec, world, date):
-    # `checked` refuses scores that are not finite. `stop_together` stops all processes if one fails
-    if spec in ("exact", "number"):
-        rule = exact if spec == "exact" else number
-        return Reward(common.stop_together(common.checked(rule), world), rule, f"--reward {spec}")
-    if spec.partition(":")[0].endswith(".py"):
-        function = common.checked(common.load_function(spec, "--reward"))
-        return Reward(common.stop_together(function, world), exact)
-    if "/" not in spec and not Path(spec).exists():  # neither a hub name nor a folder
-        fail(f"--reward {spec}: choose exact, number, FILE.py:function, or a reward model's folder")
-    scorer = common.load_scorer(spec, world, date)
-    return Reward(common.stop_together(scorer, world), exact, is_model=True)
+RULES = {"exact": exact, "number": number}  # the rewards that --reward knows by name
 
 
 def is_finished(config):
@@ -799,7 +777,7 @@ def load_best_of(args, tokenizer, world):
     lacking = [record["prompt"] for _, record in prompts if not common.has_answer(record)]
     reward = None
     if args.reward not in ("exact", "number") or not lacking:
-        reward = load_reward(args.reward, world, date)
+        reward = common.load_reward(args.reward, RULES, world, date)
         if reward.is_model:
             args = common.fit_reward_model(args, policy_tokenizer, prompts)
     elif len(lacking) < len(prompts):

@@ -100,11 +100,9 @@ def scores_by_hand(count, rule, n):
 
 def loaded(script, spec):
     """--reward as the script loads it, which says what is right, with `pay` for the scores."""
-    if not hasattr(script, "Reward"):
-        return pay
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "load_function", lambda *a: pay)
-        return dataclasses.replace(script.load_reward(spec, CPU, None), score=pay)
+        return dataclasses.replace(common.load_reward(spec, script.RULES, CPU, None), score=pay)
 
 
 def evaluated(script, count, reward, n=0, world=CPU, longest=1, **flags):
@@ -241,7 +239,7 @@ def test_two_processes_share_the_rows_out_and_count_each_once(two_processes):
 
 def test_dpo_shows_the_first_completions_with_their_prompts_and_rewards(monkeypatch):
     monkeypatch.setattr(common, "sample", stand_in())
-    reward = dpo.Reward(pay, dpo.exact)
+    reward = common.Reward(pay, dpo.exact)
     _, shown = dpo.evaluate(None, None, held_out_rows(300), reward, dpo.resolve(dpo.Args()), CPU)
     texts, rows = [said(i, 0) for i in range(8)], [{"prompt": str(i)} for i in range(8)]
     assert [x["prompt"] for x in shown] == [row["prompt"] for row in rows]
@@ -282,7 +280,7 @@ def best_of_everywhere(out, world):
         for count in (1, 7):
             args = reward_model.Args(best_of=(1, 2, 4), sample_rows=8, policy="x")
             rows = [([i], {"prompt": str(i)}) for i in range(count)]
-            loaded = reward_model.Reward(reward, None)
+            loaded = common.Reward(reward, None)
             asked = (None, None, None, rows, loaded, args, world, lambda: False)
             found[count] = reward_model.report_best_of(*asked)
     (out / f"best{world.rank}.json").write_text(json.dumps(found))

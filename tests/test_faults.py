@@ -91,7 +91,7 @@ MISTAKES = [
             row(chosen=[{"role": "user", "content": "9="}, {"role": "assistant", "content": "9"}])
         ),
         {},
-        ["ask the same"],
+        ["is not what the messages before the answer say"],
     ),
     (PAIRS, row(rejected="25"), {}, ["no pair is left"]),
     (PAIRS, None, {"max_tokens": 3}, ["no pair is left"]),

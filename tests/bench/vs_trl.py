@@ -34,7 +34,7 @@ import tyro
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 import grpo
-from common import encode, load_prompts, load_tokenizer, start
+from common import encode, load_prompts, load_reward, load_tokenizer, start
 
 
 @dataclass
@@ -166,7 +166,7 @@ def theirs(args, s, out):
                     grpo.Args(device="cpu", max_new_tokens=s["max_new_tokens"], reward=s["reward"])
                 )
                 pairs = load_prompts(flags.eval_data, "--eval_data", tokenizer, flags, "")
-                rule = grpo.load_reward(s["reward"], world, date=None)
+                rule = load_reward(s["reward"], grpo.RULES, world, date=None)
                 scores = grpo.evaluate(model, tokenizer, pairs, rule, flags, world)
                 held_out.append((step, scores["eval/exact"]))
 
