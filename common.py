@@ -75,8 +75,8 @@ from transformers.utils import logging as transformers_logging
 
 
 def say(message):
-    """Prints a line on the first process only. A broken pipe passes: Ctrl-C also ends `| tee`, and
-    the run has to save."""
+    """Prints a line on the first process only. A broken pipe is ignored: Ctrl-C also ends the tee
+    of `| tee`, and the run must still save."""
     if int(os.environ.get("RANK", 0)) == 0:
         with contextlib.suppress(BrokenPipeError):
             tqdm.write(message)
@@ -307,7 +307,7 @@ def stop_ids(model, tokenizer):
 
 def own_pad(tokenizer):
     """Gives a classifier's tokenizer a pad token that ends no text: one that it has, or a new
-    one. transformers scores the last id that is not pad. If EOS is pad, that is the one before."""
+    one. transformers scores the last id that is not pad: with EOS as pad, the one before EOS."""
     end = tokenizer.convert_ids_to_tokens(turn_end(tokenizer))
     taken = (tokenizer.eos_token, tokenizer.bos_token, end, None)
     if tokenizer.pad_token in taken:
@@ -361,12 +361,12 @@ def encode_completion(tokenizer, text, chat=False, prompt=None, system=""):
 
 
 def written_answer(tokenizer, talk, answer):
-    """What the chat template writes after its generation prompt. Thinking models put an empty
-    thought before the answer; a reward model reads it, too."""
+    """What the chat template writes after its generation prompt for this answer. In thinking models
+    that begins with an empty thought, which the policy would write itself in sampling."""
     before = render(tokenizer, talk, add_generation_prompt=True)
     whole = render(tokenizer, [*talk, {"role": "assistant", "content": answer}])
     if not whole.startswith(before):
-        say_once("note: given answers follow the generation prompt as they are")
+        say_once("note: the chat template cannot place given answers; they follow the prompt as is")
         return answer
     after = text_after_answer(tokenizer, str(tokenizer.chat_template))
     written = whole.removeprefix(before).removesuffix(after)
@@ -402,8 +402,8 @@ def has_answer(record):
 
 
 def load_prompts(path, flag, tokenizer, args, answer_flag):
-    """[(token ids of the prompt, its line of the file as a dict), ...]. Prompts that are too long
-    are left out, and counted."""
+    """[(token ids of the prompt, its line of the file as a dict), ...]. Prompts that are empty
+    or too long are left out, and counted."""
     kept = []
     left_out = 0
     lines = read_json(path, flag) if path else []
@@ -495,8 +495,8 @@ def fit_context(args, longest, *configs):
 
 
 def fit_reward_model(args, tokenizer, prompts):
-    """Also lowers it to the reward model's context, if both have the same tokens. With other tokens
-    an answer's length is not known before, and `score_ids` cuts what is too long."""
+    """Lowers --max_new_tokens further, to the reward model's context, if both have the same tokens.
+    With other tokens an answer's length is not known before; `score_ids` cuts what is too long."""
     reader = load_tokenizer(args.reward)
     context = context_of(scalar_config(args.reward))
     longest = max(len(encode_answer(reader, row["prompt"], "")) for _, row in prompts)
@@ -581,7 +581,8 @@ def load_scalar(path, world, tokenizer, head_std=None, gradient_checkpointing=Fa
 
 
 def scalar_head(model):
-    """A sequence classifier's head, mostly named `score`. It is called on all positions."""
+    """A sequence classifier's head, mostly named `score`. transformers calls it on all positions,
+    so `hidden_states` can catch them."""
     children = [m for name, m in model.named_children() if name != model.base_model_prefix]
     return [child for child in children if list(child.parameters())][-1]
 
@@ -629,14 +630,14 @@ def freeze(model, world):
 def shard(model, world):
     """Hands the model to FSDP2, which moves it to the device and keeps a shard of each weight. The
     shard is stepped in float32; the whole weight, in `world.dtype`, computes. So policy,
-    sampler and reference compute with the same numbers: KL and log-ratio start at exactly 0."""
+    sampler and reference have the same weights: KL and log-ratio start at exactly 0."""
     if not is_sharded(world):
         return model
     mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
     precision = MixedPrecisionPolicy(world.dtype, torch.float32, cast_forward_inputs=False)
     names = model._no_split_modules or ()
     blocks = [m for m in model.modules() if type(m).__name__ in names and m is not model]
-    if not blocks:  # FSDP2 needs a block inside the root to learn of the backward pass
+    if not blocks:  # FSDP2 notices a backward pass only through blocks inside the root
         name = type(model).__name__
         fail(f"{name} names no blocks to shard: it trains in one CPU process in float32 only")
     # inner blocks first, the root last: each takes the weights that no other has taken
@@ -692,10 +693,12 @@ def save_model(model, tokenizer, folder, world):
         value = whole(value, keep=world.rank == 0)
         if world.rank == 0:
             state[name] = value.to(world.dtype) if value.is_floating_point() else value
-    if world.rank == 0:
-        write_model(model, tokenizer, Path(folder), state, world.dtype)
-    if world.size > 1:
-        dist.barrier()
+
+    def write_on_the_first():
+        if world.rank == 0:
+            write_model(model, tokenizer, Path(folder), state, world.dtype)
+
+    stop_together(write_on_the_first, world)()
 
 
 def write_model(model, tokenizer, folder, state, dtype):
@@ -772,8 +775,8 @@ def load_function(spec, flag):
 
 
 def checked(reward):
-    """Makes a reward of one completion that of a list. A value that is not a finite number ends the
-    run: one NaN makes every weight NaN within a step."""
+    """Turns a reward of one completion into that of a list. A value that is not a finite number
+    ends the run: one NaN makes every weight NaN within a step."""
 
     def score(completion, row):
         try:
@@ -801,14 +804,15 @@ def place_of(error):
     return f" in {Path(entry.tb_frame.f_code.co_filename).name}, line {entry.tb_lineno}"
 
 
-def stop_together(reward, world):
-    """A reward that fails in one process stops all of them: the others would wait for it."""
+def stop_together(function, world):
+    """A function that raises `Stop` in one process stops all of them: the others would wait for
+    it."""
 
-    def scores(completions, rows):
-        values = None
+    def together(*inputs):
+        result = None
         problem = None
         try:
-            values = reward(completions, rows)
+            result = function(*inputs)
         except Stop as error:
             problem = str(error)
         problems = [problem] * world.size
@@ -817,9 +821,9 @@ def stop_together(reward, world):
         for problem in problems:
             if problem is not None:
                 raise Stop(problem)
-        return values
+        return result
 
-    return scores
+    return together
 
 
 def load_scorer(path, world, date=None):
@@ -877,7 +881,7 @@ class Samples:
     logprobs: torch.Tensor  # [B, C] of softmax(logits / temperature); 0 off the mask
     finished: torch.Tensor  # [B] false if cut at max_new_tokens, without a stop token
     texts: list  # [B] without stop and special tokens
-    rows_per_prompt: int = 1  # so many consecutive rows have one prompt; training computes it once
+    rows_per_prompt: int = 1  # consecutive rows that share a prompt, which training computes once
 
     def take(self, rows):
         """Some of the rows, by a tensor of their numbers."""
@@ -981,9 +985,8 @@ def whole_weights(model):
     """Gathers a sharded model's weights once, and not for every token. Also makes the head's
     float32 copy once.
 
-    FSDP2's hooks on the blocks have nothing to gather then, and take the CPU's time at every
-    token: they are put aside. The root keeps its hooks: they make its streams in the first
-    forward."""
+    FSDP2's hooks on the blocks would free the weights after each token and gather them again: they
+    are put aside. The root keeps its hooks: they make its streams in the first forward."""
     units = [m for m in model.modules() if isinstance(m, FSDPModule)]
     blocks = [m for m in units if m is not model]
     hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in blocks]
@@ -1075,8 +1078,8 @@ def copy_rows(cache, owner, room):
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer's keys and values in room made once. The stock layer copies its whole cache at
-    every token. The model reads views of the filled part."""
+    """A layer's keys and values in buffers of their final size. The stock layer copies its whole
+    cache at every token. The model reads views of the filled part."""
 
     def __init__(self, stock, rows, room):
         super().__init__()
@@ -1160,8 +1163,8 @@ def draw(logits, u, block=256):
     u [B, 1]: uniform in [0, 1), float64.
 
     The token is the first whose cumulative probability exceeds u, summed over blocks of the
-    vocabulary, then inside the block that u falls into. In float64: a float32 sum over 150,000
-    tokens is wrong in its fourth digit. torch.multinomial draws a random number for each
+    vocabulary, then inside the block that u falls into. The sums are float64: a float32 sum over
+    150,000 tokens is wrong in its fourth digit. torch.multinomial draws a random number for each
     entry of the vocabulary, where this takes one a row."""
     logits = logits.float()
     top = logits.amax(-1, keepdim=True)
@@ -1173,12 +1176,13 @@ def draw(logits, u, block=256):
     target = u * (1 - 1e-12) * total[:, -1:]
     which = torch.searchsorted(total, target, right=True)  # [B, 1] the block
     which = which.clamp_(max=total.shape[1] - 1)
+    # how far target lies into its block, as a share of the block's mass
     share = 1 + (target - total.gather(1, which)) / mass.gather(1, which)
     share = share.clamp_(0, 1 - 1e-12)
     inside = p.gather(1, which[:, :, None].expand(-1, -1, block))[:, 0]
     inside = inside.double().cumsum(-1)  # [B, block]
     token = which * block + torch.searchsorted(inside, share * inside[:, -1:], right=True)
-    token = token.clamp_(max=logits.shape[1] - 1)  # only NaN comes here; the update will say so
+    token = token.clamp_(max=logits.shape[1] - 1)  # acts only on NaN; the update will say so
     logprob = (logits.gather(1, token) - top)[:, 0] - total[:, -1].log().float()
     return token[:, 0], logprob
 
@@ -1228,8 +1232,8 @@ def hidden_states(model, ids, mask, cache=None):
 
 class CutGraph(torch.autograd.Function):
     """Cuts the graph between a prompt and its completions, so that there are two backward passes.
-    In one, autograd would hold each weight's gradient of the completions until that of the
-    prompt arrives: twice the memory."""
+    In one, autograd would hold the completions' gradients of the weights until the prompt's arrive:
+    twice the memory."""
 
     @staticmethod
     def forward(ctx, anchor, tensors):
@@ -1323,9 +1327,9 @@ def check_head(model):
 
 
 def prompts_can_be_shared(model, world, gradient_checkpointing):
-    """Whether sharing prompts gives the right states and gradient, tried on made-up ids. It fails
-    where a cache drops the gradient, and with gradient checkpointing, where transformers drops the
-    cache. A family that cannot be trained at all stops here."""
+    """Whether sharing prompts gives the right states and gradient, tried on made-up ids. Sharing
+    fails where a cache drops the gradient, and with gradient checkpointing, where transformers
+    drops the cache. A family that cannot be trained at all stops here."""
     samples = made_up_samples(model, world.device)
     rows = [0, 1, 2, 3]
     same = False
@@ -1523,7 +1527,7 @@ def lock(out):
     """Two runs in one folder would overwrite each other's files. The kernel frees the lock
     when the process ends or is killed. Not flock, which child processes inherit."""
     if out in HELD:
-        return  # closing a second file would free the lock
+        return  # opening it again and closing that handle would free the lock
     HELD[out] = open(out / "run.lock", "a")
     try:
         fcntl.lockf(HELD[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1535,7 +1539,8 @@ def lock(out):
 
 
 def write(path, data):
-    """Writes a text or a dict of tensors, whole or not at all: beside the file first."""
+    """Writes a text or a dict of tensors, whole or not at all: to a file beside it, then
+    renamed."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1742,8 +1747,8 @@ class Writer(SummaryWriter):
 
 
 def introduce(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0):
-    """Prints the model, its memory and the first text before anything is loaded
-    -> (writer, bar), or (None, None) but on the first process."""
+    """Prints the model, its memory and the first text before a model is loaded -> (writer, bar) on
+    the first process, (None, None) on the others."""
     if world.rank > 0:
         return None, None
     count, needed = lasting_memory(args.model, world, learning, frozen)
@@ -1836,7 +1841,7 @@ ADVICE = {  # metric: (when to warn, what to say)
         "most prompts' samples score alike, which teaches little: use prompts of middling "
         "difficulty, or raise --samples_per_prompt",
     ),
-    "ratio/first": (
+    "ratio/first": (  # the first ratio's distance from 1
         lambda value: value > 1e-3,
         "the first ratio is not 1: the model's forward is not deterministic",
     ),
@@ -1932,7 +1937,7 @@ def guarded(out, args, bar):
     except (Stop, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         if bar is not None:
             bar.close()
-        # the first process speaks, and any process for what may have hit it alone
+        # the first process speaks; another one only of an error that may have hit it alone
         speaks = int(os.environ.get("RANK", 0)) == 0
         speaks = speaks or isinstance(error, (OSError, torch.OutOfMemoryError))
         raise SystemExit(last_words(error, out, args) if speaks else 1) from error
@@ -1980,10 +1985,10 @@ def catch_signals(steps):
         if caught or not steps:
             raise KeyboardInterrupt
         caught.append(number)
-        for stream, text in ((1, b""), (2, message)):
+        for stream, text in ((1, b""), (2, message)):  # an empty write tests the terminal
             try:
                 os.write(stream, text)  # not print, which the signal may have interrupted
-            except OSError:  # no terminal: the next line would end the run before it saves
+            except OSError:  # no terminal: the next print would end the run before it saves
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
     signal.signal(signal.SIGTERM, handler)

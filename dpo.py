@@ -38,7 +38,7 @@ log(pi / ref) / n of the chosen completion, minus that of the rejected one.
         --eval_prompts prompts.jsonl --reward number
 
 The reference is the policy before its first step, or --reference. It scores the pairs once, before
-training, so no second model is in memory while the policy learns.
+training, and is not in memory while the policy learns.
 
 Shapes: b pairs in one forward, 2b rows. A side is a chosen or a rejected completion; C tokens in
 the longest side.
@@ -46,8 +46,8 @@ the longest side.
 Limits:
   * DPO is offline. All completions were drawn once, before training. What the policy says today is
     never scored, and nothing in (6) restrains pi on completions that are not in the data.
-  * Both log-probabilities may fall while the margin grows. The probability goes to completions that
-    nobody has ranked. --sft_coef keeps the chosen ones likely.
+  * Weights are shared, so both log-probabilities may fall while the margin grows. The probability
+    goes to completions that nobody has ranked. --sft_coef keeps the chosen ones likely.
 
 Left out: new rounds of pairs from the policy (sample, rank, start again from runs/.../model);
 several rejected completions for one chosen.
@@ -228,7 +228,7 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_reje
 
 
 def implicit_reward(logprobs, ref_logprobs, length, args):
-    """Equation (3) without Z, which cancels in a pair: all [b, 2], chosen and rejected. For ipo and
+    """Equation (3) without Z, which cancels in a pair. Arguments and result are [b, 2]. For ipo and
     simpo it is a mean over tokens. (simpo has no reference: its ref_logprobs are 0.)"""
     reward = args.beta * (logprobs - ref_logprobs)
     if args.loss in ("ipo", "simpo"):
@@ -331,12 +331,12 @@ def train(args):
 
     with common.guarded(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing)
-        # a prompt is computed once for both sides, if a trial forward and backward shows it can be
+        # training computes a prompt once for both sides, if a trial shows that the model can
         share_prompts = args.steps > 0 and common.prompts_can_be_shared(
             policy, world, args.gradient_checkpointing
         )
-        # The reference's log-probabilities, [pairs, 2]. The policy still is the reference here:
-        # it has made no step, and no checkpoint is loaded.
+        # The reference's log-probabilities, [pairs, 2]. Without --reference it is the policy, which
+        # has made no step yet, and has loaded no checkpoint.
         ref, held_out_ref = reference_scores(
             policy, tokenizer, pairs, held_out, share_prompts, args, out, world, stop_asked
         )
@@ -424,12 +424,12 @@ def train(args):
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     """Cuts pairs into parts, one forward each -> lists of pair numbers.
 
-    A pair is (beginning, rest of chosen, rest of rejected), as token ids; both sides share the
-    beginning (the prompt). A part has at most `tokens` tokens (padding included, a shared beginning
+    A pair is (prompt, chosen, rejected), as token ids; in reward_model.py, what both texts begin
+    with, and their rests. A part has at most `tokens` tokens (padding included, a shared prompt
     counted once) or one pair. Pairs of like length come together, to save padding.
 
     FSDP needs equally many parts in all processes. Where some are missing, the largest part gives
-    up a pair. All have equally many pairs, so this cannot fail.
+    up a pair. All have equally many pairs, so there always is one.
     """
     copies = 1 if share_prompts else 2
     prompt_length = [copies * len(prompt) for prompt, _, _ in pairs]
@@ -472,7 +472,7 @@ def in_order(results, count, world):
 
 
 def side_lengths(pairs):
-    """Tokens of chosen and rejected without the beginning that both share, [pairs, 2]."""
+    """Tokens of chosen and rejected, without the prompt, [pairs, 2]."""
     return torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs])
 
 
@@ -497,8 +497,8 @@ def score_pairs(model, tokenizer, pairs, share_prompts, args, world):
 def reference_scores(
     policy, tokenizer, pairs, held_out, share_prompts, args, out, world, stop_asked
 ):
-    """The reference's log-probabilities of the pairs, NaN where the run never draws one, and of the
-    held-out pairs: two tensors [.., 2]. The policy must still be as it was at the start.
+    """The reference's log-probabilities of the pairs (NaN if never drawn) and of the held-out ones,
+    two tensors [.., 2]. The policy must still be as it was at the start.
 
     Those of the pairs are kept in the run's folder. A resumed run computes only what is missing.
     The micro-batches are not those of training. So in bfloat16, log-ratios that should be 0 in step
@@ -537,7 +537,7 @@ def reference_scores(
     held_out_scores = None
     if held_out:
         held_out_scores = score_pairs(reference, tokenizer, held_out, share_prompts, args, world)
-    del reference  # only the policy is in memory while it learns
+    del reference  # it must not be in memory while the policy learns
     gc.collect()  # FSDP2's modules and their hooks refer to each other
     return scores, held_out_scores
 
@@ -578,7 +578,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
     completions to be read). Each process takes its share."""
     mine = held_out[world.rank :: world.size]
     longest = max((len(ids) for ids, _ in held_out), default=0) + args.max_new_tokens
-    # while sampling, the cache of 4 micro-batches is smaller than the training of one
+    # 4 micro-batches in the cache take less memory than training on one
     rows = 4 * args.tokens_per_micro_batch // longest
     size = common.rows_at_once(held_out, args.max_new_tokens, rows)
     meter = common.Meter()

@@ -21,7 +21,7 @@ Variants are flags. Ratio and clip matter only with several updates per rollout.
 
     GRPO as published   --aggregate sequence --beta 0.04    mean over tokens, then completions
     DAPO                --drop_equal_groups --mask_truncated --clip_high 0.28 --minibatches 4
-                        (without its penalty on length; draws twice, not until full)
+                        (without its penalty on length; one draw of twice the size)
     Dr. GRPO            --scale none --aggregate constant   no divisor depends on the samples
     GSPO                --ratio sequence --minibatches 4    one ratio for a whole completion
 
@@ -30,8 +30,8 @@ Variants are flags. Ratio and clip matter only with several updates per rollout.
         --data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl
     torchrun --nproc_per_node 8 grpo.py --model ... --data ... --reward my_reward.py:score
 
-Shapes: B completions of this process in a rollout, n of each prompt, b of them in one forward. C
-tokens in the longest completion, of the rollout in [B, C], of the forward in [b, C].
+Shapes: B completions of this process in a rollout, n of each prompt, b of them in one forward. C is
+the length of the longest completion: of the rollout in [B, C], of the forward in [b, C].
 
 What is biased:
   * With rewards of 0 and 1 the division by the std multiplies a prompt's gradient by about
@@ -41,7 +41,7 @@ What is biased:
   * The divisors of --aggregate token and sequence depend on the samples (`token_weights`).
   * The expected gradient of k3 is that of KL(ref || pi), not of KL(pi || ref). It is kept as
     published. reinforce.py has the unbiased way: log pi - log ref, subtracted from the reward.
-  * With several updates: the clip, and the ratio (2), which does not correct the text before it.
+  * With several updates: the clip; and (2) reweights a token, not the text before it.
   * log pi_old is computed by the trainer. The sampler's values differ by rounding (`kl/sample`:
     their mean distance).
 
@@ -120,9 +120,9 @@ class Args:
     clip_high: float | None = None
     """upper bound of the ratio is 1 + this (None: 0.2, and 4e-4 with --ratio sequence)"""
     aggregate: Literal["sequence", "token", "constant"] | None = None
-    """divisor of a token's loss. sequence: its completion's length x the number of completions;
-    token: all tokens of the update; constant: the number of completions x --max_new_tokens
-    (None: token, and sequence with --ratio sequence)"""
+    """divisor of a token's loss. sequence: its completion's length x the number of completions with
+    a loss; token: all tokens with a loss; constant: the number of all completions x
+    --max_new_tokens (None: token, and sequence with --ratio sequence)"""
     beta: float = 0.0
     """weight of the KL penalty, k3 in the loss; at 0 no reference model is loaded"""
     ref_update_every: int = 0
@@ -205,8 +205,8 @@ def group_advantages(rewards, all_rewards, n, scale, keep_max):
     """Equation (1): rewards [B], n for each prompt -> advantages [B].
 
     all_rewards are those of all processes, for --scale batch. The std divides by n - 1, as torch's.
-    Groups of equal rewards get exactly 0: their mean need not be exact, and Adam makes a full step
-    of any gradient, however small.
+    Groups of equal rewards get exactly 0. The rounding of their mean could leave a rest, which Adam
+    may scale up.
     """
     groups = rewards.view(-1, n)
     A = groups - groups.mean(1, keepdim=True)
@@ -263,8 +263,8 @@ def k3(logprobs, other_logprobs):
     """Equation (4), [b, C]: an estimate of KL(p || other) on tokens drawn from p, never negative.
     logprobs are those of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
 
-    As a loss for p its gradient is that of KL(other || p). Near each other the two KLs agree. (The
-    gradient of p / p_old * k3, through both factors, is that of KL(p || other).)
+    As a loss for p (as in grpo.py) its gradient is that of KL(other || p). Near each other the two
+    KLs agree. (The gradient of p / p_old * k3, through both, is that of KL(p || other).)
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
@@ -327,8 +327,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged. Kept last: checkpoint stops recomputing once it has what backward
-            # needs. For an entropy bonus, drop the detach, and keep rows with advantage 0.
+            # Only logged. Computed last, so that checkpoint's recomputation stops before it. For
+            # an entropy bonus, drop the detach, and forward rows with advantage 0, too.
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -347,9 +347,9 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere, in the micro-batches of the
-    update: in bfloat16 they depend on a micro-batch's shape, and with other micro-batches the first
-    ratio would not be 1."""
+    """Log-probabilities [B, C] of the rows in minibatches; 0 in other rows. Computed in the
+    update's own micro-batches: in bfloat16 they depend on a micro-batch's shape. In others the
+    first ratio would not be 1, nor the first KL 0."""
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
@@ -393,7 +393,7 @@ def update_loss(policy, batch, rows, args, meter, is_first):
     if args.beta:
         ref = batch.ref_logprobs[rows, :C]
         loss = loss + args.beta * (k3(logprobs, ref) * w).sum()
-        # of pi_old, which drew the tokens; in nats per completion
+        # KL(pi_old || ref), because pi_old drew the tokens; in nats per completion
         meter.add("kl/ref", ((old - ref) * mask).sum(1), mask.any(1))
 
     with torch.no_grad():  # the rest is for the log
@@ -420,7 +420,7 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
-    # for the memory that is said at the start
+    # counted in the memory that is printed at the start
     frozen_models = int(args.beta > 0 and args.steps > 0) + int(reward.is_model)
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen_models
@@ -460,7 +460,7 @@ def train(args):
             advantages = group_advantages(rewards, all_rewards, n, args.scale, args.keep_max)
 
             # 3. Mini-batches (an optimizer update each) of micro-batches (a forward each), cut once
-            #    for all epochs: old and new log-probabilities of a row come from the same batch.
+            #    for all epochs: a row's old and new log-probabilities come from equal forwards.
             counted = samples.mask
             if args.mask_truncated:
                 counted = counted & samples.finished[:, None]  # finished: ended by a stop token
@@ -589,7 +589,7 @@ def shuffled_epochs(minibatches, args, step):
     """The mini-batches of all epochs, each epoch in an order of its own."""
     updates = []
     for epoch in range(args.epochs):
-        # the seed has no rank: all processes take the same mini-batch
+        # the seed has no rank: all processes take the mini-batch of the same number
         shuffle = random.Random(common.fold(args.seed, step, epoch, common.PASS))
         updates += shuffle.sample(minibatches, len(minibatches))
     return updates
@@ -599,8 +599,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     """Cuts the rows of a mini-batch into parts, one forward each -> lists of row numbers.
 
     trained [rows] says which rows are taken. A part has at most `tokens` tokens (padding included,
-    a shared prompt counted once) or one row. Rows that share a prompt stay together where they fit,
-    and rows of like length come together.
+    a shared prompt counted once); a row that is longer is a part of its own. Rows that share a
+    prompt stay together where they fit, and rows of like length come together.
 
     FSDP needs equally many parts in all processes. A process that is short of parts adds a row that
     is not trained, or splits a part. All have equally many rows, so this cannot fail.
@@ -731,8 +731,8 @@ RULES = {"exact": exact, "number": number}  # the rewards that --reward knows by
 
 
 def load_task(args, world):
-    """Checks the user's input before a policy is loaded or a file is written
-    -> (args, with --max_new_tokens lowered to what fits, tokenizer, reward, prompts, held out)."""
+    """Checks the user's input before a policy is loaded or a file is written -> (args, tokenizer,
+    reward, prompts, held-out prompts). Lowers args.max_new_tokens to what fits."""
     if args.prompts_per_step % (args.minibatches * world.size):
         multiple = f"a multiple of --minibatches {args.minibatches} x {world.size} processes"
         fail(f"--prompts_per_step {args.prompts_per_step} must be {multiple}")

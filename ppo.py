@@ -37,17 +37,17 @@ other tokens still move it. `--kl_stop` ends a rollout's updates when the KL is 
         --data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl
     torchrun --nproc_per_node 8 ppo.py --model ... --data ... --reward runs/reward_model/model
 
-Shapes: B completions of this process in a rollout, b of them in one forward. C tokens in the
-longest, of the rollout in [B, C], of the forward in [b, C]. mask is true on a completion's tokens.
+Shapes: B completions of this process in a rollout, b of them in one forward. C is the length of the
+longest: of the rollout in [B, C], of the forward in [b, C]. mask is true on a completion's tokens.
 
 What is biased:
   * lam < 1: the critic's errors are in A. gamma < 1: late rewards count for less.
   * Whitening and the mean over tokens use numbers computed from the same samples.
   * The clip; and, from a rollout's second update on, the ratio: it corrects a token's probability,
     not that of the text before it.
-Not biased, with gamma 1, lam 1, no whitening, in a rollout's first update: the gradient of the KL
-penalty. It is that of beta KL(pi || ref), times completions / tokens. V must not see the token that
-it judges, or it would be no baseline.
+V(s_t) must not see a_t. Then it is a baseline, which leaves the gradient unbiased. With gamma 1,
+lam 1 and no whitening, the KL penalty has the gradient of beta KL(pi || ref), times completions /
+tokens, in a rollout's first update.
 
 Left out: bootstrapping where a completion was cut, adaptive beta, an entropy bonus, replay of
 earlier rollouts.
@@ -278,8 +278,8 @@ def k3(logprobs, other_logprobs):
     """Equation (4), [b, C]: an estimate of KL(p || other) on tokens drawn from p, never negative.
     logprobs are those of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
 
-    As a loss for p its gradient is that of KL(other || p). Near each other the two KLs agree. (The
-    gradient of p / p_old * k3, through both factors, is that of KL(p || other).)
+    As a loss for p (as in grpo.py) its gradient is that of KL(other || p). Near each other the two
+    KLs agree. (The gradient of p / p_old * k3, through both, is that of KL(p || other).)
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
@@ -288,9 +288,9 @@ def k3(logprobs, other_logprobs):
 def value_loss(values, old_values, returns, weights, clip):
     """Equation (5), summed with weights; all [b, C], values with gradient.
 
-    The larger error counts: a value that has moved by `clip` towards its return has no gradient
-    (unless it has passed it), and one that has moved away always has. Like the ratio's clip, this
-    is no bound.
+    The larger error counts: a value that has moved by `clip` towards its return, and is not far
+    beyond it, has no gradient. One that has moved away always has. Like the ratio's clip, this is
+    no bound.
     """
     error = (values - returns) ** 2
     if clip:
@@ -333,8 +333,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged. Kept last: checkpoint stops recomputing once it has what backward
-            # needs. For an entropy bonus, drop the detach, and keep rows with advantage 0.
+            # Only logged. Computed last, so that checkpoint's recomputation stops before it. For
+            # an entropy bonus, drop the detach, and forward rows with advantage 0, too.
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -353,9 +353,9 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere, in the micro-batches of the
-    update: in bfloat16 they depend on a micro-batch's shape, and with other micro-batches the first
-    ratio would not be 1."""
+    """Log-probabilities [B, C] of the rows in minibatches; 0 in other rows. Computed in the
+    update's own micro-batches: in bfloat16 they depend on a micro-batch's shape. In others the
+    first ratio would not be 1, nor the first KL 0."""
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
@@ -505,7 +505,7 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     learning_models = 2 if critic_path else 1
-    # for the memory that is said at the start
+    # counted in the memory that is printed at the start
     frozen_models = int(args.beta > 0 and args.steps > 0) + int(reward.is_model)
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, learning_models, frozen_models
@@ -541,7 +541,7 @@ def train(args):
             sampling_ended = time.perf_counter()
 
             # 2. Mini-batches (an optimizer update each) of micro-batches (a forward each), cut once
-            #    for all epochs: old and new log-probabilities of a row come from the same batch.
+            #    for all epochs: a row's old and new log-probabilities come from equal forwards.
             mask = samples.mask
             weights = torch.zeros_like(samples.logprobs)  # [B, C]
             minibatches = []
@@ -592,8 +592,8 @@ def train(args):
                 grad_norms.append(norm)
                 critic_norms.append(critic_norm)
 
-            # 6. Log. Losses, kl/old, ratio, clip and entropy are means over the updates, including
-            #    the one that --kl_stop did not make.
+            # 6. Log. Losses, kl/old, ratio/mean, clip and entropy are means over the updates,
+            #    including the one that --kl_stop did not make.
             step_ended = time.perf_counter()
             metrics = meter.result(world)
             tokens = metrics.pop("tokens")
@@ -666,7 +666,7 @@ def shuffled_epochs(minibatches, args, step):
     """The mini-batches of all epochs, each epoch in an order of its own."""
     updates = []
     for epoch in range(args.epochs):
-        # the seed has no rank: all processes take the same mini-batch
+        # the seed has no rank: all processes take the mini-batch of the same number
         shuffle = random.Random(common.fold(args.seed, step, epoch, common.PASS))
         updates += shuffle.sample(minibatches, len(minibatches))
     return updates
@@ -676,8 +676,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     """Cuts the rows of a mini-batch into parts, one forward each -> lists of row numbers.
 
     trained [rows] says which rows are taken. A part has at most `tokens` tokens (padding included,
-    a shared prompt counted once) or one row. Rows that share a prompt stay together where they fit,
-    and rows of like length come together.
+    a shared prompt counted once); a row that is longer is a part of its own. Rows that share a
+    prompt stay together where they fit, and rows of like length come together.
 
     FSDP needs equally many parts in all processes. A process that is short of parts adds a row that
     is not trained, or splits a part. All have equally many rows, so this cannot fail.

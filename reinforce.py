@@ -311,8 +311,8 @@ def k3(logprobs, other_logprobs):
     """Equation (4), [b, C]: an estimate of KL(p || other) on tokens drawn from p, never negative.
     logprobs are those of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
 
-    As a loss for p its gradient is that of KL(other || p). Near each other the two KLs agree. (The
-    gradient of p / p_old * k3, through both factors, is that of KL(p || other).)
+    As a loss for p (as in grpo.py) its gradient is that of KL(other || p). Near each other the two
+    KLs agree. (The gradient of p / p_old * k3, through both, is that of KL(p || other).)
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
@@ -343,8 +343,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged. Kept last: checkpoint stops recomputing once it has what backward
-            # needs. For an entropy bonus, drop the detach, and keep rows with advantage 0.
+            # Only logged. Computed last, so that checkpoint's recomputation stops before it. For
+            # an entropy bonus, drop the detach, and forward rows with advantage 0, too.
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -363,9 +363,9 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere, in the micro-batches of the
-    update: in bfloat16 they depend on a micro-batch's shape, and with other micro-batches the first
-    ratio would not be 1."""
+    """Log-probabilities [B, C] of the rows in minibatches; 0 in other rows. Computed in the
+    update's own micro-batches: in bfloat16 they depend on a micro-batch's shape. In others the
+    first ratio would not be 1, nor the first KL 0."""
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
@@ -423,7 +423,7 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
-    # for the memory that is said at the start
+    # counted in the memory that is printed at the start
     frozen_models = int(args.beta > 0 and args.steps > 0) + int(reward.is_model)
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen_models
@@ -457,7 +457,7 @@ def train(args):
             sampling_ended = time.perf_counter()
 
             # 2. Mini-batches (an optimizer update each) of micro-batches (a forward each), cut once
-            #    for all epochs: old and new log-probabilities of a row come from the same batch.
+            #    for all epochs: a row's old and new log-probabilities come from equal forwards.
             trained = rows_to_train(scores, samples.mask, args, world)  # [B]
             size = args.tokens_per_micro_batch
             minibatches = []
@@ -578,7 +578,7 @@ def shuffled_epochs(minibatches, args, step):
     """The mini-batches of all epochs, each epoch in an order of its own."""
     updates = []
     for epoch in range(args.epochs):
-        # the seed has no rank: all processes take the same mini-batch
+        # the seed has no rank: all processes take the mini-batch of the same number
         shuffle = random.Random(common.fold(args.seed, step, epoch, common.PASS))
         updates += shuffle.sample(minibatches, len(minibatches))
     return updates
@@ -588,8 +588,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     """Cuts the rows of a mini-batch into parts, one forward each -> lists of row numbers.
 
     trained [rows] says which rows are taken. A part has at most `tokens` tokens (padding included,
-    a shared prompt counted once) or one row. Rows that share a prompt stay together where they fit,
-    and rows of like length come together.
+    a shared prompt counted once); a row that is longer is a part of its own. Rows that share a
+    prompt stay together where they fit, and rows of like length come together.
 
     FSDP needs equally many parts in all processes. A process that is short of parts adds a row that
     is not trained, or splits a part. All have equally many rows, so this cannot fail.
@@ -686,8 +686,8 @@ RULES = {"exact": exact, "number": number}  # the rewards that --reward knows by
 
 
 def load_task(args, world):
-    """Checks the user's input before a policy is loaded or a file is written
-    -> (args, with --max_new_tokens lowered to what fits, tokenizer, reward, prompts, held out)."""
+    """Checks the user's input before a policy is loaded or a file is written -> (args, tokenizer,
+    reward, prompts, held-out prompts). Lowers args.max_new_tokens to what fits."""
     if args.prompts_per_step % (args.minibatches * world.size):
         multiple = f"a multiple of --minibatches {args.minibatches} x {world.size} processes"
         fail(f"--prompts_per_step {args.prompts_per_step} must be {multiple}")

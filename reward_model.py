@@ -426,12 +426,12 @@ def train(args):
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     """Cuts pairs into parts, one forward each -> lists of pair numbers.
 
-    A pair is (beginning, rest of chosen, rest of rejected), as token ids; both sides share the
-    beginning (the prompt). A part has at most `tokens` tokens (padding included, a shared beginning
+    A pair is (prompt, chosen, rejected), as token ids; in reward_model.py, what both texts begin
+    with, and their rests. A part has at most `tokens` tokens (padding included, a shared prompt
     counted once) or one pair. Pairs of like length come together, to save padding.
 
     FSDP needs equally many parts in all processes. Where some are missing, the largest part gives
-    up a pair. All have equally many pairs, so this cannot fail.
+    up a pair. All have equally many pairs, so there always is one.
     """
     copies = 1 if share_prompts else 2
     prompt_length = [copies * len(prompt) for prompt, _, _ in pairs]
@@ -474,7 +474,7 @@ def in_order(results, count, world):
 
 
 def side_lengths(pairs):
-    """Tokens of chosen and rejected without the beginning that both share, [pairs, 2]."""
+    """Tokens of chosen and rejected, without the prompt, [pairs, 2]."""
     return torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs])
 
 

@@ -336,5 +336,19 @@ def test_somebodys_copy_of_a_script_is_tested_by_its_tests(broken, status, tmp_p
     assert subprocess.run(command, capture_output=True, cwd=ROOT).returncode == status
 
 
+@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "common.py"], ids=lambda p: p.name)
+def test_a_script_stays_easy_to_read(path):
+    """Short functions, short lines, one thing in a line: dense code takes the most time to read."""
+    text = path.read_text()
+    for f in ast.walk(ast.parse(text)):
+        if isinstance(f, ast.FunctionDef):
+            assert f.end_lineno - f.lineno < (130 if f.name == "train" else 60), f.name
+        if isinstance(f, ast.Assign) and isinstance(f.targets[0], ast.Tuple):
+            assert not isinstance(f.value, ast.Tuple), f"line {f.lineno} assigns several things"
+    full = [line for line in text.splitlines() if line.strip()]
+    assert sum(map(len, full)) / len(full) <= 56 and max(map(len, full)) <= 100
+    assert "fmt: skip" not in text
+
+
 if __name__ == "__main__":
     write_line_numbers()

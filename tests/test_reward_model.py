@@ -195,10 +195,11 @@ def folder(tmp_path_factory):
 
 def pairs_of(n=6):
     g = torch.Generator().manual_seed(0)
-    text = lambda: (
-        torch.randint(3, 48, (int(torch.randint(2, 9, (1,), generator=g)),), generator=g).tolist()
-        + [1]
-    )  # noqa: E731
+
+    def text():
+        size = int(torch.randint(2, 9, (1,), generator=g))
+        return torch.randint(3, 48, (size,), generator=g).tolist() + [1]
+
     return [([5, 6, 7], text(), text()) for _ in range(n)]
 
 
