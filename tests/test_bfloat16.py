@@ -456,6 +456,25 @@ def test_weights_stay_whole_while_a_rollout_lasts_and_no_longer(monkeypatch):
     assert whole(policy) == [False, True]
 
 
+def test_a_heads_float32_copy_lives_as_long_as_a_rollout_and_no_longer(monkeypatch):
+    """Kept for the next one, it would sample from the weights before the update."""
+    world, tokenizer = common.start("cpu", "bfloat16"), common.load_tokenizer(MODEL)
+    policy, choose, copies = common.load_policy(MODEL, world), common.choose, []
+
+    def look(*inputs):
+        copies.append(policy.lm_head.wide_weight)
+        return choose(*inputs)
+
+    monkeypatch.setattr(common, "choose", look)
+    common.sample(policy, tokenizer, PROMPTS, max_new_tokens=3, seed=0)
+    assert all(copy is copies[0] for copy in copies) and copies[0].dtype == torch.float32
+    assert policy.lm_head.wide_weight is None
+    with pytest.raises(ZeroDivisionError):
+        monkeypatch.setattr(common, "choose", lambda *inputs: 1 / 0)
+        common.sample(policy, tokenizer, PROMPTS, max_new_tokens=3, seed=0)
+    assert policy.lm_head.wide_weight is None
+
+
 # --- Gradients ---
 
 

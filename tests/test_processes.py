@@ -651,6 +651,26 @@ def test_a_reward_that_fails_in_one_process_stops_both(tmp_path):
     assert said == ["the reward of the second process failed"] * 2, "the first process prints it"
 
 
+def fill_the_disk_of_the_first(folder):
+    def write_model(*everything):
+        raise common.Stop("no room for the model")
+
+    world = start("cpu")
+    model = load_policy(folder / "start", world)
+    common.write_model = write_model
+    try:
+        common.save_model(model, make_tokenizer(), folder / "model", world)
+    except common.Stop as error:
+        (folder / f"{world.rank}").write_text(str(error))
+
+
+def test_a_model_that_the_first_process_cannot_write_stops_both(tmp_path):
+    """The other one must not wait for it."""
+    family("llama").save_pretrained(tmp_path / "start")
+    run(fill_the_disk_of_the_first, 2, tmp_path)
+    assert [(tmp_path / n).read_text() for n in "01"] == ["no room for the model"] * 2
+
+
 def measure_in_one(folder):
     world, meter = start("cpu"), common.Meter()
     rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
