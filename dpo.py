@@ -16,8 +16,8 @@ reward. Insert (3) into (4) for a chosen completion y and a rejected z, and writ
 training, for pi*: Z cancels, and P = sigmoid(h).
 
 So the policy itself is the reward model, and training is a classification of pairs. The gradient
-raises log pi(y) and lowers log pi(z), each by beta sigmoid(-h). Pairs in the wrong order count
-most.
+raises log pi(y) and lowers log pi(z), both with weight beta sigmoid(-h). Pairs in the wrong order
+count most.
 
 Other losses (`--loss`). n is a completion's length in tokens, with its end token. d is
 log(pi / ref) / n of the chosen completion, minus that of the rejected one.
@@ -44,10 +44,11 @@ Shapes: b pairs in one forward, 2b rows. A side is a chosen or a rejected comple
 the longest side.
 
 Limits:
-  * DPO is offline. All completions were drawn once, before training. What the policy says today is
-    never scored, and nothing in (6) restrains pi on completions that are not in the data.
-  * Weights are shared, so both log-probabilities may fall while the margin grows. The probability
-    goes to completions that nobody has ranked. --sft_coef keeps the chosen ones likely.
+  * DPO is offline. All completions were drawn once, before training. It never trains on what the
+    policy says today, and nothing in (6) restrains pi on completions that are not in the data.
+  * (6) sees only the difference. Both log-probabilities may fall while it grows, because y and z
+    have the same weights. The probability goes to completions that nobody has ranked. --sft_coef
+    keeps the chosen ones likely.
 
 Left out: new rounds of pairs from the policy (sample, rank, start again from runs/.../model);
 several rejected completions for one chosen.
@@ -175,7 +176,7 @@ def resolve(args):
         "learning_rate": 3e-4 if is_tiny_model else 5e-7,
         "tokens_per_micro_batch": 2048 if on_cpu else 8192,
     }
-    # with --steps 0 and no --reference, the model would be compared with itself
+    # not where the model would be compared with itself (--steps 0, no --reference, not simpo)
     if is_tiny_data and (args.steps or args.reference or args.loss == "simpo"):
         defaults["eval_data"] = str(TINY / "pairs_test.jsonl")
     unset = {name: value for name, value in defaults.items() if getattr(args, name) is None}
@@ -260,7 +261,7 @@ def pair_logprobs(model, tokenizer, pairs, share_prompts, world):
 
 
 def side_logprobs(model, samples, chunk=1024):
-    """log pi(a_t | x, a_<t) at each token of these completions -> [2b, C], 0 on padding.
+    """log pi(y_t | x, y_<t) at each token of the sides y -> [2b, C], 0 on padding.
 
     Logits of `chunk` tokens at a time, computed again in backward: those of all tokens would be
     gigabytes with a vocabulary of 150,000.
@@ -320,6 +321,7 @@ def train(args):
     first_prompt, first_side = texts[0][:2]
     first_text = first_prompt + first_side
     learning_models = int(args.steps > 0)
+    # with --steps 0 the policy is frozen; the reference is gone before training
     frozen_models = 1 - learning_models + int(reward is not None and reward.is_model)
     writer, bar = common.introduce(
         out, args, world, tokenizer, first_text, done_steps, learning_models, frozen_models
@@ -335,8 +337,8 @@ def train(args):
         share_prompts = args.steps > 0 and common.prompts_can_be_shared(
             policy, world, args.gradient_checkpointing
         )
-        # The reference's log-probabilities, [pairs, 2]. Without --reference it is the policy, which
-        # has made no step yet, and has loaded no checkpoint.
+        # The reference's log-probabilities, [pairs, 2]. Before `load_checkpoint`: without
+        # --reference, the reference is the policy, which is still untrained here.
         ref, held_out_ref = reference_scores(
             policy, tokenizer, pairs, held_out, share_prompts, args, out, world, stop_asked
         )
@@ -413,7 +415,7 @@ def train(args):
 
         if args.steps:
             common.save_model(policy, tokenizer, out / "model", world)
-    # `usage` shows an example; a model without a template gets a prompt of its training
+    # the prompt in the example of `usage`: "" with a chat template, else the run's first prompt
     prompt = "" if tokenizer.chat_template else tokenizer.decode(first_prompt)
     common.conclude(out, args, writer, bar, common.usage(out, tokenizer, prompt, args))
 
@@ -424,12 +426,12 @@ def train(args):
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     """Cuts pairs into parts, one forward each -> lists of pair numbers.
 
-    A pair is (prompt, chosen, rejected), as token ids; in reward_model.py, what both texts begin
-    with, and their rests. A part has at most `tokens` tokens (padding included, a shared prompt
-    counted once) or one pair. Pairs of like length come together, to save padding.
+    A pair is (prompt, chosen, rejected), as token ids. (In reward_model.py "prompt" is the
+    beginning that both texts share.) A part has at most `tokens` tokens (padding included, a shared
+    prompt counted once) or one pair. Pairs of like length come together, to save padding.
 
-    FSDP needs equally many parts in all processes. Where some are missing, the largest part gives
-    up a pair. All have equally many pairs, so there always is one.
+    FSDP needs equally many parts in all processes. A process that is short of parts takes a pair
+    out of its largest part. That has two or more, because all processes have equally many pairs.
     """
     copies = 1 if share_prompts else 2
     prompt_length = [copies * len(prompt) for prompt, _, _ in pairs]
@@ -457,8 +459,8 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
 
 
 def share_of_process(pairs, world):
-    """Every world.size-th pair. All processes get equally many: some of the first pairs come twice,
-    and `in_order` drops their second results."""
+    """Every world.size-th pair. All processes get equally many: some of the first pairs come again,
+    and `in_order` drops their later results."""
     count = math.ceil(len(pairs) / world.size)
     return [pairs[(world.rank + i * world.size) % len(pairs)] for i in range(count)]
 
@@ -574,11 +576,12 @@ def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world)
 
 
 def evaluate(policy, tokenizer, held_out, reward, args, world):
-    """Scores of held-out prompts: eval/reward and eval/exact of greedy completions -> (scores, some
-    completions to be read). Each process takes its share."""
+    """Scores of greedy completions of held-out prompts -> (scores, some completions to be read).
+    eval/reward is by --reward, eval/exact by its rule where an answer is known. Each process takes
+    its share."""
     mine = held_out[world.rank :: world.size]
     longest = max((len(ids) for ids, _ in held_out), default=0) + args.max_new_tokens
-    # 4 micro-batches in the cache take less memory than training on one
+    # the keys and values of 4 micro-batches take less memory than training on one
     rows = 4 * args.tokens_per_micro_batch // longest
     size = common.rows_at_once(held_out, args.max_new_tokens, rows)
     meter = common.Meter()
@@ -690,6 +693,7 @@ def last_number(text):
     Commas, $, a final dot and zeros that end a decimal do not matter. "1,234" is one number,
     "1,2,3" are three."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+    # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"
     found = re.findall(pattern, str(text).replace("$", ""))
     if not found:

@@ -10,8 +10,8 @@ function that PPO has to learn.
     (4)  k_t   = exp(-d) - 1 + d,  d = log pi(a_t | ..) - log ref(a_t | ..)   `k3`
     (5)  loss  = sum over tokens of w_t (l_t + beta k_t)                      `token_weights`
 
-pi_old is the policy that drew the completions, ref the policy before training; beta (0 by default)
-keeps pi near it. The ratio (2) allows several updates with one
+pi_old is the policy that drew the completions, ref the policy before training. A beta above 0 (the
+default is 0) keeps pi near ref. The ratio (2) allows several updates with one
 rollout. The clip (3) sets a token's gradient to zero once its ratio has gone too far in the
 direction that A pushes. With one update per rollout, the default, every ratio is 1, and the
 gradient is that of REINFORCE with (1) as the weight. The value of the loss then says nothing about
@@ -21,7 +21,7 @@ Variants are flags. Ratio and clip matter only with several updates per rollout.
 
     GRPO as published   --aggregate sequence --beta 0.04    mean over tokens, then completions
     DAPO                --drop_equal_groups --mask_truncated --clip_high 0.28 --minibatches 4
-                        (without its penalty on length; one draw of twice the size)
+                        (without its penalty on length; draws twice the prompts, once)
     Dr. GRPO            --scale none --aggregate constant   no divisor depends on the samples
     GSPO                --ratio sequence --minibatches 4    one ratio for a whole completion
 
@@ -41,7 +41,7 @@ What is biased:
   * The divisors of --aggregate token and sequence depend on the samples (`token_weights`).
   * The expected gradient of k3 is that of KL(ref || pi), not of KL(pi || ref). It is kept as
     published. reinforce.py has the unbiased way: log pi - log ref, subtracted from the reward.
-  * With several updates: the clip; and (2) reweights a token, not the text before it.
+  * With several updates: the clip, and the ratio (2), which corrects a token but not its prefix.
   * log pi_old is computed by the trainer. The sampler's values differ by rounding (`kl/sample`:
     their mean distance).
 
@@ -328,7 +328,7 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
             # Only logged. Computed last, so that checkpoint's recomputation stops before it. For
-            # an entropy bonus, drop the detach, and forward rows with advantage 0, too.
+            # an entropy bonus, drop the detach (and leave no row out for its advantage of 0).
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -348,8 +348,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
     """Log-probabilities [B, C] of the rows in minibatches; 0 in other rows. Computed in the
-    update's own micro-batches: in bfloat16 they depend on a micro-batch's shape. In others the
-    first ratio would not be 1, nor the first KL 0."""
+    update's own micro-batches: in bfloat16 they depend on a micro-batch's shape. Cut differently,
+    the first ratio would not be 1, nor the first KL 0."""
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
@@ -413,6 +413,7 @@ def update_loss(policy, batch, rows, args, meter, is_first):
 def train(args):
     args = resolve(args)
     world = common.start(args.device, args.dtype, args.seed)
+    # prompts, held_out: lists of (token ids of a prompt, its line of the file as a dict)
     args, tokenizer, reward, prompts, held_out = load_task(args, world)
     n = args.samples_per_prompt
 
@@ -507,7 +508,8 @@ def train(args):
             if args.ref_update_every and step % args.ref_update_every == 0:
                 common.copy_weights(policy, reference)
 
-            # 6. Log. Rewards cover all rows drawn, lengths those kept, `update_loss` those trained.
+            # 6. Log. Rewards are of all rows drawn, lengths of the rows kept, the metrics of
+            #    `update_loss` of the rows trained.
             step_ended = time.perf_counter()
             metrics = meter.result(world)
             tokens = metrics.pop("tokens")
@@ -562,7 +564,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
 
     if args.drop_equal_groups:
         # Keeps groups with unequal rewards; if they are too few, equal ones fill the batch. (DAPO
-        # draws until the batch is full. Here: once, twice the size.)
+        # draws until the batch is full. Here there is one draw, of twice the prompts.)
         groups = equal.int().argsort(stable=True)[: len(equal) // OVERSAMPLING]
         kept = (groups[:, None] * n + torch.arange(n, device=world.device)).flatten()
         samples = samples.take(kept)
@@ -577,7 +579,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
 
 
 def shuffled_groups(args, world, step):
-    """The rows of each mini-batch: this process's groups in random order."""
+    """The rows of each mini-batch: whole groups (the completions of a prompt) in random order."""
     n = args.samples_per_prompt
     generator = torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
     groups = torch.randperm(args.prompts_per_step // world.size, generator=generator)
@@ -644,8 +646,9 @@ def micro_batches(rows, trained, samples, tokens, world):
 
 
 def evaluate(policy, tokenizer, held_out, reward, args, world):
-    """Scores of held-out prompts: eval/reward and eval/exact of greedy completions, and with
-    --eval_samples eval/pass@K. Each process takes its share."""
+    """Scores of held-out prompts: eval/reward and eval/exact (the share that is right by the rule
+    of --reward) of greedy completions, and with --eval_samples eval/pass@K. Each process takes its
+    share."""
     n = args.eval_samples
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < n]
     if n:
@@ -720,6 +723,7 @@ def last_number(text):
     Commas, $, a final dot and zeros that end a decimal do not matter. "1,234" is one number,
     "1,2,3" are three."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+    # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"
     found = re.findall(pattern, str(text).replace("$", ""))
     if not found:

@@ -45,9 +45,9 @@ What is biased:
   * Whitening and the mean over tokens use numbers computed from the same samples.
   * The clip; and, from a rollout's second update on, the ratio: it corrects a token's probability,
     not that of the text before it.
-V(s_t) must not see a_t. Then it is a baseline, which leaves the gradient unbiased. With gamma 1,
-lam 1 and no whitening, the KL penalty has the gradient of beta KL(pi || ref), times completions /
-tokens, in a rollout's first update.
+V(s_t) does not see a_t, so subtracting it, as a baseline, biases nothing. With gamma 1, lam 1 and
+no whitening, the KL penalty has the gradient of beta KL(pi || ref), times completions / tokens, in
+a rollout's first update.
 
 Left out: bootstrapping where a completion was cut, adaptive beta, an entropy bonus, replay of
 earlier rollouts.
@@ -134,8 +134,8 @@ class Args:
     """within a rollout, a value that has moved this far (in units of the reward) towards its return
     gets no gradient (0: no limit). With scores of 5 and more, 0.2 is slow"""
     value_coef: float = 0.5
-    """weight of the value loss. With a separate critic AdamW cancels it, unless --max_grad_norm
-    clips"""
+    """weight of the value loss. A separate critic's AdamW ignores this scale, except through
+    --max_grad_norm"""
     kl_stop: float = 0.0
     """once KL(pi_old || pi), in nats per completion, is above this, a rollout's remaining updates
     are skipped; 0: never"""
@@ -244,7 +244,8 @@ def mean_and_variance(x, mask, world):
 
 
 def whiten(x, mask, world):
-    """x [B, C] with mean 0 and std 1. The 1e-4 keeps rounding in equal x from being blown up."""
+    """x [B, C] with mean 0 and std 1. If all x are equal, the 1e-4 keeps their rounding
+    errors small."""
     mean, variance = mean_and_variance(x, mask, world)
     return (x - mean) / (math.sqrt(variance) + 1e-4) * mask
 
@@ -334,7 +335,7 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
             # Only logged. Computed last, so that checkpoint's recomputation stops before it. For
-            # an entropy bonus, drop the detach, and forward rows with advantage 0, too.
+            # an entropy bonus, drop the detach (and leave no row out for its advantage of 0).
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -354,8 +355,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
     """Log-probabilities [B, C] of the rows in minibatches; 0 in other rows. Computed in the
-    update's own micro-batches: in bfloat16 they depend on a micro-batch's shape. In others the
-    first ratio would not be 1, nor the first KL 0."""
+    update's own micro-batches: in bfloat16 they depend on a micro-batch's shape. Cut differently,
+    the first ratio would not be 1, nor the first KL 0."""
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
@@ -498,6 +499,7 @@ def take_step(models, optimizers, args, world, step):
 def train(args):
     args = resolve(args)
     world = common.start(args.device, args.dtype, args.seed)
+    # prompts, held_out: lists of (token ids of a prompt, its line of the file as a dict)
     args, tokenizer, reward, prompts, held_out, critic_path = load_task(args, world)
 
     out = common.open_run(args, Path(__file__).stem, world)
@@ -548,7 +550,7 @@ def train(args):
             for rows in shuffled_groups(args, world, step):
                 # the mean (6) is over all micro-batches and processes
                 weights[rows] = mask[rows] / common.all_sum(world, mask[rows].sum())[0]
-                every_row = torch.ones(len(rows), dtype=torch.bool)
+                every_row = torch.ones(len(rows), dtype=torch.bool)  # none is left out
                 parts = micro_batches(rows, every_row, samples, args.tokens_per_micro_batch, world)
                 minibatches.append(parts)
 
@@ -592,8 +594,7 @@ def train(args):
                 grad_norms.append(norm)
                 critic_norms.append(critic_norm)
 
-            # 6. Log. Losses, kl/old, ratio/mean, clip and entropy are means over the updates,
-            #    including the one that --kl_stop did not make.
+            # 6. Log. Means over the updates include the one that --kl_stop did not make.
             step_ended = time.perf_counter()
             metrics = meter.result(world)
             tokens = metrics.pop("tokens")
@@ -654,7 +655,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
 
 
 def shuffled_groups(args, world, step):
-    """The rows of each mini-batch: this process's groups in random order."""
+    """The rows of each mini-batch: whole groups (the completions of a prompt) in random order."""
     n = args.samples_per_prompt
     generator = torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
     groups = torch.randperm(args.prompts_per_step // world.size, generator=generator)
@@ -774,6 +775,7 @@ def last_number(text):
     Commas, $, a final dot and zeros that end a decimal do not matter. "1,234" is one number,
     "1,2,3" are three."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+    # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"
     found = re.findall(pattern, str(text).replace("$", ""))
     if not found:

@@ -344,7 +344,7 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
             # Only logged. Computed last, so that checkpoint's recomputation stops before it. For
-            # an entropy bonus, drop the detach, and forward rows with advantage 0, too.
+            # an entropy bonus, drop the detach (and leave no row out for its advantage of 0).
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -364,8 +364,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
     """Log-probabilities [B, C] of the rows in minibatches; 0 in other rows. Computed in the
-    update's own micro-batches: in bfloat16 they depend on a micro-batch's shape. In others the
-    first ratio would not be 1, nor the first KL 0."""
+    update's own micro-batches: in bfloat16 they depend on a micro-batch's shape. Cut differently,
+    the first ratio would not be 1, nor the first KL 0."""
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
@@ -416,6 +416,7 @@ def update_loss(policy, batch, rows, args, meter, is_first):
 def train(args):
     args = resolve(args)
     world = common.start(args.device, args.dtype, args.seed)
+    # prompts, held_out: lists of (token ids of a prompt, its line of the file as a dict)
     args, tokenizer, reward, prompts, held_out = load_task(args, world)
     n = args.samples_per_prompt
 
@@ -566,7 +567,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
 
 
 def shuffled_groups(args, world, step):
-    """The rows of each mini-batch: this process's groups in random order."""
+    """The rows of each mini-batch: whole groups (the completions of a prompt) in random order."""
     n = args.samples_per_prompt
     generator = torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
     groups = torch.randperm(args.prompts_per_step // world.size, generator=generator)
@@ -675,6 +676,7 @@ def last_number(text):
     Commas, $, a final dot and zeros that end a decimal do not matter. "1,234" is one number,
     "1,2,3" are three."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+    # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"
     found = re.findall(pattern, str(text).replace("$", ""))
     if not found:

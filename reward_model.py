@@ -426,12 +426,12 @@ def train(args):
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     """Cuts pairs into parts, one forward each -> lists of pair numbers.
 
-    A pair is (prompt, chosen, rejected), as token ids; in reward_model.py, what both texts begin
-    with, and their rests. A part has at most `tokens` tokens (padding included, a shared prompt
-    counted once) or one pair. Pairs of like length come together, to save padding.
+    A pair is (prompt, chosen, rejected), as token ids. (In reward_model.py "prompt" is the
+    beginning that both texts share.) A part has at most `tokens` tokens (padding included, a shared
+    prompt counted once) or one pair. Pairs of like length come together, to save padding.
 
-    FSDP needs equally many parts in all processes. Where some are missing, the largest part gives
-    up a pair. All have equally many pairs, so there always is one.
+    FSDP needs equally many parts in all processes. A process that is short of parts takes a pair
+    out of its largest part. That has two or more, because all processes have equally many pairs.
     """
     copies = 1 if share_prompts else 2
     prompt_length = [copies * len(prompt) for prompt, _, _ in pairs]
@@ -459,8 +459,8 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
 
 
 def share_of_process(pairs, world):
-    """Every world.size-th pair. All processes get equally many: some of the first pairs come twice,
-    and `in_order` drops their second results."""
+    """Every world.size-th pair. All processes get equally many: some of the first pairs come again,
+    and `in_order` drops their later results."""
     count = math.ceil(len(pairs) / world.size)
     return [pairs[(world.rank + i * world.size) % len(pairs)] for i in range(count)]
 
@@ -694,6 +694,7 @@ def last_number(text):
     Commas, $, a final dot and zeros that end a decimal do not matter. "1,234" is one number,
     "1,2,3" are three."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+    # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"
     found = re.findall(pattern, str(text).replace("$", ""))
     if not found:
