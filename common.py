@@ -761,6 +761,8 @@ def load_reward(spec, rules, world, date):
 def load_function(spec, flag):
     """The function that FILE.py:function names."""
     file, _, name = spec.partition(":")
+    if not name:
+        fail(f"{flag} {spec}: name the function, too: {spec}:FUNCTION")
     if not Path(file).is_file():
         fail(f"{flag} {spec}: no such file {file}")
     info = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
@@ -1758,9 +1760,11 @@ def introduce(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0
     where = f"{world.size} x {world.device.type} in {str(world.dtype)[6:]}"
     print(f"{args.model}: {count / 1e6:.1f}M parameters on {where}")
     what = "for weights, gradients and moments; activations come on top"
-    print(f"memory: {needed / 2**30:.1f} GiB of {there / 2**30:.1f} {what}")
+    print(f"memory: {needed / 2**30:.2f} GiB of {there / 2**30:.1f} {what}")
     if needed > there:
         print("warning: this does not fit; use more processes or a smaller model")
+    if args.steps:
+        print(f"{args.steps} steps, learning rate {args.learning_rate:g} at its peak")
     shown = ids if len(ids) < 40 else [*ids[:30], "...", *ids[-8:]]
     print(f"first text, as the model sees it: {tokenizer.decode(ids)!r}\n  as ids: {shown}")
     going_on = f", going on after step {done_steps} of {args.steps}" if args.resume else ""
@@ -1965,7 +1969,7 @@ def last_words(error, out, args):
     launcher = "torchrun ..." if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "python"
     where = "go on from the last checkpoint"
     if not checkpoints(out):
-        where = "no checkpoint was written yet; begin from the start"
+        where = "no checkpoint was written yet; start again in this folder"
     return f"{words}\n{where} with: {launcher} {shlex.join([*command, '--resume'])}"
 
 

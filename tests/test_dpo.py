@@ -447,7 +447,8 @@ def test_a_signal_while_the_reference_scores_keeps_what_it_has_scored(tmp_path, 
     with (
         monkeypatch.context() as patch,
         pytest.raises(
-            SystemExit, match="(?s)stopped by a signal while.*begin from the start with.*--resume"
+            SystemExit,
+            match="(?s)stopped by a signal while.*start again in this folder with.*--resume",
         ),
     ):
         patch.setattr(common, "catch_signals", lambda steps: lambda: True)

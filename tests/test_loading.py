@@ -699,7 +699,7 @@ def test_memory_counts_what_lasts(folder):
 
 
 def introduced(folder, tmp_path, **changes):
-    args = Namespace(model=str(folder), steps=3, resume=False, out="x")
+    args = Namespace(model=str(folder), steps=3, resume=False, out="x", learning_rate=1e-6)
     writer, bar = common.introduce(tmp_path, args, CPU, make_tokenizer(), [5, 6], 0, **changes)
     writer.close()
     bar.close()
@@ -710,7 +710,7 @@ def test_a_run_that_cannot_fit_is_warned_of_before_anything_is_loaded(
 ):
     introduced(folder, tmp_path)
     said = capsys.readouterr().out
-    assert "warning" not in said and "'w5 w6'" in said
+    assert "warning" not in said and "'w5 w6'" in said and "3 steps, learning rate 1e-06" in said
     n = sum(p.numel() for p in family("llama").parameters())
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1}.get(name, 32 * n))
     introduced(folder, tmp_path, learning=2)
