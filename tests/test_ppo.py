@@ -763,9 +763,9 @@ def test_a_cut_completion_pays_for_its_missing_eos(tmp_path):
 def test_the_critic_starts_from_a_reward_model_that_has_the_policys_words(tmp_path, monkeypatch):
     started, honest = [], common.load_scalar
 
-    def load_scalar(path, *args, **frozen):
-        started.append((str(path), len(args) > 2))
-        return honest(path, *args, **frozen)
+    def load_scalar(path, *args, **settings):
+        started.append((str(path), settings.get("head_std") == 0.0))
+        return honest(path, *args, **settings)
 
     monkeypatch.setattr(common, "load_scalar", load_scalar)
     run(tmp_path, "first", steps=1, **SMALL)
