@@ -126,7 +126,8 @@ def start(device="auto", dtype="auto", seed=0):
     if device == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(place)
-        torch.set_float32_matmul_precision("high")  # TF32: exact for bfloat16 numbers
+        if dtype == "bfloat16":  # for Float32Head: TF32 holds every bfloat16 number
+            torch.set_float32_matmul_precision("high")
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     world = World(rank, size, place, getattr(torch, dtype))
@@ -602,7 +603,7 @@ class Float32Head(torch.nn.Linear):
 def widen_head(model, world):
     head = model.get_output_embeddings()
     if world.dtype != torch.float32 and type(head) is torch.nn.Linear:
-        head.__class__ = Float32Head
+        head.__class__ = Float32Head  # the weight stays, and with it the tie to the embedding
 
 
 def prepare(model, world, gradient_checkpointing=False):

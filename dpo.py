@@ -596,16 +596,23 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
             policy, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=0
         ).texts
         scores = reward.score(texts, records)
-        known = torch.tensor([common.has_answer(record) for record in records])
-        right = torch.zeros(len(records))
-        for i, record in enumerate(records):
-            if known[i]:
-                right[i] = reward.rule(texts[i], record)
+        known = torch.tensor([is_counted and common.has_answer(record) for record in records])
         meter.add("eval/reward", torch.tensor(scores), torch.full_like(known, is_counted))
-        meter.add("eval/exact", right, known & is_counted)
+        meter.add("eval/exact", count_right(texts, records, reward.rule), known)
         for record, text, score in zip(records, texts, scores):
             shown.append({"prompt": record["prompt"], "completion": text, "reward": score})
     return meter.result(world), shown[:8]
+
+
+def count_right(texts, records, rule):
+    """How many texts of each record are right by `rule`; 0 for records without an answer."""
+    n = len(texts) // len(records)
+    right = torch.zeros(len(records))
+    for i, text in enumerate(texts):
+        record = records[i // n]
+        if common.has_answer(record):
+            right[i // n] += rule(text, record)
+    return right
 
 
 def warn_if_unlikely(lost, args, warned):

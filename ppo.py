@@ -751,12 +751,19 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
         ).texts
         scores = torch.tensor(reward.score(texts, records))
         meter.add("eval/reward", scores, torch.full_like(known, is_counted))
-        right = [
-            common.has_answer(record) and reward.rule(text, record) == 1
-            for text, record in zip(texts, records)
-        ]
-        meter.add("eval/exact", torch.tensor(right), known)
+        meter.add("eval/exact", count_right(texts, records, reward.rule), known)
     return meter.result(world)
+
+
+def count_right(texts, records, rule):
+    """How many texts of each record are right by `rule`; 0 for records without an answer."""
+    n = len(texts) // len(records)
+    right = torch.zeros(len(records))
+    for i, text in enumerate(texts):
+        record = records[i // n]
+        if common.has_answer(record):
+            right[i // n] += rule(text, record)
+    return right
 
 
 def exact(completion, row):

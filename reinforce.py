@@ -634,7 +634,7 @@ def micro_batches(rows, trained, samples, tokens, world):
 
 
 def evaluate(policy, tokenizer, held_out, reward, args, world):
-    """Scores of greedy completions of held-out prompts: eval/reward and eval/exact. Each process
+    """Scores of greedy completions of held-out prompts: eval/reward, eval/exact. Each process
     takes its share."""
     mine = held_out[world.rank :: world.size]
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
@@ -646,18 +646,25 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
         part = mine[start : start + size] or held_out[:1]
         ids = [ids for ids, _ in part]
         records = [record for _, record in part]
+        known = torch.tensor([is_counted and common.has_answer(record) for record in records])
         texts = common.sample(
             policy, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=0
         ).texts
         scores = torch.tensor(reward.score(texts, records))
-        known = torch.tensor([common.has_answer(record) for record in records])
-        right = torch.zeros(len(records))
-        for i, record in enumerate(records):
-            if known[i]:
-                right[i] = reward.rule(texts[i], record)
         meter.add("eval/reward", scores, torch.full_like(known, is_counted))
-        meter.add("eval/exact", right, known & is_counted)
+        meter.add("eval/exact", count_right(texts, records, reward.rule), known)
     return meter.result(world)
+
+
+def count_right(texts, records, rule):
+    """How many texts of each record are right by `rule`; 0 for records without an answer."""
+    n = len(texts) // len(records)
+    right = torch.zeros(len(records))
+    for i, text in enumerate(texts):
+        record = records[i // n]
+        if common.has_answer(record):
+            right[i // n] += rule(text, record)
+    return right
 
 
 def exact(completion, row):

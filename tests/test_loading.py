@@ -1302,7 +1302,8 @@ def test_folded_seeds_differ_and_repeat():
 @pytest.mark.parametrize("size", [1, 2])
 def test_on_gpus_each_process_takes_its_own_and_computes_in_bfloat16(size, monkeypatch):
     """Where there is no GPU: the device, the backend and what NCCL is told."""
-    chosen, made = [], []
+    chosen, made, rounded = [], [], []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", rounded.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
@@ -1325,8 +1326,10 @@ def test_on_gpus_each_process_takes_its_own_and_computes_in_bfloat16(size, monke
         assert settings["world_size"] == 1 and settings["rank"] == 0 and "store" in settings
     else:
         assert settings["device_id"] == device and "store" not in settings
+    assert rounded == ["high"]
     assert common.start(dtype="float32").dtype == torch.float32
     assert common.start("cpu").device.type == "cpu"
+    assert rounded == ["high"], "float32 that was asked for is not rounded to TF32"
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
