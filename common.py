@@ -9,6 +9,7 @@ LOADING
     Rewards                load_reward, load_function, load_scorer
 SAMPLING
     Completions            Samples, sample, as_samples, rows_at_once
+    One token on a GPU     CapturedStep
     States and logits      completion_states, hidden_states, logits_of, can_share_prompts
 A RUN
     Memory and optimizer   make_optimizer, learning_rate_at, clip_gradients, memory_used
@@ -954,13 +955,12 @@ def sample(model, tokenizer, prompts, *, n=1, max_new_tokens, temperature=1.0, s
         return choose(logits, temperature, u[rows])
 
     with evaluating(model), whole_weights(model):
-        forward = cached_forward(model)
-        cache, logits = prefill(model, forward, prompt_ids, prompt_mask)
+        cache, logits = prefill(model, prompt_ids, prompt_mask)
         logits = logits[owner]
         prompt_ids = prompt_ids[owner]
         prompt_mask = prompt_mask[owner]
         copy_rows(cache, owner, prompt_ids.shape[1] + max_new_tokens)
-        drawn = decode(forward, pick, cache, logits, prompt_mask, max_new_tokens, stops)
+        drawn = decode(model, pick, cache, logits, prompt_mask, max_new_tokens, stops)
     ids, logprobs, length, finished = drawn
     C = int(length.max())
     # from lengths: ids != pad would lose the EOS where pad is EOS
@@ -989,7 +989,7 @@ def whole_weights(model):
     float32 copy once.
 
     FSDP2's hooks on the blocks would free the weights after each token and gather them again: they
-    are put aside. The root keeps its hooks: they make its streams in the first forward."""
+    are put aside. The root keeps its hooks for the prompts' forward: they make its streams then."""
     units = [m for m in model.modules() if isinstance(m, FSDPModule)]
     blocks = [m for m in units if m is not model]
     hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in blocks]
@@ -1012,8 +1012,9 @@ def whole_weights(model):
             forget_forwards(model)
 
 
-def cached_forward(model):
-    """The model's forward as (cache, ids, mask, positions) -> the last logits [rows, V]."""
+def cached_forward(model, call):
+    """The model's forward as (cache, ids, mask, positions) -> the last logits [rows, V]. call: the
+    model, or its `forward`, which leaves out the root's hooks."""
     takes = inspect.signature(model.forward).parameters
     cache_name = cache_argument(model)
     if cache_name is None:
@@ -1025,13 +1026,14 @@ def cached_forward(model):
             inputs["position_ids"] = positions
         if "logits_to_keep" in takes:
             inputs["logits_to_keep"] = 1
-        return model(input_ids=ids, attention_mask=mask, use_cache=True, **inputs).logits[:, -1]
+        return call(input_ids=ids, attention_mask=mask, use_cache=True, **inputs).logits[:, -1]
 
     return forward
 
 
-def prefill(model, forward, prompt_ids, prompt_mask):
+def prefill(model, prompt_ids, prompt_mask):
     """Computes every prompt once, in slices -> their cache and next tokens' logits."""
+    forward = cached_forward(model, model)
     caches = []
     logits = []
     size = max(1, PREFILL_TOKENS // prompt_ids.shape[1])
@@ -1084,16 +1086,22 @@ class RoomyLayer(DynamicLayer):
     """A layer's keys and values in buffers of their final size. The stock layer copies its whole
     cache at every token. The model reads views of the filled part."""
 
+    captured = None  # set while a `CapturedStep` computes
+
     def __init__(self, stock, rows, room):
         super().__init__()
         self.is_initialized = True
-        self.room = room
+        self.room = 64 * math.ceil(room / 64)  # attention wants multiples of 8
         self.filled = stock.keys.shape[2]
         self.buffers = [stock.keys, stock.values]  # [B, heads, room, d] each, once copied
         stock.keys = stock.values = None
         self.reorder_cache(rows)
 
     def update(self, keys, values, *args, **kwargs):
+        if self.captured is not None:
+            for buffer, new in zip(self.buffers, (keys, values)):
+                buffer.index_copy_(2, self.captured.column, new)
+            return (buffer[:, :, : self.captured.length] for buffer in self.buffers)
         begin = self.filled
         self.filled += keys.shape[2]
         self.buffers[0][:, :, begin : self.filled] = keys
@@ -1110,14 +1118,17 @@ class RoomyLayer(DynamicLayer):
         self.keys = self.values = None
         for i in range(len(self.buffers)):
             old = self.buffers[i]
-            self.buffers[i] = old.new_empty(len(rows), old.shape[1], self.room, old.shape[3])
+            # zeros: a masked column has weight 0, and 0 times nan would be nan
+            self.buffers[i] = old.new_zeros(len(rows), old.shape[1], self.room, old.shape[3])
             new = self.buffers[i][:, :, : self.filled]
             torch.index_select(old[:, :, : self.filled], 0, rows, out=new)
 
 
-def decode(forward, pick, cache, logits, prompt_mask, max_new_tokens, stops):
+def decode(model, pick, cache, logits, prompt_mask, max_new_tokens, stops):
     """Draws token by token and drops finished rows -> ids, logprobs [B, max_new_tokens],
     meaningless after a row's end, length [B], finished [B]."""
+    forward = cached_forward(model, model.forward)
+    captured = None
     B, P = prompt_mask.shape
     device = logits.device
     ids = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
@@ -1140,15 +1151,24 @@ def decode(forward, pick, cache, logits, prompt_mask, max_new_tokens, stops):
         left = int(running.sum())
         if left == 0 or t + 1 == max_new_tokens:
             break
-        if left <= 0.9 * len(rows):  # a tenth has finished: worth a copy of the others' cache
+        # a tenth has finished: worth a copy of the others' cache; half: worth a new capture, too
+        if left <= (0.9 if captured is None else 0.5) * len(rows):
+            captured = None
             kept = running.nonzero()[:, 0]
             cache.reorder_cache(kept)
             rows = rows[kept]
             token = token[kept]
             seen = seen[kept]
             position = position[kept]
-        mask = None if recurrent else seen[:, : P + t + 1]
-        logits = forward(cache, token[:, None], mask, position + t)
+        if captured is not None and P + t == captured.length:
+            captured = None  # its columns are full
+        if captured is None and max_new_tokens - t > CAPTURE_ABOVE and can_capture(model, cache):
+            captured = capture(model, forward, cache, seen, position - P, P + t)
+        if captured is not None:
+            logits = captured(token, P + t)
+        else:
+            mask = None if recurrent else seen[:, : P + t + 1]
+            logits = forward(cache, token[:, None], mask, position + t)
     return ids, logprobs, length, finished
 
 
@@ -1188,6 +1208,100 @@ def draw(logits, u, block=256):
     token = token.clamp_(max=logits.shape[1] - 1)  # acts only on NaN; the update will say so
     logprob = (logits.gather(1, token) - top)[:, 0] - total[:, -1].log().float()
     return token[:, 0], logprob
+
+
+# -- One token on a GPU ----------------------------------------------------------------------------
+
+
+CAPTURE_ABOVE = 32  # tokens to come; a capture takes as long as a few eager tokens
+CAPTURE_COLUMNS = 256  # of the cache: attention reads a multiple of it, most of that filled
+NOT_CAPTURED = set()  # classes of models whose forward waits for the GPU
+
+
+def can_capture(model, cache):
+    """Layers with a window or a state, and attention written out, would need more than a mask."""
+    return (
+        next(model.parameters()).device.type == "cuda"
+        and type(model) not in NOT_CAPTURED
+        and model.config._attn_implementation == "sdpa"
+        and all(type(layer) is RoomyLayer for layer in cache.layers)
+    )
+
+
+def capture(model, forward, cache, seen, offset, column):
+    """A `CapturedStep`, or None if the model's forward cannot be captured."""
+    try:
+        return CapturedStep(forward, cache, seen, offset, column)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        NOT_CAPTURED.add(type(model))
+        return None
+
+
+class CapturedStep:
+    """The forward of one token a row, recorded as a CUDA graph and replayed for the next tokens.
+
+    An eager forward launches some hundred kernels one by one, and the GPU waits for the CPU between
+    them; a replay launches all at once. But a graph has fixed addresses and shapes. So the token
+    and its column in the cache are tensors that are written before each replay, attention always
+    reads the first `length` columns, and a mask hides those that are not filled yet. When
+    these are full, or rows are dropped, a new step is captured. It ends with the rollout: after an
+    update the weights lie elsewhere. Without a GPU the same forward runs without a graph."""
+
+    def __init__(self, forward, cache, seen, offset, column):
+        columns = CAPTURE_COLUMNS * (column // CAPTURE_COLUMNS + 1)
+        self.length = min(columns, cache.layers[0].room)
+        self.forward = forward
+        self.cache = cache
+        self.seen = F.pad(seen.bool(), (0, self.length))[:, : self.length]  # [rows, length]
+        self.offset = offset  # [rows, 1] of a row's positions from its columns: padding on the left
+        self.token = torch.zeros_like(offset)
+        self.column = torch.full((1,), column, device=seen.device)
+        self.graph = None
+        if seen.device.type == "cuda":
+            self.record()
+
+    def record(self):
+        stream = torch.cuda.Stream()  # the default stream cannot be captured
+        stream.wait_stream(torch.cuda.current_stream())
+        mode = torch.cuda.get_sync_debug_mode()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            torch.cuda.set_sync_debug_mode("error")  # a capture could not recover from a wait
+            try:
+                self.compute()  # libraries make their workspaces now: a capture cannot
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self.logits = self.compute()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = graph
+
+    def compute(self):
+        columns = torch.arange(self.length, device=self.column.device)
+        mask = self.seen & (columns <= self.column)
+        layers = self.cache.layers
+        try:
+            for layer in layers:
+                layer.captured = self
+            position = self.offset + self.column
+            return self.forward(self.cache, self.token, mask[:, None, None], position)
+        finally:
+            for layer in layers:
+                layer.captured = None
+
+    def __call__(self, token, column):
+        """The logits after these tokens [rows], which lie there until the next call."""
+        self.token.copy_(token[:, None])
+        self.column.fill_(column)
+        for layer in self.cache.layers:
+            layer.filled = column + 1
+        if self.graph is None:
+            return self.compute()
+        self.graph.replay()
+        return self.logits
 
 
 # -- States and logits -----------------------------------------------------------------------------

@@ -98,6 +98,93 @@ def test_a_wrong_position_would_be_noticed(name):
     assert worst(model, s, 0.7) > 1e-2
 
 
+def without_a_graph(monkeypatch):
+    """Captured decoding on the CPU: the same static tensors, masks and places in the cache. Returns
+    the (rows, columns) of each captured step and the number of calls, as they come."""
+    steps = []
+    calls = []
+
+    class Counted(common.CapturedStep):
+        def __init__(self, *given):
+            super().__init__(*given)
+            steps.append((len(self.token), self.length))
+
+        def __call__(self, *given):
+            calls.append(steps[-1])
+            return super().__call__(*given)
+
+    def can_capture(model, cache):
+        return (
+            type(model) not in common.NOT_CAPTURED
+            and model.config._attn_implementation == "sdpa"
+            and all(type(layer) is common.RoomyLayer for layer in cache.layers)
+        )
+
+    monkeypatch.setattr(common, "CapturedStep", Counted)
+    monkeypatch.setattr(common, "can_capture", can_capture)
+    monkeypatch.setattr(common, "CAPTURE_ABOVE", 3)
+    monkeypatch.setattr(common, "CAPTURE_COLUMNS", 16)
+    monkeypatch.setattr(common, "NOT_CAPTURED", set())
+    return steps, calls
+
+
+NOT_CAPTURED = ["mistral", "gemma2", "gemma3_text", "bloom", "mamba"]  # windows, ALiBi, states
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_captured_steps_have_the_log_probabilities_of_a_plain_forward(name, monkeypatch):
+    model, tokenizer = family(name), make_tokenizer()
+    model.generation_config.eos_token_id = stops_for(model, tokenizer)
+    settings = {"n": 3, "max_new_tokens": 24, "temperature": 0.7, "seed": 1}
+    eager = sample(model, tokenizer, PROMPTS, **settings)
+    steps, calls = without_a_graph(monkeypatch)
+    captured = sample(model, tokenizer, PROMPTS, **settings)
+    assert torch.equal(eager.ids, captured.ids)
+    assert worst(model, captured, 0.7) < (1e-3 if name == "mamba" else 1e-4)
+    assert (name in NOT_CAPTURED) == (not calls)
+    if calls:  # a step whose columns are full is followed by one with more
+        assert {columns for _, columns in steps} == {16, 32}
+        # for the two tokens after column 31 no new step is worth it
+        assert len(calls) == 21
+
+
+def test_captured_steps_are_made_anew_when_half_of_the_rows_have_finished(monkeypatch, tokenizer):
+    model = family("llama")
+    model.generation_config.eos_token_id = stops_for(model, tokenizer)
+    steps, calls = without_a_graph(monkeypatch)
+    rows = []
+    for seed in range(5):
+        steps.clear()
+        captured = sample(model, tokenizer, PROMPTS, n=8, max_new_tokens=40, seed=seed)
+        assert worst(model, captured, 1.0) < 1e-4
+        rows.append([count for count, _ in steps])
+        for before, after in itertools.pairwise(rows[-1]):
+            assert after == before or after <= before / 2
+    assert any(len(set(counts)) > 2 for counts in rows), rows
+    monkeypatch.setattr(common, "CAPTURE_ABOVE", 40)
+    calls.clear()
+    sample(model, tokenizer, PROMPTS, n=8, max_new_tokens=40, seed=0)
+    assert not calls
+
+
+def test_a_forward_that_cannot_be_captured_is_computed_eagerly(monkeypatch, tokenizer):
+    model = family("llama")
+    settings = {"n": 3, "max_new_tokens": 24, "seed": 1}
+    eager = sample(model, tokenizer, PROMPTS, **settings)
+    steps, calls = without_a_graph(monkeypatch)
+    tried = []
+
+    def refuse(self):
+        tried.append(self)
+        raise RuntimeError("it waits for the GPU")
+
+    monkeypatch.setattr(common.CapturedStep, "__init__", lambda self, *given: refuse(self))
+    for _ in range(2):
+        again = sample(model, tokenizer, PROMPTS, **settings)
+        assert torch.equal(eager.logprobs, again.logprobs)
+    assert len(tried) == 1 and not calls, "it is tried once for a class of models"
+
+
 def test_draw_follows_softmax_by_a_chi_square_test():
     """300 words, more than one block of 256, with very unequal probabilities."""
     torch.manual_seed(0)

@@ -1,15 +1,19 @@
-"""What one GPU does with these scripts, in four pieces, each meant to take less than 8 minutes.
+"""What one GPU does with these scripts, in five pieces.
 
-    python tests/bench/gpu.py --only decode train step learn             # or some of them; step wants trl and datasets, too
-    python tests/bench/gpu.py --device cpu --tiny --out /tmp/gpu_tiny    # no results: only whether this script works
+    python tests/bench/gpu.py --only decode train step learn real
+    python tests/bench/gpu.py --device cpu --tiny --out /tmp/gpu_tiny   # tries this script, no results
 
-The large models have the shapes of Qwen2.5-0.5B and 1.5B and random weights: speed does not depend on what tokens mean. Each
-row is in gpu.json as soon as it is measured, and replaces an older one of the same case and device. gpu.md is written from it.
+`step` also wants trl and datasets, `real` a chat model (--model). The large models have the shapes
+of Qwen2.5-0.5B and 1.5B and random weights: speed does not depend on what tokens mean. A row is
+in gpu.json as soon as it is measured, in the place of an older one of the same case and device;
+gpu.md is written from it.
 """
 
+import functools
 import itertools
 import json
 import multiprocessing
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,29 +28,73 @@ import transformers
 import tyro
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
 import common
 import grpo
 
-synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-SHAPES = {  # words, width, inner width, layers, heads; all have two heads of keys and values, and a tied head
-    "0.5B": (151936, 896, 4864, 24, 14),
-    "1.5B": (151936, 1536, 8960, 28, 12),
-    "tiny": (512, 64, 128, 2, 4),
+
+@dataclass
+class Shape:
+    vocabulary: int
+    width: int
+    inner_width: int
+    layers: int
+    heads: int
+
+
+SHAPES = {  # all have two heads of keys and values, and a tied head
+    "0.5B": Shape(151936, 896, 4864, 24, 14),
+    "1.5B": Shape(151936, 1536, 8960, 28, 12),
+    "tiny": Shape(512, 64, 128, 2, 4),
 }
-FULL = {
-    "shapes": ("0.5B", "1.5B"), "group": 8, "prompt": 256, "copy": 2**32, "square": 8192, "rows": (64, 256, 1024), "new": 128,
-    "lengths": (1024, 2048, 4096), "tokens": 8192, "prompts": 64, "step_new": 512, "part": 16, "seeds": (1, 2, 3), "flags": (),
-}  # fmt: skip
-TINY = {
-    "shapes": ("tiny",), "group": 4, "prompt": 16, "copy": 2**20, "square": 128, "rows": (8, 16), "new": 8,
-    "lengths": (32, 64), "tokens": 128, "prompts": 4, "step_new": 8, "part": 8, "seeds": (1, 2), "flags": ("--steps", "2"),
-}  # fmt: skip
+
+
+@dataclass
+class Size:
+    """How much is measured: `Size()` on a GPU, SMALL to try this script."""
+
+    decode_shapes: tuple = ("0.5B",)
+    train_shapes: tuple = ("0.5B", "1.5B")
+    group: int = 8
+    prompt: int = 448
+    rows: tuple = (64, 256, 1024)
+    new: int = 128
+    copied_bytes: int = 2**32
+    square: int = 8192
+    lengths: tuple = (2048,)
+    tokens: int = 8192
+    step_prompts: int = 32
+    step_prompt: int = 256
+    step_new: int = 256
+    part: int = 16
+    seeds: tuple = (1, 2, 3)
+    flags: tuple = ()
+
+
+SMALL = Size(
+    decode_shapes=("tiny",),
+    train_shapes=("tiny",),
+    group=4,
+    prompt=16,
+    rows=(8, 16),
+    new=40,
+    copied_bytes=2**20,
+    square=128,
+    lengths=(32, 64),
+    tokens=128,
+    step_prompts=4,
+    step_prompt=16,
+    step_new=8,
+    part=8,
+    seeds=(1, 2),
+    flags=("--steps", "2"),
+)
 
 
 @dataclass
 class Args:
-    only: tuple[Literal["decode", "train", "step", "learn"], ...] = (
+    only: tuple[Literal["decode", "train", "step", "learn", "real"], ...] = (
         "decode",
         "train",
         "step",
@@ -54,158 +102,192 @@ class Args:
     )
     out: str = str(HERE)
     """folder of gpu.json and gpu.md"""
+    model: str = ""
+    """of `real`: SmolLM2-135M-Instruct, as smollm2.py writes it"""
     device: Literal["auto", "cpu"] = "auto"
     tiny: bool = False
     """a few tokens of a model of two layers"""
 
 
 def build(shape, device, folder):
-    """A folder with a model that knows nothing and a tokenizer for it: the bundled model's, one character a token, with a
-    word for every further id, so that the texts of random ids differ."""
-    words, width, inner, layers, heads = SHAPES[shape]
+    """A folder with a model that knows nothing and a tokenizer for it: the bundled model's, one
+    character a token, with a word for every further id, so that texts of random ids differ."""
+    size = SHAPES[shape]
     config = transformers.Qwen2Config(
-        vocab_size=words, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32768, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=size.vocabulary,
+        hidden_size=size.width,
+        intermediate_size=size.inner_width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=32768,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     with torch.device(device):
-        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
-            folder
-        )
-    core, settings = (
-        json.loads((grpo.TINY / "model" / f"tokenizer{x}.json").read_text())
-        for x in ("", "_config")
-    )
-    core["model"]["vocab"] |= {f"w{i}": i for i in range(len(core["model"]["vocab"]), words)}
-    (folder / "tokenizer.json").write_text(json.dumps(core))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(settings | {"model_max_length": 32768})
-    )
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer = json.loads((grpo.TINY / "model" / "tokenizer.json").read_text())
+    settings = json.loads((grpo.TINY / "model" / "tokenizer_config.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words |= {f"w{i}": i for i in range(len(words), size.vocabulary)}
+    settings["model_max_length"] = 32768
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def fastest(run, *given, rounds=2, times=1):
-    """The seconds of one call. The shortest time counts, because whatever else happens only adds to it."""
+def seconds_of(run, rounds=2, times=1):
+    """The seconds of one call; the shortest round, because whatever else happens adds to it."""
     took = []
     for _ in range(rounds):
         synchronize()
         began = time.perf_counter()
         for _ in range(times):
-            run(*given)
+            run()
         synchronize()
         took.append(time.perf_counter() - began)
     return min(took) / times
 
 
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def forget_peak():
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def record(args, piece, case, got):
-    """Puts a row into gpu.json, in the place of an older one of the same case and device, and writes gpu.md."""
+    """Puts a row into gpu.json, in the place of an older one of the same case and device."""
     path = Path(args.out) / "gpu.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    device = (
-        torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    ) + ", with the sizes of --tiny" * args.tiny
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    if args.tiny:
+        device += ", with the sizes of --tiny"
     rows = [r for r in rows if (r["piece"], r["case"], r["device"]) != (piece, case, device)]
-    rows.append(
-        {
-            "piece": piece,
-            "case": case,
-            "device": device,
-            "date": time.strftime("%Y-%m-%d"),
-            **versions,
-            "got": got,
-        }
-    )
+    row = {"piece": piece, "case": case, "device": device, "date": time.strftime("%Y-%m-%d")}
+    row["torch"] = torch.__version__
+    row["transformers"] = transformers.__version__
+    row["got"] = got
+    rows.append(row)
     rows.sort(key=lambda r: list(PIECES).index(r["piece"]))
     path.write_text(json.dumps(rows, indent=1) + "\n")
     path.with_suffix(".md").write_text(tables(rows))
     print(piece, json.dumps(case | got), flush=True)
 
 
+# -- decode ----------------------------------------------------------------------------------------
+
+
 def decode(args, size, shape, folder):
-    """`sample` of common.py beside transformers' `generate`: prompts of 256 tokens, 8 samples of each, 128 new tokens in every
-    row. ms: of a step, the time for all new tokens less that for one, by 127; tokens/s: with the prompts' time. floor: as long
-    as a large copy takes for the bytes that a step must read, weights and every row's keys and values; share: floor / ms.
-    grpo.py's model is in float32 under FSDP2 and computes in bfloat16, its logits in float32; the others are bfloat16 alone. padding: tokens by which
-    one prompt is shorter than the rest; with none, attention needs no mask."""
-    world, P, n, new = common.start(args.device), size["prompt"], size["group"], size["new"]
+    """`sample` of common.py beside transformers' `generate`: 8 samples of each prompt, one prompt a
+    token shorter than the rest, and no row ends before the last token. ms: of a token of all rows,
+    the time for all new tokens less that for one, divided by their difference; tokens/s: with the
+    prompts' time and, for `captured`, with its captures. floor: as long as a large copy takes for
+    the bytes that a token must read, weights and every row's keys and values. captured and eager
+    are grpo.py's model, float32 weights under FSDP2, computing in bfloat16 with float32 logits;
+    generate's model and its logits are bfloat16."""
+    world = common.start(args.device)
     build(shape, args.device, folder)
-    policy, tokenizer = common.load_policy(folder, world), common.load_tokenizer(folder)
-    plain = (
-        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=world.dtype)
-        .to(world.device)
-        .eval()
-    )
-    tokenizer.add_special_tokens(
-        {"eos_token": "<never>"}
-    )  # the model has no such word, so no row ends; all look for it
-    policy.generation_config.eos_token_id = plain.generation_config.eos_token_id = (
-        tokenizer.eos_token_id
-    )
-    tokenizer.decode = lambda *_, **__: ""  # no time for text, which `generate` does not make
+    policy = common.load_policy(folder, world)
+    tokenizer = common.load_tokenizer(folder)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=world.dtype)
+    plain = plain.to(world.device).eval()
+    # the model has no such word, so no row ends; all look for it
+    tokenizer.add_special_tokens({"eos_token": "<never>"})
+    policy.generation_config.eos_token_id = tokenizer.eos_token_id
+    plain.generation_config.eos_token_id = tokenizer.eos_token_id
     plain.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-    copied = torch.zeros(2, size["copy"], dtype=torch.uint8, device=world.device)
-    bandwidth = 2 * size["copy"] / fastest(torch.Tensor.copy_, *copied, rounds=5, times=20)
-    weights = sum(p.nbytes for p in plain.parameters())
-    token = (
-        sum(2 * layer.self_attn.k_proj.out_features for layer in plain.model.layers)
-        * world.dtype.itemsize
-    )  # its cache
-    del copied
+    tokenizer.decode = lambda *_, **__: ""  # no time for text, which `generate` does not make
+    capture_above = common.CAPTURE_ABOVE
 
-    def sample(model, prompts, new):
-        s = common.sample(model, tokenizer, prompts, n=n, max_new_tokens=new, seed=0)
-        assert s.mask.shape == (len(prompts) * n, new) and s.mask.all()
+    def sample(prompts, new, above=capture_above):
+        common.CAPTURE_ABOVE = above
+        drawn = common.sample(policy, tokenizer, prompts, n=size.group, max_new_tokens=new, seed=0)
+        assert drawn.mask.all() and drawn.mask.shape == (len(prompts) * size.group, new)
+        return drawn
 
-    def generate(model, prompts, new):
-        s = common.as_samples(
-            prompts, [[0]] * len(prompts), tokenizer, world
-        )  # for its padding on the left
-        ids = model.generate(
-            s.prompt_ids,
-            attention_mask=s.prompt_mask.long(),
+    def generate(prompts, new):
+        # for its padding on the left
+        given = common.as_samples(prompts, [[0]] * len(prompts), tokenizer, world)
+        ids = plain.generate(
+            given.prompt_ids,
+            attention_mask=given.prompt_mask.long(),
             max_new_tokens=new,
-            num_return_sequences=n,
+            num_return_sequences=size.group,
         )
-        assert ids.shape == (len(prompts) * n, P + new)
+        assert ids.shape == (len(prompts) * size.group, size.prompt + new)
 
-    ways = (
-        ("sample, grpo.py's model", sample, policy),
-        ("sample", sample, plain),
-        ("generate", generate, plain),
-    )
-    for rows, padding in itertools.product(size["rows"], (0, 1)):
-        prompts = torch.randint(2, plain.config.vocab_size, (rows // n, P)).tolist()
-        prompts[0] = prompts[0][padding:]
-        floor = (weights + rows * token * (P + new / 2)) / bandwidth * 1e3
-        got = {"copy, GB/s": bandwidth / 1e9, "floor, ms": floor}
-        for name, run, model in ways:
-            torch.cuda.empty_cache()
-            run(model, prompts, 8)  # warms up
-            first, whole = (fastest(run, model, prompts, count) for count in (1, new))
-            ms = (
-                (whole - first) / (new - 1) * 1e3
-            )  # the prompts, and the token that they lead to, are in both
-            got |= {
-                f"{name}: ms": ms,
-                f"{name}: share": floor / ms,
-                f"{name}: tokens/s": rows * new / whole,
-            }
-        record(args, "decode", {"model": shape, "rows": rows, "padding": padding}, got)
+    ways = {
+        "captured": sample,
+        "eager": functools.partial(sample, above=10**9),
+        "generate": generate,
+    }
+    bandwidth = bytes_per_second(size, world)
+    weights = sum(p.nbytes for p in plain.parameters())
+    width = plain.config.hidden_size // plain.config.num_attention_heads
+    cached = 2 * 2 * width * plain.config.num_hidden_layers * world.dtype.itemsize  # of a token
+    for rows in size.rows:
+        prompts = torch.randint(2, plain.config.vocab_size, (rows // size.group, size.prompt))
+        prompts = prompts.tolist()
+        prompts[0] = prompts[0][1:]
+        bytes_of_token = weights + rows * cached * (size.prompt + size.new / 2)
+        got = {"floor: ms": bytes_of_token / bandwidth * 1e3}
+        for name, run in ways.items():
+            forget_peak()
+            run(prompts, min(size.new, 40))  # warms up
+            first = seconds_of(functools.partial(run, prompts, 1))
+            every = seconds_of(functools.partial(run, prompts, size.new))
+            got[f"{name}: ms"] = (every - first) / (size.new - 1) * 1e3
+            got[f"{name}: tokens/s"] = rows * size.new / every
+            got[f"{name}: GiB"] = common.memory_used(world) / 2**30
+        got["eager / captured"] = got["eager: ms"] / got["captured: ms"]
+        got["generate / captured"] = got["generate: ms"] / got["captured: ms"]
+        got["largest difference of a log-probability"] = difference(sample, prompts, size)
+        got["copy, GB/s"] = bandwidth / 1e9
+        record(args, "decode", {"model": shape, "rows": rows}, got)
+
+
+def difference(sample, prompts, size):
+    """Between captured and eager, over the rows up to where they first draw another token."""
+    a = sample(prompts, size.new)
+    b = sample(prompts, size.new, above=10**9)
+    same = (a.ids == b.ids).cumprod(1).bool()
+    return (a.logprobs - b.logprobs)[same].abs().max().item()
+
+
+def bytes_per_second(size, world):
+    """Read and written by a large copy."""
+    copied = torch.zeros(2, size.copied_bytes, dtype=torch.uint8, device=world.device)
+    run = functools.partial(copied[0].copy_, copied[1])
+    return 2 * size.copied_bytes / seconds_of(run, rounds=5, times=20)
+
+
+# -- train -----------------------------------------------------------------------------------------
 
 
 def train(args, size, job, folder):
-    """grpo.py's forward, backward and optimizer step on given tokens: four micro-batches of 8,192 tokens in sequences of one
-    length, the first 16 a prompt. model TFLOP/s: tokens/s x (6 x parameters + 12 x layers x width x length / 2), without what
-    checkpointing computes again; share: of a large matmul's. Peak memory: with weights, gradients and Adam's moments. padding:
-    tokens that are padding in the first sequence; with none, attention needs no mask."""
-    shape, checkpointing = job.split()[0], job.endswith("checkpointing")
+    """grpo.py's forward, backward and optimizer step on given tokens: four micro-batches of 8,192
+    tokens in sequences of one length, the first 16 a prompt, one sequence a token shorter.
+    model TFLOP/s: tokens/s x (6 x parameters + 12 x layers x width x length / 2), without what
+    checkpointing computes again; share: of a large matrix product's. said: the memory for weights,
+    gradients and moments that a script says at its start; peak: the highest in use."""
+    shape, _, word = job.partition(" ")
     world = common.start(args.device)
     build(shape, args.device, folder)
-    square = torch.randn(2, size["square"], size["square"], dtype=world.dtype, device=world.device)
-    reached = 2 * size["square"] ** 3 / fastest(torch.mm, *square, rounds=5, times=20)
-    del square
-    policy = common.load_policy(folder, world, checkpointing)
-    optimizer, config = common.make_optimizer(policy, 1e-6), policy.config
-    parameters, P, parts = sum(p.numel() for p in policy.parameters()), 16, 4
+    square = torch.randn(2, size.square, size.square, dtype=world.dtype, device=world.device)
+    product = functools.partial(torch.mm, *square)
+    reached = 2 * size.square**3 / seconds_of(product, rounds=5, times=20)
+    del square, product
+    policy = common.load_policy(folder, world, gradient_checkpointing=word == "checkpointing")
+    optimizer = common.make_optimizer(policy, 1e-6)
+    config = policy.config
+    parameters = sum(p.numel() for p in policy.parameters())
+    parts = 4
 
     def update(advantages, samples):
         weights = grpo.token_weights(samples.mask, "token", 0, world) / parts
@@ -218,185 +300,263 @@ def train(args, size, job, folder):
         optimizer.step()
         optimizer.zero_grad()
 
-    for T, padding in itertools.product(size["lengths"], (0, 1)):
-        ids = torch.randint(2, config.vocab_size, (size["tokens"] // T, T), device=world.device)
-        mask = torch.arange(ids.numel(), device=world.device).view_as(ids) >= padding
-        advantages = torch.randn(len(ids), device=world.device)
-        samples = common.Samples(ids[:, :P], mask[:, :P], ids[:, P:], mask[:, P:], None, None, None)
-        given = advantages, samples
-        update(*given)  # warms up, and makes Adam's moments
-        if args.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        speed = parts * ids.numel() / fastest(update, *given)
-        work = (6 * parameters + 12 * config.num_hidden_layers * config.hidden_size * T / 2) * speed
-        case = {
-            "model": shape,
-            "checkpointing": "yes" if checkpointing else "no",
-            "length": T,
-            "padding": padding,
-        }
-        got = {
-            "tokens/s": speed,
-            "peak memory, GiB": common.memory_used(world) / 2**30,
-            "model TFLOP/s": work / 1e12,
-        }
-        record(
-            args, "train", case, got | {"matmul TFLOP/s": reached / 1e12, "share": work / reached}
+    for length in size.lengths:
+        ids = torch.randint(
+            2, config.vocab_size, (size.tokens // length, length), device=world.device
         )
+        mask = torch.arange(ids.numel(), device=world.device).view_as(ids) >= 1
+        advantages = torch.randn(len(ids), device=world.device)
+        given = (ids[:, :16], mask[:, :16], ids[:, 16:], mask[:, 16:], None, None, None)
+        run = functools.partial(update, advantages, common.Samples(*given))
+        run()  # warms up, and makes Adam's moments
+        forget_peak()
+        speed = parts * ids.numel() / seconds_of(run)
+        attention = 12 * config.num_hidden_layers * config.hidden_size * length / 2
+        work = (6 * parameters + attention) * speed
+        case = {"model": shape, "checkpointing": word == "checkpointing", "length": length}
+        got = {"tokens/s": speed, "model TFLOP/s": work / 1e12}
+        got["matrix product TFLOP/s"] = reached / 1e12
+        got["share"] = work / reached
+        _, said = common.lasting_memory(str(folder), world, 1, 0)
+        got["said, GiB"] = said / 2**30
+        got["peak, GiB"] = common.memory_used(world) / 2**30
+        record(args, "train", case, got)
+
+
+# -- step ------------------------------------------------------------------------------------------
 
 
 def step(args, size, who, folder):
-    """Whole steps of grpo.py beside those of TRL's GRPOTrainer, which samples with transformers' `generate` (no vLLM): 64
-    prompts of 256 tokens (every second one of 255), 8 samples of each, at most 512 new tokens, 16 completions in a
-    micro-batch, one update, no gradient checkpointing; steps 2 and 3 of a run. Both keep float32 weights and compute in
-    bfloat16, grpo.py by FSDP2, TRL by autocast. grpo.py's seconds are its own time/sample + time/train, without logging."""
-    build(size["shapes"][0], args.device, folder / "start")
-    prompts = [f"{i:=>{size['prompt'] - i % 2}}" for i in range(4 * size["prompts"])]
-    (folder / "data.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
-    (folder / "reward.py").write_text(
-        "def score(completion, row):\n    return float(len(completion))\n"
-    )
+    """Whole steps of grpo.py beside those of TRL's GRPOTrainer, which samples with transformers'
+    `generate` (no vLLM): 32 prompts of 256 tokens (every second one of 255), 8 samples of each, at
+    most 256 new tokens, 16 completions in a micro-batch, one update, no gradient checkpointing;
+    steps 2 and 3 of a run. Both keep float32 weights and compute in bfloat16, grpo.py by FSDP2,
+    TRL by autocast. grpo.py's seconds are its own time/sample + time/train, without logging."""
+    build(size.decode_shapes[0], args.device, folder / "start")
+    prompts = [f"{i:=>{size.step_prompt - i % 2}}" for i in range(4 * size.step_prompts)]
+    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in prompts]
+    (folder / "data.jsonl").write_text("".join(lines))
+    reward = "def score(completion, row):\n    return float(len(completion))\n"
+    (folder / "reward.py").write_text(reward)
+    run = {"grpo.py": step_of_grpo, "TRL": step_of_trl}[who]
     try:
-        got = {"grpo.py": step_of_ours, "TRL": step_of_trl}[who](args, size, folder)
+        got = run(args, size, folder)
     except ImportError as error:
         got = {"note": f"{who} is left out: {error}."}
-    record(args, "step", {"model": size["shapes"][0], "who": who}, got)
+    record(args, "step", {"model": size.decode_shapes[0], "who": who}, got)
 
 
-def grpo_py(args, out, flags):
-    command = [
-        sys.executable,
-        str(HERE.parents[1] / "grpo.py"),
-        "--device",
-        args.device,
-        "--out",
-        str(out),
-        *map(str, flags),
-    ]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+def run_script(args, script, out, flags):
+    """A script's metrics.jsonl, and the seconds that it took."""
+    command = [sys.executable, str(ROOT / script), "--device", args.device, "--out", str(out)]
+    began = time.perf_counter()
+    done = subprocess.run([*command, *map(str, flags)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{script} {flags}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return log, time.perf_counter() - began
 
 
-def step_of_ours(args, size, folder):
-    n, part, new = size["group"], size["part"], size["step_new"]
-    flags = f"--model {folder}/start --data {folder}/data.jsonl --reward {folder}/reward.py:score --steps 3"
-    flags += (
-        f" --prompts_per_step {size['prompts']} --samples_per_prompt {n} --max_new_tokens {new}"
-    )
-    flags += f" --tokens_per_micro_batch {part // n * size['prompt'] + part * new}"  # whole groups, as many rows as TRL has
-    log = grpo_py(args, folder / "run", flags.split())[2:]  # the start; a warm-up
+def step_of_grpo(args, size, folder):
+    # whole groups, as many rows in a micro-batch as TRL has
+    tokens = size.part // size.group * size.step_prompt + size.part * size.step_new
+    flags = ["--model", folder / "start", "--data", folder / "data.jsonl"]
+    flags += ["--reward", f"{folder}/reward.py:score", "--steps", 3]
+    flags += ["--prompts_per_step", size.step_prompts, "--samples_per_prompt", size.group]
+    flags += ["--max_new_tokens", size.step_new, "--tokens_per_micro_batch", tokens]
+    log, _ = run_script(args, "grpo.py", folder / "run", flags)
+    log = [m for m in log if m["step"] > 1]  # the first step warms up
     assert all(m["equal_groups"] < 1 and m["grad_norm"] > 0 for m in log)
     return {
-        "seconds": [m["time/sample"] + m["time/train"] for m in log], "of them sampling": [m["time/sample"] for m in log],
-        "length": [m["length"] for m in log], "peak memory, GiB": log[-1]["memory_gib"],
-    }  # fmt: skip
+        "seconds": [m["time/sample"] + m["time/train"] for m in log],
+        "of them sampling": [m["time/sample"] for m in log],
+        "length": [m["length"] for m in log],
+        "peak, GiB": log[-1]["memory_gib"],
+    }
 
 
 def step_of_trl(args, size, folder):
     import trl
     from datasets import Dataset
 
-    gpu, ends = args.device == "cuda", []
-    note = type(
-        "Clock",
-        (transformers.TrainerCallback,),
-        {"on_step_end": lambda *_, **__: ends.append(time.perf_counter())},
-    )
+    on_gpu = args.device == "cuda"
+    ends = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            synchronize()
+            ends.append(time.perf_counter())
+
     config = trl.GRPOConfig(
-        output_dir=str(folder / "run"), seed=1, max_steps=3, per_device_train_batch_size=size["part"], use_vllm=False, bf16=gpu,
-        gradient_accumulation_steps=size["prompts"] * size["group"] // size["part"], num_generations=size["group"],
-        max_completion_length=size["step_new"], temperature=1.0, top_p=1.0, top_k=0, beta=0.0, loss_type="dapo", epsilon=0.2,
-        scale_rewards="group", num_iterations=1, learning_rate=1e-6, lr_scheduler_type="linear", warmup_steps=10, use_cpu=not gpu,
-        adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, gradient_checkpointing=False, logging_steps=1,
-        save_strategy="no", report_to="none", disable_tqdm=True, model_init_kwargs={"dtype": torch.float32},
-    )  # fmt: skip
+        output_dir=str(folder / "run"),
+        seed=1,
+        max_steps=3,
+        per_device_train_batch_size=size.part,
+        gradient_accumulation_steps=size.step_prompts * size.group // size.part,
+        num_generations=size.group,
+        max_completion_length=size.step_new,
+        use_vllm=False,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        beta=0.0,
+        loss_type="dapo",
+        epsilon=0.2,
+        scale_rewards="group",
+        num_iterations=1,
+        learning_rate=1e-6,
+        lr_scheduler_type="linear",
+        warmup_steps=10,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        model_init_kwargs={"dtype": torch.float32},
+    )
+    rows = [row for _, row in common.read_json(folder / "data.jsonl", "")]
     trainer = trl.GRPOTrainer(
-        model=str(folder / "start"), processing_class=common.load_tokenizer(folder / "start"), args=config, callbacks=[note()],
-        train_dataset=Dataset.from_list([row for _, row in common.read_json(folder / "data.jsonl", "")]),
+        model=str(folder / "start"),
+        processing_class=common.load_tokenizer(folder / "start"),
+        args=config,
+        callbacks=[Clock()],
+        train_dataset=Dataset.from_list(rows),
         reward_funcs=lambda completions, **_: [float(len(c)) for c in completions],
-    )  # fmt: skip
+    )
     trainer.train()
     log = [m for m in trainer.state.log_history if "completions/mean_length" in m][1:]
     assert all(m["frac_reward_zero_std"] < 1 and m["grad_norm"] > 0 for m in log)
+    world = common.World(0, 1, torch.device(args.device), None)
     return {
-        "seconds": [b - a for a, b in itertools.pairwise(ends)], "length": [m["completions/mean_length"] for m in log],
-        "peak memory, GiB": common.memory_used(common.World(0, 1, torch.device(args.device), None)) / 2**30, "TRL": trl.__version__,
-    }  # fmt: skip
-
-
-def learn(args, size, dtype, folder):
-    """`python grpo.py`, the bundled model, with seeds 1, 2, 3: held-out exact match, greedy."""
-    with ThreadPoolExecutor(3) as pool:  # at once: no times are taken from them
-        flags = ["--dtype", dtype, *size["flags"]]
-        logs = list(
-            pool.map(lambda s: grpo_py(args, folder / f"{s}", ["--seed", s, *flags]), size["seeds"])
-        )
-    got = {
-        "before": logs[0][0]["eval/exact"],
-        "at the end": [log[-1]["eval/exact"] for log in logs],
+        "seconds": [b - a for a, b in itertools.pairwise(ends)],
+        "length": [m["completions/mean_length"] for m in log],
+        "peak, GiB": common.memory_used(world) / 2**30,
+        "TRL": trl.__version__,
     }
-    record(args, "learn", {"computes in": dtype, "steps": logs[0][-1]["step"]}, got)
 
 
-PIECES = {f.__name__: f for f in (decode, train, step, learn)}
+# -- learn and real --------------------------------------------------------------------------------
+
+
+def learn(args, size, _, folder):
+    """The five scripts with no flags but a seed and a dtype: the held-out score before and at the
+    end, sampled greedily (exact match), or of pairs (accuracy). All run at once on the one card,
+    so the seconds, with the start, are those of a shared card."""
+    runs = [("grpo.py", seed, "bfloat16") for seed in size.seeds]
+    runs += [("grpo.py", seed, "float32") for seed in size.seeds]
+    others = ("reinforce.py", "ppo.py", "dpo.py", "reward_model.py")
+    runs += [(script, size.seeds[0], "bfloat16") for script in others]
+    if args.device == "cpu":  # two cores: one of each script
+        runs = [run for run in runs if run[1] == size.seeds[0]]
+
+    def one(run):
+        script, seed, dtype = run
+        out = folder / f"{script}-{seed}-{dtype}"
+        flags = ["--seed", seed, "--dtype", dtype, *size.flags]
+        log, seconds = run_script(args, script, out, flags)
+        name = "eval/accuracy" if script == "reward_model.py" else "eval/exact"
+        scores = [m[name] for m in log if name in m]
+        got = {"before": scores[0], "at the end": scores[-1], "seconds": seconds}
+        return {"script": script, "computes in": dtype, "seed": seed}, got
+
+    with ThreadPoolExecutor(len(runs) if args.device == "cuda" else 1) as pool:
+        for case, got in pool.map(one, runs):
+            record(args, "learn", case, got)
+
+
+REAL = {  # flags of the runs on a real model; all else is default
+    "grpo.py": "--prompts_per_step 32 --samples_per_prompt 8 --learning_rate 1e-5",
+    "ppo.py": "--prompts_per_step 256 --learning_rate 1e-5 --critic shared",
+}
+
+
+def real(args, size, script, folder):
+    """SmolLM2-135M-Instruct on tests/tiny/chain.py's task, answers of several steps: held-out
+    scores, sampled greedily, with the minutes of the whole run. The curve is in the JSON."""
+    subprocess.run(
+        [sys.executable, str(ROOT / "tests/tiny/chain.py"), str(folder / "data")], check=True
+    )
+    flags = REAL[script].split()
+    given = ["--model", args.model, "--data", folder / "data/train.jsonl"]
+    given += ["--eval_data", folder / "data/test.jsonl"]
+    log, seconds = run_script(args, script, folder / "run", [*given, *flags, *size.flags])
+    names = [name for name in log[0] if name.startswith("eval/")]
+    got = {"flags": " ".join(flags), "steps": log[-1]["step"], "seconds": seconds}
+    for name in names:
+        curve = [[m["step"], m[name]] for m in log if name in m]
+        got[name] = f"{curve[0][1]:.3f} -> {curve[-1][1]:.3f}"
+        got[f"curve of {name}"] = curve
+    got["curve of reward"] = [[m["step"], m["reward"]] for m in log if "reward" in m]
+    shutil.copy(folder / "run" / "metrics.jsonl", Path(args.out) / f"gpu_{script[:-3]}.jsonl")
+    record(args, "real", {"script": script}, got)
+
+
+PIECES = {f.__name__: f for f in (decode, train, step, learn, real)}
 
 
 def show(value):
     if isinstance(value, list):
         return ", ".join(map(show, value))
-    return (
-        str(value)
-        if not isinstance(value, float)
-        else f"{value:,.0f}"
-        if value >= 100
-        else f"{value:.3g}"
-    )
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def tables(rows):
     blocks = []
-    for piece, mine in itertools.groupby(rows, lambda r: r["piece"]):
+    for piece, of_piece in itertools.groupby(rows, lambda r: r["piece"]):
+        blocks.append(f"## {piece}")
         blocks.append(" ".join(PIECES[piece].__doc__.split()))
-        for stamp, same in itertools.groupby(
-            mine, lambda r: (r["device"], r["date"], r["torch"], r["transformers"])
-        ):
-            blocks.append("{}, {}, torch {}, transformers {}:".format(*stamp))
+        stamp = lambda r: (r["device"], r["date"], r["torch"], r["transformers"])  # noqa: E731
+        for made, same in itertools.groupby(of_piece, stamp):
+            blocks.append("{}, {}, torch {}, transformers {}:".format(*made))
             cells = [r["case"] | r["got"] for r in same]
-            notes, cells = (
-                [c["note"] for c in cells if "note" in c],
-                [c for c in cells if "note" not in c],
-            )
-            names = list(dict.fromkeys(k for c in cells for k in c))
-            lines = [names, ["---"] * len(names)] + [
-                [show(c.get(k, "")) for k in names] for c in cells
-            ]
-            blocks += ["\n".join(f"| {' | '.join(line)} |" for line in lines)] * bool(cells) + notes
+            blocks += [c["note"] for c in cells if "note" in c]
+            cells = [c for c in cells if "note" not in c]
+            names = dict.fromkeys(name for c in cells for name in c)
+            names = [name for name in names if not name.startswith("curve")]
+            lines = [names, ["---"] * len(names)]
+            lines += [[show(c.get(name, "")) for name in names] for c in cells]
+            if cells:
+                blocks.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(blocks) + "\n"
 
 
 def main(args):
-    gpu = torch.cuda.is_available() and args.device != "cpu"
-    if not gpu and not args.tiny:
-        common.fail(
-            "there is no GPU to measure; --device cpu --tiny --out FOLDER tries this script on a CPU"
-        )
+    on_gpu = torch.cuda.is_available() and args.device != "cpu"
+    if not on_gpu and not args.tiny:
+        common.fail("no GPU to measure; --device cpu --tiny --out FOLDER tries this script")
     if args.tiny and Path(args.out).resolve() == HERE:
         common.fail("--tiny gives no results: name another folder by --out")
-    size = TINY if args.tiny else FULL
+    size = SMALL if args.tiny else Size()
+    train_jobs = [shape + word for shape in size.train_shapes for word in ("", " checkpointing")]
     jobs = {
-        "decode": size["shapes"], "train": [shape + more for shape in size["shapes"] for more in ("", " checkpointing")],
-        "step": ["grpo.py", "TRL"], "learn": ["bfloat16", "float32"] if gpu else ["float32"],  # a CPU has no other
-    }  # fmt: skip
+        "decode": size.decode_shapes,
+        "train": train_jobs,
+        "step": ["grpo.py", "TRL"],
+        "learn": ["all"],
+        "real": list(REAL),
+    }
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    args, failed = replace(args, device="cuda" if gpu else "cpu"), []
-    for piece, job in ((p, j) for p in args.only for j in jobs[p]):
-        with tempfile.TemporaryDirectory() as folder:
-            process = multiprocessing.get_context("spawn").Process(
-                target=PIECES[piece], args=(args, size, job, Path(folder))
-            )
-            process.start()
-            process.join()
-            failed += [f"{piece} {job}"] * (process.exitcode != 0)
+    args = replace(args, device="cuda" if on_gpu else "cpu")
+    failed = []
+    for piece in args.only:
+        for job in jobs[piece]:
+            with tempfile.TemporaryDirectory() as folder:
+                # a process of its own: the next one finds all memory free
+                process = multiprocessing.get_context("spawn").Process(
+                    target=PIECES[piece], args=(args, size, job, Path(folder))
+                )
+                process.start()
+                process.join()
+            if process.exitcode:
+                failed.append(f"{piece} {job}")
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
