@@ -127,8 +127,8 @@ def start(device="auto", dtype="auto", seed=0):
     if device == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(place)
-        if dtype == "bfloat16":  # for Float32Head: TF32 holds every bfloat16 number
-            torch.set_float32_matmul_precision("high")
+        # for Float32Head: TF32 holds every bfloat16 number, but not every float32 one
+        torch.set_float32_matmul_precision("high" if dtype == "bfloat16" else "highest")
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     world = World(rank, size, place, getattr(torch, dtype))
@@ -1148,7 +1148,9 @@ def decode(model, pick, cache, logits, prompt_mask, max_new_tokens, stops):
         length[rows] = torch.where(ended, t + 1, length[rows])
         finished[rows] |= ended
         running = ~finished[rows]
-        left = int(running.sum())
+        # reading it waits for the GPU; a replay for rows that have all finished costs less
+        if captured is None or t % READ_EVERY == 0:
+            left = int(running.sum())
         if left == 0 or t + 1 == max_new_tokens:
             break
         # a tenth has finished: worth a copy of the others' cache; half: worth a new capture, too
@@ -1215,6 +1217,7 @@ def draw(logits, u, block=256):
 
 CAPTURE_ABOVE = 32  # tokens to come; a capture takes as long as a few eager tokens
 CAPTURE_COLUMNS = 256  # of the cache: attention reads a multiple of it, most of that filled
+READ_EVERY = 8  # tokens of a captured step, until it is asked how many rows still run
 NOT_CAPTURED = set()  # classes of models whose forward waits for the GPU
 
 
@@ -1226,6 +1229,13 @@ def can_capture(model, cache):
         and model.config._attn_implementation == "sdpa"
         and all(type(layer) is RoomyLayer for layer in cache.layers)
     )
+
+
+@functools.lru_cache
+def capture_stream():
+    """The default stream cannot be captured. One for all captures: a matrix library holds 32 MiB
+    for each stream that it has seen."""
+    return torch.cuda.Stream()
 
 
 def capture(model, forward, cache, seen, offset, column):
@@ -1261,7 +1271,7 @@ class CapturedStep:
             self.record()
 
     def record(self):
-        stream = torch.cuda.Stream()  # the default stream cannot be captured
+        stream = capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
         mode = torch.cuda.get_sync_debug_mode()
         graph = torch.cuda.CUDAGraph()
