@@ -129,6 +129,8 @@ def start(device="auto", dtype="auto", seed=0):
         torch.cuda.set_device(place)
         # for Float32Head: TF32 holds every bfloat16 number, but not every float32 one
         torch.set_float32_matmul_precision("high" if dtype == "bfloat16" else "highest")
+        # cuDNN's attention is compiled anew for each shape, and most micro-batches have their own
+        torch.backends.cuda.enable_cudnn_sdp(False)
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     world = World(rank, size, place, getattr(torch, dtype))
@@ -1148,9 +1150,7 @@ def decode(model, pick, cache, logits, prompt_mask, max_new_tokens, stops):
         length[rows] = torch.where(ended, t + 1, length[rows])
         finished[rows] |= ended
         running = ~finished[rows]
-        # reading it waits for the GPU; a replay for rows that have all finished costs less
-        if captured is None or t % READ_EVERY == 0:
-            left = int(running.sum())
+        left = int(running.sum())
         if left == 0 or t + 1 == max_new_tokens:
             break
         # a tenth has finished: worth a copy of the others' cache; half: worth a new capture, too
@@ -1217,7 +1217,6 @@ def draw(logits, u, block=256):
 
 CAPTURE_ABOVE = 32  # tokens to come; a capture takes as long as a few eager tokens
 CAPTURE_COLUMNS = 256  # of the cache: attention reads a multiple of it, most of that filled
-READ_EVERY = 8  # tokens of a captured step, until it is asked how many rows still run
 NOT_CAPTURED = set()  # classes of models whose forward waits for the GPU
 
 

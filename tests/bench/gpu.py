@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -62,8 +63,8 @@ class Size:
     new: int = 128
     copied_bytes: int = 2**32
     square: int = 8192
-    lengths: tuple = (2048,)
-    tokens: int = 8192
+    length: int = 2048
+    tokens: tuple = (8192, 32768)
     step_prompts: int = 32
     step_prompt: int = 256
     step_new: int = 256
@@ -81,8 +82,8 @@ SMALL = Size(
     new=40,
     copied_bytes=2**20,
     square=128,
-    lengths=(32, 64),
-    tokens=128,
+    length=32,
+    tokens=(128, 256),
     step_prompts=4,
     step_prompt=16,
     step_new=8,
@@ -104,6 +105,8 @@ class Args:
     """folder of gpu.json and gpu.md"""
     model: str = ""
     """of `real`: SmolLM2-135M-Instruct, as smollm2.py writes it"""
+    steps: tuple[int, int] = (60, 40)
+    """of `real`: grpo.py's and ppo.py's"""
     device: Literal["auto", "cpu"] = "auto"
     tiny: bool = False
     """a few tokens of a model of two layers"""
@@ -212,6 +215,7 @@ def decode(args, size, shape, folder):
         return drawn
 
     def generate(prompts, new):
+        torch.backends.cuda.enable_cudnn_sdp(True)  # as torch has it; common.py turns it off
         # for its padding on the left
         given = common.as_samples(prompts, [[0]] * len(prompts), tokenizer, world)
         ids = plain.generate(
@@ -220,6 +224,7 @@ def decode(args, size, shape, folder):
             max_new_tokens=new,
             num_return_sequences=size.group,
         )
+        torch.backends.cuda.enable_cudnn_sdp(False)
         assert ids.shape == (len(prompts) * size.group, size.prompt + new)
 
     ways = {
@@ -271,8 +276,9 @@ def bytes_per_second(size, world):
 
 
 def train(args, size, job, folder):
-    """grpo.py's forward, backward and optimizer step on given tokens: four micro-batches of 8,192
-    tokens in sequences of one length, the first 16 a prompt, one sequence a token shorter.
+    """grpo.py's forward, backward and optimizer step on given tokens, two micro-batches of each
+    size, sequences of 2,048 tokens, one a token shorter; half of each is a prompt, and shared means
+    that the four sequences of a group compute it once. tokens/s count it for each sequence.
     model TFLOP/s: tokens/s x (6 x parameters + 12 x layers x width x length / 2), without what
     checkpointing computes again; share: of a large matrix product's. said: the memory for weights,
     gradients and moments that a script says at its start; peak: the highest in use."""
@@ -287,7 +293,7 @@ def train(args, size, job, folder):
     optimizer = common.make_optimizer(policy, 1e-6)
     config = policy.config
     parameters = sum(p.numel() for p in policy.parameters())
-    parts = 4
+    parts = 2
 
     def update(advantages, samples):
         weights = grpo.token_weights(samples.mask, "token", 0, world) / parts
@@ -300,20 +306,32 @@ def train(args, size, job, folder):
         optimizer.step()
         optimizer.zero_grad()
 
-    for length in size.lengths:
-        ids = torch.randint(
-            2, config.vocab_size, (size.tokens // length, length), device=world.device
-        )
-        mask = torch.arange(ids.numel(), device=world.device).view_as(ids) >= 1
-        advantages = torch.randn(len(ids), device=world.device)
-        given = (ids[:, :16], mask[:, :16], ids[:, 16:], mask[:, 16:], None, None, None)
-        run = functools.partial(update, advantages, common.Samples(*given))
-        run()  # warms up, and makes Adam's moments
-        forget_peak()
-        speed = parts * ids.numel() / seconds_of(run)
+    # with checkpointing grpo.py computes every prompt anew
+    ways = (False,) if word else (False, True)
+    for tokens, shared in itertools.product(size.tokens, ways):
+        length = size.length
+        rows = tokens // length
+        prompt = length // 2
+        ids = torch.randint(2, config.vocab_size, (rows, length), device=world.device)
+        ids[:, :prompt] = ids[0, :prompt]
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        mask[-1, -1] = False
+        advantages = torch.randn(rows, device=world.device)
+        halves = (ids[:, :prompt], mask[:, :prompt], ids[:, prompt:], mask[:, prompt:])
+        samples = common.Samples(*halves, None, None, None, 4 if shared else 1)
+        run = functools.partial(update, advantages, samples)
+        case = {"model": shape, "checkpointing": word == "checkpointing"}
+        case |= {"tokens in a micro-batch": tokens, "shared": shared}
+        try:
+            run()  # warms up, and makes Adam's moments
+            forget_peak()
+            speed = parts * ids.numel() / seconds_of(run)
+        except torch.OutOfMemoryError:
+            optimizer.zero_grad()
+            record(args, "train", case, {"tokens/s": "out of memory"})
+            continue
         attention = 12 * config.num_hidden_layers * config.hidden_size * length / 2
         work = (6 * parameters + attention) * speed
-        case = {"model": shape, "checkpointing": word == "checkpointing", "length": length}
         got = {"tokens/s": speed, "model TFLOP/s": work / 1e12}
         got["matrix product TFLOP/s"] = reached / 1e12
         got["share"] = work / reached
@@ -350,7 +368,8 @@ def run_script(args, script, out, flags):
     """A script's metrics.jsonl, and the seconds that it took."""
     command = [sys.executable, str(ROOT / script), "--device", args.device, "--out", str(out)]
     began = time.perf_counter()
-    done = subprocess.run([*command, *map(str, flags)], capture_output=True, text=True)
+    command += map(str, flags)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{script} {flags}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -463,38 +482,51 @@ def learn(args, size, _, folder):
         name = "eval/accuracy" if script == "reward_model.py" else "eval/exact"
         scores = [m[name] for m in log if name in m]
         got = {"before": scores[0], "at the end": scores[-1], "seconds": seconds}
-        return {"script": script, "computes in": dtype, "seed": seed}, got
+        with one_at_a_time:
+            record(args, "learn", {"script": script, "computes in": dtype, "seed": seed}, got)
 
+    one_at_a_time = threading.Lock()
     with ThreadPoolExecutor(len(runs) if args.device == "cuda" else 1) as pool:
-        for case, got in pool.map(one, runs):
-            record(args, "learn", case, got)
+        list(pool.map(one, runs))
 
 
 REAL = {  # flags of the runs on a real model; all else is default
-    "grpo.py": "--prompts_per_step 32 --samples_per_prompt 8 --learning_rate 1e-5",
-    "ppo.py": "--prompts_per_step 256 --learning_rate 1e-5 --critic shared",
+    "grpo.py": "--prompts_per_step 32 --samples_per_prompt 8 --learning_rate 3e-5 --warmup 3",
+    "ppo.py": "--prompts_per_step 256 --critic shared --learning_rate 1e-5 --warmup 3",
 }
 
 
-def real(args, size, script, folder):
-    """SmolLM2-135M-Instruct on tests/tiny/chain.py's task, answers of several steps: held-out
-    scores, sampled greedily, with the minutes of the whole run. The curve is in the JSON."""
-    subprocess.run(
-        [sys.executable, str(ROOT / "tests/tiny/chain.py"), str(folder / "data")], check=True
-    )
-    flags = REAL[script].split()
-    given = ["--model", args.model, "--data", folder / "data/train.jsonl"]
-    given += ["--eval_data", folder / "data/test.jsonl"]
-    log, seconds = run_script(args, script, folder / "run", [*given, *flags, *size.flags])
-    names = [name for name in log[0] if name.startswith("eval/")]
-    got = {"flags": " ".join(flags), "steps": log[-1]["step"], "seconds": seconds}
-    for name in names:
-        curve = [[m["step"], m[name]] for m in log if name in m]
-        got[name] = f"{curve[0][1]:.3f} -> {curve[-1][1]:.3f}"
-        got[f"curve of {name}"] = curve
-    got["curve of reward"] = [[m["step"], m["reward"]] for m in log if "reward" in m]
-    shutil.copy(folder / "run" / "metrics.jsonl", Path(args.out) / f"gpu_{script[:-3]}.jsonl")
-    record(args, "real", {"script": script}, got)
+def real(args, size, _, folder):
+    """A chat model on the task of tests/tiny/chain.py, answers of several lines: the share of right
+    lines (reward) and of answers right to the last character (exact) on 256 held-out problems,
+    sampled greedily. Both scripts run at once on the one card; seconds: of the whole run, with the
+    start and seven evaluations, and of a step. The curves are in the JSON."""
+    data = folder / "data"
+    data.mkdir()
+    subprocess.run([sys.executable, str(ROOT / "tests/tiny/chain.py"), str(data)], check=True)
+    shared = ["--model", args.model, "--data", data / "train.jsonl"]
+    shared += ["--eval_data", data / "test.jsonl", "--reward", "tests/tiny/chain.py:progress"]
+    shared += ["--max_new_tokens", 96, "--tokens_per_micro_batch", 32768]
+
+    def one(script):
+        steps = args.steps[list(REAL).index(script)]
+        flags = [*REAL[script].split(), "--steps", steps, "--eval_every", max(1, steps // 6)]
+        log, seconds = run_script(args, script, folder / script, [*shared, *flags])
+        shutil.copy(folder / script / "samples.jsonl", Path(args.out) / f"gpu_{script[:-3]}.jsonl")
+        of_step = [m["time/sample"] + m["time/train"] for m in log if "time/train" in m]
+        got = {"flags": " ".join(map(str, flags)), "seconds": seconds}
+        got["of a step (median)"] = sorted(of_step)[len(of_step) // 2]
+        for name in ("eval/reward", "eval/exact"):
+            curve = [[m["step"], m[name]] for m in log if name in m]
+            got[name] = f"{curve[0][1]:.3f} -> {curve[-1][1]:.3f}"
+            got[f"curve of {name}"] = curve
+        got["curve of reward"] = [m["reward"] for m in log if "reward" in m]
+        with one_at_a_time:
+            record(args, "real", {"script": script, "model": Path(args.model).name}, got)
+
+    one_at_a_time = threading.Lock()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, REAL))
 
 
 PIECES = {f.__name__: f for f in (decode, train, step, learn, real)}
@@ -535,13 +567,13 @@ def main(args):
     if args.tiny and Path(args.out).resolve() == HERE:
         common.fail("--tiny gives no results: name another folder by --out")
     size = SMALL if args.tiny else Size()
-    train_jobs = [shape + word for shape in size.train_shapes for word in ("", " checkpointing")]
+    train_jobs = [*size.train_shapes, f"{size.train_shapes[-1]} checkpointing"]
     jobs = {
         "decode": size.decode_shapes,
         "train": train_jobs,
         "step": ["grpo.py", "TRL"],
         "learn": ["all"],
-        "real": list(REAL),
+        "real": ["all"],
     }
     Path(args.out).mkdir(parents=True, exist_ok=True)
     args = replace(args, device="cuda" if on_gpu else "cpu")
