@@ -1302,8 +1302,9 @@ def test_folded_seeds_differ_and_repeat():
 @pytest.mark.parametrize("size", [1, 2])
 def test_on_gpus_each_process_takes_its_own_and_computes_in_bfloat16(size, monkeypatch):
     """Where there is no GPU: the device, the backend and what NCCL is told."""
-    chosen, made, rounded = [], [], []
+    chosen, made, rounded, cudnn = [], [], [], []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", rounded.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", cudnn.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
@@ -1330,6 +1331,7 @@ def test_on_gpus_each_process_takes_its_own_and_computes_in_bfloat16(size, monke
     assert common.start(dtype="float32").dtype == torch.float32
     assert rounded == ["high", "highest"], "float32 that was asked for is not rounded to TF32"
     assert common.start("cpu").device.type == "cpu" and len(rounded) == 2
+    assert cudnn == [False, False], "cuDNN's attention is compiled anew for each shape"
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])

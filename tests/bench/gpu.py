@@ -279,6 +279,7 @@ def train(args, size, job, folder):
     """grpo.py's forward, backward and optimizer step on given tokens, two micro-batches of each
     size, sequences of 2,048 tokens, one a token shorter; half of each is a prompt, and shared means
     that the four sequences of a group compute it once. tokens/s count it for each sequence.
+    (On a GPU the scripts do not share prompts, because of these figures.)
     model TFLOP/s: tokens/s x (6 x parameters + 12 x layers x width x length / 2), without what
     checkpointing computes again; share: of a large matrix product's. said: the memory for weights,
     gradients and moments that a script says at its start; peak: the highest in use."""
@@ -465,8 +466,9 @@ def step_of_trl(args, size, folder):
 
 def learn(args, size, _, folder):
     """The five scripts with no flags but a seed and a dtype: the held-out score before and at the
-    end, sampled greedily (exact match), or of pairs (accuracy). All run at once on the one card,
-    so the seconds, with the start, are those of a shared card."""
+    last step, sampled greedily (exact match), or of pairs (accuracy). All run at once on the one
+    card, so the seconds, with the start, are those of a shared card. Where grpo.py's last step is
+    not 400, it was stopped by the clock, with four runs at once."""
     runs = [("grpo.py", seed, "bfloat16") for seed in size.seeds]
     runs += [("grpo.py", seed, "float32") for seed in size.seeds]
     others = ("reinforce.py", "ppo.py", "dpo.py", "reward_model.py")
@@ -481,7 +483,8 @@ def learn(args, size, _, folder):
         log, seconds = run_script(args, script, out, flags)
         name = "eval/accuracy" if script == "reward_model.py" else "eval/exact"
         scores = [m[name] for m in log if name in m]
-        got = {"before": scores[0], "at the end": scores[-1], "seconds": seconds}
+        got = {"before": scores[0], "at the end": scores[-1]}
+        got |= {"step": log[-1]["step"], "seconds": seconds}
         with one_at_a_time:
             record(args, "learn", {"script": script, "computes in": dtype, "seed": seed}, got)
 
