@@ -24,8 +24,8 @@ log(pi / ref) / n of the chosen completion, minus that of the rejected one.
 
     sigmoid  -log sigmoid(h). With --label_smoothing e, the share of labels that are wrong:
              -(1 - e) log sigmoid(h) - e log sigmoid(-h)
-    ipo      (d - 1 / (2 beta))^2: d is drawn to a target, 0.5 nats a token at beta 1, the default.
-             d is a mean over tokens, as IPO's authors advised later.
+    ipo      (d - 1 / (2 beta))^2: d is drawn to a target, 0.5 nats a token at beta 1 (the default
+             for ipo). Log-ratios are means over tokens, as IPO's authors advised later.
     hinge    max(0, 1 - h): no gradient once h is 1
     simpo    -log sigmoid(beta (log pi(y) / n_y - log pi(z) / n_z) - simpo_margin): no reference
 
@@ -46,9 +46,9 @@ the longest side.
 Limits:
   * DPO is offline. All completions were drawn once, before training. It never trains on what the
     policy says today, and nothing in (6) restrains pi on completions that are not in the data.
-  * (6) sees only the difference. Both log-probabilities may fall while it grows, because y and z
-    have the same weights. The probability goes to completions that nobody has ranked. --sft_coef
-    keeps the chosen ones likely.
+  * (6) sees only the difference. Both log-probabilities may fall while it grows: one network gives
+    both, so what lowers z often lowers y. The probability goes to completions that nobody has
+    ranked. --sft_coef keeps the chosen ones likely.
 
 Left out: new rounds of pairs from the policy (sample, rank, start again from runs/.../model);
 several rejected completions for one chosen.
@@ -176,8 +176,9 @@ def resolve(args):
         "learning_rate": 3e-4 if is_tiny_model else 5e-7,
         "tokens_per_micro_batch": 2048 if on_cpu else 8192,
     }
-    # not where the model would be compared with itself (--steps 0, no --reference, not simpo)
-    if is_tiny_data and (args.steps or args.reference or args.loss == "simpo"):
+    # without training, the model would be compared with itself
+    compares_with_itself = not (args.steps or args.reference or args.loss == "simpo")
+    if is_tiny_data and not compares_with_itself:
         defaults["eval_data"] = str(TINY / "pairs_test.jsonl")
     unset = {name: value for name, value in defaults.items() if getattr(args, name) is None}
     args = dataclasses.replace(args, **unset)
@@ -197,7 +198,7 @@ def resolve(args):
         fail("--data: name a file of pairs, or give --steps 0 to evaluate only")
     if not (args.steps or args.eval_data or args.eval_prompts):
         fail("--steps 0 evaluates; name pairs with --eval_data, or prompts with --eval_prompts")
-    if args.eval_data and not args.steps and not args.reference and args.loss != "simpo":
+    if args.eval_data and compares_with_itself:
         fail("--steps 0 compares --model with itself; name the --reference that it started from")
     return args
 
@@ -238,7 +239,7 @@ def implicit_reward(logprobs, ref_logprobs, length, args):
 
 
 def share_won(chosen, rejected):
-    """1 where chosen is scored higher, 1/2 on a tie (DPO begins with ties), else 0, [b]."""
+    """1 where chosen is scored higher, 1/2 on a tie (both are 0 before DPO), else 0, [b]."""
     return (chosen > rejected) + 0.5 * (chosen == rejected)
 
 
@@ -266,6 +267,7 @@ def side_logprobs(model, samples, chunk=1024):
     Logits of `chunk` tokens at a time, computed again in backward: those of all tokens would be
     gigabytes with a vocabulary of 150,000.
     """
+    # states [2b, C, width]: each of the place before its token, which it predicts
     states, ids, mask = common.completion_states(model, samples, list(range(len(samples.ids))))
 
     def head(states, tokens):
@@ -320,8 +322,9 @@ def train(args):
     texts = pairs + held_out + [(ids, []) for ids, _ in prompts]
     first_prompt, first_side = texts[0][:2]
     first_text = first_prompt + first_side
+    # Models held at a time, for the memory that `introduce` prints. With --steps 0 the policy is
+    # frozen. The reference is gone before training.
     learning_models = int(args.steps > 0)
-    # with --steps 0 the policy is frozen; the reference is gone before training
     frozen_models = 1 - learning_models + int(reward is not None and reward.is_model)
     writer, bar = common.introduce(
         out, args, world, tokenizer, first_text, done_steps, learning_models, frozen_models
@@ -415,7 +418,7 @@ def train(args):
 
         if args.steps:
             common.save_model(policy, tokenizer, out / "model", world)
-    # the prompt in the example of `usage`: "" with a chat template, else the run's first prompt
+    # for the example of `usage`, which has a prompt of its own for chat models
     prompt = "" if tokenizer.chat_template else tokenizer.decode(first_prompt)
     common.conclude(out, args, writer, bar, common.usage(out, tokenizer, prompt, args))
 
@@ -426,9 +429,10 @@ def train(args):
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     """Cuts pairs into parts, one forward each -> lists of pair numbers.
 
-    A pair is (prompt, chosen, rejected), as token ids. (In reward_model.py "prompt" is the
-    beginning that both texts share.) A part has at most `tokens` tokens (padding included, a shared
-    prompt counted once) or one pair. Pairs of like length come together, to save padding.
+    A pair is (prompt, chosen, rejected), as token ids. (The same function is in reward_model.py,
+    where "prompt" is the beginning that both texts share.) A part has at most `tokens` tokens
+    (padding included, a shared prompt counted once) or one pair. Pairs of like length come
+    together, to save padding.
 
     FSDP needs equally many parts in all processes. A process that is short of parts takes a pair
     out of its largest part. That has two or more, because all processes have equally many pairs.
@@ -500,7 +504,8 @@ def reference_scores(
     policy, tokenizer, pairs, held_out, share_prompts, args, out, world, stop_asked
 ):
     """The reference's log-probabilities of the pairs (NaN if never drawn) and of the held-out ones,
-    two tensors [.., 2]. The policy must still be as it was at the start.
+    two tensors [.., 2], or None if no pairs are held out. The policy must still be as it was at the
+    start.
 
     Those of the pairs are kept in the run's folder. A resumed run computes only what is missing.
     The micro-batches are not those of training. So in bfloat16, log-ratios that should be 0 in step
@@ -515,6 +520,7 @@ def reference_scores(
     if scores is None:
         scores = torch.full((len(pairs), 2), math.nan)
     known = int((~scores[:, 0].isnan()).sum())
+    # ends the run if the processes have read different files
     common.agree(out, world, known, "the number of pairs that the reference has scored is")
     drawn = args.steps * args.pairs_per_step  # as `rows_of_step` draws them
     visited = {common.nth_row(len(pairs), i, args.seed) for i in range(drawn)}
@@ -575,21 +581,22 @@ def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world)
     }
 
 
-def evaluate(policy, tokenizer, held_out, reward, args, world):
+def evaluate(policy, tokenizer, prompts, reward, args, world):
     """Scores of greedy completions of held-out prompts -> (scores, some completions to be read).
     eval/reward is by --reward, eval/exact by its rule where an answer is known. Each process takes
     its share."""
-    mine = held_out[world.rank :: world.size]
-    longest = max((len(ids) for ids, _ in held_out), default=0) + args.max_new_tokens
+    mine = prompts[world.rank :: world.size]
+    longest = max((len(ids) for ids, _ in prompts), default=0) + args.max_new_tokens
     # the keys and values of 4 micro-batches take less memory than training on one
-    rows = 4 * args.tokens_per_micro_batch // longest
-    size = common.rows_at_once(held_out, args.max_new_tokens, rows)
+    wanted_rows = 4 * args.tokens_per_micro_batch // longest
+    # at least 1 and at most 256, and equal in all processes
+    size = common.rows_at_once(prompts, args.max_new_tokens, wanted_rows)
     meter = common.Meter()
     shown = []
-    for start in range(0, math.ceil(len(held_out) / world.size), size):
+    for start in range(0, math.ceil(len(prompts) / world.size), size):
         # FSDP: a process with no prompts left must still sample; its results do not count
         is_counted = start < len(mine)
-        part = mine[start : start + size] or held_out[:1]
+        part = mine[start : start + size] or prompts[:1]
         ids = [ids for ids, _ in part]
         records = [record for _, record in part]
         texts = common.sample(
@@ -605,7 +612,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
 
 
 def count_right(texts, records, rule):
-    """How many texts of each record are right by `rule`; 0 for records without an answer."""
+    """How many texts of each record (here one or more) are right by `rule`; 0 for records without
+    an answer."""
     n = len(texts) // len(records)
     right = torch.zeros(len(records))
     for i, text in enumerate(texts):
@@ -697,8 +705,8 @@ def number(completion, row):
 
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
-    Commas, $, a final dot and zeros that end a decimal do not matter. "1,234" is one number,
-    "1,2,3" are three."""
+    $, a final dot, zeros that end a decimal and commas between thousands do not matter: "1,234" is
+    one number, "1,2,3" are three."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
     # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"
@@ -713,8 +721,8 @@ RULES = {"exact": exact, "number": number}  # the rewards that --reward knows by
 
 def load_task(args, world):
     """Checks the user's input before a policy is loaded or a file is written
-    -> (args, with limits lowered to what fits, tokenizer, reward, pairs, held-out pairs, held-out
-    prompts)."""
+    -> (args with its limits lowered to what fits, tokenizer, reward, pairs, held-out pairs,
+    held-out prompts)."""
     if args.pairs_per_step % world.size:
         multiple = f"a multiple of the {world.size} processes"
         fail(f"--pairs_per_step {args.pairs_per_step} must be {multiple}")
@@ -727,7 +735,7 @@ def load_task(args, world):
         if common.load_tokenizer(args.reference).get_vocab() != tokenizer.get_vocab():
             fail(f"--reference {args.reference}: has other tokens than --model {args.model}")
     if args.max_tokens > context:
-        common.say(f"--max_tokens {args.max_tokens} is lowered to {context}, the model's context")
+        common.say(f"--max_tokens {args.max_tokens} is lowered to {context}, the smallest context")
         args = dataclasses.replace(args, max_tokens=context)
 
     pairs = []

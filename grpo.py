@@ -12,16 +12,17 @@ function that PPO has to learn.
 
 pi_old is the policy that drew the completions, ref the policy before training. A beta above 0 (the
 default is 0) keeps pi near ref. The ratio (2) allows several updates with one
-rollout. The clip (3) sets a token's gradient to zero once its ratio has gone too far in the
+rollout. The clip (3) sets the gradient of l_t to zero once the ratio has gone too far in the
 direction that A pushes. With one update per rollout, the default, every ratio is 1, and the
 gradient is that of REINFORCE with (1) as the weight. The value of the loss then says nothing about
 learning. Watch the reward.
 
-Variants are flags. Ratio and clip matter only with several updates per rollout.
+Variants are flags. Equations (2) and (3) matter only with several updates per rollout.
 
     GRPO as published   --aggregate sequence --beta 0.04    mean over tokens, then completions
     DAPO                --drop_equal_groups --mask_truncated --clip_high 0.28 --minibatches 4
-                        (without its penalty on length; draws twice the prompts, once)
+                        (without its penalty on length; it draws until the batch is full, and
+                        here one draw has twice the prompts)
     Dr. GRPO            --scale none --aggregate constant   no divisor depends on the samples
     GSPO                --ratio sequence --minibatches 4    one ratio for a whole completion
 
@@ -41,7 +42,8 @@ What is biased:
   * The divisors of --aggregate token and sequence depend on the samples (`token_weights`).
   * The expected gradient of k3 is that of KL(ref || pi), not of KL(pi || ref). It is kept as
     published. reinforce.py has the unbiased way: log pi - log ref, subtracted from the reward.
-  * With several updates: the clip, and the ratio (2), which corrects a token but not its prefix.
+  * With several updates: the clip; the ratio (2), which corrects a token but not its prefix; and
+    k3, which has no ratio although pi_old drew the tokens.
   * log pi_old is computed by the trainer. The sampler's values differ by rounding (`kl/sample`:
     their mean distance).
 
@@ -81,7 +83,8 @@ class Args:
     data: str = str(TINY / "sort_train.jsonl")
     """training prompts: JSON lines with "prompt" (or "question") and usually "answer" """
     eval_data: str | None = None
-    """held-out prompts, as --data (None: those of the bundled task, or none with other data)"""
+    """held-out prompts, as --data (not given: those of the bundled task; with other --data, nothing
+    is held out)"""
     eval_samples: int = 0
     """completions drawn for each held-out prompt, for eval/pass@K: the chance that at least one of
     K is right (judged by `number` with --reward number, else by `exact`)"""
@@ -120,9 +123,9 @@ class Args:
     clip_high: float | None = None
     """upper bound of the ratio is 1 + this (None: 0.2, and 4e-4 with --ratio sequence)"""
     aggregate: Literal["sequence", "token", "constant"] | None = None
-    """divisor of a token's loss. sequence: its completion's length x the number of completions with
-    a loss; token: all tokens with a loss; constant: the number of all completions x
-    --max_new_tokens (None: token, and sequence with --ratio sequence)"""
+    """divisor of a token's loss. sequence: its completion's length x the number of completions;
+    token: the number of tokens (both without what --mask_truncated leaves out); constant: the
+    number of completions x --max_new_tokens (None: token, and sequence with --ratio sequence)"""
     beta: float = 0.0
     """weight of the KL penalty, k3 in the loss; at 0 no reference model is loaded"""
     ref_update_every: int = 0
@@ -241,8 +244,8 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
     the direction that A pushes. The gradient is that of ratio * A times this factor:
 
                  ratio < 1 - low    between    ratio > 1 + high
-        A > 0           1              1              0           0: good, already likelier
-        A < 0           0              1              1           0: bad, already less likely
+        A > 0           1              1              0           (a good token, already likelier)
+        A < 0           0              1              1           (a bad one, already less likely)
 
     Without the minimum all four corners would be 0. A good token that an earlier update made
     less likely could then not be brought back.
@@ -253,7 +256,7 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
 
 
 def is_clipped(ratio, advantages, clip_low, clip_high):
-    """Where the clip has stopped the gradient: below the range and above it, two tensors [b, C]."""
+    """Where (3) has no gradient: below the range and above it, two tensors [b, C]."""
     low = (advantages < 0) & (ratio < 1 - clip_low)
     high = (advantages > 0) & (ratio > 1 + clip_high)
     return low, high
@@ -261,10 +264,10 @@ def is_clipped(ratio, advantages, clip_low, clip_high):
 
 def k3(logprobs, other_logprobs):
     """Equation (4), [b, C]: an estimate of KL(p || other) on tokens drawn from p, never negative.
-    logprobs are those of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
+    logprobs: those of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
 
-    As a loss for p (as in grpo.py) its gradient is that of KL(other || p). Near each other the two
-    KLs agree. (The gradient of p / p_old * k3, through both, is that of KL(p || other).)
+    As a loss on tokens drawn from p (in grpo.py) its gradient is that of KL(other || p). Near each
+    other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
@@ -273,8 +276,8 @@ def k3(logprobs, other_logprobs):
 def token_weights(mask, aggregate, limit, world):
     """w_t of equation (5), for all rows of an optimizer update: mask and result [rows, C].
 
-        sequence   1 / (K |y|)      K: completions with a token in the loss. Each counts the same
-                                    (as published).
+        sequence   1 / (K |y|)      K: completions with a token on the mask, also those with A = 0.
+                                    Each counts the same (as published).
         token      1 / sum of |y|   Each token counts the same (DAPO).
         constant   1 / (N limit)    N: all completions, limit: --max_new_tokens. The only unbiased
                                     one, up to a factor (Dr. GRPO).
@@ -327,8 +330,9 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged. Computed last, so that checkpoint's recomputation stops before it. For
-            # an entropy bonus, drop the detach (and leave no row out for its advantage of 0).
+            # Only logged. Last and detached: backward needs none of it, and checkpoint stops
+            # computing again once it has what backward needs. For an entropy bonus, drop the
+            # detach and train the rows whose advantage is 0, too.
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -347,9 +351,10 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of the rows in minibatches; 0 in other rows. Computed in the
-    update's own micro-batches: in bfloat16 they depend on a micro-batch's shape. Cut differently,
-    the first ratio would not be 1, nor the first KL 0."""
+    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere. A mini-batch is a list of
+    micro-batches, and these are lists of row numbers. Computed in the update's own micro-batches:
+    in bfloat16 they depend on a micro-batch's shape. Cut differently, the first ratio would not
+    be 1, nor the first KL 0."""
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
@@ -393,13 +398,15 @@ def update_loss(policy, batch, rows, args, meter, is_first):
     if args.beta:
         ref = batch.ref_logprobs[rows, :C]
         loss = loss + args.beta * (k3(logprobs, ref) * w).sum()
-        # KL(pi_old || ref), because pi_old drew the tokens; in nats per completion
+        # KL(pi_old || ref), because pi_old drew the tokens; in nats per completion. Its plain
+        # estimate, not k3: a mean of log-ratios, which can be below 0.
         meter.add("kl/ref", ((old - ref) * mask).sum(1), mask.any(1))
 
     with torch.no_grad():  # the rest is for the log
         low, high = is_clipped(ratio, A, args.clip_low, args.clip_high)
         sampled = batch.samples.logprobs[rows, :C]
         meter.add("kl/old", (k3(old, logprobs) * mask).sum(1), mask.any(1))  # KL(pi_old || pi)
+        # no KL: how far the sampler's log-probabilities are from the trainer's, by rounding
         meter.add("kl/sample", (old - sampled).abs(), mask)
         meter.add("ratio/mean", ratio, mask)
         meter.add("clip/low", low, mask)
@@ -467,11 +474,13 @@ def train(args):
                 counted = counted & samples.finished[:, None]  # finished: ended by a stop token
             weights = torch.zeros_like(samples.logprobs)  # [B, C]
             minibatches = []
-            for rows in shuffled_groups(args, world, step):
-                w = token_weights(counted[rows], args.aggregate, args.max_new_tokens, world)
-                trained = has_gradient(w, advantages[rows], args.beta)  # [rows]
-                weights[rows] = w * trained[:, None]
-                parts = micro_batches(rows, trained, samples, args.tokens_per_micro_batch, world)
+            for batch_rows in shuffled_groups(args, world, step):
+                w = token_weights(counted[batch_rows], args.aggregate, args.max_new_tokens, world)
+                trained = has_gradient(w, advantages[batch_rows], args.beta)  # [batch_rows]
+                weights[batch_rows] = w * trained[:, None]
+                parts = micro_batches(
+                    batch_rows, trained, samples, args.tokens_per_micro_batch, world
+                )
                 minibatches.append(parts)
             updates = shuffled_epochs(minibatches, args, step)
 
@@ -496,7 +505,8 @@ def train(args):
                 if not parts:
                     continue  # no row of this mini-batch has a gradient, on any process
                 for rows in parts:
-                    loss = update_loss(policy, batch, rows, args, meter, is_first=not grad_norms)
+                    is_first = not grad_norms  # no optimizer step with this rollout yet
+                    loss = update_loss(policy, batch, rows, args, meter, is_first)
                     loss.backward()
                     meter.total("loss", loss.detach() / len(updates))
                 norm = common.clip_gradients(policy, args.max_grad_norm)
@@ -571,6 +581,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
         rewards = rewards[kept]
     meter.add("length", samples.mask.sum(1))
     meter.add("truncated", ~samples.finished)
+    # in training: so many consecutive rows are computed with one forward of their prompt
     samples.rows_per_prompt = n if share_prompts else 1
     return samples, rewards
 
@@ -600,9 +611,9 @@ def shuffled_epochs(minibatches, args, step):
 def micro_batches(rows, trained, samples, tokens, world):
     """Cuts the rows of a mini-batch into parts, one forward each -> lists of row numbers.
 
-    trained [rows] says which rows are taken. A part has at most `tokens` tokens (padding included,
-    a shared prompt counted once); a row that is longer is a part of its own. Rows that share a
-    prompt stay together where they fit, and rows of like length come together.
+    trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
+    (padding included, a shared prompt counted once); a row that is longer is a part of its own.
+    Rows that share a prompt stay together where they fit, and rows of like length come together.
 
     FSDP needs equally many parts in all processes. A process that is short of parts adds a row that
     is not trained, or splits a part. All have equally many rows, so this cannot fail.
@@ -691,7 +702,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
 
 
 def count_right(texts, records, rule):
-    """How many texts of each record are right by `rule`; 0 for records without an answer."""
+    """How many texts of each record (here one or more) are right by `rule`; 0 for records without
+    an answer."""
     n = len(texts) // len(records)
     right = torch.zeros(len(records))
     for i, text in enumerate(texts):
@@ -720,8 +732,8 @@ def number(completion, row):
 
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
-    Commas, $, a final dot and zeros that end a decimal do not matter. "1,234" is one number,
-    "1,2,3" are three."""
+    $, a final dot, zeros that end a decimal and commas between thousands do not matter: "1,234" is
+    one number, "1,2,3" are three."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
     # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"

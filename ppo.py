@@ -25,12 +25,13 @@ k (Monte Carlo): the critic is just a baseline, like the mean score of a prompt'
 GRPO.
 
 With gamma 1, lam 1, no whitening, beta 0 and one update per rollout, V = 0 gives the gradient of
-REINFORCE without a baseline, except for a factor completions / tokens. V = the group's mean gives
-that of GRPO with --scale none. Both are tested.
+REINFORCE without a baseline, and V = the group's mean that of GRPO with --scale none, each except
+for a factor completions / tokens. Both are tested.
 
 TRPO bounded KL(pi_old || pi) in every step, at the cost of many extra forwards and backwards. PPO's
-clip only removes the gain from leaving the range; it does not bound the ratio, because gradients of
-other tokens still move it. `--kl_stop` ends a rollout's updates when the KL is too large.
+clip only removes the gain from leaving the range. It does not bound the ratio: a step can go too
+far, and gradients of other tokens still move it. `--kl_stop` ends a rollout's updates when the KL
+is too large.
 
     python ppo.py                        # a tiny model learns to sort digits; needs no download
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --reward number \
@@ -40,14 +41,14 @@ other tokens still move it. `--kl_stop` ends a rollout's updates when the KL is 
 Shapes: B completions of this process in a rollout, b of them in one forward. C is the length of the
 longest: of the rollout in [B, C], of the forward in [b, C]. mask is true on a completion's tokens.
 
-What is biased:
+What biases the gradient of the expected reward:
   * lam < 1: the critic's errors are in A. gamma < 1: late rewards count for less.
   * Whitening and the mean over tokens use numbers computed from the same samples.
   * The clip; and, from a rollout's second update on, the ratio: it corrects a token's probability,
     not that of the text before it.
-V(s_t) does not see a_t, so subtracting it, as a baseline, biases nothing. With gamma 1, lam 1 and
-no whitening, the KL penalty has the gradient of beta KL(pi || ref), times completions / tokens, in
-a rollout's first update.
+What does not: V(s_t), a baseline, because it does not see a_t. The KL penalty is no biased estimate
+either: with gamma 1, lam 1 and no whitening, its expected gradient in a rollout's first update is
+that of beta KL(pi || ref) of whole completions, times completions / tokens.
 
 Left out: bootstrapping where a completion was cut, adaptive beta, an entropy bonus, replay of
 earlier rollouts.
@@ -87,7 +88,8 @@ class Args:
     data: str = str(TINY / "sort_train.jsonl")
     """training prompts: JSON lines with "prompt" (or "question") and usually "answer" """
     eval_data: str | None = None
-    """held-out prompts, as --data (None: those of the bundled task, or none with other data)"""
+    """held-out prompts, as --data (not given: those of the bundled task; with other --data, nothing
+    is held out)"""
     reward: str = "exact"
     """exact | number | FILE.py:function(completion, row) -> float | a reward model's folder"""
     chat: bool = True
@@ -132,7 +134,7 @@ class Args:
     """upper bound of the ratio is 1 + this"""
     value_clip: float = 0.2
     """within a rollout, a value that has moved this far (in units of the reward) towards its return
-    gets no gradient (0: no limit). With scores of 5 and more, 0.2 is slow"""
+    gets no gradient, unless it is beyond it (0: no limit). With scores of 5 or more 0.2 is slow"""
     value_coef: float = 0.5
     """weight of the value loss. A separate critic's AdamW ignores this scale, except through
     --max_grad_norm"""
@@ -257,8 +259,8 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
     the direction that A pushes. The gradient is that of ratio * A times this factor:
 
                  ratio < 1 - low    between    ratio > 1 + high
-        A > 0           1              1              0           0: good, already likelier
-        A < 0           0              1              1           0: bad, already less likely
+        A > 0           1              1              0           (a good token, already likelier)
+        A < 0           0              1              1           (a bad one, already less likely)
 
     Without the minimum all four corners would be 0. A good token that an earlier update made
     less likely could then not be brought back.
@@ -269,7 +271,7 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
 
 
 def is_clipped(ratio, advantages, clip_low, clip_high):
-    """Where the clip has stopped the gradient: below the range and above it, two tensors [b, C]."""
+    """Where (3) has no gradient: below the range and above it, two tensors [b, C]."""
     low = (advantages < 0) & (ratio < 1 - clip_low)
     high = (advantages > 0) & (ratio > 1 + clip_high)
     return low, high
@@ -277,10 +279,10 @@ def is_clipped(ratio, advantages, clip_low, clip_high):
 
 def k3(logprobs, other_logprobs):
     """Equation (4), [b, C]: an estimate of KL(p || other) on tokens drawn from p, never negative.
-    logprobs are those of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
+    logprobs: those of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
 
-    As a loss for p (as in grpo.py) its gradient is that of KL(other || p). Near each other the two
-    KLs agree. (The gradient of p / p_old * k3, through both, is that of KL(p || other).)
+    As a loss on tokens drawn from p (in grpo.py) its gradient is that of KL(other || p). Near each
+    other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
@@ -289,9 +291,9 @@ def k3(logprobs, other_logprobs):
 def value_loss(values, old_values, returns, weights, clip):
     """Equation (5), summed with weights; all [b, C], values with gradient.
 
-    The larger error counts: a value that has moved by `clip` towards its return, and is not far
-    beyond it, has no gradient. One that has moved away always has. Like the ratio's clip, this is
-    no bound.
+    The larger error counts: a value that has moved by more than `clip` towards its return has no
+    gradient, as long as it is nearer to the return than `near` is. One that has moved away always
+    has. Like the ratio's clip, this is no bound.
     """
     error = (values - returns) ** 2
     if clip:
@@ -334,8 +336,9 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged. Computed last, so that checkpoint's recomputation stops before it. For
-            # an entropy bonus, drop the detach (and leave no row out for its advantage of 0).
+            # Only logged. Last and detached: backward needs none of it, and checkpoint stops
+            # computing again once it has what backward needs. For an entropy bonus, drop the
+            # detach and train the rows whose advantage is 0, too.
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -354,9 +357,10 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of the rows in minibatches; 0 in other rows. Computed in the
-    update's own micro-batches: in bfloat16 they depend on a micro-batch's shape. Cut differently,
-    the first ratio would not be 1, nor the first KL 0."""
+    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere. A mini-batch is a list of
+    micro-batches, and these are lists of row numbers. Computed in the update's own micro-batches:
+    in bfloat16 they depend on a micro-batch's shape. Cut differently, the first ratio would not
+    be 1, nor the first KL 0."""
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
@@ -464,6 +468,7 @@ def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, 
         meter.total("loss", policy_loss)
         meter.total("value/loss", v_loss)
         meter.add("kl/old", kl)
+        # no KL: how far the sampler's log-probabilities are from the trainer's, by rounding
         meter.add("kl/sample", (old - sampled).abs(), mask)
         meter.add("ratio/mean", ratio, mask)
         meter.add("clip/low", low, mask)
@@ -482,7 +487,8 @@ def take_step(models, optimizers, args, world, step):
     policy = models["policy"]
     critic = models["critic"]
     if args.critic == "shared" and world.size > 1:
-        for p in critic.parameters():  # not sharded: its gradients are not summed by FSDP
+        # FSDP sums the policy's gradients over the processes; this head is not part of it
+        for p in critic.parameters():
             torch.distributed.all_reduce(p.grad)
     norm = common.clip_gradients(policy, args.max_grad_norm)
     critic_norm = common.clip_gradients(critic, args.max_grad_norm)
@@ -537,7 +543,7 @@ def train(args):
             policy_learns = step > args.critic_warmup
 
             # 1. Rollout.
-            samples, rewards = rollout(
+            samples, scores = rollout(
                 policy, tokenizer, prompts, reward, share_prompts, args, world, step, meter
             )
             sampling_ended = time.perf_counter()
@@ -564,9 +570,9 @@ def train(args):
                 meter.add("kl/penalty", args.beta * kl.sum(1))
 
             # 4. Advantages and returns, equations (1) and (2). Returns are not whitened: the critic
-            #    learns them in units of the reward.
-            scores = rewards - args.missing_eos_penalty * ~samples.finished  # [B]
-            rewards_of_tokens = token_rewards(scores, kl, mask, args.beta)  # [B, C]
+            #    learns them in units of the reward. With lam 1, A + V contains no V (Monte Carlo).
+            penalized = scores - args.missing_eos_penalty * ~samples.finished  # [B]
+            rewards_of_tokens = token_rewards(penalized, kl, mask, args.beta)  # [B, C]
             advantages, returns = gae(rewards_of_tokens, values, mask, args.gamma, args.lam)
             if args.whiten:
                 advantages = whiten(advantages, mask, world)
@@ -594,7 +600,7 @@ def train(args):
                 grad_norms.append(norm)
                 critic_norms.append(critic_norm)
 
-            # 6. Log. Means over the updates include the one that --kl_stop did not make.
+            # 6. Log. An update that --kl_stop did not make counts, except in gradient norms.
             step_ended = time.perf_counter()
             metrics = meter.result(world)
             tokens = metrics.pop("tokens")
@@ -615,7 +621,7 @@ def train(args):
                 metrics["value/explained"] = explained
             if step % args.eval_every == 0 or step == args.steps:
                 metrics |= evaluate(policy, tokenizer, held_out, reward, args, world)
-            shown = common.examples(samples, rewards, tokenizer, args.samples_per_prompt)
+            shown = common.examples(samples, scores, tokenizer, args.samples_per_prompt)
             common.log(out, writer, step, metrics, shown)
             common.show_progress(bar, metrics, args, warned)
 
@@ -632,7 +638,7 @@ def train(args):
 
 
 def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step, meter):
-    """Draws completions of this step's prompts and scores them -> (samples, rewards [B])."""
+    """Draws completions of this step's prompts and scores them -> (samples, scores [B])."""
     n = args.samples_per_prompt
     indices = common.rows_of_step(len(prompts), step, args.prompts_per_step, world, args.seed)
     samples = common.sample(
@@ -645,13 +651,14 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
         seed=common.fold(args.seed, step, world.rank, common.DRAW),
     )
     records = [prompts[indices[i // n]][1] for i in range(len(samples.texts))]
-    rewards = torch.tensor(reward.score(samples.texts, records), device=world.device)
-    meter.add("reward", rewards)
+    scores = torch.tensor(reward.score(samples.texts, records), device=world.device)
+    meter.add("reward", scores)
     meter.add("length", samples.mask.sum(1))
     meter.add("truncated", ~samples.finished)
     meter.total("tokens", samples.mask.sum())
+    # in training: so many consecutive rows are computed with one forward of their prompt
     samples.rows_per_prompt = n if share_prompts else 1
-    return samples, rewards
+    return samples, scores
 
 
 def shuffled_groups(args, world, step):
@@ -676,9 +683,9 @@ def shuffled_epochs(minibatches, args, step):
 def micro_batches(rows, trained, samples, tokens, world):
     """Cuts the rows of a mini-batch into parts, one forward each -> lists of row numbers.
 
-    trained [rows] says which rows are taken. A part has at most `tokens` tokens (padding included,
-    a shared prompt counted once); a row that is longer is a part of its own. Rows that share a
-    prompt stay together where they fit, and rows of like length come together.
+    trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
+    (padding included, a shared prompt counted once); a row that is longer is a part of its own.
+    Rows that share a prompt stay together where they fit, and rows of like length come together.
 
     FSDP needs equally many parts in all processes. A process that is short of parts adds a row that
     is not trained, or splits a part. All have equally many rows, so this cannot fail.
@@ -725,6 +732,7 @@ def set_learning_rates(optimizers, args, step):
     """The policy's schedule begins after --critic_warmup, the critic's at step 1."""
     start = args.critic_warmup
     shape = (args.schedule, args.warmup)
+    # 0 during --critic_warmup
     rate = common.learning_rate_at(step - start, args.steps - start, args.learning_rate, *shape)
     critic_rate = common.learning_rate_at(step, args.steps, args.critic_learning_rate, *shape)
     optimizers["policy"].param_groups[0]["lr"] = rate
@@ -756,7 +764,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
 
 
 def count_right(texts, records, rule):
-    """How many texts of each record are right by `rule`; 0 for records without an answer."""
+    """How many texts of each record (here one or more) are right by `rule`; 0 for records without
+    an answer."""
     n = len(texts) // len(records)
     right = torch.zeros(len(records))
     for i, text in enumerate(texts):
@@ -779,8 +788,8 @@ def number(completion, row):
 
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
-    Commas, $, a final dot and zeros that end a decimal do not matter. "1,234" is one number,
-    "1,2,3" are three."""
+    $, a final dot, zeros that end a decimal and commas between thousands do not matter: "1,234" is
+    one number, "1,2,3" are three."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
     # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"

@@ -91,7 +91,8 @@ class Args:
     data: str = str(TINY / "sort_train.jsonl")
     """training prompts: JSON lines with "prompt" (or "question") and usually "answer" """
     eval_data: str | None = None
-    """held-out prompts, as --data (None: those of the bundled task, or none with other data)"""
+    """held-out prompts, as --data (not given: those of the bundled task; with other --data, nothing
+    is held out)"""
     reward: str = "exact"
     """exact | number | FILE.py:function(completion, row) -> float | a reward model's folder"""
     demos: str = ""
@@ -309,10 +310,10 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, N):
 
 def k3(logprobs, other_logprobs):
     """Equation (4), [b, C]: an estimate of KL(p || other) on tokens drawn from p, never negative.
-    logprobs are those of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
+    logprobs: those of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
 
-    As a loss for p (as in grpo.py) its gradient is that of KL(other || p). Near each other the two
-    KLs agree. (The gradient of p / p_old * k3, through both, is that of KL(p || other).)
+    As a loss on tokens drawn from p (in grpo.py) its gradient is that of KL(other || p). Near each
+    other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
@@ -343,8 +344,9 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged. Computed last, so that checkpoint's recomputation stops before it. For
-            # an entropy bonus, drop the detach (and leave no row out for its advantage of 0).
+            # Only logged. Last and detached: backward needs none of it, and checkpoint stops
+            # computing again once it has what backward needs. For an entropy bonus, drop the
+            # detach and train the rows whose advantage is 0, too.
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -363,9 +365,10 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of the rows in minibatches; 0 in other rows. Computed in the
-    update's own micro-batches: in bfloat16 they depend on a micro-batch's shape. Cut differently,
-    the first ratio would not be 1, nor the first KL 0."""
+    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere. A mini-batch is a list of
+    micro-batches, and these are lists of row numbers. Computed in the update's own micro-batches:
+    in bfloat16 they depend on a micro-batch's shape. Cut differently, the first ratio would not
+    be 1, nor the first KL 0."""
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
@@ -407,7 +410,8 @@ def update_loss(policy, batch, rows, args, meter, is_first):
         meter.add("entropy", entropy, mask)
         if not args.demos:  # no policy drew the demonstrations
             sampled = batch.samples.logprobs[rows, :C]
-            meter.add("kl/sample", (old - sampled).abs(), mask)
+            # no KL: how far the sampler's log-probabilities are from the trainer's, by rounding
+        meter.add("kl/sample", (old - sampled).abs(), mask)
         if is_first and batch.old_logprobs is not None:
             meter.maximum("ratio/first", (ratio - 1).abs() * mask)
     return loss
@@ -557,6 +561,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
         temperature=args.temperature,
         seed=common.fold(args.seed, step, world.rank, common.DRAW),
     )
+    # in training: so many consecutive rows are computed with one forward of their prompt
     samples.rows_per_prompt = n if share_prompts else 1
     records = [prompts[indices[i // n]][1] for i in range(len(samples.texts))]
     scores = torch.tensor(reward.score(samples.texts, records), device=world.device)
@@ -588,9 +593,9 @@ def shuffled_epochs(minibatches, args, step):
 def micro_batches(rows, trained, samples, tokens, world):
     """Cuts the rows of a mini-batch into parts, one forward each -> lists of row numbers.
 
-    trained [rows] says which rows are taken. A part has at most `tokens` tokens (padding included,
-    a shared prompt counted once); a row that is longer is a part of its own. Rows that share a
-    prompt stay together where they fit, and rows of like length come together.
+    trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
+    (padding included, a shared prompt counted once); a row that is longer is a part of its own.
+    Rows that share a prompt stay together where they fit, and rows of like length come together.
 
     FSDP needs equally many parts in all processes. A process that is short of parts adds a row that
     is not trained, or splits a part. All have equally many rows, so this cannot fail.
@@ -657,7 +662,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
 
 
 def count_right(texts, records, rule):
-    """How many texts of each record are right by `rule`; 0 for records without an answer."""
+    """How many texts of each record (here one or more) are right by `rule`; 0 for records without
+    an answer."""
     n = len(texts) // len(records)
     right = torch.zeros(len(records))
     for i, text in enumerate(texts):
@@ -680,8 +686,8 @@ def number(completion, row):
 
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
-    Commas, $, a final dot and zeros that end a decimal do not matter. "1,234" is one number,
-    "1,2,3" are three."""
+    $, a final dot, zeros that end a decimal and commas between thousands do not matter: "1,234" is
+    one number, "1,2,3" are three."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
     # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"

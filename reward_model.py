@@ -211,7 +211,7 @@ def best_of(scores, values, n):
 
 
 def share_won(chosen, rejected):
-    """1 where chosen is scored higher, 1/2 on a tie (DPO begins with ties), else 0, [b]."""
+    """1 where chosen is scored higher, 1/2 on a tie (both are 0 before DPO), else 0, [b]."""
     return (chosen > rejected) + 0.5 * (chosen == rejected)
 
 
@@ -426,9 +426,10 @@ def train(args):
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     """Cuts pairs into parts, one forward each -> lists of pair numbers.
 
-    A pair is (prompt, chosen, rejected), as token ids. (In reward_model.py "prompt" is the
-    beginning that both texts share.) A part has at most `tokens` tokens (padding included, a shared
-    prompt counted once) or one pair. Pairs of like length come together, to save padding.
+    A pair is (prompt, chosen, rejected), as token ids. (The same function is in reward_model.py,
+    where "prompt" is the beginning that both texts share.) A part has at most `tokens` tokens
+    (padding included, a shared prompt counted once) or one pair. Pairs of like length come
+    together, to save padding.
 
     FSDP needs equally many parts in all processes. A process that is short of parts takes a pair
     out of its largest part. That has two or more, because all processes have equally many pairs.
@@ -691,8 +692,8 @@ def number(completion, row):
 
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
-    Commas, $, a final dot and zeros that end a decimal do not matter. "1,234" is one number,
-    "1,2,3" are three."""
+    $, a final dot, zeros that end a decimal and commas between thousands do not matter: "1,234" is
+    one number, "1,2,3" are three."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
     # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"

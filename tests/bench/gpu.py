@@ -546,7 +546,7 @@ def show(value):
 def tables(rows):
     blocks = []
     for piece, of_piece in itertools.groupby(rows, lambda r: r["piece"]):
-        blocks.append(f"## {piece}")
+        blocks.append(f"### {piece}")
         blocks.append(" ".join(PIECES[piece].__doc__.split()))
         stamp = lambda r: (r["device"], r["date"], r["torch"], r["transformers"])  # noqa: E731
         for made, same in itertools.groupby(of_piece, stamp):
