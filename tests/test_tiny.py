@@ -166,18 +166,19 @@ def test_a_program_that_never_ends_is_ended(monkeypatch):
 
 # --- a task with longer answers ---
 
-chain = sys.modules[common.load_function(f"{TINY}/chain.py:progress", "--reward").__module__]
+chain = sys.modules[common.load_function(f"{TINY}/chain.py:steps", "--reward").__module__]
 
 WORKED = "7 + 5 = 12\n12 - 3 = 9\n9 + 8 = 17\nResult: 17"  # the answer to 7 + 5 - 3 + 8
 
 
 @pytest.mark.parametrize(
-    "completion, progress, form, end",
+    "completion, steps, form, end",
     [
         (WORKED, 1, 1, 1),
         ("\n" + WORKED.replace("\n", " \n\n") + "\n", 1, 1, 1),  # spaces and empty lines
-        ("7 + 5 = 12\n12 - 3 = 8\n8 + 8 = 16\nResult: 16", 1 / 4, 1, 0),  # a wrong sum
-        ("7 + 5 = 12\n12 + 8 = 20\n20 - 3 = 17\nResult: 17", 1 / 4, 1, 1),  # another order
+        ("7 + 5 = 12\n12 - 3 = 8\n8 + 8 = 16\nResult: 16", 3 / 4, 1, 0),  # a wrong sum
+        ("7 + 5 = 12\n12 + 8 = 20\n20 - 3 = 17\nResult: 17", 2 / 4, 1, 1),  # another order
+        ("7 + 5 = 2\n2 - 3 = -1\n-1 + 8 = 7\nResult: 7", 3 / 4, 1, 0),  # below zero
         ("7 + 5 = 12\n12 - 3 = 9\n9 + 8 = 17", 3 / 4, 0, 1),  # no result
         ("7 + 5 = 12", 1 / 4, 0, 0),
         (WORKED.replace("17", "17."), 2 / 4, 0, 1),
@@ -190,17 +191,20 @@ WORKED = "7 + 5 = 12\n12 - 3 = 9\n9 + 8 = 17\nResult: 17"  # the answer to 7 + 5
         (" ".join(str(number) for number in range(20)), 0, 0, 0),  # all numbers
         ("\n".join(f"Result: {number}" for number in range(20)), 0, 0, 0),
         ("1 + 1 = 2\n2 + 2 = 4\n4 + 4 = 8\nResult: 17", 0, 1, 1),  # a right end, wrong steps
+        ("1 + 1 = 2\n2 + 2 = 4\n4 + 4 = 8\nResult: 8", 1 / 4, 1, 0),  # another problem
         ("7 + 5 = 12\n" * 4, 1 / 4, 0, 0),  # one right step again and again
         (WORKED + "\nResult: 16", 4 / 5, 0, 0),
         (WORKED + "\n" + WORKED, 4 / 8, 0, 1),
         ("Sure:\n" + WORKED, 0, 0, 1),
-        (WORKED.replace("Result: 17", "Result: -17"), 3 / 4, 0, 0),
+        (WORKED.replace("Result: 17", "Result: -17"), 3 / 4, 1, 0),
         (WORKED.replace("Result: 17", "Result: 3.17"), 3 / 4, 0, 0),
     ],
 )
-def test_a_chain_is_paid_up_to_its_first_wrong_line(completion, progress, form, end):
+def test_a_chain_is_paid_for_each_line_that_follows_from_the_one_before(
+    completion, steps, form, end
+):
     row = {"answer": WORKED}
-    assert chain.progress(completion, row) == progress
+    assert chain.steps(completion, row) == steps
     assert chain.form(completion, row) == form
     assert chain.end(completion, row) == end
 
@@ -219,5 +223,5 @@ def test_chains_are_different_problems_with_right_answers_of_small_numbers(tmp_p
         for step in steps:
             worked, _, value = step.partition(" = ")
             assert eval(worked) == int(value) and 0 <= int(value) <= 19
-        assert chain.progress(row["answer"], row) == 1
+        assert chain.steps(row["answer"], row) == 1
     assert chain.rows(5) == test[:5], "another run makes other data"

@@ -2,7 +2,7 @@
 
     python tests/tiny/chain.py FOLDER      # writes train.jsonl and test.jsonl there
     python grpo.py --model CHAT_MODEL --data FOLDER/train.jsonl --eval_data FOLDER/test.jsonl \\
-        --reward tests/tiny/chain.py:progress --max_new_tokens 96
+        --reward tests/tiny/chain.py:steps --max_new_tokens 96
 
 A problem is `7 + 5 - 3 + 8`. It has 3 to 5 steps; every number in it is from 1 to 9, and every
 intermediate result from 0 to 19. The answer has one line for each step and one for the result:
@@ -24,20 +24,29 @@ from pathlib import Path
 
 SYSTEM = "Work out each problem, one step a line, and end with the result."
 EXAMPLES = ("7 - 1 - 4 + 5", "3 + 5 + 5 + 2 - 8 + 6", "7 - 4 - 1 + 2 - 1")
-STEP = re.compile(r"\d+ [+-] \d+ = \d+")
+STEP = re.compile(r"-?\d{1,3} [+-] \d{1,3} = -?\d{1,3}")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-RESULT = re.compile(r"Result: \d+")
+RESULT = re.compile(r"Result: -?\d{1,3}")
 
 
-def progress(completion, row):
-    """The share of the answer's lines that are right, counted up to the first wrong line. A result
-    with a wrong step before it pays nothing. Lines beyond the answer's make the share smaller."""
+def steps(completion, row):
+    """The share of lines that are right, each worked out from the line before it: a wrong sum costs
+    one line and not those after it. Lines that are missing or too many make the share smaller.
+
+    (If lines counted only up to the first wrong one, most samples would say nothing about the
+    result, which is the last line.)"""
     said, wanted = lines_of(completion), lines_of(row["answer"])
+    value = int(wanted[0].split()[0])
     right = 0
     for line, wanted_line in zip(said, wanted):
-        if line != wanted_line:
-            break
-        right += 1
+        expected = f"Result: {value}"
+        if STEP.fullmatch(wanted_line):
+            sign, number = wanted_line.split()[1:3]
+            expected = step(value, sign, number)
+        right += line == expected
+        if not STEP.fullmatch(line):
+            break  # there is no number to go on from
+        value = int(line.split()[-1])
     return right / max(len(said), len(wanted))
 
 
@@ -46,9 +55,8 @@ def form(completion, row):
     said, wanted = lines_of(completion), lines_of(row["answer"])
     if len(said) != len(wanted):
         return 0.0
-    steps, result = said[:-1], said[-1]
-    all_steps = all(STEP.fullmatch(line) for line in steps)
-    return float(all_steps and RESULT.fullmatch(result) is not None)
+    all_steps = all(STEP.fullmatch(line) for line in said[:-1])
+    return float(all_steps and RESULT.fullmatch(said[-1]) is not None)
 
 
 def end(completion, row):
@@ -62,14 +70,18 @@ def lines_of(text):
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
+def step(value, sign, number):
+    return f"{value} {sign} {number} = {value + int(sign + number)}"
+
+
 def solved(problem):
     """The answer to a problem, and its first number and all results."""
     first, *rest = problem.split()
     values = [int(first)]
     lines = []
     for sign, number in zip(rest[::2], rest[1::2]):
+        lines.append(step(values[-1], sign, number))
         values.append(values[-1] + int(sign + number))
-        lines.append(f"{values[-2]} {sign} {number} = {values[-1]}")
     lines.append(f"Result: {values[-1]}")
     return "\n".join(lines), values
 
