@@ -411,7 +411,7 @@ def update_loss(policy, batch, rows, args, meter, is_first):
         if not args.demos:  # no policy drew the demonstrations
             sampled = batch.samples.logprobs[rows, :C]
             # no KL: how far the sampler's log-probabilities are from the trainer's, by rounding
-        meter.add("kl/sample", (old - sampled).abs(), mask)
+            meter.add("kl/sample", (old - sampled).abs(), mask)
         if is_first and batch.old_logprobs is not None:
             meter.maximum("ratio/first", (ratio - 1).abs() * mask)
     return loss

@@ -508,7 +508,7 @@ def real(args, size, _, folder):
     data.mkdir()
     subprocess.run([sys.executable, str(ROOT / "tests/tiny/chain.py"), str(data)], check=True)
     shared = ["--model", args.model, "--data", data / "train.jsonl"]
-    shared += ["--eval_data", data / "test.jsonl", "--reward", "tests/tiny/chain.py:progress"]
+    shared += ["--eval_data", data / "test.jsonl", "--reward", "tests/tiny/chain.py:steps"]
     shared += ["--max_new_tokens", 96, "--tokens_per_micro_batch", 32768]
 
     def one(script):
