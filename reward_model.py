@@ -117,6 +117,10 @@ class Args:
     """completions drawn at once; lower it when memory runs out"""
 
     # --- optimisation ---
+    lora_rank: int = 0
+    """rank of the adapters that learn while the model itself is frozen (0: all weights learn)"""
+    lora_alpha: float = 32.0
+    """what the adapters add is multiplied by this / --lora_rank"""
     steps: int = 375
     """optimizer updates in all; 0 evaluates only"""
     pairs_per_step: int = 64
@@ -160,12 +164,13 @@ def resolve(args):
     is_tiny_model = Path(args.model).resolve() == TINY / "model"
     is_tiny_data = args.data is None and not (args.eval_data or args.policy or args.eval_prompts)
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
+    faster = 10 if args.lora_rank else 1  # adapters want about ten times the learning rate
     defaults = {
         "data": str(TINY / "pairs_train.jsonl") if is_tiny_data else "",
         "eval_data": str(TINY / "pairs_test.jsonl") if is_tiny_data else "",
         "policy": str(TINY / "model") if is_tiny_data else "",
         "eval_prompts": str(TINY / "sort_test.jsonl") if is_tiny_data else "",
-        "learning_rate": 1e-3 if is_tiny_model else 1e-5,
+        "learning_rate": faster * (1e-3 if is_tiny_model else 1e-5),
         "tokens_per_micro_batch": 1024 if on_cpu else 8192,
     }
     unset = {name: value for name, value in defaults.items() if getattr(args, name) is None}
@@ -335,6 +340,7 @@ def train(args):
             head_std,
             args.gradient_checkpointing,
             frozen=not args.steps,
+            args=args,
         )
         # What both sides of a pair begin with is computed once, if the model's cache allows it.
         share_prompts = args.steps > 0 and common.prompts_can_be_shared(
