@@ -770,9 +770,8 @@ class AdaptedLinear(torch.nn.Linear):
         y = super().forward(x)
         if self.lora.active is None:  # the adapters are off
             return y
-        A, B = self.pairs[self.lora.active]
-        low = F.linear(x, A.weight.to(x.dtype))  # [.., R]
-        return y + self.lora.scale * F.linear(low, B.weight.to(x.dtype))
+        A, B = [half.weight.to(x.dtype) for half in self.pairs[self.lora.active]]
+        return y + self.lora.scale * F.linear(F.linear(x, A), B)
 
     def add_pair(self, name):
         A = torch.nn.Linear(self.in_features, self.lora.rank, bias=False)
@@ -782,8 +781,8 @@ class AdaptedLinear(torch.nn.Linear):
 
 
 def add_adapters(model, args, dtype):
-    """With --lora_rank: freezes the model, but not a reward model's new head, and gives every
-    nn.Linear in its blocks a pair of adapters -> the model."""
+    """With --lora_rank: freezes the model, but not a reward model's head, and gives every nn.Linear
+    in its blocks a pair of adapters -> the model."""
     if args is None or not args.lora_rank:
         return model
     head = [] if model.get_output_embeddings() else scalar_head(model).parameters()
@@ -798,9 +797,8 @@ def add_adapters(model, args, dtype):
     rest = ", ".join(sorted({type(m).__name__ for m in rest} - {"Linear"}))
     if not layers:
         fail(f"--lora_rank: {type(model).__name__} has no nn.Linear in its blocks, but {rest}")
-    width = max(min(layer.weight.shape) for layer in layers)
-    if args.lora_rank > width:
-        fail(f"--lora_rank {args.lora_rank}: above the width of the model's layers, {width}")
+    if args.lora_rank > max(min(layer.weight.shape) for layer in layers):
+        fail(f"--lora_rank {args.lora_rank}: above the width of all layers that it would adapt")
     if rest:
         say_once(f"note: only nn.Linear has adapters; these stay as they are: {rest}")
     model.lora = types.SimpleNamespace(layers=layers, rank=args.lora_rank, active="own")
@@ -835,15 +833,15 @@ def adapters(model, name):
         model.lora.active = before
 
 
+@dataclass(eq=False)
 class Switched:
-    """A model with another pair of adapters, or none, used like a model of its own."""
+    """A model with other adapters, or with none, used like a model of its own."""
 
-    def __init__(self, model, name):
-        self.adapted = model
-        self.name = name
+    adapted: torch.nn.Module
+    active: str | None
 
     def __call__(self, **inputs):
-        with adapters(self.adapted, self.name):
+        with adapters(self.adapted, self.active):
             return self.adapted(**inputs)
 
     def __getattr__(self, name):
@@ -853,17 +851,16 @@ class Switched:
 def write_adapter(model, folder, state):
     """Writes what peft and vLLM load on top of the first model, and merges it into `state`: B A is
     added in float32, and the sum rounded once."""
-    learned = [name for name, p in model.named_parameters() if p.requires_grad]
-    learned = {f"base_model.model.{name}": state[name] for name in learned}
+    learned = {f"base_model.model.{k}": state[k] for k, _ in tensors(model, for_checkpoint=True)}
     names = [name for name, m in model.named_modules() if m in model.lora.layers]
     for name in names:
         W = state[f"{name}.weight"]
         BA = state.pop(f"{name}.lora_B.weight") @ state.pop(f"{name}.lora_A.weight")
         state[f"{name}.weight"] = (W + model.lora.scale * BA).to(W.dtype)
-    config = {"peft_type": "LORA", "base_model_name_or_path": model.name_or_path}
-    config |= {"task_type": "CAUSAL_LM" if model.get_output_embeddings() else "SEQ_CLS"}
+    task = "CAUSAL_LM" if model.get_output_embeddings() else "SEQ_CLS"
+    config = {"peft_type": "LORA", "task_type": task, "target_modules": names}
     config |= {"r": model.lora.rank, "lora_alpha": model.lora.scale * model.lora.rank}
-    config |= {"target_modules": names}
+    config |= {"base_model_name_or_path": model.name_or_path}
     temporary = folder.with_name(folder.name + ".tmp")
     temporary.mkdir(exist_ok=True)
     write(temporary / "adapter_config.json", json.dumps(config, indent=1))
@@ -1556,7 +1553,7 @@ def lasting_memory(path, world, learning=1, frozen=0, args=None):
     if learned < count:
         count -= learned
         frozen += int(learning > 0)
-        say(f"{learned / 1e6:.1f}M parameters of adapters learn")
+        say(f"--lora_rank {args.lora_rank}: {learned / 1e6:.2f}M parameters learn")
     frozen_bytes = torch.finfo(world.dtype).bits // 8
     return count, (16 * learning * learned + frozen_bytes * frozen * count) / world.size
 
