@@ -661,9 +661,12 @@ def shard(model, world):
     if not blocks:  # FSDP2 notices a backward pass only through blocks inside the root
         name = type(model).__name__
         fail(f"{name} names no blocks to shard: it trains in one CPU process in float32 only")
+    left_alone = set()
+    if world.size == 1 and hasattr(model, "lora"):  # FSDP2 would copy frozen weights at each use
+        left_alone = {p for p in model.to(world.device).parameters() if not p.requires_grad}
     # inner blocks first, the root last: each takes the weights that no other has taken
     for unit in [*reversed(blocks), model]:
-        fully_shard(unit, mesh=mesh, mp_policy=precision)
+        fully_shard(unit, mesh=mesh, mp_policy=precision, ignored_params=left_alone)
         if world.size > 1:  # dividing by 1 would copy each gradient
             # FSDP2 averages over the processes. Our losses are divided by counts over all
             # processes already, so the right gradient is the sum.
