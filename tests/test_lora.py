@@ -17,6 +17,7 @@ from test_bfloat16 import MODEL, PROMPTS, ROLLOUTS, TINY, check_equal, lose_last
 from test_bfloat16 import data as data
 from test_bfloat16 import one_thread as one_thread
 from test_bfloat16 import train as train_briefly
+from torch.distributed.tensor import DTensor
 
 import common
 import grpo
@@ -114,6 +115,8 @@ def test_the_base_is_frozen_in_the_computing_dtype_and_adapters_are_float32(dtyp
     for name, p in common.load_policy(tmp_path, world, args=LORA).named_parameters():
         assert p.requires_grad == (".lora_" in name), name
         assert p.dtype == (torch.float32 if ".lora_" in name else world.dtype), name
+        # on one process FSDP2 would copy frozen weights at each use
+        assert isinstance(p, DTensor) == (dtype == "bfloat16" and p.requires_grad), name
 
 
 def test_every_linear_layer_of_the_blocks_has_adapters_and_the_head_has_none(tmp_path):
@@ -150,6 +153,15 @@ def test_a_separate_critic_learns_its_own_adapters_and_a_head(run_of):
     moved = [key for key, weight in models["critic"].items() if weight.abs().sum() > 0]
     assert len(moved) == len(models["critic"]) == len(models["policy"]) + 2
     assert not torch.equal(models["critic"]["2.weight"], list(models["policy"].values())[1])
+
+
+def test_prompts_are_shared_although_the_critic_is_the_policy_with_other_adapters(tmp_path):
+    family("llama").save_pretrained(tmp_path)
+    world = start()
+    policy = common.load_policy(tmp_path, world, args=LORA)
+    _, trunk = common.add_critic_adapters(policy, torch.nn.Linear(32, 1))
+    args = types.SimpleNamespace(samples_per_prompt=2, steps=1, gradient_checkpointing=False)
+    assert common.can_share_prompts([policy, trunk], args, world)
 
 
 def test_what_is_not_adapted_is_said(tmp_path, capsys):
