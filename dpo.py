@@ -133,7 +133,7 @@ class Args:
     pairs_per_step: int = 64
     """pairs in an update, of all processes together"""
     learning_rate: float | None = None
-    """peak of AdamW's learning rate (None: 5e-7, and 3e-4 for the bundled model, which is small)"""
+    """peak of AdamW's learning rate (None: 5e-7, 3e-4 for the bundled model; adapters: x 10)"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """what the learning rate does after the warm-up"""
     warmup: int = 10

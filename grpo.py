@@ -136,7 +136,7 @@ class Args:
     steps: int = 400
     """rollouts in all; 0 evaluates only"""
     learning_rate: float | None = None
-    """peak of AdamW's learning rate (None: 1e-6, and 2e-4 for the bundled model, which is small)"""
+    """peak of AdamW's learning rate (None: 1e-6, 2e-4 for the bundled model; adapters: x 10)"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """what the learning rate does after the warm-up"""
     warmup: int = 10

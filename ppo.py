@@ -148,7 +148,7 @@ class Args:
     steps: int = 150
     """rollouts in all; 0 evaluates only"""
     learning_rate: float | None = None
-    """peak of AdamW's learning rate (None: 1e-6, and 3e-4 for the bundled model, which is small)"""
+    """peak of AdamW's learning rate (None: 1e-6, 3e-4 for the bundled model; adapters: x 10)"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """what the learning rate does after the warm-up"""
     warmup: int = 10
