@@ -6,6 +6,7 @@ LOADING
     Text to token ids      load_tokenizer, encode_prompt, encode_completion, load_prompts
     Configs                read_config, context_of, fit_context, fit_reward_model
     Models                 load_policy, load_reference, load_scalar, shard, save_model
+    Adapters (LoRA)        add_adapters, add_critic_adapters, Switched, write_adapter
     Rewards                load_reward, load_function, load_scorer
 SAMPLING
     Completions            Samples, sample, as_samples, rows_at_once
@@ -45,6 +46,7 @@ import signal
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +54,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -195,13 +198,15 @@ def check_flags(args):
     for name, value in vars(args).items():
         if type(value) not in (int, float) or name == "simpo_margin":
             continue
-        if name in ("temperature", "max_grad_norm") and not value > 0:
+        if name in ("temperature", "max_grad_norm", "lora_alpha") and not value > 0:
             fail(f"--{name} {value}: must be above 0")
         least = 1 if name in COUNTS else 0
         if not value >= least:  # also true of nan
             fail(f"--{name} {value}: must be {least} or more")
     if args.resume and not args.steps:
         fail("--steps 0 evaluates a model: give --model RUN/model instead of --resume")
+    if args.lora_rank:
+        empty_model(args.model, args)  # stops if this rank does not suit the model
 
 
 def read_json(path, flag):
@@ -542,24 +547,36 @@ def load(auto, path, **changes):
     return model, missing
 
 
-def load_policy(path, world, gradient_checkpointing=False):
-    """The model that learns: float32 weights, in training mode."""
+def empty_model(path, args=None):
+    """A model without numbers: what its config alone tells. args: flags, for `add_adapters`."""
+    with loading(path), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(read_config(path), trust_remote_code=False)
+        return add_adapters(model, args, torch.float32)
+
+
+def load_policy(path, world, gradient_checkpointing=False, args=None):
+    """The model that learns: float32 weights, in training mode. args: flags, for `add_adapters`."""
     model, _ = load(AutoModelForCausalLM, path)
     check_head(model.eval())
     widen_head(model, world)
-    return prepare(model, world, gradient_checkpointing)
+    return prepare(add_adapters(model, args, world.dtype), world, gradient_checkpointing)
 
 
-def load_reference(path, world):
-    """A frozen model, for a KL penalty or to draw best-of-N from."""
+def load_reference(path, world, policy=None):
+    """A frozen model, for a KL penalty or to draw best-of-N from. A policy with adapters is its own
+    reference, with the adapters off: no second model is loaded."""
+    if hasattr(policy, "lora"):
+        return Switched(policy, None)
     model, _ = load(AutoModelForCausalLM, path)
     widen_head(model, world)
     return freeze(model, world)
 
 
-def load_scalar(path, world, tokenizer, head_std=None, gradient_checkpointing=False, frozen=False):
+def load_scalar(
+    path, world, tokenizer, head_std=None, gradient_checkpointing=False, frozen=False, args=None
+):
     """A critic or reward model: its head gives one number. head_std draws a new head with this
-    standard deviation: 0 for a critic, so that its first guess is 0."""
+    standard deviation: 0 for a critic, so that its first guess is 0. args: as in `load_policy`."""
     scalar_config(path)
     model, missing = load(AutoModelForSequenceClassification, path, num_labels=1)
     if head_std is None and missing:
@@ -581,7 +598,7 @@ def load_scalar(path, world, tokenizer, head_std=None, gradient_checkpointing=Fa
     config.problem_type = "regression"
     if frozen:
         return freeze(model, world)
-    return prepare(model, world, gradient_checkpointing)
+    return prepare(add_adapters(model, args, world.dtype), world, gradient_checkpointing)
 
 
 def scalar_head(model):
@@ -618,7 +635,11 @@ def prepare(model, world, gradient_checkpointing=False):
     if gradient_checkpointing:  # transformers 5.17 has only the older name, 5.23 warns about it
         enable = getattr(model, "activation_checkpointing_enable", None)
         enable = enable or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        settings = {"use_reentrant": False}
+        if hasattr(model, "lora"):  # backward computes again with the adapters of the forward
+            now = functools.partial(adapters, model)
+            settings["context_fn"] = lambda: (contextlib.nullcontext(), now(model.lora.active))
+        enable(settings)
     return shard(model, world)
 
 
@@ -639,20 +660,28 @@ def shard(model, world):
         return model
     mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
     precision = MixedPrecisionPolicy(world.dtype, torch.float32, cast_forward_inputs=False)
-    names = model._no_split_modules or ()
-    blocks = [m for m in model.modules() if type(m).__name__ in names and m is not model]
+    blocks = blocks_of(model)
     if not blocks:  # FSDP2 notices a backward pass only through blocks inside the root
         name = type(model).__name__
         fail(f"{name} names no blocks to shard: it trains in one CPU process in float32 only")
+    left_alone = set()
+    if world.size == 1 and hasattr(model, "lora"):  # FSDP2 would copy frozen weights at each use
+        left_alone = {p for p in model.to(world.device).parameters() if not p.requires_grad}
     # inner blocks first, the root last: each takes the weights that no other has taken
     for unit in [*reversed(blocks), model]:
-        fully_shard(unit, mesh=mesh, mp_policy=precision)
+        fully_shard(unit, mesh=mesh, mp_policy=precision, ignored_params=left_alone)
         if world.size > 1:  # dividing by 1 would copy each gradient
             # FSDP2 averages over the processes. Our losses are divided by counts over all
             # processes already, so the right gradient is the sum.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def blocks_of(model):
+    """The layers of a transformer, an outer one before those inside it."""
+    names = model._no_split_modules or ()
+    return [m for m in model.modules() if type(m).__name__ in names and m is not model]
 
 
 def at_rest(model):
@@ -696,7 +725,8 @@ def save_model(model, tokenizer, folder, world):
     for name, value in tensors(model):
         value = whole(value, keep=world.rank == 0)
         if world.rank == 0:
-            state[name] = value.to(world.dtype) if value.is_floating_point() else value
+            rounded = value.is_floating_point() and ".lora_" not in name
+            state[name] = value.to(world.dtype) if rounded else value
 
     def write_on_the_first():
         if world.rank == 0:
@@ -709,6 +739,8 @@ def write_model(model, tokenizer, folder, state, dtype):
     temporary = folder.with_name(folder.name + ".tmp")
     generation = getattr(model, "generation_config", None)
     try:
+        if hasattr(model, "lora"):
+            write_adapter(model, folder.with_name("adapter"), state)
         # save_pretrained refuses some generation configs (Llama-2's): hide it, write it later
         model.generation_config = GenerationConfig()
         model.save_pretrained(temporary, state_dict=state)
@@ -731,6 +763,115 @@ def write_model(model, tokenizer, folder, state, dtype):
         raise Stop(f"{folder} could not be written ({error})") from error
     finally:
         model.generation_config = generation
+
+
+# -- Adapters (LoRA) -------------------------------------------------------------------------------
+
+
+class AdaptedLinear(torch.nn.Linear):
+    """y = W x + (alpha / R) B A x. W is frozen, in the computing dtype. A [R, in] and B [out, R]
+    learn, in float32. B starts at 0, so the model starts as it was."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.lora.active is None:  # the adapters are off
+            return y
+        A, B = [half.weight.to(x.dtype) for half in self.pairs[self.lora.active]]
+        return y + self.lora.scale * F.linear(F.linear(x, A), B)
+
+    def add_pair(self, name):
+        A = torch.nn.Linear(self.in_features, self.lora.rank, bias=False)
+        B = torch.nn.Linear(self.lora.rank, self.out_features, bias=False)
+        torch.nn.init.zeros_(B.weight)
+        self.pairs[name] = (A, B)
+
+
+def add_adapters(model, args, dtype):
+    """With --lora_rank: freezes the model, but not a reward model's head, and gives every nn.Linear
+    in its blocks a pair of adapters -> the model."""
+    if args is None or not args.lora_rank:
+        return model
+    head = [] if model.get_output_embeddings() else scalar_head(model).parameters()
+    for weight in set(model.parameters()) - set(head):
+        weight.requires_grad_(False)
+        weight.data = weight.data.to(dtype)
+    inside = {}  # a dict keeps the order, and a module once: blocks may lie in blocks
+    for block in blocks_of(model):
+        inside |= dict.fromkeys(block.modules())
+    layers = [m for m in inside if type(m) is torch.nn.Linear]
+    rest = [m for m in inside if any(p.ndim > 1 for p in m.parameters(recurse=False))]
+    rest = ", ".join(sorted({type(m).__name__ for m in rest} - {"Linear"}))
+    if not layers:
+        fail(f"--lora_rank: {type(model).__name__} has no nn.Linear in its blocks, but {rest}")
+    if args.lora_rank > max(min(layer.weight.shape) for layer in layers):
+        fail(f"--lora_rank {args.lora_rank}: above the width of all layers that it would adapt")
+    if rest:
+        say_once(f"note: only nn.Linear has adapters; these stay as they are: {rest}")
+    model.lora = types.SimpleNamespace(layers=layers, rank=args.lora_rank, active="own")
+    model.lora.scale = args.lora_alpha / args.lora_rank
+    for layer in layers:
+        layer.__class__ = AdaptedLinear
+        layer.lora = model.lora  # one for all layers
+        layer.pairs = {}
+        layer.add_pair("own")
+        layer.lora_A, layer.lora_B = layer.pairs["own"]  # from here on weights of the model
+    return model
+
+
+def add_critic_adapters(policy, head):
+    """A second pair on every layer -> (pairs and head, which learn; the policy with these pairs).
+    They are no weights of the policy: FSDP does not sum their gradients."""
+    critic = torch.nn.ModuleList([head])
+    for layer in policy.lora.layers:
+        layer.add_pair("critic")
+        critic.extend(layer.pairs["critic"])
+    return critic.to(head.weight.device), Switched(policy, "critic")
+
+
+@contextlib.contextmanager
+def adapters(model, name):
+    """Inside, the model computes with its pairs of this name, or with none (None)."""
+    before = model.lora.active
+    model.lora.active = name
+    try:
+        yield
+    finally:
+        model.lora.active = before
+
+
+@dataclass(eq=False)
+class Switched:
+    """A model with other adapters, or with none, used like a model of its own."""
+
+    adapted: torch.nn.Module
+    active: str | None
+
+    def __call__(self, **inputs):
+        with adapters(self.adapted, self.active):
+            return self.adapted(**inputs)
+
+    def __getattr__(self, name):
+        return getattr(self.adapted, name)
+
+
+def write_adapter(model, folder, state):
+    """Writes what peft and vLLM load on top of the first model, and merges it into `state`: B A is
+    added in float32, and the sum rounded once."""
+    learned = {f"base_model.model.{k}": state[k] for k, _ in tensors(model, for_checkpoint=True)}
+    names = [name for name, m in model.named_modules() if m in model.lora.layers]
+    for name in names:
+        W = state[f"{name}.weight"]
+        BA = state.pop(f"{name}.lora_B.weight") @ state.pop(f"{name}.lora_A.weight")
+        state[f"{name}.weight"] = (W + model.lora.scale * BA).to(W.dtype)
+    task = "CAUSAL_LM" if model.get_output_embeddings() else "SEQ_CLS"
+    config = {"peft_type": "LORA", "task_type": task, "target_modules": names}
+    config |= {"r": model.lora.rank, "lora_alpha": model.lora.scale * model.lora.rank}
+    config |= {"base_model_name_or_path": model.name_or_path}
+    temporary = folder.with_name(folder.name + ".tmp")
+    temporary.mkdir(exist_ok=True)
+    write(temporary / "adapter_config.json", json.dumps(config, indent=1))
+    save_file(learned, temporary / "adapter_model.safetensors", {"format": "pt"})
+    replace(temporary, folder)
 
 
 # -- Rewards ---------------------------------------------------------------------------------------
@@ -1505,7 +1646,7 @@ def can_share_prompts(models, args, world):
         return False
     checkpointing = args.gradient_checkpointing
     # dict.fromkeys: a model that comes twice is asked once, and all processes ask in one order
-    different = list(dict.fromkeys(models))
+    different = list(dict.fromkeys(getattr(model, "adapted", model) for model in models))
     return all(prompts_can_be_shared(model, world, checkpointing) for model in different)
 
 
@@ -1530,15 +1671,19 @@ def gradient_norm(model):
 # -- Memory and optimizer --------------------------------------------------------------------------
 
 
-def lasting_memory(path, world, learning=1, frozen=0):
+def lasting_memory(path, world, learning=1, frozen=0, args=None):
     """A model's parameters, exact from its config alone, and the bytes that a process holds for
     good: for each of `learning` models four float32 numbers a parameter (weight, gradient, two
-    moments), for each of `frozen` ones a weight."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(read_config(path), trust_remote_code=False)
+    moments), for each of `frozen` ones a weight. Adapters are on one frozen model for all."""
+    model = empty_model(path, args)
     count = sum(p.numel() for p in model.parameters())
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if learned < count:
+        count -= learned
+        frozen += int(learning > 0)
+        say(f"--lora_rank {args.lora_rank}: {learned / 1e6:.2f}M parameters learn")
     frozen_bytes = torch.finfo(world.dtype).bits // 8
-    return count, count * (16 * learning + frozen_bytes * frozen) / world.size
+    return count, (16 * learning * learned + frozen_bytes * frozen * count) / world.size
 
 
 def memory_used(world):
@@ -1707,9 +1852,12 @@ def checkpoints(out):
     return sorted((Path(out) / "checkpoint").glob("[0-9]*.pt"), key=lambda p: int(p.stem))
 
 
-def tensors(model):
+def tensors(model, for_checkpoint=False):
     """[(name, tensor)] of the weights and of the buffers that are saved. Unlike in
-    state_dict, a head that is tied to the embedding comes once."""
+    state_dict, a head that is tied to the embedding comes once. With adapters a checkpoint holds
+    what learns only."""
+    if for_checkpoint and hasattr(model, "lora"):
+        return [(name, p) for name, p in at_rest(model).named_parameters() if p.requires_grad]
     saved = at_rest(model).state_dict().keys()
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
     return [*model.named_parameters(), *buffers]
@@ -1724,7 +1872,7 @@ def save_checkpoint(out, world, step, models, optimizers, keep=1):
 
     state = {"step": step, "world": world.size, "models": {}, "optimizers": {}}
     for name, model in models.items():
-        state["models"][name] = gather(tensors(model))
+        state["models"][name] = gather(tensors(model, for_checkpoint=True))
         moments = optimizers[name].state_dict()["state"] if name in optimizers else {}
         state["optimizers"][name] = {i: gather(m.items()) for i, m in moments.items()}
     if world.rank == 0:
@@ -1789,7 +1937,7 @@ def load_checkpoint(state, models, optimizers):
 
     for name, model in models.items():
         saved = state["models"][name]
-        for key, p in tensors(model):
+        for key, p in tensors(model, for_checkpoint=True):
             if key not in saved or saved[key].shape != p.shape:
                 fail(f"--resume: the checkpoint is of another model (see {key})")
             p.data.copy_(like(saved[key], p))
@@ -1879,7 +2027,7 @@ def introduce(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0
     the first process, (None, None) on the others."""
     if world.rank > 0:
         return None, None
-    count, needed = lasting_memory(args.model, world, learning, frozen)
+    count, needed = lasting_memory(args.model, world, learning, frozen, args)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if world.device.type == "cuda":
         there = torch.cuda.get_device_properties(world.device).total_memory

@@ -124,12 +124,16 @@ class Args:
     """weight of -log pi(chosen) / length, which keeps the chosen completions likely"""
 
     # --- optimisation ---
+    lora_rank: int = 0
+    """rank of the adapters that learn while the model itself is frozen (0: all weights learn)"""
+    lora_alpha: float = 32.0
+    """what the adapters add is multiplied by this / --lora_rank"""
     steps: int = 300
     """optimizer updates in all; 0 evaluates only"""
     pairs_per_step: int = 64
     """pairs in an update, of all processes together"""
     learning_rate: float | None = None
-    """peak of AdamW's learning rate (None: 5e-7, and 3e-4 for the bundled model, which is small)"""
+    """peak of AdamW's learning rate (None: 5e-7, 3e-4 for the bundled model; adapters: x 10)"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """what the learning rate does after the warm-up"""
     warmup: int = 10
@@ -168,12 +172,13 @@ def resolve(args):
     is_tiny_data = args.data is None and not args.eval_data and not args.eval_prompts
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
     usual_beta = 0.5 if is_tiny_model else 0.1
+    faster = 10 if args.lora_rank else 1  # adapters want about ten times the learning rate
     defaults = {
         "data": str(TINY / "pairs_train.jsonl") if is_tiny_data else "",
         "eval_data": "",
         "eval_prompts": str(TINY / "sort_test.jsonl") if is_tiny_data else "",
         "beta": {"simpo": 2.0, "ipo": 1.0}.get(args.loss, usual_beta),
-        "learning_rate": 3e-4 if is_tiny_model else 5e-7,
+        "learning_rate": faster * (3e-4 if is_tiny_model else 5e-7),
         "tokens_per_micro_batch": 2048 if on_cpu else 8192,
     }
     # without training, the model would be compared with itself
@@ -335,7 +340,7 @@ def train(args):
         common.say(f"{drawn} pairs will be drawn from {len(pairs)}, {passes:.1f} passes")
 
     with common.guarded(out, args, bar):
-        policy = common.load_policy(args.model, world, args.gradient_checkpointing)
+        policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
         # training computes a prompt once for both sides, if a trial shows that the model can
         share_prompts = args.steps > 0 and common.prompts_can_be_shared(
             policy, world, args.gradient_checkpointing

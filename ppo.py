@@ -143,10 +143,14 @@ class Args:
     are skipped; 0: never"""
 
     # --- optimisation ---
+    lora_rank: int = 0
+    """rank of the adapters that learn while the model itself is frozen (0: all weights learn)"""
+    lora_alpha: float = 32.0
+    """what the adapters add is multiplied by this / --lora_rank"""
     steps: int = 150
     """rollouts in all; 0 evaluates only"""
     learning_rate: float | None = None
-    """peak of AdamW's learning rate (None: 1e-6, and 3e-4 for the bundled model, which is small)"""
+    """peak of AdamW's learning rate (None: 1e-6, 3e-4 for the bundled model; adapters: x 10)"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """what the learning rate does after the warm-up"""
     warmup: int = 10
@@ -188,11 +192,12 @@ def resolve(args):
     is_tiny_model = Path(args.model).resolve() == TINY / "model"
     is_tiny_data = Path(args.data).resolve().parent == TINY
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
+    faster = 10 if args.lora_rank else 1  # adapters want about ten times the learning rate
     critic_rate = 5e-4 if is_tiny_model else 1e-5
-    if args.critic == "shared":
+    if args.critic == "shared" or args.lora_rank:
         critic_rate *= 10  # a new layer alone may learn faster than a pretrained model
     defaults = {
-        "learning_rate": 3e-4 if is_tiny_model else 1e-6,
+        "learning_rate": faster * (3e-4 if is_tiny_model else 1e-6),
         "critic_learning_rate": critic_rate,
         "tokens_per_micro_batch": 2048 if on_cpu else 8192,
         "eval_data": str(TINY / "sort_test.jsonl") if is_tiny_data else "",
@@ -376,11 +381,12 @@ def make_critic(policy, critic_path, tokenizer, args, world):
 
                    trunk                    head                  critic
         separate   a second transformer     its last layer        trunk, head included
+                   (with --lora_rank: the policy with other adapters and a new linear layer)
         shared     the policy               a new linear layer    head
 
     The head starts at 0. That of a reward model would be far off: it learned on finished texts.
     """
-    if critic_path:
+    if critic_path and not args.lora_rank:
         common.say(f"critic: separate, from {critic_path}")
         checkpointing = args.gradient_checkpointing
         critic = common.load_scalar(
@@ -388,10 +394,12 @@ def make_critic(policy, critic_path, tokenizer, args, world):
         )
         return critic, critic, common.scalar_head(critic)
     width = policy.get_output_embeddings().weight.shape[1]
-    critic = torch.nn.Linear(width, 1, device=world.device)
-    torch.nn.init.zeros_(critic.weight)
-    torch.nn.init.zeros_(critic.bias)
-    return critic, policy, critic
+    head = torch.nn.Linear(width, 1, device=world.device)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    if critic_path:
+        return *common.add_critic_adapters(policy, head), head
+    return head, policy, head
 
 
 def values_of(head, states):
@@ -486,7 +494,7 @@ def take_step(models, optimizers, args, world, step):
     norms before clipping."""
     policy = models["policy"]
     critic = models["critic"]
-    if args.critic == "shared" and world.size > 1:
+    if (args.critic == "shared" or args.lora_rank) and world.size > 1:
         # FSDP sums the policy's gradients over the processes; this head is not part of it
         for p in critic.parameters():
             torch.distributed.all_reduce(p.grad)
@@ -512,18 +520,18 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
-    learning_models = 2 if critic_path else 1
-    # counted in the memory that is printed at the start
-    frozen_models = int(args.beta > 0 and args.steps > 0) + int(reward.is_model)
+    needs_reference = args.beta > 0 and args.steps > 0
+    learning_models = 2 if critic_path else 1  # counted in the memory that is printed
+    frozen_models = int(needs_reference and not args.lora_rank) + int(reward.is_model)
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, learning_models, frozen_models
     )
 
     with common.guarded(out, args, bar):
-        policy = common.load_policy(args.model, world, args.gradient_checkpointing)
+        policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
         critic, trunk, head = make_critic(policy, critic_path, tokenizer, args, world)
         share_prompts = common.can_share_prompts([policy, trunk], args, world)
-        reference = common.load_reference(args.model, world) if args.beta and args.steps else None
+        reference = common.load_reference(args.model, world, policy) if needs_reference else None
         models = {"policy": policy, "critic": critic}
         optimizers = {
             "policy": common.make_optimizer(policy, args.learning_rate),
@@ -829,10 +837,10 @@ def critic_folder(args, config, tokenizer, longest, reward_is_model):
     """The folder that a separate critic starts from: that of the reward model, if it has every
     token of the policy under the same id and a context for the longest prompt and completion,
     else that of the policy."""
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not args.lora_rank:
         why = f"transformers has no sequence classifier for the family {config.model_type!r}"
         fail(f"--critic separate: {why}; use --critic shared")
-    if reward_is_model:
+    if reward_is_model and not args.lora_rank:
         vocabulary = common.load_tokenizer(args.reward).get_vocab()
         has_tokens = tokenizer.get_vocab().items() <= vocabulary.items()
         context = common.context_of(common.read_config(args.reward))

@@ -130,10 +130,14 @@ class Args:
     reference model is loaded"""
 
     # --- optimisation ---
+    lora_rank: int = 0
+    """rank of the adapters that learn while the model itself is frozen (0: all weights learn)"""
+    lora_alpha: float = 32.0
+    """what the adapters add is multiplied by this / --lora_rank"""
     steps: int = 250
     """rollouts in all; 0 evaluates only"""
     learning_rate: float | None = None
-    """peak of AdamW's learning rate (None: 1e-6, and 3e-4 for the bundled model, which is small)"""
+    """peak of AdamW's learning rate (None: 1e-6, 3e-4 for the bundled model; adapters: x 10)"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """what the learning rate does after the warm-up"""
     warmup: int = 10
@@ -181,11 +185,12 @@ def resolve(args):
     is_tiny_model = Path(args.model).resolve() == TINY / "model"
     is_tiny_data = Path(args.demos or args.data).resolve().parent == TINY
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
+    faster = 10 if args.lora_rank else 1  # adapters want about ten times the learning rate
     defaults = {
         "baseline": "none" if args.demos else "loo",
         "samples_per_prompt": 1 if args.demos else 8,
         "beta": 0.0 if args.demos else 0.05,
-        "learning_rate": 3e-4 if is_tiny_model else 1e-6,
+        "learning_rate": faster * (3e-4 if is_tiny_model else 1e-6),
         "tokens_per_micro_batch": 2048 if on_cpu else 8192,
         "eval_data": str(TINY / "sort_test.jsonl") if is_tiny_data else "",
     }
@@ -428,19 +433,20 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
+    needs_reference = args.beta > 0 and args.steps > 0
     # counted in the memory that is printed at the start
-    frozen_models = int(args.beta > 0 and args.steps > 0) + int(reward.is_model)
+    frozen_models = int(needs_reference and not args.lora_rank) + int(reward.is_model)
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen_models
     )
 
     with common.guarded(out, args, bar):
-        policy = common.load_policy(args.model, world, args.gradient_checkpointing)
+        policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
         # training computes a prompt once for its n completions, if the model's cache allows it
         share_prompts = common.can_share_prompts([policy], args, world)
         reference = None
-        if args.beta and args.steps:
-            reference = common.load_reference(args.model, world)
+        if needs_reference:
+            reference = common.load_reference(args.model, world, policy)
         optimizer = common.make_optimizer(policy, args.learning_rate)
         models = {"policy": policy}  # what a checkpoint holds
         if saved:

@@ -117,12 +117,16 @@ class Args:
     """completions drawn at once; lower it when memory runs out"""
 
     # --- optimisation ---
+    lora_rank: int = 0
+    """rank of the adapters that learn while the model itself is frozen (0: all weights learn)"""
+    lora_alpha: float = 32.0
+    """what the adapters add is multiplied by this / --lora_rank"""
     steps: int = 375
     """optimizer updates in all; 0 evaluates only"""
     pairs_per_step: int = 64
     """pairs in an update"""
     learning_rate: float | None = None
-    """peak of AdamW's learning rate (None: 1e-5, and 1e-3 for the bundled model, which is small)"""
+    """peak of AdamW's learning rate (None: 1e-5, adapters 1e-4; bundled model 1e-3 and 3e-3)"""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """what the learning rate does after the warm-up"""
     warmup: int = 10
@@ -168,6 +172,8 @@ def resolve(args):
         "learning_rate": 1e-3 if is_tiny_model else 1e-5,
         "tokens_per_micro_batch": 1024 if on_cpu else 8192,
     }
+    if args.lora_rank:  # about ten times; that is too much for the bundled model's high rate
+        defaults["learning_rate"] *= 3 if is_tiny_model else 10
     unset = {name: value for name, value in defaults.items() if getattr(args, name) is None}
     args = dataclasses.replace(args, **unset)
     common.check_flags(args)
@@ -335,6 +341,7 @@ def train(args):
             head_std,
             args.gradient_checkpointing,
             frozen=not args.steps,
+            args=args,
         )
         # What both sides of a pair begin with is computed once, if the model's cache allows it.
         share_prompts = args.steps > 0 and common.prompts_can_be_shared(

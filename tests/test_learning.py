@@ -91,6 +91,26 @@ def test_reinforce_learns_to_sort(tmp_path):
     assert curve[0] <= 0.40 and curve[-1] >= 0.60, curve
 
 
+@pytest.mark.parametrize(
+    "command, least",
+    [
+        ("grpo --lora_rank 8", {"eval/exact": 0.85}),
+        ("dpo --lora_rank 8", {"eval/exact": 0.41, "eval/accuracy": 0.85}),
+        ("reinforce --lora_rank 8 --steps 125", {"eval/exact": 0.55}),
+        ("ppo --lora_rank 8 --steps 50 --eval_every 50", {"eval/exact": 0.55}),
+        ("ppo --lora_rank 8 --steps 50 --eval_every 50 --critic shared", {"eval/exact": 0.55}),
+        ("reward_model --lora_rank 8 --policy= --eval_prompts=", {"eval/accuracy": 0.90}),
+    ],
+)
+def test_adapters_learn_as_full_training_does(command, least, tmp_path):
+    """The runs above with their thresholds, less 0.05."""
+    script, *flags = command.split()
+    scores(script, tmp_path / "run", *flags)
+    log = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    last = {name: value for line in log for name, value in json.loads(line).items()}
+    assert all(last[name] >= value for name, value in least.items()), last
+
+
 def test_fine_tuning_on_demonstrations_learns_to_sort(tmp_path):
     curve = scores(
         "reinforce",

@@ -5,10 +5,12 @@ python tests/bench/held.py --model FOLDER        # another model's
 
 Two counts. The usual one on slides: everything in 16 bits, Adam's two moments for what learns, no gradients. And this project's:
 float32 masters, gradients and moments for what learns (16 bytes a parameter), bfloat16 for what is frozen (2 bytes) and for the
-whole weights that a GPU computes with (2 bytes more of the policy, while it samples).
+whole weights that a GPU computes with (2 bytes more of the policy, while it samples). With adapters (--lora_rank) there is one
+frozen model, 2 bytes a parameter, and 16 bytes for each parameter of the adapters; nothing is copied on one GPU.
 """
 
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,8 @@ METHODS = {
 class Args:
     model: str = ""
     """folder of a model (default: a config in the shape of Llama 3 8B)"""
+    rank: int = 16
+    """of the adapters"""
 
 
 def llama_8b():
@@ -44,12 +48,15 @@ def llama_8b():
     )  # fmt: skip
 
 
-def held(config):
-    """{method: bytes (in 16 bits without gradients, here, and both with a reward model that scores the samples)}."""
+def held(config, rank):
+    """{method: bytes (in 16 bits without gradients, here, here with adapters; the first two with a reward model that
+    scores the samples)}."""
+    flags = types.SimpleNamespace(lora_rank=rank, lora_alpha=32.0)
     with torch.device("meta"):  # a model without memory: its count is exact
-        count = sum(
-            p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters()
-        )
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        count = sum(p.numel() for p in model.parameters())
+        common.add_adapters(model, flags, torch.bfloat16)
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     def both(learn, frozen, samples):
         return (3 * learn + frozen) * 2 * count, (16 * learn + 2 * frozen + 2 * samples) * count
@@ -57,6 +64,7 @@ def held(config):
     return count, {
         name: (
             *both(learn, frozen, samples),
+            2 * count + 16 * learn * adapters,
             *(both(learn, frozen + 1, samples) if samples else ()),
         )
         for name, (learn, frozen, samples) in METHODS.items()
@@ -64,16 +72,17 @@ def held(config):
 
 
 def main(args):
-    count, rows = held(common.read_config(args.model) if args.model else llama_8b())
+    config = common.read_config(args.model) if args.model else llama_8b()
+    count, rows = held(config, args.rank)
     lines = [
-        f"| {count / 1e9:.1f} B parameters | learns + frozen | 16 bits, no gradients | here | both with a reward model |",
-        "|---|---|---|---|---|",
+        f"| {count / 1e9:.1f} B parameters | learns + frozen | 16 bits, no gradients | here | here, adapters of rank {args.rank} | first two with a reward model |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, (slides, here, *scored) in rows.items():
+    for name, (slides, here, adapted, *scored) in rows.items():
         learn, frozen, _ = METHODS[name]
         more = f"{scored[0] / 1e9:.0f} and {scored[1] / 1e9:.0f} GB" if scored else ""
         lines.append(
-            f"| {name} | {learn} + {frozen} | {slides / 1e9:.0f} GB | {here / 1e9:.0f} GB | {more} |"
+            f"| {name} | {learn} + {frozen} | {slides / 1e9:.0f} GB | {here / 1e9:.0f} GB | {adapted / 1e9:.1f} GB | {more} |"
         )
     print("\n".join(lines))
     if not args.model:

@@ -1,0 +1,229 @@
+"""Adapters (--lora_rank): the same numbers as peft, and what they save.
+
+    pip install peft
+    python tests/bench/adapters.py MODEL        # fifteen minutes with one thread; MODEL as smollm2.py makes it
+
+Four parts, written to adapters.json and adapters.md:
+
+    peft    with the same A and B: logits and gradients here and by peft, in float32; and a saved folder loaded by peft
+    steps   seconds and peak memory of a step of grpo.py (with its KL) and dpo.py on MODEL, with and without adapters
+    held    memory between two steps, without activations, beside what the script says at its start
+    8 B     bytes that each method holds besides activations, counted by held.py from a config (the table is held.md)
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+import tyro
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+import held
+
+import common
+
+IDS = torch.arange(5, 45).view(2, 20)
+STEPS = 3
+
+
+@dataclass
+class Args:
+    model: tyro.conf.Positional[Path]
+    rank: int = 16
+    parts: tuple[str, ...] = ("peft", "steps", "held", "8 B")
+
+
+def random_pairs(model):
+    """Adapters that do something: B starts at 0."""
+    torch.manual_seed(1)
+    for layer in model.lora.layers:
+        torch.nn.init.normal_(layer.lora_B.weight, 0.0, 0.01)
+
+
+def distance(a, b):
+    """The norm of the difference as a share of the norm."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def loss_of(output):
+    return (output * torch.linspace(-1, 1, output.shape[-1])).mean()
+
+
+def beside_peft(folder, rank, is_scalar):
+    """How far logits and gradients here are from those of peft, which loads the folder that is saved here."""
+    import peft
+
+    flags = types.SimpleNamespace(lora_rank=rank, lora_alpha=32.0)
+    world = common.start("cpu")
+    tokenizer = common.load_tokenizer(folder)
+    if is_scalar:
+        model = common.load_scalar(folder, world, tokenizer, head_std=0.02, args=flags)
+        auto = transformers.AutoModelForSequenceClassification
+        settings = {"num_labels": 1}
+    else:
+        model = common.load_policy(folder, world, args=flags)
+        auto = transformers.AutoModelForCausalLM
+        settings = {}
+    random_pairs(model)
+    ours = model.eval()(input_ids=IDS).logits
+    loss_of(ours).backward()
+    with tempfile.TemporaryDirectory() as out:
+        common.save_model(model, tokenizer, Path(out) / "model", world)
+        merged = auto.from_pretrained(Path(out) / "model", dtype=torch.float32).eval()
+        with torch.no_grad():
+            merged_logits = merged(input_ids=IDS).logits
+        del merged
+        base = auto.from_pretrained(folder, dtype=torch.float32, **settings)
+        base.config.pad_token_id = model.config.pad_token_id
+        theirs = peft.PeftModel.from_pretrained(base, Path(out) / "adapter", is_trainable=True)
+    logits = theirs.eval()(input_ids=IDS).logits
+    loss_of(logits).backward()
+    gradients = {}
+    for name, p in theirs.named_parameters():
+        if p.grad is not None:
+            name = name.removeprefix("base_model.model.").replace(".default", "")
+            gradients[name.replace(".modules_to_save", "")] = p.grad
+    learned = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert learned.keys() == gradients.keys(), learned.keys() ^ gradients.keys()
+    return {
+        "weights that learn": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "logits": distance(ours.detach(), logits.detach()),
+        "gradients": max(distance(grad, gradients[name]) for name, grad in learned.items()),
+        "merged logits": distance(merged_logits, ours.detach()),
+    }
+
+
+def step(script, folder, rank, dtype, data, out):
+    """Seconds of a step (the mean, without the first) and the peak memory of a short run."""
+    flags = ["--model", str(folder), "--dtype", dtype, "--device", "cpu", "--steps", str(STEPS)]
+    flags += ["--eval_every", "1000", "--eval_data=", "--out", str(out), "--lora_rank", str(rank)]
+    if script == "grpo":
+        flags += ["--data", f"{data}/sums_train.jsonl", "--prompts_per_step", "2", "--beta", "0.04"]
+        flags += ["--reward", f"{data}/r.py:vowels", "--max_new_tokens", "32"]
+    else:
+        flags += ["--data", f"{data}/pairs.jsonl", "--pairs_per_step", "8"]
+    # seconds of the processor, so that what else the machine does counts less
+    code = "import runpy, sys, time; time.perf_counter = time.process_time; sys.argv.pop(0); "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, str(HERE.parents[1] / f"{script}.py"), *flags]
+    subprocess.run(command, check=True, capture_output=True)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "time/train" in row]
+    times = [row["time/train"] + row.get("time/sample", 0.0) for row in rows[1:]]
+    checkpoint = max((out / "checkpoint").glob("*.pt")).stat().st_size
+    return {
+        "seconds": sum(times) / len(times),
+        "peak GiB": rows[-1]["memory_gib"],
+        "checkpoint MB": checkpoint / 1e6,
+    }
+
+
+def make_data(folder):
+    """The sums of tests/tiny/sums.py, a reward that differs between samples, and pairs of right and wrong sums."""
+    subprocess.run([sys.executable, str(HERE.parent / "tiny" / "sums.py"), folder], check=True)
+    reward = "def vowels(completion, row):\n    return sum(map(completion.count, 'aeiou')) / 100\n"
+    (Path(folder) / "r.py").write_text(reward)
+    pairs = []
+    for line in (Path(folder) / "sums_train.jsonl").read_text().splitlines()[:200]:
+        row = json.loads(line)
+        right = str(row["answer"])
+        pair = {"prompt": row["prompt"], "chosen": right, "rejected": f"It is {int(right) + 1}."}
+        pairs.append(json.dumps(pair) + "\n")
+    (Path(folder) / "pairs.jsonl").write_text("".join(pairs))
+
+
+def hold(folder, rank, dtype):
+    """Prints what a process holds after an update on a short text, less what the libraries hold, and the estimate."""
+    world = common.start("cpu", dtype)
+    before = resident()
+    flags = types.SimpleNamespace(lora_rank=rank, lora_alpha=32.0)
+    model = common.load_policy(folder, world, args=flags)
+    optimizer = common.make_optimizer(model, 1e-6)
+    for _ in range(2):
+        loss_of(model(input_ids=IDS[:1, :8]).logits).backward()
+        optimizer.step()
+    _, estimate = common.lasting_memory(folder, world, args=flags)
+    print(json.dumps({"held GiB": (resident() - before) / 2**30, "estimate GiB": estimate / 2**30}))
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def held_memory(folder, rank):
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        for r in (0, rank):
+            code = f"import adapters; adapters.hold({str(folder)!r}, {r}, {dtype!r})"
+            command = [sys.executable, "-c", code]
+            said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=HERE)
+            rows.append({"dtype": dtype, "rank": r, **json.loads(said.stdout.splitlines()[-1])})
+    return rows
+
+
+def steps(folder, rank):
+    rows = []
+    with tempfile.TemporaryDirectory() as data:
+        make_data(data)
+        for script in ("grpo", "dpo"):
+            for dtype in ("float32", "bfloat16"):
+                for r in (0, rank):
+                    out = Path(data) / f"{script}-{dtype}-{r}"
+                    found = step(script, folder, r, dtype, data, out)
+                    rows.append({"script": script, "dtype": dtype, "rank": r, **found})
+                    print(rows[-1], flush=True)
+    return rows
+
+
+def table(result):
+    lines = [
+        "| 135M model | processor seconds a step | peak memory | checkpoint |",
+        "|---|---|---|---|",
+    ]
+    for row in result["steps"]:
+        numbers = (
+            f"{row['seconds']:.1f} | {row['peak GiB']:.2f} GiB | {row['checkpoint MB']:.0f} MB"
+        )
+        lines.append(f"| {row['script']}.py, {row['dtype']}, {how(row)} | {numbers} |")
+    lines += ["", "| 135M model | said at the start | held between steps |", "|---|---|---|"]
+    for row in result["held"]:
+        numbers = f"{row['estimate GiB']:.2f} GiB | {row['held GiB']:.2f} GiB"
+        lines.append(f"| {row['dtype']}, {how(row)} | {numbers} |")
+    return "\n".join(lines) + "\n"
+
+
+def how(row):
+    return f"adapters of rank {row['rank']}" if row["rank"] else "all weights"
+
+
+def main(args):
+    path = HERE / "adapters.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if "peft" in args.parts:
+        result["peft"] = {"version": importlib.import_module("peft").__version__}
+        for name, is_scalar in (("policy", False), ("reward model", True)):
+            result["peft"][name] = beside_peft(args.model, args.rank, is_scalar)
+        print(json.dumps(result["peft"], indent=1))
+    if "steps" in args.parts:
+        result["steps"] = steps(args.model, args.rank)
+    if "held" in args.parts:
+        result["held"] = held_memory(args.model, args.rank)
+    if "8 B" in args.parts:
+        _, rows = held.held(held.llama_8b(), args.rank)
+        result["8 B"] = {name: {"all": row[1], "adapters": row[2]} for name, row in rows.items()}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    (HERE / "adapters.md").write_text(table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, use_underscores=True))
