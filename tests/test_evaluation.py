@@ -3,6 +3,7 @@ and temperatures that are those of the flags in the steps, too.
 """
 
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -541,3 +542,23 @@ def test_console_log_and_tensorboard_have_every_step_once(tmp_path, capsys):
         there = {e.step: e.value for e in events.Scalars(name)}
         wanted = {m["step"]: m[name] for m in log if name in m}
         assert there == pytest.approx(wanted) and len(there) == len(events.Scalars(name)), name
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=named)
+def test_the_progress_bar_moves_with_every_step_and_begins_where_a_resumed_run_does(
+    script, tmp_path, monkeypatch
+):
+    bars = []
+
+    class Bar(common.tqdm):
+        def __init__(self, **settings):
+            super().__init__(**settings | {"disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(common, "tqdm", Bar)
+    flags = {"save_every": 2, "schedule": "constant", "warmup": 0}
+    for steps, resume in ((2, False), (3, True)):
+        log = run(script, tmp_path, steps=steps, resume=resume, **flags)
+        number = "reward" if script in ROLLOUTS else "accuracy"
+        assert f"{number} {log[steps][number]:.3f}" in bars[-1].postfix
+    assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(0, 2, 2), (2, 3, 3)]

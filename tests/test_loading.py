@@ -1292,6 +1292,28 @@ def test_a_checkpoint_is_saved_when_it_is_due(step, asked, saves, ends, tmp_path
     assert saved == [(tmp_path, CPU, step, {"m": 1}, {"m": 2}, 3)] * saves
 
 
+def test_sharing_is_tried_once_a_model_and_only_where_rows_to_train_have_a_prompt_in_common(
+    monkeypatch,
+):
+    """A trial makes gradients of the whole model: not in a run that only evaluates."""
+    tried = []
+
+    def trial(model, world, gradient_checkpointing):
+        tried.append((model, gradient_checkpointing))
+        return model != "cannot"
+
+    def asked(*models, n=2, steps=3):
+        tried.clear()
+        args = Namespace(samples_per_prompt=n, steps=steps, gradient_checkpointing="as said")
+        return common.can_share_prompts(models, args, CPU), [model for model, _ in tried]
+
+    monkeypatch.setattr(common, "prompts_can_be_shared", trial)
+    assert asked("policy", "critic") == (True, ["policy", "critic"])
+    assert asked("policy", "policy") == (True, ["policy"]) and tried == [("policy", "as said")]
+    assert not asked("policy", "cannot")[0] and not asked("cannot", "policy")[0]
+    assert asked("policy", n=1) == asked("policy", steps=0) == (False, [])
+
+
 def test_folded_seeds_differ_and_repeat():
     seeds = {common.fold(a, b, c) for a in range(10) for b in range(10) for c in range(10)}
     assert (

@@ -287,6 +287,16 @@ def test_rows_are_grouped_by_prompt(tokenizer):
     assert (s.prompt_mask.long().diff(dim=1) >= 0).all(), "prompts are padded on the left"
 
 
+def test_some_of_the_rows_are_those_and_no_longer_come_in_groups_of_one_prompt(tokenizer):
+    s = sample(family("llama"), tokenizer, PROMPTS, n=3, max_new_tokens=6, seed=0)
+    some = s.take(torch.tensor([7, 0, 4]))
+    assert (s.rows_per_prompt, some.rows_per_prompt) == (3, 1)
+    assert some.texts == [s.texts[7], s.texts[0], s.texts[4]]
+    for name in ("prompt_ids", "prompt_mask", "ids", "mask", "logprobs", "finished"):
+        of_all = getattr(s, name)
+        assert torch.equal(getattr(some, name), torch.stack([of_all[7], of_all[0], of_all[4]]))
+
+
 def test_text_prompts_are_tokenised_with_one_bos():
     """Double BOS (trl 1400, 3328); missing BOS for plain strings (trl 3520)."""
     tokenizer = make_tokenizer(bos="<bos>")
