@@ -210,6 +210,13 @@ def test_the_stop_set_is_the_union(listed, wanted):
     assert common.stop_ids(model, make_tokenizer()) == wanted
 
 
+def test_eos_ends_a_text_where_the_template_and_the_generation_config_name_other_ends():
+    model, tokenizer = family("llama"), make_tokenizer(template=GEMMA)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start>", "<end>"]})
+    model.generation_config.eos_token_id = [7]
+    assert common.stop_ids(model, tokenizer) == [1, 7, tokenizer.convert_tokens_to_ids("<end>")]
+
+
 def test_a_tokenizer_without_pad_gets_eos_for_it(tmp_path, capsys):
     for name, tokenizer in (
         ("a", make_tokenizer(pad=None)),
@@ -1024,6 +1031,14 @@ def test_a_log_is_cut_to_its_checkpoint(tmp_path):
         json.loads(line)["step"] for line in log.read_text(encoding="utf-8").split("\n")[:-1]
     ] == list(range(6))
     common.cut_log(tmp_path / "none", 5)
+
+
+def test_a_log_without_a_checkpoint_begins_anew(tmp_path):
+    """Scores of step 0, too, are taken again, and would stand there twice."""
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 0, "eval/exact": 0.5}\n{"step": 1, "loss": 0.1}\n')
+    common.cut_log(log, 0)
+    assert log.read_text() == ""
 
 
 def test_signals_ask_for_an_end_and_a_second_ctrl_c_makes_one():
