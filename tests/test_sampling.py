@@ -132,6 +132,19 @@ def test_draw_is_the_inverse_of_the_cumulative_sum(words):
     assert (tokens - wanted).abs().max() <= 1
 
 
+@pytest.mark.parametrize("words", [3, 256, 257, 1000])
+def test_no_word_of_probability_0_is_drawn_at_either_end_of_the_numbers(words):
+    """At 0 the first word that has a chance, just below 1 one that has: whole blocks may have none."""
+    ends = torch.tensor([[0.0], [1 - 2.0**-52], [1 - 2.0**-53]], dtype=torch.float64)
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(words, generator=generator) * 3
+        first, last = sorted(torch.randint(words, (2,), generator=generator).tolist())
+        logits[:first] = logits[last + 1 :] = -float("inf")
+        tokens, logprobs = draw(logits.expand(3, -1), ends)
+        assert tokens[0] == first and logprobs.isfinite().all()
+
+
 def test_what_is_sampled_follows_the_model(tokenizer):
     """The first two tokens of 20,000 completions against the exact distribution of pairs, by chi-square."""
     model = family("llama", vocab_size=6)
