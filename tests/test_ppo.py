@@ -753,6 +753,42 @@ def test_the_kl_stop_is_in_nats_a_completion_of_one_update(tmp_path, monkeypatch
             assert held[1][logged] == pytest.approx(mean, rel=1e-5)
 
 
+@pytest.mark.parametrize("critic", CRITICS)
+def test_the_gradients_of_an_update_that_was_not_made_are_in_no_later_one(
+    critic, tmp_path, monkeypatch
+):
+    """--kl_stop finds the KL in a forward that has a backward: what that has left must not be added
+    to the first update of the next rollout."""
+    models, honest = [], {name: getattr(common, name) for name in ("make_optimizer", "sample")}
+
+    def make_optimizer(model, rate):
+        models.append(model)
+        return honest["make_optimizer"](model, rate)
+
+    def sample(*given, **settings):
+        for p in itertools.chain(*(model.parameters() for model in models)):
+            assert p.grad is None or not p.grad.any()
+        return honest["sample"](*given, **settings)
+
+    for stand_in in (make_optimizer, sample):
+        monkeypatch.setattr(common, stand_in.__name__, stand_in)
+    flags = SMALL | {"critic": critic, "kl_stop": 1e-9, "warmup": 0, "schedule": "constant"}
+    log = run(tmp_path, steps=2, epochs=2, minibatches=2, **flags)
+    assert len(models) == 2 and [m["updates"] for m in log[1:]] == [1, 1]
+
+
+def test_the_policys_rate_begins_after_the_critics_warm_up_and_the_critics_with_the_first_step(
+    tmp_path,
+):
+    flags = SMALL | {"critic_warmup": 2, "warmup": 1, "schedule": "linear"}
+    log = run(tmp_path, steps=6, learning_rate=1.2e-4, critic_learning_rate=1e-3, **flags)
+    of_policy = [0, 0, 0.6e-4, 1.2e-4, 0.8e-4, 0.4e-4]
+    assert [m["learning_rate"] for m in log[1:]] == pytest.approx(of_policy)
+    of_critic = [0.5e-3, 1e-3, 0.8e-3, 0.6e-3, 0.4e-3, 0.2e-3]
+    assert [m["value/learning_rate"] for m in log[1:]] == pytest.approx(of_critic)
+    assert ["entropy" in m for m in log[1:]] == [False] * 2 + [True] * 4
+
+
 def test_a_cut_completion_pays_for_its_missing_eos(tmp_path):
     data = prompts_file(tmp_path, [{"prompt": "4213576=", "answer": "1234567"}])
     flags = SMALL | {"data": data, "max_new_tokens": 3, "steps": 1, "beta": 0.0, "lam": 1.0}
