@@ -473,6 +473,25 @@ def test_a_rollout_is_drawn_from_the_steps_prompts_at_the_flags_temperature_with
 
 
 @pytest.mark.parametrize("script", ROLLOUTS, ids=named)
+def test_every_completion_is_paid_by_the_row_of_its_own_prompt(script, tmp_path, monkeypatch):
+    """Each is made to say its prompt, for which only that prompt's row pays."""
+    honest = common.sample
+
+    def sample(model, tokenizer, prompts, **settings):
+        samples = honest(model, tokenizer, prompts, **settings)
+        masked = zip(samples.prompt_ids, samples.prompt_mask)
+        samples.texts = [tokenizer.decode(ids[mask]) for ids, mask in masked]
+        return samples
+
+    monkeypatch.setattr(common, "sample", sample)
+    (tmp_path / "r.py").write_text("def f(said, row):\n    return float(said == row['prompt'])\n")
+    data = prompts_file(tmp_path, [{"prompt": f"{i}{i}=", "answer": "1"} for i in range(7)])
+    flags = {"data": data, "reward": f"{tmp_path}/r.py:f", "samples_per_prompt": 3}
+    log = run(script, tmp_path, steps=2, **flags)
+    assert [m["reward"] for m in log[1:]] == [1, 1]
+
+
+@pytest.mark.parametrize("script", ROLLOUTS, ids=named)
 def test_the_first_ratio_tells_of_two_probabilities_for_one_token(script, tmp_path, monkeypatch):
     """Old log-probabilities that are 0.1 too high at each completion's first token: the first ratio
     is exp(-0.1) there, and 1 elsewhere."""

@@ -796,6 +796,17 @@ def test_a_cut_completion_pays_for_its_missing_eos(tmp_path):
     assert m["truncated"] == 1 and m["reward"] == 0 and m["returns"] == pytest.approx(-0.5)
 
 
+def test_the_shown_completions_are_those_of_one_prompt_with_the_rewards_they_were_given(tmp_path):
+    """Without the penalty for a cut, as in the mean that is logged."""
+    (tmp_path / "r.py").write_text("def f(completion, row):\n    return 0.3 * len(completion)\n")
+    flags = SMALL | {"samples_per_prompt": 3, "max_new_tokens": 3, "missing_eos_penalty": 0.5}
+    run(tmp_path, steps=1, reward=f"{tmp_path}/r.py:f", **flags)
+    shown = [json.loads(line) for line in open(tmp_path / "run" / "samples.jsonl")]
+    assert len(shown) == 3 and len({line["prompt"] for line in shown}) == 1
+    for line in shown:
+        assert line["reward"] == pytest.approx(0.3 * len(line["completion"]))
+
+
 def test_the_critic_starts_from_a_reward_model_that_has_the_policys_words(tmp_path, monkeypatch):
     started, honest = [], common.load_scalar
 
