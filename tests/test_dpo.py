@@ -218,6 +218,14 @@ def test_pairs_equal_or_too_long_are_left_out_and_counted_and_messages_are_pairs
     )
 
 
+def test_a_pair_as_long_as_may_be_is_kept():
+    rows = [{"prompt": "w5", "chosen": "w6 w7", "rejected": "w8"}]
+    kept = encode_preferences(rows, make_tokenizer(), args(max_tokens=4), "--data")
+    assert kept == [([5], [6, 7, 1], [8, 1])]
+    with pytest.raises(SystemExit):
+        encode_preferences(rows, make_tokenizer(), args(max_tokens=3), "--data")
+
+
 @pytest.mark.parametrize("loss", FORMULAS)
 def test_held_out_numbers_by_hand(loss, monkeypatch):
     settings = args(loss=loss, beta=0.3, simpo_margin=0.7)
@@ -435,6 +443,18 @@ def test_resuming_is_never_having_stopped_and_the_reference_is_the_first_policy(
     ).unlink()  # lost: made again from the model that the run began with
     again = run(tmp_path, "c", steps=4, resume=True, **flags)
     assert again[-1]["loss"] == pytest.approx(straight[-1]["loss"], abs=1e-5)
+
+
+def test_scores_of_as_many_other_pairs_are_not_taken_for_those_of_a_resumed_runs(tmp_path, capsys):
+    """A pair that was changed in the file would be held against the score of what it was."""
+    flags = SMALL | {"data": few_pairs(tmp_path, 8), "schedule": "constant"}
+    run(tmp_path, steps=1, **flags)
+    rows = [json.loads(line) for line in open(flags["data"])]
+    rows[3]["chosen"] = rows[3]["chosen"][::-1] + "0"
+    prompts_file(tmp_path, rows)
+    with pytest.raises(SystemExit):
+        run(tmp_path, steps=2, resume=True, **flags)
+    assert "has scores of other pairs" in capsys.readouterr().err
 
 
 def test_a_resumed_run_holds_its_held_out_pairs_against_the_first_policy(tmp_path):

@@ -753,6 +753,25 @@ def test_the_kl_stop_is_in_nats_a_completion_of_one_update(tmp_path, monkeypatch
             assert held[1][logged] == pytest.approx(mean, rel=1e-5)
 
 
+def test_the_kl_stop_adds_up_the_parts_of_an_update(tmp_path, monkeypatch):
+    found, honest = [], ppo.add_gradients
+
+    def add_gradients(*given, **flags):
+        found.append(honest(*given, **flags).item())
+        return torch.tensor(found[-1])
+
+    monkeypatch.setattr(ppo, "add_gradients", add_gradients)
+    flags = SMALL | {"steps": 1, "epochs": 3, "minibatches": 2, "learning_rate": 5e-5}
+    flags |= {"warmup": 0, "schedule": "constant"}
+    run(tmp_path, "free", tokens_per_micro_batch=10**6, **flags)
+    assert len(found) == 6 and found[3] > 1.05 * max(found[:3]), "a stop fits between"
+    stop = (found[3] + max(found[:3])) / 2
+    for tokens, parts in ((10**6, 4), (1, 4 * 8)):
+        found.clear()
+        log = run(tmp_path, f"of{tokens}", kl_stop=stop, tokens_per_micro_batch=tokens, **flags)
+        assert log[1]["updates"] == 3 and len(found) == parts
+
+
 @pytest.mark.parametrize("critic", CRITICS)
 def test_the_gradients_of_an_update_that_was_not_made_are_in_no_later_one(
     critic, tmp_path, monkeypatch
@@ -824,6 +843,18 @@ def test_the_critic_starts_from_a_reward_model_that_has_the_policys_words(tmp_pa
         started.clear()
         run(tmp_path, f"with_{name}", steps=1, reward=str(tmp_path / name), **SMALL)
         assert started[-1] == (str(tmp_path / name) if name == "same" else ppo.Args.model, True)
+
+
+def test_a_reward_model_that_cannot_read_as_far_as_the_policy_writes_is_no_critic(tmp_path):
+    tokenizer = common.load_tokenizer(ppo.Args.model)
+    judge = common.load_scalar(ppo.Args.model, CPU, tokenizer, 0.5)
+    common.save_model(judge, tokenizer, tmp_path / "judge", CPU)
+    args = ppo.Args(reward=str(tmp_path / "judge"), max_new_tokens=5)
+    config = common.policy_config(args.model)
+    room = common.context_of(judge.config)
+    for longest, wanted in ((room - 5, args.reward), (room - 4, args.model)):
+        assert ppo.critic_folder(args, config, tokenizer, longest, True) == wanted
+    assert ppo.critic_folder(args, config, tokenizer, 1, False) == args.model
 
 
 @pytest.mark.parametrize(
