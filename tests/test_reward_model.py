@@ -417,6 +417,21 @@ def test_scores_have_unit_spread_at_the_end_and_the_order_they_had(tmp_path):
     torch.testing.assert_close(scaled / scaled.std(), raw / raw.std(), atol=1e-3, rtol=1e-3)
 
 
+def test_a_head_with_a_bias_gets_scores_of_mean_0_and_spread_1(folder):
+    tokenizer, pairs = make_tokenizer(), pairs_of()
+    args = reward_model.Args(tokens_per_micro_batch=60)
+    model = common.load_scalar(folder, CPU, tokenizer, 0.2)
+    head = torch.nn.Linear(32, 1)
+    torch.nn.init.constant_(head.bias, 3.0)
+    model.score = head
+    before = reward_model.score_all(model, tokenizer, pairs, False, args, CPU)
+    found = reward_model.fold_scale(model, tokenizer, pairs, False, args, CPU)
+    after = reward_model.score_all(model, tokenizer, pairs, False, args, CPU)
+    mean, spread = before.mean().item(), before.std(unbiased=False).item()
+    assert found == pytest.approx({"scale/mean": mean, "scale/spread": spread})
+    torch.testing.assert_close(after, (before - mean) / spread, atol=1e-5, rtol=1e-5)
+
+
 def test_resuming_equals_never_having_stopped(tmp_path):
     flags = {"eval_data": few(tmp_path, "pairs_test.jsonl", 40), "eval_every": 2}
     straight = run(tmp_path, "a", steps=4, **flags)
