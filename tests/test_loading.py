@@ -202,6 +202,15 @@ def test_messages_without_a_template_are_a_mistake(capsys):
     says(capsys, "no chat template")
 
 
+def test_prompts_as_long_as_may_be_are_kept_and_longer_ones_left_out_and_counted(tmp_path, capsys):
+    rows = [{"prompt": words, "answer": "1"} for words in ("w5 w6", "w5 w6 w7 w8", "w5 w6 w7", " ")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = Namespace(system="", chat=True, max_prompt_tokens=3)
+    kept = common.load_prompts(tmp_path / "rows.jsonl", "--data", make_tokenizer(), args, "x")
+    assert kept == [([5, 6], rows[0]), ([5, 6, 7], rows[2])]
+    assert capsys.readouterr().out == ("--data: 2 of 4 prompts left out (--max_prompt_tokens 3)\n")
+
+
 @pytest.mark.parametrize("listed, wanted", [(None, [1]), (5, [1, 5]), ([7, 1, 5], [1, 5, 7])])
 def test_the_stop_set_is_the_union(listed, wanted):
     """Phi's runs looked 97 % cut off because one of its EOS ids was not known (trl 7039)."""

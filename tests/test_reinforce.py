@@ -864,6 +864,15 @@ def test_demonstrations_are_fine_tuning(tmp_path):
     assert abs(m[1]["loss"] - nll / 2) < 1e-4 and m[1]["reward"] == 1 and "kl/sample" not in m[1]
 
 
+def test_demonstrations_as_long_as_may_be_are_kept_and_longer_ones_left_out_and_counted(capsys):
+    """Counted with the end that they are given."""
+    rows = [([5], {"prompt": "w5", "answer": answer}) for answer in ("w6 w7", "w6 w7 w8", "w9")]
+    args = reinforce.Args(max_new_tokens=3)
+    kept = reinforce.encode_answers(rows, make_tokenizer(), args)
+    assert [record["answer_ids"] for _, record in kept] == [[6, 7, 1], [9, 1]]
+    assert "--demos: 1 of 3 left out (--max_new_tokens 3)" in capsys.readouterr().out
+
+
 def test_held_out_rows_need_answers_only_for_rewards_that_read_them(tmp_path, capsys):
     """Also when the run learns from demonstrations."""
     (tmp_path / "r.py").write_text("def f(completion, row):\n    return float(len(completion))\n")

@@ -156,6 +156,14 @@ def test_equal_and_long_pairs_are_left_out_and_counted(tmp_path, capsys):
     assert "of 3 pairs 1 left out as equal, 1 as over --max_tokens 4" in capsys.readouterr().out
 
 
+def test_a_pair_as_long_as_may_be_is_kept():
+    rows = [{"prompt": "w5", "chosen": "w6 w7", "rejected": "w8"}]
+    kept, _ = encode_pairs(rows, make_tokenizer(), reward_model.Args(max_tokens=4), "--data")
+    assert kept == [([5], [6, 7, 1], [8, 1])]
+    with pytest.raises(SystemExit):
+        encode_pairs(rows, make_tokenizer(), reward_model.Args(max_tokens=3), "--data")
+
+
 def test_what_both_sides_begin_with_is_split_off_and_each_keeps_a_token(tmp_path):
     """The prompt, and sometimes more. A side that is the beginning of the other has its last token left."""
     sides = [("w6 w7", "w8"), ("w6 w7", "w6 w8 w9"), ("w6 w7 <eos>", "w6 w7 <eos> w8")]
