@@ -425,6 +425,27 @@ def test_scores_have_unit_spread_at_the_end_and_the_order_they_had(tmp_path):
     torch.testing.assert_close(scaled / scaled.std(), raw / raw.std(), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("where", ["data", "eval_data"])
+def test_pairs_whose_sides_have_no_beginning_in_common_are_scored_as_ever(
+    where, folder, tmp_path, monkeypatch
+):
+    """An empty beginning, computed once, would be a forward of no tokens."""
+    rows = [{"prompt": "w5 w9", "chosen": "w6 w7", "rejected": x} for x in ("w8", "w7 w8 w9")]
+    apart = {"prompt": " ", "chosen": "w6", "rejected": "w7 w8"}
+    files = {"data": tmp_path / "data.jsonl", "eval_data": tmp_path / "eval_data.jsonl"}
+    for name, path in files.items():
+        mine = [*rows, apart] if name == where else rows
+        path.write_text("".join(json.dumps(row) + "\n" for row in mine))
+    flags = {name: str(path) for name, path in files.items()} | {"model": str(folder), "steps": 1}
+    flags |= {"pairs_per_step": 6, "learning_rate": 1e-3, "unit_scale": False}
+    flags |= {"tokens_per_micro_batch": 1}  # each pair is a forward of its own
+    log = run(tmp_path, "shared", **flags)
+    monkeypatch.setattr(common, "prompts_can_be_shared", lambda *given: False)
+    wanted = run(tmp_path, "apart", **flags)
+    for name in ("loss", "margin", "chosen", "grad_norm", "eval/margin", "eval/loss"):
+        assert log[1][name] == pytest.approx(wanted[1][name], rel=1e-4), name
+
+
 def test_a_head_with_a_bias_gets_scores_of_mean_0_and_spread_1(folder):
     tokenizer, pairs = make_tokenizer(), pairs_of()
     args = reward_model.Args(tokens_per_micro_batch=60)
