@@ -113,6 +113,14 @@ def test_metrics_by_hand():
     assert abs(m["eval/calibration"] - 0.75 * abs(1 / (1 + math.exp(-1)) - 2 / 3)) < 1e-9
 
 
+@pytest.mark.parametrize("sign, there", [(1, {"longer"}), (-1, {"shorter"}), (0, set())])
+def test_an_accuracy_of_no_pairs_is_not_reported(sign, there):
+    gap = torch.tensor([1.0, -2.0, 3.0])
+    metrics = reward_model.pair_metrics(gap, torch.zeros(3), sign * torch.tensor([1, 5, 2]))
+    assert {k.split("_")[1] for k in metrics if "accuracy_" in k} == there
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
 def test_a_calibrated_model_is_found_to_be_so():
     g = torch.Generator().manual_seed(0)
     margin = 2 * torch.randn(200_000, generator=g, dtype=torch.float64)
@@ -232,6 +240,35 @@ def test_the_score_is_read_at_the_last_real_token_whatever_the_padding(share, fo
     assert abs(pooled - chosen[-1].item()) > 1e-3, (
         "the pooling by pad id would have scored another token"
     )
+
+
+@pytest.mark.parametrize("steps", [1, 0])
+def test_held_out_scores_that_are_not_finite_stop_a_run(steps, folder):
+    tokenizer = make_tokenizer()
+    model = common.load_scalar(folder, CPU, tokenizer, 0.2)
+    torch.nn.init.constant_(model.score.weight, math.nan)
+    args = reward_model.Args(steps=steps, tokens_per_micro_batch=60)
+    with pytest.raises(common.Stop, match="a score that is not finite"):
+        reward_model.score_all(model, tokenizer, pairs_of(), False, args, CPU)
+
+
+def test_completions_for_best_of_n_are_short_enough_for_a_model_that_reads_more_of_a_prompt(
+    folder, tmp_path
+):
+    """Its template writes more than the policy's prompt has, which has none."""
+    template = "w30 w31 {% for m in messages %}{{ m.role[0] == 'u' and 'w10' or 'w11' }} {{ m.content }} <eos> {% endfor %}"
+    tokenizer = make_tokenizer(template=template)
+    judge = common.load_scalar(folder, CPU, tokenizer, 0.2)
+    judge.config.max_position_embeddings = 20
+    common.save_model(judge, tokenizer, tmp_path / "judge", CPU)
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "w5 w6 w7"}\n')
+    files = {"model": str(tmp_path / "judge"), "policy": str(folder)}
+    tokenizer = common.load_tokenizer(files["model"])
+    args = reward_model.Args(**files, eval_prompts=str(tmp_path / "asked.jsonl"))
+    args, _, prompts, _ = reward_model.load_best_of(args, tokenizer, CPU)
+    longest = " ".join(["w9"] * args.max_new_tokens)
+    assert prompts[0][0] == [5, 6, 7]
+    assert len(common.encode_answer(tokenizer, "w5 w6 w7", longest)) == 20
 
 
 @pytest.mark.parametrize("tokens", [30, 60])
