@@ -634,6 +634,17 @@ def test_a_reward_model_with_a_short_context_lowers_the_length_of_answers(tmp_pa
     )
 
 
+def test_a_reward_model_with_a_short_context_need_not_read_demonstrations(tmp_path):
+    """It scores completions of held-out prompts only."""
+    demos = prompts_file(tmp_path, [{"prompt": "987654321=", "answer": "123456789"}])
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"prompt": "1="}\n')
+    files = {"demos": demos, "eval_data": str(held_out), "reward": judge(tmp_path, 13)}
+    args = reinforce.resolve(reinforce.Args(**files, max_new_tokens=10, device="cpu"))
+    args, _, _, prompts, _ = reinforce.load_task(args, CPU)
+    assert args.max_new_tokens == 10 and len(prompts) == 1
+
+
 def test_a_reward_model_with_other_tokens_reads_the_end_of_what_is_too_long(tmp_path, capsys):
     """How long an answer is in its tokens nobody knows before. The run goes on, and says it once."""
     data = prompts_file(tmp_path, [{"prompt": "5 4 3 2 1 ="}])

@@ -259,6 +259,13 @@ def test_prompts_in_slices_give_the_samples_of_all_prompts_at_once(name, monkeyp
     )
 
 
+def test_a_prompt_longer_than_a_slice_is_a_slice_of_its_own(monkeypatch, tokenizer):
+    model = family("llama")
+    whole = sample(model, tokenizer, PROMPTS, max_new_tokens=8, seed=1)
+    monkeypatch.setattr(common, "PREFILL_TOKENS", 5)
+    assert torch.equal(sample(model, tokenizer, PROMPTS, max_new_tokens=8, seed=1).ids, whole.ids)
+
+
 class _Spy:
     """Counts the calls of a method and passes them on."""
 
