@@ -1,8 +1,10 @@
 """DPO: losses against formulas, the derivation by enumeration, pairs however cut, and runs that resume."""
 
 import copy
+import itertools
 import json
 import math
+import types
 
 import pytest
 import torch
@@ -216,6 +218,40 @@ def test_pairs_equal_or_too_long_are_left_out_and_counted_and_messages_are_pairs
     )
 
 
+def test_a_pair_as_long_as_may_be_is_kept():
+    rows = [{"prompt": "w5", "chosen": "w6 w7", "rejected": "w8"}]
+    kept = encode_preferences(rows, make_tokenizer(), args(max_tokens=4), "--data")
+    assert kept == [([5], [6, 7, 1], [8, 1])]
+    with pytest.raises(SystemExit):
+        encode_preferences(rows, make_tokenizer(), args(max_tokens=3), "--data")
+
+
+@pytest.mark.parametrize("loss", FORMULAS)
+def test_held_out_numbers_by_hand(loss, monkeypatch):
+    settings = args(loss=loss, beta=0.3, simpo_margin=0.7)
+    logprobs = torch.tensor([[-9.0, -7.0], [-12.0, -3.0], [-5.0, -20.0], [-5.0, -12.0]])
+    ref = torch.tensor([[-9.5, -3.0], [-10.0, -8.0], [-7.0, -11.0], [-5.0, -9.0]])
+    if loss == "simpo":
+        ref = torch.zeros(4, 2)
+    monkeypatch.setattr(dpo, "score_pairs", lambda *given: logprobs)
+    found = dpo.evaluate_pairs(None, None, PAIRS, ref, False, settings, CPU)
+    losses, margins = [], []
+    for (_, *sides), (c, r), (a, b) in zip(PAIRS, logprobs.tolist(), ref.tolist()):
+        m, n = map(len, sides)
+        losses.append(FORMULAS[loss](c, r, a, b, m, n, 0.3))
+        by_length = loss in ("ipo", "simpo")
+        of_chosen, of_rejected = ((c - a) / m, (r - b) / n) if by_length else (c - a, r - b)
+        margins.append(0.3 * (of_chosen - of_rejected))
+    won = sum(margin > 0 for margin in margins)
+    assert won == 3, "not as many as are lost"
+    wanted = {
+        "eval/accuracy": won / 4,
+        "eval/margin": sum(margins) / 4,
+        "eval/loss": sum(losses) / 4,
+    }
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
 # --- a whole step, against one written out in float64 ---
 
 
@@ -409,6 +445,18 @@ def test_resuming_is_never_having_stopped_and_the_reference_is_the_first_policy(
     assert again[-1]["loss"] == pytest.approx(straight[-1]["loss"], abs=1e-5)
 
 
+def test_scores_of_as_many_other_pairs_are_not_taken_for_those_of_a_resumed_runs(tmp_path, capsys):
+    """A pair that was changed in the file would be held against the score of what it was."""
+    flags = SMALL | {"data": few_pairs(tmp_path, 8), "schedule": "constant"}
+    run(tmp_path, steps=1, **flags)
+    rows = [json.loads(line) for line in open(flags["data"])]
+    rows[3]["chosen"] = rows[3]["chosen"][::-1] + "0"
+    prompts_file(tmp_path, rows)
+    with pytest.raises(SystemExit):
+        run(tmp_path, steps=2, resume=True, **flags)
+    assert "has scores of other pairs" in capsys.readouterr().err
+
+
 def test_a_resumed_run_holds_its_held_out_pairs_against_the_first_policy(tmp_path):
     """Their reference scores are computed anew, before the checkpoint is loaded."""
     data = few_pairs(tmp_path)
@@ -493,6 +541,27 @@ def test_chosen_answers_that_become_unlikely_are_told_of(rate, loud, tmp_path, m
         warmup=0,
     )
     assert capsys.readouterr().out.count("even chosen answers are") == loud
+
+
+def test_the_fall_that_is_told_of_is_that_of_chosen_sides_in_nats_a_token():
+    model, tokenizer, meter = family("llama"), make_tokenizer(), common.Meter()
+    ref = torch.tensor([[-9.0, -4.0], [-30.0, -3.0], [-5.0, -20.0], [-5.0, -9.0]])
+    logprobs = pair_logprobs(model, tokenizer, PAIRS, False, CPU).tolist()
+    dpo.update_loss(model, tokenizer, PAIRS, ref, False, args(), CPU, meter)
+    falls = []
+    for (_, chosen, _), before, now in zip(PAIRS, ref.tolist(), logprobs):
+        falls.append((before[0] - now[0]) / len(chosen))
+    assert meter.result(CPU)["lost"] == pytest.approx(sum(falls) / len(falls), rel=1e-4)
+
+
+def test_the_speed_is_that_of_both_sides_each_with_its_prompt(tmp_path, monkeypatch):
+    clock = itertools.count(0.0, 2.0)
+    monkeypatch.setattr(dpo, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    data = few_pairs(tmp_path, 6)
+    log = run(tmp_path, data=data, steps=1, pairs_per_step=6)
+    rows = [json.loads(line) for line in open(data)]
+    tokens = sum(len(row["prompt"] + row[k]) + 1 for row in rows for k in ("chosen", "rejected"))
+    assert (log[1]["time/train"], log[1]["tokens_per_second"]) == (2.0, tokens / 2)
 
 
 def test_samples_of_held_out_prompts_can_be_read(tmp_path):

@@ -3,6 +3,7 @@ and temperatures that are those of the flags in the steps, too.
 """
 
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -472,6 +473,25 @@ def test_a_rollout_is_drawn_from_the_steps_prompts_at_the_flags_temperature_with
 
 
 @pytest.mark.parametrize("script", ROLLOUTS, ids=named)
+def test_every_completion_is_paid_by_the_row_of_its_own_prompt(script, tmp_path, monkeypatch):
+    """Each is made to say its prompt, for which only that prompt's row pays."""
+    honest = common.sample
+
+    def sample(model, tokenizer, prompts, **settings):
+        samples = honest(model, tokenizer, prompts, **settings)
+        masked = zip(samples.prompt_ids, samples.prompt_mask)
+        samples.texts = [tokenizer.decode(ids[mask]) for ids, mask in masked]
+        return samples
+
+    monkeypatch.setattr(common, "sample", sample)
+    (tmp_path / "r.py").write_text("def f(said, row):\n    return float(said == row['prompt'])\n")
+    data = prompts_file(tmp_path, [{"prompt": f"{i}{i}=", "answer": "1"} for i in range(7)])
+    flags = {"data": data, "reward": f"{tmp_path}/r.py:f", "samples_per_prompt": 3}
+    log = run(script, tmp_path, steps=2, **flags)
+    assert [m["reward"] for m in log[1:]] == [1, 1]
+
+
+@pytest.mark.parametrize("script", ROLLOUTS, ids=named)
 def test_the_first_ratio_tells_of_two_probabilities_for_one_token(script, tmp_path, monkeypatch):
     """Old log-probabilities that are 0.1 too high at each completion's first token: the first ratio
     is exp(-0.1) there, and 1 elsewhere."""
@@ -541,3 +561,23 @@ def test_console_log_and_tensorboard_have_every_step_once(tmp_path, capsys):
         there = {e.step: e.value for e in events.Scalars(name)}
         wanted = {m["step"]: m[name] for m in log if name in m}
         assert there == pytest.approx(wanted) and len(there) == len(events.Scalars(name)), name
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=named)
+def test_the_progress_bar_moves_with_every_step_and_begins_where_a_resumed_run_does(
+    script, tmp_path, monkeypatch
+):
+    bars = []
+
+    class Bar(common.tqdm):
+        def __init__(self, **settings):
+            super().__init__(**settings | {"disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(common, "tqdm", Bar)
+    flags = {"save_every": 2, "schedule": "constant", "warmup": 0}
+    for steps, resume in ((2, False), (3, True)):
+        log = run(script, tmp_path, steps=steps, resume=resume, **flags)
+        number = "reward" if script in ROLLOUTS else "accuracy"
+        assert f"{number} {log[steps][number]:.3f}" in bars[-1].postfix
+    assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(0, 2, 2), (2, 3, 3)]

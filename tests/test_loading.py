@@ -202,12 +202,28 @@ def test_messages_without_a_template_are_a_mistake(capsys):
     says(capsys, "no chat template")
 
 
+def test_prompts_as_long_as_may_be_are_kept_and_longer_ones_left_out_and_counted(tmp_path, capsys):
+    rows = [{"prompt": words, "answer": "1"} for words in ("w5 w6", "w5 w6 w7 w8", "w5 w6 w7", " ")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = Namespace(system="", chat=True, max_prompt_tokens=3)
+    kept = common.load_prompts(tmp_path / "rows.jsonl", "--data", make_tokenizer(), args, "x")
+    assert kept == [([5, 6], rows[0]), ([5, 6, 7], rows[2])]
+    assert capsys.readouterr().out == ("--data: 2 of 4 prompts left out (--max_prompt_tokens 3)\n")
+
+
 @pytest.mark.parametrize("listed, wanted", [(None, [1]), (5, [1, 5]), ([7, 1, 5], [1, 5, 7])])
 def test_the_stop_set_is_the_union(listed, wanted):
     """Phi's runs looked 97 % cut off because one of its EOS ids was not known (trl 7039)."""
     model = family("llama")
     model.generation_config.eos_token_id = listed
     assert common.stop_ids(model, make_tokenizer()) == wanted
+
+
+def test_eos_ends_a_text_where_the_template_and_the_generation_config_name_other_ends():
+    model, tokenizer = family("llama"), make_tokenizer(template=GEMMA)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start>", "<end>"]})
+    model.generation_config.eos_token_id = [7]
+    assert common.stop_ids(model, tokenizer) == [1, 7, tokenizer.convert_tokens_to_ids("<end>")]
 
 
 def test_a_tokenizer_without_pad_gets_eos_for_it(tmp_path, capsys):
@@ -1026,6 +1042,14 @@ def test_a_log_is_cut_to_its_checkpoint(tmp_path):
     common.cut_log(tmp_path / "none", 5)
 
 
+def test_a_log_without_a_checkpoint_begins_anew(tmp_path):
+    """Scores of step 0, too, are taken again, and would stand there twice."""
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 0, "eval/exact": 0.5}\n{"step": 1, "loss": 0.1}\n')
+    common.cut_log(log, 0)
+    assert log.read_text() == ""
+
+
 def test_signals_ask_for_an_end_and_a_second_ctrl_c_makes_one():
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -1290,6 +1314,28 @@ def test_a_checkpoint_is_saved_when_it_is_due(step, asked, saves, ends, tmp_path
     except common.Ended as end:
         assert ends and f"after step {step} of 5" in str(end)
     assert saved == [(tmp_path, CPU, step, {"m": 1}, {"m": 2}, 3)] * saves
+
+
+def test_sharing_is_tried_once_a_model_and_only_where_rows_to_train_have_a_prompt_in_common(
+    monkeypatch,
+):
+    """A trial makes gradients of the whole model: not in a run that only evaluates."""
+    tried = []
+
+    def trial(model, world, gradient_checkpointing):
+        tried.append((model, gradient_checkpointing))
+        return model != "cannot"
+
+    def asked(*models, n=2, steps=3):
+        tried.clear()
+        args = Namespace(samples_per_prompt=n, steps=steps, gradient_checkpointing="as said")
+        return common.can_share_prompts(models, args, CPU), [model for model, _ in tried]
+
+    monkeypatch.setattr(common, "prompts_can_be_shared", trial)
+    assert asked("policy", "critic") == (True, ["policy", "critic"])
+    assert asked("policy", "policy") == (True, ["policy"]) and tried == [("policy", "as said")]
+    assert not asked("policy", "cannot")[0] and not asked("cannot", "policy")[0]
+    assert asked("policy", n=1) == asked("policy", steps=0) == (False, [])
 
 
 def test_folded_seeds_differ_and_repeat():

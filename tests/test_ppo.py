@@ -753,11 +753,77 @@ def test_the_kl_stop_is_in_nats_a_completion_of_one_update(tmp_path, monkeypatch
             assert held[1][logged] == pytest.approx(mean, rel=1e-5)
 
 
+def test_the_kl_stop_adds_up_the_parts_of_an_update(tmp_path, monkeypatch):
+    found, honest = [], ppo.add_gradients
+
+    def add_gradients(*given, **flags):
+        found.append(honest(*given, **flags).item())
+        return torch.tensor(found[-1])
+
+    monkeypatch.setattr(ppo, "add_gradients", add_gradients)
+    flags = SMALL | {"steps": 1, "epochs": 3, "minibatches": 2, "learning_rate": 5e-5}
+    flags |= {"warmup": 0, "schedule": "constant"}
+    run(tmp_path, "free", tokens_per_micro_batch=10**6, **flags)
+    assert len(found) == 6 and found[3] > 1.05 * max(found[:3]), "a stop fits between"
+    stop = (found[3] + max(found[:3])) / 2
+    for tokens, parts in ((10**6, 4), (1, 4 * 8)):
+        found.clear()
+        log = run(tmp_path, f"of{tokens}", kl_stop=stop, tokens_per_micro_batch=tokens, **flags)
+        assert log[1]["updates"] == 3 and len(found) == parts
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_the_gradients_of_an_update_that_was_not_made_are_in_no_later_one(
+    critic, tmp_path, monkeypatch
+):
+    """--kl_stop finds the KL in a forward that has a backward: what that has left must not be added
+    to the first update of the next rollout."""
+    models, honest = [], {name: getattr(common, name) for name in ("make_optimizer", "sample")}
+
+    def make_optimizer(model, rate):
+        models.append(model)
+        return honest["make_optimizer"](model, rate)
+
+    def sample(*given, **settings):
+        for p in itertools.chain(*(model.parameters() for model in models)):
+            assert p.grad is None or not p.grad.any()
+        return honest["sample"](*given, **settings)
+
+    for stand_in in (make_optimizer, sample):
+        monkeypatch.setattr(common, stand_in.__name__, stand_in)
+    flags = SMALL | {"critic": critic, "kl_stop": 1e-9, "warmup": 0, "schedule": "constant"}
+    log = run(tmp_path, steps=2, epochs=2, minibatches=2, **flags)
+    assert len(models) == 2 and [m["updates"] for m in log[1:]] == [1, 1]
+
+
+def test_the_policys_rate_begins_after_the_critics_warm_up_and_the_critics_with_the_first_step(
+    tmp_path,
+):
+    flags = SMALL | {"critic_warmup": 2, "warmup": 1, "schedule": "linear"}
+    log = run(tmp_path, steps=6, learning_rate=1.2e-4, critic_learning_rate=1e-3, **flags)
+    of_policy = [0, 0, 0.6e-4, 1.2e-4, 0.8e-4, 0.4e-4]
+    assert [m["learning_rate"] for m in log[1:]] == pytest.approx(of_policy)
+    of_critic = [0.5e-3, 1e-3, 0.8e-3, 0.6e-3, 0.4e-3, 0.2e-3]
+    assert [m["value/learning_rate"] for m in log[1:]] == pytest.approx(of_critic)
+    assert ["entropy" in m for m in log[1:]] == [False] * 2 + [True] * 4
+
+
 def test_a_cut_completion_pays_for_its_missing_eos(tmp_path):
     data = prompts_file(tmp_path, [{"prompt": "4213576=", "answer": "1234567"}])
     flags = SMALL | {"data": data, "max_new_tokens": 3, "steps": 1, "beta": 0.0, "lam": 1.0}
     m = run(tmp_path, missing_eos_penalty=0.5, **flags)[1]
     assert m["truncated"] == 1 and m["reward"] == 0 and m["returns"] == pytest.approx(-0.5)
+
+
+def test_the_shown_completions_are_those_of_one_prompt_with_the_rewards_they_were_given(tmp_path):
+    """Without the penalty for a cut, as in the mean that is logged."""
+    (tmp_path / "r.py").write_text("def f(completion, row):\n    return 0.3 * len(completion)\n")
+    flags = SMALL | {"samples_per_prompt": 3, "max_new_tokens": 3, "missing_eos_penalty": 0.5}
+    run(tmp_path, steps=1, reward=f"{tmp_path}/r.py:f", **flags)
+    shown = [json.loads(line) for line in open(tmp_path / "run" / "samples.jsonl")]
+    assert len(shown) == 3 and len({line["prompt"] for line in shown}) == 1
+    for line in shown:
+        assert line["reward"] == pytest.approx(0.3 * len(line["completion"]))
 
 
 def test_the_critic_starts_from_a_reward_model_that_has_the_policys_words(tmp_path, monkeypatch):
@@ -777,6 +843,18 @@ def test_the_critic_starts_from_a_reward_model_that_has_the_policys_words(tmp_pa
         started.clear()
         run(tmp_path, f"with_{name}", steps=1, reward=str(tmp_path / name), **SMALL)
         assert started[-1] == (str(tmp_path / name) if name == "same" else ppo.Args.model, True)
+
+
+def test_a_reward_model_that_cannot_read_as_far_as_the_policy_writes_is_no_critic(tmp_path):
+    tokenizer = common.load_tokenizer(ppo.Args.model)
+    judge = common.load_scalar(ppo.Args.model, CPU, tokenizer, 0.5)
+    common.save_model(judge, tokenizer, tmp_path / "judge", CPU)
+    args = ppo.Args(reward=str(tmp_path / "judge"), max_new_tokens=5)
+    config = common.policy_config(args.model)
+    room = common.context_of(judge.config)
+    for longest, wanted in ((room - 5, args.reward), (room - 4, args.model)):
+        assert ppo.critic_folder(args, config, tokenizer, longest, True) == wanted
+    assert ppo.critic_folder(args, config, tokenizer, 1, False) == args.model
 
 
 @pytest.mark.parametrize(

@@ -634,6 +634,17 @@ def test_a_reward_model_with_a_short_context_lowers_the_length_of_answers(tmp_pa
     )
 
 
+def test_a_reward_model_with_a_short_context_need_not_read_demonstrations(tmp_path):
+    """It scores completions of held-out prompts only."""
+    demos = prompts_file(tmp_path, [{"prompt": "987654321=", "answer": "123456789"}])
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"prompt": "1="}\n')
+    files = {"demos": demos, "eval_data": str(held_out), "reward": judge(tmp_path, 13)}
+    args = reinforce.resolve(reinforce.Args(**files, max_new_tokens=10, device="cpu"))
+    args, _, _, prompts, _ = reinforce.load_task(args, CPU)
+    assert args.max_new_tokens == 10 and len(prompts) == 1
+
+
 def test_a_reward_model_with_other_tokens_reads_the_end_of_what_is_too_long(tmp_path, capsys):
     """How long an answer is in its tokens nobody knows before. The run goes on, and says it once."""
     data = prompts_file(tmp_path, [{"prompt": "5 4 3 2 1 ="}])
@@ -862,6 +873,15 @@ def test_demonstrations_are_fine_tuning(tmp_path):
         logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
         nll -= logprobs[len(r["prompt"]) - 1 :].sum().item()
     assert abs(m[1]["loss"] - nll / 2) < 1e-4 and m[1]["reward"] == 1 and "kl/sample" not in m[1]
+
+
+def test_demonstrations_as_long_as_may_be_are_kept_and_longer_ones_left_out_and_counted(capsys):
+    """Counted with the end that they are given."""
+    rows = [([5], {"prompt": "w5", "answer": answer}) for answer in ("w6 w7", "w6 w7 w8", "w9")]
+    args = reinforce.Args(max_new_tokens=3)
+    kept = reinforce.encode_answers(rows, make_tokenizer(), args)
+    assert [record["answer_ids"] for _, record in kept] == [[6, 7, 1], [9, 1]]
+    assert "--demos: 1 of 3 left out (--max_new_tokens 3)" in capsys.readouterr().out
 
 
 def test_held_out_rows_need_answers_only_for_rewards_that_read_them(tmp_path, capsys):

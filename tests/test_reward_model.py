@@ -113,6 +113,14 @@ def test_metrics_by_hand():
     assert abs(m["eval/calibration"] - 0.75 * abs(1 / (1 + math.exp(-1)) - 2 / 3)) < 1e-9
 
 
+@pytest.mark.parametrize("sign, there", [(1, {"longer"}), (-1, {"shorter"}), (0, set())])
+def test_an_accuracy_of_no_pairs_is_not_reported(sign, there):
+    gap = torch.tensor([1.0, -2.0, 3.0])
+    metrics = reward_model.pair_metrics(gap, torch.zeros(3), sign * torch.tensor([1, 5, 2]))
+    assert {k.split("_")[1] for k in metrics if "accuracy_" in k} == there
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
 def test_a_calibrated_model_is_found_to_be_so():
     g = torch.Generator().manual_seed(0)
     margin = 2 * torch.randn(200_000, generator=g, dtype=torch.float64)
@@ -154,6 +162,14 @@ def test_equal_and_long_pairs_are_left_out_and_counted(tmp_path, capsys):
     )
     assert len(kept) == 1 and records[0]["rejected"] == "w7"
     assert "of 3 pairs 1 left out as equal, 1 as over --max_tokens 4" in capsys.readouterr().out
+
+
+def test_a_pair_as_long_as_may_be_is_kept():
+    rows = [{"prompt": "w5", "chosen": "w6 w7", "rejected": "w8"}]
+    kept, _ = encode_pairs(rows, make_tokenizer(), reward_model.Args(max_tokens=4), "--data")
+    assert kept == [([5], [6, 7, 1], [8, 1])]
+    with pytest.raises(SystemExit):
+        encode_pairs(rows, make_tokenizer(), reward_model.Args(max_tokens=3), "--data")
 
 
 def test_what_both_sides_begin_with_is_split_off_and_each_keeps_a_token(tmp_path):
@@ -224,6 +240,35 @@ def test_the_score_is_read_at_the_last_real_token_whatever_the_padding(share, fo
     assert abs(pooled - chosen[-1].item()) > 1e-3, (
         "the pooling by pad id would have scored another token"
     )
+
+
+@pytest.mark.parametrize("steps", [1, 0])
+def test_held_out_scores_that_are_not_finite_stop_a_run(steps, folder):
+    tokenizer = make_tokenizer()
+    model = common.load_scalar(folder, CPU, tokenizer, 0.2)
+    torch.nn.init.constant_(model.score.weight, math.nan)
+    args = reward_model.Args(steps=steps, tokens_per_micro_batch=60)
+    with pytest.raises(common.Stop, match="a score that is not finite"):
+        reward_model.score_all(model, tokenizer, pairs_of(), False, args, CPU)
+
+
+def test_completions_for_best_of_n_are_short_enough_for_a_model_that_reads_more_of_a_prompt(
+    folder, tmp_path
+):
+    """Its template writes more than the policy's prompt has, which has none."""
+    template = "w30 w31 {% for m in messages %}{{ m.role[0] == 'u' and 'w10' or 'w11' }} {{ m.content }} <eos> {% endfor %}"
+    tokenizer = make_tokenizer(template=template)
+    judge = common.load_scalar(folder, CPU, tokenizer, 0.2)
+    judge.config.max_position_embeddings = 20
+    common.save_model(judge, tokenizer, tmp_path / "judge", CPU)
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "w5 w6 w7"}\n')
+    files = {"model": str(tmp_path / "judge"), "policy": str(folder)}
+    tokenizer = common.load_tokenizer(files["model"])
+    args = reward_model.Args(**files, eval_prompts=str(tmp_path / "asked.jsonl"))
+    args, _, prompts, _ = reward_model.load_best_of(args, tokenizer, CPU)
+    longest = " ".join(["w9"] * args.max_new_tokens)
+    assert prompts[0][0] == [5, 6, 7]
+    assert len(common.encode_answer(tokenizer, "w5 w6 w7", longest)) == 20
 
 
 @pytest.mark.parametrize("tokens", [30, 60])
@@ -415,6 +460,42 @@ def test_scores_have_unit_spread_at_the_end_and_the_order_they_had(tmp_path):
     )
     assert abs(scaled.std(unbiased=False).item() - 1) < 1e-3 < abs(raw.std().item() - 1)
     torch.testing.assert_close(scaled / scaled.std(), raw / raw.std(), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("where", ["data", "eval_data"])
+def test_pairs_whose_sides_have_no_beginning_in_common_are_scored_as_ever(
+    where, folder, tmp_path, monkeypatch
+):
+    """An empty beginning, computed once, would be a forward of no tokens."""
+    rows = [{"prompt": "w5 w9", "chosen": "w6 w7", "rejected": x} for x in ("w8", "w7 w8 w9")]
+    apart = {"prompt": " ", "chosen": "w6", "rejected": "w7 w8"}
+    files = {"data": tmp_path / "data.jsonl", "eval_data": tmp_path / "eval_data.jsonl"}
+    for name, path in files.items():
+        mine = [*rows, apart] if name == where else rows
+        path.write_text("".join(json.dumps(row) + "\n" for row in mine))
+    flags = {name: str(path) for name, path in files.items()} | {"model": str(folder), "steps": 1}
+    flags |= {"pairs_per_step": 6, "learning_rate": 1e-3, "unit_scale": False}
+    flags |= {"tokens_per_micro_batch": 1}  # each pair is a forward of its own
+    log = run(tmp_path, "shared", **flags)
+    monkeypatch.setattr(common, "prompts_can_be_shared", lambda *given: False)
+    wanted = run(tmp_path, "apart", **flags)
+    for name in ("loss", "margin", "chosen", "grad_norm", "eval/margin", "eval/loss"):
+        assert log[1][name] == pytest.approx(wanted[1][name], rel=1e-4), name
+
+
+def test_a_head_with_a_bias_gets_scores_of_mean_0_and_spread_1(folder):
+    tokenizer, pairs = make_tokenizer(), pairs_of()
+    args = reward_model.Args(tokens_per_micro_batch=60)
+    model = common.load_scalar(folder, CPU, tokenizer, 0.2)
+    head = torch.nn.Linear(32, 1)
+    torch.nn.init.constant_(head.bias, 3.0)
+    model.score = head
+    before = reward_model.score_all(model, tokenizer, pairs, False, args, CPU)
+    found = reward_model.fold_scale(model, tokenizer, pairs, False, args, CPU)
+    after = reward_model.score_all(model, tokenizer, pairs, False, args, CPU)
+    mean, spread = before.mean().item(), before.std(unbiased=False).item()
+    assert found == pytest.approx({"scale/mean": mean, "scale/spread": spread})
+    torch.testing.assert_close(after, (before - mean) / spread, atol=1e-5, rtol=1e-5)
 
 
 def test_resuming_equals_never_having_stopped(tmp_path):

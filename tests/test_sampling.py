@@ -219,6 +219,19 @@ def test_draw_is_the_inverse_of_the_cumulative_sum(words):
     assert (tokens - wanted).abs().max() <= 1
 
 
+@pytest.mark.parametrize("words", [3, 256, 257, 1000])
+def test_no_word_of_probability_0_is_drawn_at_either_end_of_the_numbers(words):
+    """At 0 the first word that has a chance, just below 1 one that has: whole blocks may have none."""
+    ends = torch.tensor([[0.0], [1 - 2.0**-52], [1 - 2.0**-53]], dtype=torch.float64)
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(words, generator=generator) * 3
+        first, last = sorted(torch.randint(words, (2,), generator=generator).tolist())
+        logits[:first] = logits[last + 1 :] = -float("inf")
+        tokens, logprobs = draw(logits.expand(3, -1), ends)
+        assert tokens[0] == first and logprobs.isfinite().all()
+
+
 def test_what_is_sampled_follows_the_model(tokenizer):
     """The first two tokens of 20,000 completions against the exact distribution of pairs, by chi-square."""
     model = family("llama", vocab_size=6)
@@ -333,6 +346,13 @@ def test_prompts_in_slices_give_the_samples_of_all_prompts_at_once(name, monkeyp
     )
 
 
+def test_a_prompt_longer_than_a_slice_is_a_slice_of_its_own(monkeypatch, tokenizer):
+    model = family("llama")
+    whole = sample(model, tokenizer, PROMPTS, max_new_tokens=8, seed=1)
+    monkeypatch.setattr(common, "PREFILL_TOKENS", 5)
+    assert torch.equal(sample(model, tokenizer, PROMPTS, max_new_tokens=8, seed=1).ids, whole.ids)
+
+
 class _Spy:
     """Counts the calls of a method and passes them on."""
 
@@ -372,6 +392,16 @@ def test_rows_are_grouped_by_prompt(tokenizer):
         for j in range(3):
             assert s.prompt_ids[3 * i + j][s.prompt_mask[3 * i + j]].tolist() == prompt
     assert (s.prompt_mask.long().diff(dim=1) >= 0).all(), "prompts are padded on the left"
+
+
+def test_some_of_the_rows_are_those_and_no_longer_come_in_groups_of_one_prompt(tokenizer):
+    s = sample(family("llama"), tokenizer, PROMPTS, n=3, max_new_tokens=6, seed=0)
+    some = s.take(torch.tensor([7, 0, 4]))
+    assert (s.rows_per_prompt, some.rows_per_prompt) == (3, 1)
+    assert some.texts == [s.texts[7], s.texts[0], s.texts[4]]
+    for name in ("prompt_ids", "prompt_mask", "ids", "mask", "logprobs", "finished"):
+        of_all = getattr(s, name)
+        assert torch.equal(getattr(some, name), torch.stack([of_all[7], of_all[0], of_all[4]]))
 
 
 def test_text_prompts_are_tokenised_with_one_bos():
