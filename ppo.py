@@ -296,9 +296,9 @@ def k3(logprobs, other_logprobs):
 def value_loss(values, old_values, returns, weights, clip):
     """Equation (5), summed with weights; all [b, C], values with gradient.
 
-    The larger error counts: a value that has moved by more than `clip` towards its return has no
-    gradient, as long as it is nearer to the return than `near` is. One that has moved away always
-    has. Like the ratio's clip, this is no bound.
+    The larger error counts. A value that has moved by more than `clip` towards its return has no
+    gradient, as long as it is nearer to the return than `near` is.
+    One that has moved away always has. Like the ratio's clip, this is no bound.
     """
     error = (values - returns) ** 2
     if clip:
@@ -413,9 +413,11 @@ def values_of(head, states):
 
 @torch.no_grad()
 def before_update(policy, trunk, head, samples, minibatches, temperature):
-    """Log-probabilities of the policy and values, in the micro-batches of the update, as in
-    `rollout_logprobs` -> two tensors [B, C]. A shared critic's values need no forward of their
-    own."""
+    """Log-probabilities of the policy, and values -> two tensors [B, C].
+
+    In the micro-batches of the update, as in `rollout_logprobs`. A shared critic's values need no
+    forward of their own.
+    """
     old = torch.zeros_like(samples.logprobs)
     values = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
