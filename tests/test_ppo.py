@@ -772,6 +772,25 @@ def test_the_kl_stop_adds_up_the_parts_of_an_update(tmp_path, monkeypatch):
         assert log[1]["updates"] == 3 and len(found) == parts
 
 
+def test_the_kl_stop_asks_all_processes(tmp_path, monkeypatch):
+    """One that stopped alone would leave the others waiting for it. Here another has gone far."""
+    found, honest = [], {"add": ppo.add_gradients, "sum": common.all_sum}
+
+    def add_gradients(*given, **flags):
+        found.append(honest["add"](*given, **flags))
+        return found[-1]
+
+    def all_sum(world, *numbers):
+        others = 1.0 if found and numbers == (found[-1],) else 0.0
+        return [total + others for total in honest["sum"](world, *numbers)]
+
+    monkeypatch.setattr(ppo, "add_gradients", add_gradients)
+    monkeypatch.setattr(common, "all_sum", all_sum)
+    flags = SMALL | {"steps": 1, "kl_stop": 0.9, "learning_rate": 1e-5, "warmup": 0}
+    log = run(tmp_path, tokens_per_micro_batch=10**6, **flags)
+    assert log[1]["updates"] == 1 and len(found) == 2 and found[1] < 0.1
+
+
 @pytest.mark.parametrize("critic", CRITICS)
 def test_the_gradients_of_an_update_that_was_not_made_are_in_no_later_one(
     critic, tmp_path, monkeypatch
