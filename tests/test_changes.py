@@ -477,7 +477,7 @@ def test_a_patched_script_runs_from_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     "name, flags",
     [
-        ("cispo", ["--minibatches", "4"]),
+        ("cispo", ["--minibatches", "2"]),
         ("maxrl", []),
         ("gdpo", ["--reward", "exact,number"]),
     ],
