@@ -24,6 +24,7 @@ Shapes: B rows, P prompt columns, C completion columns, V vocabulary. Prompts ar
 left, so all completions start in the same column; completions are padded on the right.
 """
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -47,6 +48,7 @@ import sys
 import threading
 import time
 import types
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -760,6 +762,7 @@ def write_model(model, tokenizer, folder, state, dtype):
         replace(temporary, folder)
     except Exception as error:  # each library has its own exception for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder.with_name("adapter.tmp"), ignore_errors=True)
         raise Stop(f"{folder} could not be written ({error})") from error
     finally:
         model.generation_config = generation
@@ -799,16 +802,21 @@ def add_adapters(model, args, dtype):
     for block in blocks_of(model):
         inside |= dict.fromkeys(block.modules())
     layers = [m for m in inside if type(m) is torch.nn.Linear]
+    uses = collections.Counter(m.weight for m in layers)
+    # Zamba2: two pairs on one weight could not be merged
+    layers = [m for m in layers if uses[m.weight] == 1]
     rest = [m for m in inside if any(p.ndim > 1 for p in m.parameters(recurse=False))]
-    rest = ", ".join(sorted({type(m).__name__ for m in rest} - {"Linear"}))
+    rest = ", ".join(sorted({type(m).__name__ for m in rest if m not in layers}))
     if not layers:
-        fail(f"--lora_rank: {type(model).__name__} has no nn.Linear in its blocks, but {rest}")
+        name = type(model).__name__
+        fail(f"--lora_rank: {name} has no nn.Linear in its blocks, but {rest or 'no blocks'}")
     if args.lora_rank > max(min(layer.weight.shape) for layer in layers):
         fail(f"--lora_rank {args.lora_rank}: above the width of all layers that it would adapt")
     if rest:
         say_once(f"note: only nn.Linear has adapters; these stay as they are: {rest}")
-    model.lora = types.SimpleNamespace(layers=layers, rank=args.lora_rank, active="own")
+    model.lora = types.SimpleNamespace(layers=layers, rank=args.lora_rank, alpha=args.lora_alpha)
     model.lora.scale = args.lora_alpha / args.lora_rank
+    model.lora.active = "own"
     for layer in layers:
         layer.__class__ = AdaptedLinear
         layer.lora = model.lora  # one for all layers
@@ -865,7 +873,7 @@ def write_adapter(model, folder, state):
         state[f"{name}.weight"] = (W + model.lora.scale * BA).to(W.dtype)
     task = "CAUSAL_LM" if model.get_output_embeddings() else "SEQ_CLS"
     config = {"peft_type": "LORA", "task_type": task, "target_modules": names}
-    config |= {"r": model.lora.rank, "lora_alpha": model.lora.scale * model.lora.rank}
+    config |= {"r": model.lora.rank, "lora_alpha": model.lora.alpha}
     config |= {"base_model_name_or_path": model.name_or_path}
     temporary = folder.with_name(folder.name + ".tmp")
     temporary.mkdir(exist_ok=True)
@@ -1356,19 +1364,34 @@ def draw(logits, u, block=256):
 # -- One token on a GPU ----------------------------------------------------------------------------
 
 
+CAPTURE_ON = ("cuda",)
 CAPTURE_ABOVE = 32  # tokens to come; a capture takes as long as a few eager tokens
 CAPTURE_COLUMNS = 256  # of the cache: attention reads a multiple of it, most of that filled
-NOT_CAPTURED = set()  # classes of models whose forward waits for the GPU
+NOT_CAPTURED = set()  # classes of models whose capture has failed
 
 
 def can_capture(model, cache):
-    """Layers with a window or a state, and attention written out, would need more than a mask."""
+    """Whether a mask and positions are all that a forward needs to know of the tokens before. Not
+    with windows, states, or attention written out; nor where the forward counts the positions
+    itself, as a graph would for ever take those of its first token."""
     return (
-        next(model.parameters()).device.type == "cuda"
+        next(model.parameters()).device.type in CAPTURE_ON
         and type(model) not in NOT_CAPTURED
         and model.config._attn_implementation == "sdpa"
+        and "position_ids" in inspect.signature(model.forward).parameters
         and all(type(layer) is RoomyLayer for layer in cache.layers)
     )
+
+
+def capture(model, *given):
+    """A `CapturedStep`, or None if the model's forward cannot be captured."""
+    try:
+        return CapturedStep(*given)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        NOT_CAPTURED.add(type(model))
+        name = type(model).__name__
+        say_once(f"note: {name} is sampled without a CUDA graph ({first_line(error)})")
+        return None
 
 
 @functools.lru_cache
@@ -1378,13 +1401,17 @@ def capture_stream():
     return torch.cuda.Stream()
 
 
-def capture(model, forward, cache, seen, offset, column):
-    """A `CapturedStep`, or None if the model's forward cannot be captured."""
-    try:
-        return CapturedStep(forward, cache, seen, offset, column)
-    except (RuntimeError, ValueError, TypeError, IndexError):
-        NOT_CAPTURED.add(type(model))
-        return None
+@contextlib.contextmanager
+def no_waits():
+    """Inside, an operation that waits for the GPU is an error."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls this mode a prototype
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 class CapturedStep:
@@ -1413,20 +1440,17 @@ class CapturedStep:
     def record(self):
         stream = capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
-        mode = torch.cuda.get_sync_debug_mode()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            torch.cuda.set_sync_debug_mode("error")  # a capture could not recover from a wait
-            try:
-                self.compute()  # libraries make their workspaces now: a capture cannot
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
+        try:
+            # libraries make their workspaces now, which a capture cannot
+            with torch.cuda.stream(stream), no_waits():
+                self.compute()
+            # thread_local: NCCL's own thread may go on. This also gives back the memory of graphs
+            # that are gone.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self.logits = self.compute()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+        finally:  # also after a failure: what was queued must not write later
+            torch.cuda.current_stream().wait_stream(stream)
         self.graph = graph
 
     def compute(self):
@@ -1446,11 +1470,12 @@ class CapturedStep:
         """The logits after these tokens [rows], which lie there until the next call."""
         self.token.copy_(token[:, None])
         self.column.fill_(column)
+        if self.graph is None:
+            self.logits = self.compute()
+        else:
+            self.graph.replay()
         for layer in self.cache.layers:
             layer.filled = column + 1
-        if self.graph is None:
-            return self.compute()
-        self.graph.replay()
         return self.logits
 
 

@@ -502,6 +502,8 @@ def take_step(models, optimizers, args, world, step):
     if (args.critic == "shared" or args.lora_rank) and world.size > 1:
         # FSDP sums the policy's gradients over the processes. These are not part of it.
         for p in critic.parameters():
+            if p.grad is None:  # an adapter that no text passes through
+                p.grad = torch.zeros_like(p)
             torch.distributed.all_reduce(p.grad)
     norm = common.clip_gradients(policy, args.max_grad_norm)
     critic_norm = common.clip_gradients(critic, args.max_grad_norm)

@@ -138,7 +138,7 @@ def test_captured_decoding_follows_an_update_and_keeps_no_memory(tmp_path, monke
     drawn = []
     for _ in range(6):
         drawn.append(common.sample(model, tokenizer, ["w5 w6", "w7"], **settings))
-        held.append(torch.cuda.memory_allocated())
+        held.append(torch.cuda.memory_reserved())
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(0.9)

@@ -2,6 +2,7 @@
 forward, for every family, however rows are padded, ended and dropped."""
 
 import functools
+import inspect
 import itertools
 
 import pytest
@@ -113,15 +114,14 @@ def without_a_graph(monkeypatch):
             calls.append(steps[-1])
             return super().__call__(*given)
 
-    def can_capture(model, cache):
-        return (
-            type(model) not in common.NOT_CAPTURED
-            and model.config._attn_implementation == "sdpa"
-            and all(type(layer) is common.RoomyLayer for layer in cache.layers)
-        )
+        def compute(self):
+            # what a graph would have frozen is of no use to the forward
+            with monkeypatch.context() as patch:
+                patch.setattr(common.RoomyLayer, "get_seq_length", lambda *_: 3)
+                return super().compute()
 
     monkeypatch.setattr(common, "CapturedStep", Counted)
-    monkeypatch.setattr(common, "can_capture", can_capture)
+    monkeypatch.setattr(common, "CAPTURE_ON", ("cpu",))
     monkeypatch.setattr(common, "CAPTURE_ABOVE", 3)
     monkeypatch.setattr(common, "CAPTURE_COLUMNS", 16)
     monkeypatch.setattr(common, "NOT_CAPTURED", set())
@@ -167,7 +167,30 @@ def test_captured_steps_are_made_anew_when_half_of_the_rows_have_finished(monkey
     assert not calls
 
 
-def test_a_forward_that_cannot_be_captured_is_computed_eagerly(monkeypatch, tokenizer):
+def test_a_forward_that_counts_its_positions_itself_is_not_captured(monkeypatch, tokenizer):
+    """A graph would take the first token's position for ever (Bart, Whisper)."""
+    model = family("llama")
+    steps, _ = without_a_graph(monkeypatch)
+    forward = type(model).forward
+
+    def counts(self, input_ids, attention_mask=None, use_cache=None, **cache):
+        named = {"attention_mask": attention_mask, "use_cache": use_cache, **cache}
+        return forward(self, input_ids=input_ids, **named)
+
+    name = common.cache_argument(model)
+    arguments = ["self", "input_ids", "attention_mask", "use_cache", name]
+    kinds = [inspect.Parameter(a, inspect.Parameter.POSITIONAL_OR_KEYWORD) for a in arguments]
+    counts.__signature__ = inspect.Signature(kinds)
+    monkeypatch.setattr(type(model), "forward", counts)
+    s = sample(model, tokenizer, [[7, 12, 3], [5, 9, 8]], n=3, max_new_tokens=24, seed=1)
+    assert not steps and s.ids.shape[1] > 4
+    monkeypatch.setattr(type(model), "forward", forward)
+    assert worst(model, s, 1.0) < 1e-4
+    sample(model, tokenizer, [[7, 12, 3], [5, 9, 8]], n=3, max_new_tokens=24, seed=1)
+    assert steps
+
+
+def test_a_forward_that_cannot_be_captured_is_computed_eagerly(monkeypatch, tokenizer, capsys):
     model = family("llama")
     settings = {"n": 3, "max_new_tokens": 24, "seed": 1}
     eager = sample(model, tokenizer, PROMPTS, **settings)
@@ -179,10 +202,13 @@ def test_a_forward_that_cannot_be_captured_is_computed_eagerly(monkeypatch, toke
         raise RuntimeError("it waits for the GPU")
 
     monkeypatch.setattr(common.CapturedStep, "__init__", lambda self, *given: refuse(self))
+    common.say_once.cache_clear()
     for _ in range(2):
         again = sample(model, tokenizer, PROMPTS, **settings)
         assert torch.equal(eager.logprobs, again.logprobs)
     assert len(tried) == 1 and not calls, "it is tried once for a class of models"
+    told = capsys.readouterr().out
+    assert told.count("sampled without a CUDA graph (it waits for the GPU)") == 1
 
 
 def test_draw_follows_softmax_by_a_chi_square_test():
