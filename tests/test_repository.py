@@ -18,7 +18,9 @@ NAMES = ("reinforce", "ppo", "grpo", "dpo", "reward_model")
 SCRIPTS = [ROOT / f"{name}.py" for name in NAMES if (ROOT / f"{name}.py").exists()]
 BENCH = ROOT / "tests" / "bench"
 DOCS = ROOT / "tests" / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"), reverse=True), BENCH / "README.md"]
+CHANGES = ROOT / "tests" / "changes"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"), reverse=True)]
+PAGES += [BENCH / "README.md", CHANGES / "README.md"]
 TABLES = [path for path in sorted(BENCH.glob("*.md")) if path.name != "README.md"]
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)  # (language, text)
 
