@@ -4,10 +4,12 @@ formula written out, its gradient, and a short run. Those of grpo.py are in test
 import json
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from changes_helpers import DIFFS, changed_lines, load, patches_of, train
+from changes_helpers import DIFFS, load, patched, patches_of, train
 from conftest import family
 from test_reinforce import gradient, rollout
 
@@ -27,17 +29,18 @@ def test_there_are_patches_of_four_scripts():
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_patch_is_short_and_names_its_trap(name):
-    assert 1 <= changed_lines(name) <= 10
+def test_a_patch_names_its_trap(name):
     assert "Trap: " in re.sub(r"\n\+ *#", "", DIFFS[name].read_text())
 
 
-RATING = "def f(completion, row):\n    return len(set(completion)) / 7 + len(completion) / 100\n"
+RATING = """def f(completion, row):
+    return len(set(completion)) / 7 + len(completion) / 100 + row["prompt"].count("1")
+"""
 
 
-def rating(completion):
-    """What RATING says."""
-    return len(set(completion)) / 7 + len(completion) / 100
+def rating(completion, prompt):
+    """What RATING says. It depends on the prompt, so that a row that is mixed up shows."""
+    return len(set(completion)) / 7 + len(completion) / 100 + prompt.count("1")
 
 
 def record(monkeypatch, module, names):
@@ -211,7 +214,7 @@ def remax_run(tmp_path, monkeypatch, *flags):
         policy.eval()
         for ids, mask in zip(samples.prompt_ids, samples.prompt_mask):
             text = greedy_text(policy, tokenizer, ids[mask].tolist(), 14)
-            own["greedy"].append(rating(text))
+            own["greedy"].append(rating(text, tokenizer.decode(ids[mask])))
         return samples, scores, greedy
 
     monkeypatch.setattr(module, "rollout", draw)
@@ -465,9 +468,31 @@ def test_a_reward_model_with_margins_from_scores_runs(tmp_path):
     module = load("margin_from_scores")
     scored_pairs(tmp_path / "pairs.jsonl", POINTS)
     flags = ["--data", str(tmp_path / "pairs.jsonl"), "--use_margin", "--steps", "2"]
-    small = "--device cpu --pairs_per_step 4 --learning_rate 1e-9 --best_of 1".split()
+    small = "--device cpu --pairs_per_step 4 --learning_rate 1e-9".split()
+    small += ["--policy=", "--eval_prompts="]
     metrics = train(module, tmp_path / "run", *flags, *small)
     steps = [m for m in metrics if "loss" in m]
     wanted = sum(-math.log(sigmoid(-0.3 * (a - b))) for a, b in POINTS) / 4
     assert len(steps) == 2
     assert steps[0]["loss"] == pytest.approx(wanted, rel=0.2)
+
+
+# -- Whole runs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("length_adaptive_lambda", SHORT),
+        ("remax", SHORT),
+        ("orpo", "--loss orpo --device cpu --steps 2 --pairs_per_step 8 --eval_prompts=".split()),
+        (
+            "margin_from_scores",
+            "--device cpu --steps 2 --pairs_per_step 8 --policy= --eval_prompts=".split(),
+        ),
+    ],
+)
+def test_a_patched_script_ends_with_status_0(name, flags, tmp_path):
+    command = [sys.executable, str(patched(name)), *flags, "--out", str(tmp_path / "run")]
+    assert subprocess.run(command, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "run" / "model").is_dir()
