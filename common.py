@@ -205,7 +205,7 @@ def check_flags(args):
             fail(f"--{name} {value}: must be {least} or more")
     if args.resume and not args.steps:
         fail("--steps 0 evaluates a model: give --model RUN/model instead of --resume")
-    if args.lora_rank:
+    if getattr(args, "lora_rank", 0):
         empty_model(args.model, args)  # stops if this rank does not suit the model
 
 
@@ -789,7 +789,7 @@ class AdaptedLinear(torch.nn.Linear):
 def add_adapters(model, args, dtype):
     """With --lora_rank: freezes the model, but not a reward model's head, and gives every nn.Linear
     in its blocks a pair of adapters -> the model."""
-    if args is None or not args.lora_rank:
+    if not getattr(args, "lora_rank", 0):
         return model
     head = [] if model.get_output_embeddings() else scalar_head(model).parameters()
     for weight in set(model.parameters()) - set(head):

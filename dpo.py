@@ -16,8 +16,8 @@ reward. Insert (3) into (4) for a chosen completion y and a rejected z, and writ
 training, for pi*: Z cancels, and P = sigmoid(h).
 
 So the policy itself is the reward model, and training is a classification of pairs. The gradient
-raises log pi(y) and lowers log pi(z), both with weight beta sigmoid(-h). Pairs in the wrong order
-count most.
+pulls log pi(y) up and pushes log pi(z) down, both with weight beta sigmoid(-h). Pairs in the wrong
+order count most.
 
 Other losses (`--loss`). n is a completion's length in tokens, with its end token. d is
 log(pi / ref) / n of the chosen completion, minus that of the rejected one.
@@ -244,7 +244,7 @@ def implicit_reward(logprobs, ref_logprobs, length, args):
 
 
 def share_won(chosen, rejected):
-    """1 where chosen is scored higher, 1/2 on a tie (both are 0 before DPO), else 0, [b]."""
+    """1 where chosen is scored higher, 1/2 on a tie, else 0, [b]."""
     return (chosen > rejected) + 0.5 * (chosen == rejected)
 
 
@@ -261,6 +261,7 @@ def pair_logprobs(model, tokenizer, pairs, share_prompts, world):
         prompts += [prompt, prompt]
         sides += [chosen, rejected]
     rows_per_prompt = 2 if share_prompts else 1
+    # nothing is sampled here: the given sides in the form that samples have elsewhere
     samples = common.as_samples(prompts, sides, tokenizer, world, rows_per_prompt)
     logprobs = side_logprobs(model, samples)  # [2b, C]
     return logprobs.sum(1).view(-1, 2)
@@ -272,8 +273,9 @@ def side_logprobs(model, samples, chunk=1024):
     Logits of `chunk` tokens at a time, computed again in backward: those of all tokens would be
     gigabytes with a vocabulary of 150,000.
     """
-    # states [2b, C, width]: each of the place before its token, which it predicts
-    states, ids, mask = common.completion_states(model, samples, list(range(len(samples.ids))))
+    all_rows = list(range(len(samples.ids)))
+    # states[:, t] is of the place before ids[:, t], and predicts that token; [2b, C, width]
+    states, ids, mask = common.completion_states(model, samples, all_rows)
 
     def head(states, tokens):
         logprobs = common.logits_of(model, states).log_softmax(-1)  # [chunk, vocabulary], float32
@@ -327,10 +329,12 @@ def train(args):
     texts = pairs + held_out + [(ids, []) for ids, _ in prompts]
     first_prompt, first_side = texts[0][:2]
     first_text = first_prompt + first_side
-    # Models held at a time, for the memory that `introduce` prints. With --steps 0 the policy is
-    # frozen. The reference is gone before training.
+    # Models held at a time, for the memory that `introduce` prints. The reference is gone before
+    # training. With --steps 0, policy and reference are frozen.
     learning_models = int(args.steps > 0)
-    frozen_models = 1 - learning_models + int(reward is not None and reward.is_model)
+    frozen_models = int(reward is not None and reward.is_model)
+    if not args.steps:
+        frozen_models += 2 if args.reference and held_out else 1
     writer, bar = common.introduce(
         out, args, world, tokenizer, first_text, done_steps, learning_models, frozen_models
     )
@@ -341,7 +345,8 @@ def train(args):
 
     with common.guarded(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
-        # training computes a prompt once for both sides, if a trial shows that the model can
+        # Whether a forward computes a prompt's keys and values once for both sides: faster, and
+        # right if a trial shows it. Without training, a trial is not worth its time.
         share_prompts = args.steps > 0 and common.prompts_can_be_shared(
             policy, world, args.gradient_checkpointing
         )
@@ -423,7 +428,7 @@ def train(args):
 
         if args.steps:
             common.save_model(policy, tokenizer, out / "model", world)
-    # for the example of `usage`, which has a prompt of its own for chat models
+    # `usage` makes the line of Python that tries the model; for chat models it has its own prompt
     prompt = "" if tokenizer.chat_template else tokenizer.decode(first_prompt)
     common.conclude(out, args, writer, bar, common.usage(out, tokenizer, prompt, args))
 
@@ -440,7 +445,8 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     together, to save padding.
 
     FSDP needs equally many parts in all processes. A process that is short of parts takes a pair
-    out of its largest part. That has two or more, because all processes have equally many pairs.
+    out of its largest part. That has two or more: no process has more parts than pairs, and all
+    have equally many pairs.
     """
     copies = 1 if share_prompts else 2
     prompt_length = [copies * len(prompt) for prompt, _, _ in pairs]
@@ -508,9 +514,9 @@ def score_pairs(model, tokenizer, pairs, share_prompts, args, world):
 def reference_scores(
     policy, tokenizer, pairs, held_out, share_prompts, args, out, world, stop_asked
 ):
-    """The reference's log-probabilities of the pairs (NaN if never drawn) and of the held-out ones,
-    two tensors [.., 2], or None if no pairs are held out. The policy must still be as it was at the
-    start.
+    """The reference's log-probabilities -> [pairs, 2], NaN for pairs that are never drawn, and
+    [held-out pairs, 2], or None if there are none (simpo: zeros). The policy must still be as it
+    was at the start.
 
     Those of the pairs are kept in the run's folder. A resumed run computes only what is missing.
     The micro-batches are not those of training. So in bfloat16, log-ratios that should be 0 in step
@@ -535,7 +541,7 @@ def reference_scores(
     if args.reference:
         reference = common.load_reference(args.reference, world)
         common.check_head(reference)
-        share_prompts = False  # was tried with the policy; another model's cache may not allow it
+        share_prompts = False  # the trial was made with the policy only
     for start in range(0, len(missing), 1024):
         part = missing[start : start + 1024]
         few = [pairs[i] for i in part]
@@ -588,8 +594,8 @@ def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world)
 
 def evaluate(policy, tokenizer, prompts, reward, args, world):
     """Scores of greedy completions of held-out prompts -> (scores, some completions to be read).
-    eval/reward is by --reward, eval/exact by its rule where an answer is known. Each process takes
-    its share."""
+    eval/reward is by --reward. eval/exact is the share of answers that are right by `number`, if
+    that is the --reward, or else by `exact`. Each process takes its share of the prompts."""
     mine = prompts[world.rank :: world.size]
     longest = max((len(ids) for ids, _ in prompts), default=0) + args.max_new_tokens
     # the keys and values of 4 micro-batches take less memory than training on one
@@ -617,8 +623,8 @@ def evaluate(policy, tokenizer, prompts, reward, args, world):
 
 
 def count_right(texts, records, rule):
-    """How many texts of each record (here one or more) are right by `rule`; 0 for records without
-    an answer."""
+    """How many texts of each record are right by `rule`; 0 for records without an answer. Every
+    record has equally many texts, one or more."""
     n = len(texts) // len(records)
     right = torch.zeros(len(records))
     for i, text in enumerate(texts):

@@ -36,12 +36,13 @@ the length of the longest completion: of the rollout in [B, C], of the forward i
 
 What is biased:
   * With rewards of 0 and 1 the division by the std multiplies a prompt's gradient by about
-    1 / sqrt(p (1 - p)), p its share of right answers. Very easy and very hard prompts count more.
+    1 / sqrt(p (1 - p)), p its share of right answers, and by sqrt(n) at most. Very easy and very
+    hard prompts count more.
   * The group's mean contains the sample itself. With --scale none, that multiplies the expected
     gradient by 1 - 1/n.
   * The divisors of --aggregate token and sequence depend on the samples (`token_weights`).
-  * The expected gradient of k3 is that of KL(ref || pi), not of KL(pi || ref). It is kept as
-    published. reinforce.py has the unbiased way: log pi - log ref, subtracted from the reward.
+  * At each token the expected gradient of k3 is that of KL(ref || pi), not of KL(pi || ref). It is
+    kept as published. reinforce.py has the unbiased way: log pi - log ref as part of the reward.
   * With several updates: the clip; the ratio (2), which corrects a token but not its prefix; and
     k3, which has no ratio although pi_old drew the tokens.
   * log pi_old is computed by the trainer. The sampler's values differ by rounding (`kl/sample`:
@@ -251,8 +252,8 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
     the direction that A pushes. The gradient is that of ratio * A times this factor:
 
                  ratio < 1 - low    between    ratio > 1 + high
-        A > 0           1              1              0           (a good token, already likelier)
-        A < 0           0              1              1           (a bad one, already less likely)
+        A > 0           1              1              0          (0: a good token, already likelier)
+        A < 0           0              1              1          (0: a bad one, already less likely)
 
     Without the minimum all four corners would be 0. A good token that an earlier update made
     less likely could then not be brought back.
@@ -263,7 +264,7 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
 
 
 def is_clipped(ratio, advantages, clip_low, clip_high):
-    """Where (3) has no gradient: below the range and above it, two tensors [b, C]."""
+    """Where the clip takes the gradient away: below the range and above it, two tensors [b, C]."""
     low = (advantages < 0) & (ratio < 1 - clip_low)
     high = (advantages > 0) & (ratio > 1 + clip_high)
     return low, high
@@ -273,8 +274,8 @@ def k3(logprobs, other_logprobs):
     """Equation (4), [b, C]: an estimate of KL(p || other) on tokens drawn from p, never negative.
     logprobs: those of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
 
-    As a loss on tokens drawn from p (in grpo.py) its gradient is that of KL(other || p). Near each
-    other the two KLs agree.
+    As a loss (in grpo.py) on a token drawn from p it has another expected gradient: that of
+    KL(other || p). Near each other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
@@ -306,7 +307,7 @@ def has_gradient(weights, advantages, beta):
     """Which rows have a gradient: weights [rows, C], advantages [rows] -> [rows].
 
     Rows with advantage 0 have none, unless the loss has another term (the KL, or an entropy bonus).
-    They need no forward. `token_weights` has counted them, so leaving them out changes nothing.
+    They need no forward: `token_weights` has counted them, so the gradient stays what it is.
     """
     factors = weights if beta else weights * advantages[:, None]
     return (factors != 0).any(1)
@@ -337,9 +338,9 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged. Last and detached: backward needs none of it, and checkpoint stops
-            # computing again once it has what backward needs. For an entropy bonus, drop the
-            # detach and train the rows whose advantage is 0, too.
+            # Only logged, so not computed where nothing learns. Detached and last: backward needs
+            # none of it, so checkpoint's second pass through `head` ends before these lines. For an
+            # entropy bonus, drop the detach and train the rows whose advantage is 0, too.
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -358,10 +359,12 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere. A mini-batch is a list of
-    micro-batches, and these are lists of row numbers. Computed in the update's own micro-batches:
-    in bfloat16 they depend on a micro-batch's shape. Cut differently, the first ratio would not
-    be 1, nor the first KL 0."""
+    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
+
+    A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
+    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. Cut
+    differently, the first ratio would not be 1, nor the KL to the reference 0 in step 1.
+    """
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
@@ -390,7 +393,7 @@ def update_loss(policy, batch, rows, args, meter, is_first):
     logprobs, entropy = token_logprobs(policy, batch.samples, rows, args.temperature)  # [b, C]
     C = logprobs.shape[1]  # the longest completion of these rows
     w = batch.weights[rows, :C]
-    mask = w > 0
+    mask = w > 0  # the tokens of trained rows; a row is trained whole or not at all
     A = batch.advantages[rows, None]  # [b, 1]
     if batch.old_logprobs is None:  # one update per rollout: pi is still pi_old
         old = logprobs.detach()
@@ -589,7 +592,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
         rewards = rewards[kept]
     meter.add("length", samples.mask.sum(1))
     meter.add("truncated", ~samples.finished)
-    # in training: so many consecutive rows are computed with one forward of their prompt
+    # in training, this many consecutive rows share one forward of their prompt
     samples.rows_per_prompt = n if share_prompts else 1
     return samples, rewards
 
@@ -624,7 +627,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     Rows that share a prompt stay together where they fit, and rows of like length come together.
 
     FSDP needs equally many parts in all processes. A process that is short of parts adds a row that
-    is not trained, or splits a part. All have equally many rows, so this cannot fail.
+    is not trained (its weights are 0), or splits a part. No process has more parts than rows, and
+    all have equally many rows, so one of the two is possible.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -649,7 +653,7 @@ def micro_batches(rows, trained, samples, tokens, world):
     for group in sorted(groups.values(), key=size, reverse=True):
         if not parts or not fits(parts[-1] + group):
             parts.append([])
-        for row in group:
+        for row in group:  # a group that fits no part whole is split
             if parts[-1] and not fits([*parts[-1], row]):
                 parts.append([])
             parts[-1].append(row)
@@ -710,8 +714,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
 
 
 def count_right(texts, records, rule):
-    """How many texts of each record (here one or more) are right by `rule`; 0 for records without
-    an answer."""
+    """How many texts of each record are right by `rule`; 0 for records without an answer. Every
+    record has equally many texts, one or more."""
     n = len(texts) // len(records)
     right = torch.zeros(len(records))
     for i, text in enumerate(texts):

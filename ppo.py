@@ -46,9 +46,8 @@ What biases the gradient of the expected reward:
   * Whitening and the mean over tokens use numbers computed from the same samples.
   * The clip; and, from a rollout's second update on, the ratio: it corrects a token's probability,
     not that of the text before it.
-What does not: V(s_t), a baseline, because it does not see a_t. The KL penalty is no biased estimate
-either: with gamma 1, lam 1 and no whitening, its expected gradient in a rollout's first update is
-that of beta KL(pi || ref) of whole completions, times completions / tokens.
+What does not: V(s_t), a baseline, because it does not see a_t. Nor that the KL penalty is a reward,
+without a gradient of its own: the expected value of that gradient, E[grad log pi], is 0.
 
 Left out: bootstrapping where a completion was cut, adaptive beta, an entropy bonus, replay of
 earlier rollouts.
@@ -116,9 +115,10 @@ class Args:
     """subtracted from the score of a completion that was cut at --max_new_tokens"""
     critic: Literal["separate", "shared"] = "separate"
     """separate: a second model, started from the reward model if its tokenizer and context fit the
-    policy, else from the policy. shared: a linear layer on the policy's states, no second model"""
+    policy, else from the policy; with --lora_rank, other adapters on the policy's model. shared: a
+    linear layer on the policy's states"""
     critic_learning_rate: float | None = None
-    """of the critic (None: 1e-5, and 5e-4 for the bundled model; ten times that if it is shared)"""
+    """of the critic (None: 1e-5, 5e-4 for the bundled model; x 10 if shared or with adapters)"""
     critic_warmup: int = 0
     """first steps, in which only the critic learns (a shared one: its layer); the policy's --warmup
     follows them"""
@@ -134,7 +134,7 @@ class Args:
     """upper bound of the ratio is 1 + this"""
     value_clip: float = 0.2
     """within a rollout, a value that has moved this far (in units of the reward) towards its return
-    gets no gradient, unless it is beyond it (0: no limit). With scores of 5 or more 0.2 is slow"""
+    gets no gradient (see `value_loss`; 0: no limit). With scores of 5 or more 0.2 is slow"""
     value_coef: float = 0.5
     """weight of the value loss. A separate critic's AdamW ignores this scale, except through
     --max_grad_norm"""
@@ -195,7 +195,7 @@ def resolve(args):
     faster = 10 if args.lora_rank else 1  # adapters want about ten times the learning rate
     critic_rate = 5e-4 if is_tiny_model else 1e-5
     if args.critic == "shared" or args.lora_rank:
-        critic_rate *= 10  # a new layer alone may learn faster than a pretrained model
+        critic_rate *= 10  # a new layer alone, or adapters, may learn faster than a whole model
     defaults = {
         "learning_rate": faster * (3e-4 if is_tiny_model else 1e-6),
         "critic_learning_rate": critic_rate,
@@ -264,8 +264,8 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
     the direction that A pushes. The gradient is that of ratio * A times this factor:
 
                  ratio < 1 - low    between    ratio > 1 + high
-        A > 0           1              1              0           (a good token, already likelier)
-        A < 0           0              1              1           (a bad one, already less likely)
+        A > 0           1              1              0          (0: a good token, already likelier)
+        A < 0           0              1              1          (0: a bad one, already less likely)
 
     Without the minimum all four corners would be 0. A good token that an earlier update made
     less likely could then not be brought back.
@@ -276,7 +276,7 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
 
 
 def is_clipped(ratio, advantages, clip_low, clip_high):
-    """Where (3) has no gradient: below the range and above it, two tensors [b, C]."""
+    """Where the clip takes the gradient away: below the range and above it, two tensors [b, C]."""
     low = (advantages < 0) & (ratio < 1 - clip_low)
     high = (advantages > 0) & (ratio > 1 + clip_high)
     return low, high
@@ -286,8 +286,8 @@ def k3(logprobs, other_logprobs):
     """Equation (4), [b, C]: an estimate of KL(p || other) on tokens drawn from p, never negative.
     logprobs: those of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
 
-    As a loss on tokens drawn from p (in grpo.py) its gradient is that of KL(other || p). Near each
-    other the two KLs agree.
+    As a loss (in grpo.py) on a token drawn from p it has another expected gradient: that of
+    KL(other || p). Near each other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
@@ -296,9 +296,9 @@ def k3(logprobs, other_logprobs):
 def value_loss(values, old_values, returns, weights, clip):
     """Equation (5), summed with weights; all [b, C], values with gradient.
 
-    The larger error counts: a value that has moved by more than `clip` towards its return has no
-    gradient, as long as it is nearer to the return than `near` is. One that has moved away always
-    has. Like the ratio's clip, this is no bound.
+    The larger error counts. A value that has moved by more than `clip` towards its return has no
+    gradient, as long as it is nearer to the return than `near` is.
+    One that has moved away always has. Like the ratio's clip, this is no bound.
     """
     error = (values - returns) ** 2
     if clip:
@@ -341,9 +341,9 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged. Last and detached: backward needs none of it, and checkpoint stops
-            # computing again once it has what backward needs. For an entropy bonus, drop the
-            # detach and train the rows whose advantage is 0, too.
+            # Only logged, so not computed where nothing learns. Detached and last: backward needs
+            # none of it, so checkpoint's second pass through `head` ends before these lines. For an
+            # entropy bonus, drop the detach and train the rows whose advantage is 0, too.
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -362,10 +362,12 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere. A mini-batch is a list of
-    micro-batches, and these are lists of row numbers. Computed in the update's own micro-batches:
-    in bfloat16 they depend on a micro-batch's shape. Cut differently, the first ratio would not
-    be 1, nor the first KL 0."""
+    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
+
+    A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
+    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. Cut
+    differently, the first ratio would not be 1, nor the KL to the reference 0 in step 1.
+    """
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
@@ -379,10 +381,10 @@ def make_critic(policy, critic_path, tokenizer, args, world):
     """-> (critic, trunk, head). The trunk turns a text into states; the head turns the state that
     predicts a_t into V(s_t). `critic` is what the critic's optimizer trains.
 
-                   trunk                    head                  critic
-        separate   a second transformer     its last layer        trunk, head included
-                   (with --lora_rank: the policy with other adapters and a new linear layer)
-        shared     the policy               a new linear layer    head
+                              trunk                      head                critic
+        separate              a second transformer       its last layer      trunk with its head
+          with --lora_rank    policy, other adapters     a new linear layer  adapters and head
+        shared                the policy                 a new linear layer  head
 
     The head starts at 0. That of a reward model would be far off: it learned on finished texts.
     """
@@ -397,8 +399,9 @@ def make_critic(policy, critic_path, tokenizer, args, world):
     head = torch.nn.Linear(width, 1, device=world.device)
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
-    if critic_path:
-        return *common.add_critic_adapters(policy, head), head
+    if critic_path:  # separate, with --lora_rank
+        critic, trunk = common.add_critic_adapters(policy, head)
+        return critic, trunk, head
     return head, policy, head
 
 
@@ -410,9 +413,11 @@ def values_of(head, states):
 
 @torch.no_grad()
 def before_update(policy, trunk, head, samples, minibatches, temperature):
-    """Log-probabilities of the policy and values, in the micro-batches of the update, as in
-    `rollout_logprobs` -> two tensors [B, C]. A shared critic's values need no forward of their
-    own."""
+    """Log-probabilities of the policy, and values -> two tensors [B, C].
+
+    In the micro-batches of the update, as in `rollout_logprobs`. A shared critic's values need no
+    forward of their own.
+    """
     old = torch.zeros_like(samples.logprobs)
     values = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
@@ -495,7 +500,7 @@ def take_step(models, optimizers, args, world, step):
     policy = models["policy"]
     critic = models["critic"]
     if (args.critic == "shared" or args.lora_rank) and world.size > 1:
-        # FSDP sums the policy's gradients over the processes; this head is not part of it
+        # FSDP sums the policy's gradients over the processes. These are not part of it.
         for p in critic.parameters():
             torch.distributed.all_reduce(p.grad)
     norm = common.clip_gradients(policy, args.max_grad_norm)
@@ -608,7 +613,7 @@ def train(args):
                 grad_norms.append(norm)
                 critic_norms.append(critic_norm)
 
-            # 6. Log. An update that --kl_stop did not make counts, except in gradient norms.
+            # 6. Log. The update that --kl_stop gave up is in all means except gradient norms.
             step_ended = time.perf_counter()
             metrics = meter.result(world)
             tokens = metrics.pop("tokens")
@@ -664,7 +669,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
     meter.add("length", samples.mask.sum(1))
     meter.add("truncated", ~samples.finished)
     meter.total("tokens", samples.mask.sum())
-    # in training: so many consecutive rows are computed with one forward of their prompt
+    # in training, this many consecutive rows share one forward of their prompt
     samples.rows_per_prompt = n if share_prompts else 1
     return samples, scores
 
@@ -696,7 +701,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     Rows that share a prompt stay together where they fit, and rows of like length come together.
 
     FSDP needs equally many parts in all processes. A process that is short of parts adds a row that
-    is not trained, or splits a part. All have equally many rows, so this cannot fail.
+    is not trained (its weights are 0), or splits a part. No process has more parts than rows, and
+    all have equally many rows, so one of the two is possible.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -721,7 +727,7 @@ def micro_batches(rows, trained, samples, tokens, world):
     for group in sorted(groups.values(), key=size, reverse=True):
         if not parts or not fits(parts[-1] + group):
             parts.append([])
-        for row in group:
+        for row in group:  # a group that fits no part whole is split
             if parts[-1] and not fits([*parts[-1], row]):
                 parts.append([])
             parts[-1].append(row)
@@ -772,8 +778,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
 
 
 def count_right(texts, records, rule):
-    """How many texts of each record (here one or more) are right by `rule`; 0 for records without
-    an answer."""
+    """How many texts of each record are right by `rule`; 0 for records without an answer. Every
+    record has equally many texts, one or more."""
     n = len(texts) // len(records)
     right = torch.zeros(len(records))
     for i, text in enumerate(texts):

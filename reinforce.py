@@ -317,8 +317,8 @@ def k3(logprobs, other_logprobs):
     """Equation (4), [b, C]: an estimate of KL(p || other) on tokens drawn from p, never negative.
     logprobs: those of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
 
-    As a loss on tokens drawn from p (in grpo.py) its gradient is that of KL(other || p). Near each
-    other the two KLs agree.
+    As a loss (in grpo.py) on a token drawn from p it has another expected gradient: that of
+    KL(other || p). Near each other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
@@ -349,9 +349,9 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged. Last and detached: backward needs none of it, and checkpoint stops
-            # computing again once it has what backward needs. For an entropy bonus, drop the
-            # detach and train the rows whose advantage is 0, too.
+            # Only logged, so not computed where nothing learns. Detached and last: backward needs
+            # none of it, so checkpoint's second pass through `head` ends before these lines. For an
+            # entropy bonus, drop the detach and train the rows whose advantage is 0, too.
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -370,10 +370,12 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere. A mini-batch is a list of
-    micro-batches, and these are lists of row numbers. Computed in the update's own micro-batches:
-    in bfloat16 they depend on a micro-batch's shape. Cut differently, the first ratio would not
-    be 1, nor the first KL 0."""
+    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
+
+    A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
+    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. Cut
+    differently, the first ratio would not be 1, nor the KL to the reference 0 in step 1.
+    """
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
         for rows in parts:
@@ -567,7 +569,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
         temperature=args.temperature,
         seed=common.fold(args.seed, step, world.rank, common.DRAW),
     )
-    # in training: so many consecutive rows are computed with one forward of their prompt
+    # in training, this many consecutive rows share one forward of their prompt
     samples.rows_per_prompt = n if share_prompts else 1
     records = [prompts[indices[i // n]][1] for i in range(len(samples.texts))]
     scores = torch.tensor(reward.score(samples.texts, records), device=world.device)
@@ -604,7 +606,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     Rows that share a prompt stay together where they fit, and rows of like length come together.
 
     FSDP needs equally many parts in all processes. A process that is short of parts adds a row that
-    is not trained, or splits a part. All have equally many rows, so this cannot fail.
+    is not trained (its weights are 0), or splits a part. No process has more parts than rows, and
+    all have equally many rows, so one of the two is possible.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -629,7 +632,7 @@ def micro_batches(rows, trained, samples, tokens, world):
     for group in sorted(groups.values(), key=size, reverse=True):
         if not parts or not fits(parts[-1] + group):
             parts.append([])
-        for row in group:
+        for row in group:  # a group that fits no part whole is split
             if parts[-1] and not fits([*parts[-1], row]):
                 parts.append([])
             parts[-1].append(row)
@@ -668,8 +671,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
 
 
 def count_right(texts, records, rule):
-    """How many texts of each record (here one or more) are right by `rule`; 0 for records without
-    an answer."""
+    """How many texts of each record are right by `rule`; 0 for records without an answer. Every
+    record has equally many texts, one or more."""
     n = len(texts) // len(records)
     right = torch.zeros(len(records))
     for i, text in enumerate(texts):

@@ -217,7 +217,7 @@ def best_of(scores, values, n):
 
 
 def share_won(chosen, rejected):
-    """1 where chosen is scored higher, 1/2 on a tie (both are 0 before DPO), else 0, [b]."""
+    """1 where chosen is scored higher, 1/2 on a tie, else 0, [b]."""
     return (chosen > rejected) + 0.5 * (chosen == rejected)
 
 
@@ -439,7 +439,8 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     together, to save padding.
 
     FSDP needs equally many parts in all processes. A process that is short of parts takes a pair
-    out of its largest part. That has two or more, because all processes have equally many pairs.
+    out of its largest part. That has two or more: no process has more parts than pairs, and all
+    have equally many pairs.
     """
     copies = 1 if share_prompts else 2
     prompt_length = [copies * len(prompt) for prompt, _, _ in pairs]

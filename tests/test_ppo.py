@@ -772,6 +772,25 @@ def test_the_kl_stop_adds_up_the_parts_of_an_update(tmp_path, monkeypatch):
         assert log[1]["updates"] == 3 and len(found) == parts
 
 
+def test_the_kl_stop_asks_all_processes(tmp_path, monkeypatch):
+    """One that stopped alone would leave the others waiting for it. Here another has gone far."""
+    found, honest = [], {"add": ppo.add_gradients, "sum": common.all_sum}
+
+    def add_gradients(*given, **flags):
+        found.append(honest["add"](*given, **flags))
+        return found[-1]
+
+    def all_sum(world, *numbers):
+        others = 1.0 if found and numbers == (found[-1],) else 0.0
+        return [total + others for total in honest["sum"](world, *numbers)]
+
+    monkeypatch.setattr(ppo, "add_gradients", add_gradients)
+    monkeypatch.setattr(common, "all_sum", all_sum)
+    flags = SMALL | {"steps": 1, "kl_stop": 0.9, "learning_rate": 1e-5, "warmup": 0}
+    log = run(tmp_path, tokens_per_micro_batch=10**6, **flags)
+    assert log[1]["updates"] == 1 and len(found) == 2 and found[1] < 0.1
+
+
 @pytest.mark.parametrize("critic", CRITICS)
 def test_the_gradients_of_an_update_that_was_not_made_are_in_no_later_one(
     critic, tmp_path, monkeypatch
@@ -903,11 +922,17 @@ def test_what_each_method_holds_counted_both_ways():
     """8 billion parameters: on slides 128 GB for PPO and 80 for GRPO, which leaves out gradients and has Adam in 16 bits."""
     from bench.held import held, llama_8b
 
-    count, rows = held(llama_8b())
+    count, rows = held(llama_8b(), 16)
     assert abs(count / 8e9 - 1) < 0.005
-    slides, here = (
-        {name: [x / count for x in of[i::2]] for name, of in rows.items()} for i in (0, 1)
-    )
+    slides = {}
+    here = {}
+    for name, (in_16_bits, ours, adapted, *scored) in rows.items():
+        slides[name] = [bytes / count for bytes in (in_16_bits, *scored[:1])]
+        here[name] = [bytes / count for bytes in (ours, *scored[1:])]
+        # 32 layers of 7 pairs: rank x (in + out) numbers each
+        pairs = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+        learn = 2 if "separate" in name else 1
+        assert adapted == 2 * count + 16 * learn * pairs
     ppo_name = "PPO with its KL, a separate critic"
     assert slides[ppo_name][1] * 8 == 128 and slides["GRPO with its KL"][1] * 8 == 80
     assert here[ppo_name] == [2 * (4 + 4 + 8) + 2 + 2, 2 * (4 + 4 + 8) + 2 * 2 + 2]
@@ -915,7 +940,7 @@ def test_what_each_method_holds_counted_both_ways():
         "DPO, reference scored before"
     ] == [16]
     config = common.read_config(ppo.Args.model)
-    count, rows = held(config)
+    count, rows = held(config, 16)
     world = World(0, 1, torch.device("cpu"), torch.float32)
     lasting = common.lasting_memory(ppo.Args.model, world, learning=2)
     assert lasting == (count, 2 * 16 * count), "a run counts alike when it starts"

@@ -261,6 +261,18 @@ def test_the_batchs_spread_is_that_of_all_processes():
         assert scale.tolist() == pytest.approx([statistics.stdev(everyone.tolist()) + 1e-4] * 4)
 
 
+def test_the_batchs_advantages_are_against_the_mean_and_spread_of_all_processes(monkeypatch):
+    """Here the other process has drawn completions of score 0 only."""
+    monkeypatch.setattr(common, "all_gather", lambda world, mine: torch.cat([mine, 0 * mine]))
+    scores, mask = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.ones(4, 1, dtype=torch.bool)
+    flags = {"samples_per_prompt": 4, "baseline": "batch", "beta": 0.0}
+    A = token_advantages(scores, 0.0 * mask, mask, reinforce.Args(**flags), CPU)
+    assert A[:, 0].tolist() == pytest.approx([0.625] * 3 + [-0.375])
+    A = token_advantages(scores, 0.0 * mask, mask, reinforce.Args(**flags, normalize=True), CPU)
+    std = statistics.stdev([1.0] * 3 + [0.0] * 5) + 1e-4
+    assert A[:, 0].tolist() == pytest.approx([0.625 / std] * 3 + [-0.375 / std])
+
+
 def test_the_lectures_centred_variable():
     """X uniform on (95, 105], Y = +-1: XY and (X - 100)Y have the same mean, 0, and variances E[X^2] = 10008.3 and 8.3."""
     g = torch.Generator().manual_seed(0)

@@ -186,6 +186,34 @@ def test_the_rounding_that_the_readme_names_is_the_measured_one():
         assert re.search(rf"\b{shown}\b", row), shown
 
 
+def test_what_the_pages_say_of_a_gpu_was_measured():
+    rows = json.loads((BENCH / "gpu.json").read_text())
+    assert {(row["device"], row["torch"]) for row in rows} == {("NVIDIA H200", "2.11.0+cu130")}
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    speed = {}
+    last = {}
+    for row in rows:
+        if row["piece"] == "train" and row["case"]["model"] == "0.5B" and not row["case"]["shared"]:
+            speed[row["case"]["tokens in a micro-batch"]] = row["got"]["tokens/s"]
+        if row["piece"] == "learn":
+            last[row["case"]["script"]] = row["got"]["step"]
+    times = (
+        "a token took {:.1f} ms, the same loop without the graph {:.1f} ms, and `generate` {:.1f}"
+    )
+    assert times.format(*times_of(rows)) in " ".join((BENCH / "README.md").read_text().split())
+    assert f"{speed[32768] / speed[8192]:.1f} times the speed of 8192" in readme
+    assert f"to step {last['grpo.py']} of 400" in readme and "ppo.py" not in last
+    finished = {"reinforce.py": 250, "dpo.py": 300, "reward_model.py": 375}
+    assert {name: last[name] for name in finished} == finished
+
+
+def times_of(rows):
+    """Milliseconds of a token with 64 rows."""
+    for row in rows:
+        if row["piece"] == "decode" and row["case"]["rows"] == 64:
+            return [row["got"][f"{way}: ms"] for way in ("captured", "eager", "generate")]
+
+
 def test_the_page_of_measurements_counts_the_cases_of_faults():
     faults = str(ROOT / "tests" / "test_faults.py")
     command = [sys.executable, "-m", "pytest", faults, "--collect-only", "-q"]

@@ -242,6 +242,22 @@ def test_the_score_is_read_at_the_last_real_token_whatever_the_padding(share, fo
     )
 
 
+def test_a_process_with_few_texts_scores_them_in_as_many_rounds_as_the_one_with_most(
+    folder, monkeypatch
+):
+    """Sharded weights are gathered by all or by none. Its scores are of its own texts, each once."""
+    tokenizer = make_tokenizer()
+    model = common.load_scalar(folder, CPU, tokenizer, 0.2).eval()
+    texts = [[5, 6, 1], [7, 8, 9, 1], [10, 1]]
+    alone = common.score_ids(model, tokenizer, texts, CPU)
+    rounds = []
+    model.register_forward_pre_hook(lambda *given: rounds.append(1))
+    other = torch.tensor([[130, 9]])  # texts, and the tokens of the longest
+    monkeypatch.setattr(common, "all_gather", lambda world, mine: torch.cat([mine, other]))
+    assert common.score_ids(model, tokenizer, texts, CPU) == pytest.approx(alone, abs=1e-6)
+    assert len(rounds) == 3, "64 texts in each"
+
+
 @pytest.mark.parametrize("steps", [1, 0])
 def test_held_out_scores_that_are_not_finite_stop_a_run(steps, folder):
     tokenizer = make_tokenizer()
