@@ -409,6 +409,15 @@ def test_dpo_with_another_loss_runs(name, tmp_path, capsys):
         assert metrics[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
+def test_orpo_is_not_warned_of_leaving_a_reference_that_it_has_not():
+    module = load("orpo")
+    warned = set()
+    module.warn_if_unlikely(3.0, dpo_args("orpo"), warned)
+    assert warned == set()
+    module.warn_if_unlikely(3.0, module.resolve(module.Args()), warned)
+    assert warned == {"lost"}
+
+
 def test_orpo_refuses_a_reference(capsys):
     with pytest.raises(SystemExit):
         dpo_args("orpo", reference="MODEL")
