@@ -505,3 +505,15 @@ def test_a_patched_script_ends_with_status_0(name, flags, tmp_path):
     command = [sys.executable, str(patched(name)), *flags, "--out", str(tmp_path / "run")]
     assert subprocess.run(command, cwd=tmp_path).returncode == 0
     assert (tmp_path / "run" / "model").is_dir()
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize(
+    "name, flags, gain", [("remax", [], 0.15), ("orpo", ["--loss", "orpo"], 0.10)]
+)
+def test_a_patched_script_learns_to_sort(name, flags, gain, tmp_path):
+    """Shortened: a hundred steps, from at most 0.40."""
+    short = ["--device", "cpu", "--steps", "100", "--eval_every", "100"]
+    lines = train(load(name), tmp_path / "run", *short, *flags)
+    curve = [line["eval/exact"] for line in lines if "eval/exact" in line]
+    assert curve[0] <= 0.40 and curve[-1] >= curve[0] + gain, curve
