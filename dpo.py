@@ -37,8 +37,8 @@ log(pi / ref) / n of the chosen completion, minus that of the rejected one.
     torchrun --nproc_per_node 8 dpo.py --model ... --data ... \
         --eval_prompts prompts.jsonl --reward number
 
-The reference is the policy before its first step, or --reference. It scores the pairs once, before
-training, and is not in memory while the policy learns.
+The reference is the policy before its first step, or --reference. It scores the pairs before the
+training and is not in memory while the policy learns.
 
 Shapes: b pairs in one forward, 2b rows. A side is a chosen or a rejected completion; C tokens in
 the longest side.
@@ -260,7 +260,7 @@ def pair_logprobs(model, tokenizer, pairs, share_prompts, world):
     for prompt, chosen, rejected in pairs:
         prompts += [prompt, prompt]
         sides += [chosen, rejected]
-    rows_per_prompt = 2 if share_prompts else 1
+    rows_per_prompt = 2 if share_prompts else 1  # consecutive rows whose prompt is computed once
     # nothing is sampled here: the given sides in the form that samples have elsewhere
     samples = common.as_samples(prompts, sides, tokenizer, world, rows_per_prompt)
     logprobs = side_logprobs(model, samples)  # [2b, C]
@@ -300,7 +300,7 @@ def update_loss(policy, tokenizer, pairs, ref, share_prompts, args, world, meter
     ref = ref.to(world.device)
     length = side_lengths(pairs).to(world.device)
     losses = preference_loss(*logprobs.T, *ref.T, *length.T, args)  # [b]
-    # divided by the pairs of all micro-batches and processes, over which gradients are summed
+    # divided by the pairs of all micro-batches and processes; common.py has FSDP sum gradients
     loss = losses.sum() / args.pairs_per_step
 
     with torch.no_grad():  # the rest is for the log
@@ -444,9 +444,9 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     (padding included, a shared prompt counted once) or one pair. Pairs of like length come
     together, to save padding.
 
-    FSDP needs equally many parts in all processes. A process that is short of parts takes a pair
-    out of its largest part. That has two or more: no process has more parts than pairs, and all
-    have equally many pairs.
+    FSDP needs equally many parts in all processes. A process that is short of parts makes one of a
+    pair out of the part with most pairs. That has two or more: all processes have equally many
+    pairs, and none has more parts than pairs.
     """
     copies = 1 if share_prompts else 2
     prompt_length = [copies * len(prompt) for prompt, _, _ in pairs]
@@ -538,7 +538,7 @@ def reference_scores(
     missing = [i for i in sorted(visited) if scores[i].isnan().any()]
 
     reference = policy
-    if args.reference:
+    if args.reference and (missing or held_out):
         reference = common.load_reference(args.reference, world)
         common.check_head(reference)
         share_prompts = False  # the trial was made with the policy only
@@ -615,6 +615,7 @@ def evaluate(policy, tokenizer, prompts, reward, args, world):
         ).texts
         scores = reward.score(texts, records)
         known = torch.tensor([is_counted and common.has_answer(record) for record in records])
+        # the third argument: which values count
         meter.add("eval/reward", torch.tensor(scores), torch.full_like(known, is_counted))
         meter.add("eval/exact", count_right(texts, records, reward.rule), known)
         for record, text, score in zip(records, texts, scores):

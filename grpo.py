@@ -36,8 +36,8 @@ the length of the longest completion: of the rollout in [B, C], of the forward i
 
 What is biased:
   * With rewards of 0 and 1 the division by the std multiplies a prompt's gradient by about
-    1 / sqrt(p (1 - p)), p its share of right answers, and by sqrt(n) at most. Very easy and very
-    hard prompts count more.
+    1 / sqrt(p (1 - p)), p its share of right answers; at most sqrt(n), with one right or one wrong.
+    Very easy and very hard prompts count more.
   * The group's mean contains the sample itself. With --scale none, that multiplies the expected
     gradient by 1 - 1/n.
   * The divisors of --aggregate token and sequence depend on the samples (`token_weights`).
@@ -274,7 +274,7 @@ def k3(logprobs, other_logprobs):
     """Equation (4), [b, C]: an estimate of KL(p || other) on tokens drawn from p, never negative.
     logprobs: those of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
 
-    As a loss (in grpo.py) on a token drawn from p it has another expected gradient: that of
+    As a loss for p (in grpo.py, where other is fixed) it has another expected gradient: that of
     KL(other || p). Near each other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
@@ -282,7 +282,8 @@ def k3(logprobs, other_logprobs):
 
 
 def token_weights(mask, aggregate, limit, world):
-    """w_t of equation (5), for all rows of an optimizer update: mask and result [rows, C].
+    """w_t of equation (5), for all rows of an optimizer update: mask and result [rows, C]. The mask
+    has no token of completions that --mask_truncated leaves out.
 
         sequence   1 / (K |y|)      K: completions with a token on the mask, also those with A = 0.
                                     Each counts the same (as published).
@@ -338,9 +339,10 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so not computed where nothing learns. Detached and last: backward needs
-            # none of it, so checkpoint's second pass through `head` ends before these lines. For an
-            # entropy bonus, drop the detach and train the rows whose advantage is 0, too.
+            # Only logged, so not computed where nothing learns. Detached and last: checkpoint's
+            # second pass through `head` stops once it has all that backward needs.
+            # For an entropy bonus, drop the detach (and in grpo.py and reinforce.py, train the rows
+            # whose advantage is 0, too).
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -393,7 +395,8 @@ def update_loss(policy, batch, rows, args, meter, is_first):
     logprobs, entropy = token_logprobs(policy, batch.samples, rows, args.temperature)  # [b, C]
     C = logprobs.shape[1]  # the longest completion of these rows
     w = batch.weights[rows, :C]
-    mask = w > 0  # the tokens of trained rows; a row is trained whole or not at all
+    # the tokens of trained rows; a row is trained whole or not at all
+    mask = w > 0
     A = batch.advantages[rows, None]  # [b, 1]
     if batch.old_logprobs is None:  # one update per rollout: pi is still pi_old
         old = logprobs.detach()
@@ -516,9 +519,11 @@ def train(args):
                 if not parts:
                     continue  # no row of this mini-batch has a gradient, on any process
                 for rows in parts:
-                    is_first = not grad_norms  # no optimizer step with this rollout yet
+                    # no optimizer step with this rollout yet
+                    is_first = not grad_norms
                     loss = update_loss(policy, batch, rows, args, meter, is_first)
                     loss.backward()
+                    # for the log: a mean over the updates, in which one without rows counts as 0
                     meter.total("loss", loss.detach() / len(updates))
                 norm = common.clip_gradients(policy, args.max_grad_norm)
                 if not math.isfinite(norm):
@@ -624,11 +629,10 @@ def micro_batches(rows, trained, samples, tokens, world):
 
     trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
     (padding included, a shared prompt counted once); a row that is longer is a part of its own.
-    Rows that share a prompt stay together where they fit, and rows of like length come together.
+    Rows that share a prompt stay together where they fit; groups of like length come together.
 
     FSDP needs equally many parts in all processes. A process that is short of parts adds a row that
-    is not trained (its weights are 0), or splits a part. No process has more parts than rows, and
-    all have equally many rows, so one of the two is possible.
+    is not trained (its weights are 0), or takes a row out of the part that has most.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -664,6 +668,7 @@ def micro_batches(rows, trained, samples, tokens, world):
         if spare:
             parts.append([spare.pop()])
         else:
+            # two rows or more are in it: no row is spare, and there are fewer parts than rows
             parts.append([max(parts, key=len).pop()])
     return parts
 
@@ -693,6 +698,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
             policy, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=0
         ).texts
         scores = torch.tensor(reward.score(texts, records))
+        # the third argument: which values count
         meter.add("eval/reward", scores, torch.full_like(known, is_counted))
         meter.add("eval/exact", count_right(texts, records, reward.rule), known)
         if not n:

@@ -25,8 +25,8 @@ k (Monte Carlo): the critic is just a baseline, like the mean score of a prompt'
 GRPO.
 
 With gamma 1, lam 1, no whitening, beta 0 and one update per rollout, V = 0 gives the gradient of
-REINFORCE without a baseline, and V = the group's mean that of GRPO with --scale none, each except
-for a factor completions / tokens. Both are tested.
+REINFORCE without a baseline, and V = the group's mean that of grpo.py --scale none, each except for
+a factor completions / tokens. Both are tested.
 
 TRPO bounded KL(pi_old || pi) in every step, at the cost of many extra forwards and backwards. PPO's
 clip only removes the gain from leaving the range. It does not bound the ratio: a step can go too
@@ -46,8 +46,8 @@ What biases the gradient of the expected reward:
   * Whitening and the mean over tokens use numbers computed from the same samples.
   * The clip; and, from a rollout's second update on, the ratio: it corrects a token's probability,
     not that of the text before it.
-What does not: V(s_t), a baseline, because it does not see a_t. Nor that the KL penalty is a reward,
-without a gradient of its own: the expected value of that gradient, E[grad log pi], is 0.
+What does not: V(s_t), a baseline, because it does not see a_t. And the KL penalty may be a constant
+in the reward: the gradient that is left out, -beta E[grad log pi], is 0.
 
 Left out: bootstrapping where a completion was cut, adaptive beta, an entropy bonus, replay of
 earlier rollouts.
@@ -239,7 +239,7 @@ def gae(rewards, values, mask, gamma, lam):
     for t in reversed(range(delta.shape[1])):
         later = delta[:, t] + gamma * lam * later
         advantages[:, t] = later
-    return advantages, (advantages + values) * mask
+    return advantages, advantages + values
 
 
 def mean_and_variance(x, mask, world):
@@ -286,7 +286,7 @@ def k3(logprobs, other_logprobs):
     """Equation (4), [b, C]: an estimate of KL(p || other) on tokens drawn from p, never negative.
     logprobs: those of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
 
-    As a loss (in grpo.py) on a token drawn from p it has another expected gradient: that of
+    As a loss for p (in grpo.py, where other is fixed) it has another expected gradient: that of
     KL(other || p). Near each other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
@@ -341,9 +341,10 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so not computed where nothing learns. Detached and last: backward needs
-            # none of it, so checkpoint's second pass through `head` ends before these lines. For an
-            # entropy bonus, drop the detach and train the rows whose advantage is 0, too.
+            # Only logged, so not computed where nothing learns. Detached and last: checkpoint's
+            # second pass through `head` stops once it has all that backward needs.
+            # For an entropy bonus, drop the detach (and in grpo.py and reinforce.py, train the rows
+            # whose advantage is 0, too).
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -379,7 +380,8 @@ def rollout_logprobs(model, samples, minibatches, temperature):
 
 def make_critic(policy, critic_path, tokenizer, args, world):
     """-> (critic, trunk, head). The trunk turns a text into states; the head turns the state that
-    predicts a_t into V(s_t). `critic` is what the critic's optimizer trains.
+    predicts a_t into V(s_t). `critic` is what the critic's optimizer trains. critic_path is the
+    folder that a separate critic starts from, and "" for a shared one.
 
                               trunk                      head                critic
         separate              a second transformer       its last layer      trunk with its head
@@ -471,13 +473,16 @@ def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, 
     )
     loss = args.value_coef * v_loss
     if trunk is policy:
+        # through the states, the value loss trains the policy, too
         loss = loss + policy_loss
     loss.backward()
 
-    with torch.no_grad():  # the rest is for the log and --kl_stop
+    # the rest is for the log and --kl_stop
+    with torch.no_grad():
         kl = (k3(old, logprobs) * mask).sum(1).double()
         low, high = is_clipped(ratio, A, args.clip_low, args.clip_high)
         sampled = batch.samples.logprobs[rows, :C]
+        # of (6), without the critic's part
         meter.total("loss", policy_loss)
         meter.total("value/loss", v_loss)
         meter.add("kl/old", kl)
@@ -502,7 +507,8 @@ def take_step(models, optimizers, args, world, step):
     if (args.critic == "shared" or args.lora_rank) and world.size > 1:
         # FSDP sums the policy's gradients over the processes. These are not part of it.
         for p in critic.parameters():
-            if p.grad is None:  # an adapter that no text passes through
+            # adapters that texts do not reach, such as an image encoder's, have no gradient
+            if p.grad is None:
                 p.grad = torch.zeros_like(p)
             torch.distributed.all_reduce(p.grad)
     norm = common.clip_gradients(policy, args.max_grad_norm)
@@ -700,11 +706,10 @@ def micro_batches(rows, trained, samples, tokens, world):
 
     trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
     (padding included, a shared prompt counted once); a row that is longer is a part of its own.
-    Rows that share a prompt stay together where they fit, and rows of like length come together.
+    Rows that share a prompt stay together where they fit; groups of like length come together.
 
     FSDP needs equally many parts in all processes. A process that is short of parts adds a row that
-    is not trained (its weights are 0), or splits a part. No process has more parts than rows, and
-    all have equally many rows, so one of the two is possible.
+    is not trained (its weights are 0), or takes a row out of the part that has most.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -740,6 +745,7 @@ def micro_batches(rows, trained, samples, tokens, world):
         if spare:
             parts.append([spare.pop()])
         else:
+            # two rows or more are in it: no row is spare, and there are fewer parts than rows
             parts.append([max(parts, key=len).pop()])
     return parts
 
@@ -774,6 +780,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
             policy, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=0
         ).texts
         scores = torch.tensor(reward.score(texts, records))
+        # the third argument: which values count
         meter.add("eval/reward", scores, torch.full_like(known, is_counted))
         meter.add("eval/exact", count_right(texts, records, reward.rule), known)
     return meter.result(world)
@@ -844,7 +851,7 @@ def load_task(args, world):
 def critic_folder(args, config, tokenizer, longest, reward_is_model):
     """The folder that a separate critic starts from: that of the reward model, if it has every
     token of the policy under the same id and a context for the longest prompt and completion,
-    else that of the policy."""
+    else (and with --lora_rank) that of the policy."""
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not args.lora_rank:
         why = f"transformers has no sequence classifier for the family {config.model_type!r}"
         fail(f"--critic separate: {why}; use --critic shared")

@@ -317,7 +317,7 @@ def k3(logprobs, other_logprobs):
     """Equation (4), [b, C]: an estimate of KL(p || other) on tokens drawn from p, never negative.
     logprobs: those of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
 
-    As a loss (in grpo.py) on a token drawn from p it has another expected gradient: that of
+    As a loss for p (in grpo.py, where other is fixed) it has another expected gradient: that of
     KL(other || p). Near each other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
@@ -349,9 +349,10 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so not computed where nothing learns. Detached and last: backward needs
-            # none of it, so checkpoint's second pass through `head` ends before these lines. For an
-            # entropy bonus, drop the detach and train the rows whose advantage is 0, too.
+            # Only logged, so not computed where nothing learns. Detached and last: checkpoint's
+            # second pass through `head` stops once it has all that backward needs.
+            # For an entropy bonus, drop the detach (and in grpo.py and reinforce.py, train the rows
+            # whose advantage is 0, too).
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -603,11 +604,10 @@ def micro_batches(rows, trained, samples, tokens, world):
 
     trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
     (padding included, a shared prompt counted once); a row that is longer is a part of its own.
-    Rows that share a prompt stay together where they fit, and rows of like length come together.
+    Rows that share a prompt stay together where they fit; groups of like length come together.
 
     FSDP needs equally many parts in all processes. A process that is short of parts adds a row that
-    is not trained (its weights are 0), or splits a part. No process has more parts than rows, and
-    all have equally many rows, so one of the two is possible.
+    is not trained (its weights are 0), or takes a row out of the part that has most.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -643,6 +643,7 @@ def micro_batches(rows, trained, samples, tokens, world):
         if spare:
             parts.append([spare.pop()])
         else:
+            # two rows or more are in it: no row is spare, and there are fewer parts than rows
             parts.append([max(parts, key=len).pop()])
     return parts
 
@@ -665,6 +666,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
             policy, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=0
         ).texts
         scores = torch.tensor(reward.score(texts, records))
+        # the third argument: which values count
         meter.add("eval/reward", scores, torch.full_like(known, is_counted))
         meter.add("eval/exact", count_right(texts, records, reward.rule), known)
     return meter.result(world)

@@ -438,9 +438,9 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     (padding included, a shared prompt counted once) or one pair. Pairs of like length come
     together, to save padding.
 
-    FSDP needs equally many parts in all processes. A process that is short of parts takes a pair
-    out of its largest part. That has two or more: no process has more parts than pairs, and all
-    have equally many pairs.
+    FSDP needs equally many parts in all processes. A process that is short of parts makes one of a
+    pair out of the part with most pairs. That has two or more: all processes have equally many
+    pairs, and none has more parts than pairs.
     """
     copies = 1 if share_prompts else 2
     prompt_length = [copies * len(prompt) for prompt, _, _ in pairs]

@@ -191,10 +191,12 @@ def test_what_the_pages_say_of_a_gpu_was_measured():
     assert {(row["device"], row["torch"]) for row in rows} == {("NVIDIA H200", "2.11.0+cu130")}
     readme = " ".join((ROOT / "README.md").read_text().split())
     speed = {}
+    memory = {}
     last = {}
     for row in rows:
         if row["piece"] == "train" and row["case"]["model"] == "0.5B" and not row["case"]["shared"]:
             speed[row["case"]["tokens in a micro-batch"]] = row["got"]["tokens/s"]
+            memory[row["case"]["tokens in a micro-batch"]] = row["got"]["peak, GiB"]
         if row["piece"] == "learn":
             last[row["case"]["script"]] = row["got"]["step"]
     times = (
@@ -202,9 +204,16 @@ def test_what_the_pages_say_of_a_gpu_was_measured():
     )
     assert times.format(*times_of(rows)) in " ".join((BENCH / "README.md").read_text().split())
     assert f"{speed[32768] / speed[8192]:.1f} times the speed of 8192" in readme
-    assert f"to step {last['grpo.py']} of 400" in readme and "ppo.py" not in last
+    assert f"at step {last['grpo.py']} of 400" in readme and "ppo.py" not in last
+    assert f"in {memory[32768]:.0f} GiB instead of {memory[8192]:.0f}" in readme
     finished = {"reinforce.py": 250, "dpo.py": 300, "reward_model.py": 375}
     assert {name: last[name] for name in finished} == finished
+    runs = json.loads((BENCH / "learning.json").read_text())["runs"]
+    for row in rows:
+        if row["piece"] == "learn" and row["case"]["script"] in finished:
+            script = f"{row['case']['script']}"
+            ends = [run["held_out"][-1][1] for run in runs if run["command"] == script]
+            assert min(ends) - 0.01 < row["got"]["at the end"] < max(ends) + 0.01, script
 
 
 def times_of(rows):

@@ -3,11 +3,13 @@
     pip install peft
     python tests/bench/adapters.py MODEL        # fifteen minutes with one thread; MODEL as smollm2.py makes it
 
-Four parts, written to adapters.json and adapters.md:
+Parts, written to adapters.json and adapters.md:
 
     peft    with the same A and B: logits and gradients here and by peft, in float32; and a saved folder loaded by peft
     steps   seconds and peak memory of a step of grpo.py (with its KL) and dpo.py on MODEL, with and without adapters
     held    memory between two steps, without activations, beside what the script says at its start
+    sums    grpo.py on the task of tests/tiny/sums.py, in bfloat16, three seeds with adapters and three without (half an hour;
+            only if named in --parts)
     8 B     bytes that each method holds besides activations, counted by held.py from a config (the table is held.md)
 """
 
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +36,7 @@ import common
 
 IDS = torch.arange(5, 45).view(2, 20)
 STEPS = 3
+SUMS = "--dtype bfloat16 --device cpu --max_new_tokens 16 --prompts_per_step 8 --steps 40 --warmup 5 --eval_every 20 --save_every 1000"
 
 
 @dataclass
@@ -184,6 +188,34 @@ def steps(folder, rank):
     return rows
 
 
+def sums(folder, rank):
+    """Held-out scores of 40 steps, two runs at a time with one thread each."""
+    with tempfile.TemporaryDirectory() as data:
+        make_data(data)
+
+        def run(job):
+            seed, r = job
+            out = Path(data) / f"{seed}-{r}"
+            flags = SUMS.split() + ["--learning_rate", "1e-4" if r else "1e-5"]
+            flags += ["--lora_rank", str(r), "--seed", str(seed), "--out", str(out)]
+            flags += ["--model", str(folder), "--data", f"{data}/sums_train.jsonl"]
+            flags += ["--eval_data", f"{data}/sums_test.jsonl"]
+            flags += ["--reward", str(HERE.parent / "tiny" / "sums.py") + ":brief"]
+            command = [sys.executable, str(HERE.parents[1] / "grpo.py"), *flags]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run(command, check=True, capture_output=True, env=environment)
+            log = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+            curve = [
+                [m["step"], m["eval/reward"], m["eval/exact"]] for m in log if "eval/exact" in m
+            ]
+            found = {"rank": r, "seed": seed, "step, reward, exact": curve}
+            print(found, flush=True)
+            return found
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(run, [(seed, r) for seed in (1, 2, 3) for r in (0, rank)]))
+
+
 def table(result):
     lines = [
         "| 135M model | processor seconds a step | peak memory | checkpoint |",
@@ -198,6 +230,16 @@ def table(result):
     for row in result["held"]:
         numbers = f"{row['estimate GiB']:.2f} GiB | {row['held GiB']:.2f} GiB"
         lines.append(f"| {row['dtype']}, {how(row)} | {numbers} |")
+    lines += [
+        "",
+        "| 135M model, 40 steps of sums | exact match at the end | reward |",
+        "|---|---|---|",
+    ]
+    for r in sorted({row["rank"] for row in result.get("sums", [])}):
+        ends = [row["step, reward, exact"][-1] for row in result["sums"] if row["rank"] == r]
+        exact = ", ".join(f"{end[2]:.2f}" for end in ends)
+        reward = ", ".join(f"{end[1]:.2f}" for end in ends)
+        lines.append(f"| {how({'rank': r})} | {exact} | {reward} |")
     return "\n".join(lines) + "\n"
 
 
@@ -217,6 +259,8 @@ def main(args):
         result["steps"] = steps(args.model, args.rank)
     if "held" in args.parts:
         result["held"] = held_memory(args.model, args.rank)
+    if "sums" in args.parts:
+        result["sums"] = sums(args.model, args.rank)
     if "8 B" in args.parts:
         _, rows = held.held(held.llama_8b(), args.rank)
         result["8 B"] = {name: {"all": row[1], "adapters": row[2]} for name, row in rows.items()}

@@ -105,11 +105,18 @@ class Args:
     """folder of gpu.json and gpu.md"""
     model: str = ""
     """of `real`: SmolLM2-135M-Instruct, as smollm2.py writes it"""
+    jobs: tuple[str, ...] = ()
+    """only these: of decode a number of rows, of train a model, of step grpo.py or TRL, of learn and
+    real a script"""
     steps: tuple[int, int] = (60, 40)
     """of `real`: grpo.py's and ppo.py's"""
     device: Literal["auto", "cpu"] = "auto"
     tiny: bool = False
     """a few tokens of a model of two layers"""
+
+
+def is_wanted(job, args):
+    return not args.jobs or str(job) in args.jobs
 
 
 def build(shape, device, folder):
@@ -237,6 +244,8 @@ def decode(args, size, shape, folder):
     width = plain.config.hidden_size // plain.config.num_attention_heads
     cached = 2 * 2 * width * plain.config.num_hidden_layers * world.dtype.itemsize  # of a token
     for rows in size.rows:
+        if not is_wanted(rows, args):
+            continue
         prompts = torch.randint(2, plain.config.vocab_size, (rows // size.group, size.prompt))
         prompts = prompts.tolist()
         prompts[0] = prompts[0][1:]
@@ -475,6 +484,7 @@ def learn(args, size, _, folder):
     runs += [(script, size.seeds[0], "bfloat16") for script in others]
     if args.device == "cpu":  # two cores: one of each script
         runs = [run for run in runs if run[1] == size.seeds[0]]
+    runs = [run for run in runs if is_wanted(run[0], args)]
 
     def one(run):
         script, seed, dtype = run
@@ -529,7 +539,7 @@ def real(args, size, _, folder):
 
     one_at_a_time = threading.Lock()
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(one, REAL))
+        list(pool.map(one, [script for script in REAL if is_wanted(script, args)]))
 
 
 PIECES = {f.__name__: f for f in (decode, train, step, learn, real)}
@@ -583,6 +593,8 @@ def main(args):
     failed = []
     for piece in args.only:
         for job in jobs[piece]:
+            if piece in ("train", "step") and not is_wanted(job, args):
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 # a process of its own: the next one finds all memory free
                 process = multiprocessing.get_context("spawn").Process(
