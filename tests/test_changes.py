@@ -327,6 +327,11 @@ def test_maxrl_divides_by_the_mean():
     close(advantages_of("maxrl", REWARDS), wanted)
 
 
+def test_maxrl_learns_nothing_where_the_mean_is_0_or_less():
+    """As in prime-rl; 1 and -1 would give an infinite advantage, and below 0 the sign would turn."""
+    close(advantages_of("maxrl", [[1.0, -1.0, 1.0, -1.0], [1.0, -2.0, -2.0, -1.0]]), [0.0] * 8)
+
+
 @pytest.mark.parametrize("n", [2, 3, 6])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_maxrls_expected_gradient_is_that_of_the_first_terms_of_log_p(n, p):

@@ -418,6 +418,14 @@ def test_orpo_is_not_warned_of_leaving_a_reference_that_it_has_not():
     assert warned == {"lost"}
 
 
+def test_orpo_evaluates_pairs_without_training_and_without_a_reference():
+    module = load("orpo")
+    flags = {"steps": 0, "eval_data": str(module.TINY / "pairs_test.jsonl")}
+    assert module.resolve(module.Args(loss="orpo", **flags)).steps == 0
+    with pytest.raises(SystemExit):
+        module.resolve(module.Args(**flags))
+
+
 def test_orpo_refuses_a_reference(capsys):
     with pytest.raises(SystemExit):
         dpo_args("orpo", reference="MODEL")
@@ -463,10 +471,11 @@ def test_a_margin_is_the_scaled_difference_of_the_scores(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["score_chosen", "score_rejected"])
-def test_a_pair_without_scores_is_named(missing, tmp_path, capsys):
+@pytest.mark.parametrize("value", [None, "8"])
+def test_a_pair_without_scores_is_named(missing, value, tmp_path, capsys):
     module = load("margin_from_scores")
     rows = scored_pairs(tmp_path / "pairs.jsonl", POINTS)
-    del rows[2][missing]
+    rows[2][missing] = value
     with pytest.raises(SystemExit):
         module.read_margins(rows, module.Args(use_margin=True))
     assert 'needs "score_chosen", "score_rejected"' in capsys.readouterr().err
