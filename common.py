@@ -863,8 +863,8 @@ class Switched:
 
 
 def write_adapter(model, folder, state):
-    """Writes what peft and vLLM load on top of the first model, and merges it into `state`: B A is
-    added in float32, and the sum rounded once."""
+    """Writes what peft loads on top of the first model, and merges it into `state`: B A is added in
+    float32, and the sum rounded once."""
     learned = {f"base_model.model.{k}": state[k] for k, _ in tensors(model, for_checkpoint=True)}
     names = [name for name, m in model.named_modules() if m in model.lora.layers]
     for name in names:
@@ -1364,7 +1364,7 @@ def draw(logits, u, block=256):
 # -- One token on a GPU ----------------------------------------------------------------------------
 
 
-CAPTURE_ON = ("cuda",)
+CAPTURE_ON = ("cuda",)  # tests add the CPU, where the same forward runs without a graph
 CAPTURE_ABOVE = 32  # tokens to come; a capture takes as long as a few eager tokens
 CAPTURE_COLUMNS = 256  # of the cache: attention reads a multiple of it, most of that filled
 NOT_CAPTURED = set()  # classes of models whose capture has failed
@@ -1372,8 +1372,8 @@ NOT_CAPTURED = set()  # classes of models whose capture has failed
 
 def can_capture(model, cache):
     """Whether a mask and positions are all that a forward needs to know of the tokens before. Not
-    with windows, states, or attention written out; nor where the forward counts the positions
-    itself, as a graph would for ever take those of its first token."""
+    so with windows, with states, and without torch's attention. Nor where the forward counts
+    positions itself: in a graph they would stay those of its first token."""
     return (
         next(model.parameters()).device.type in CAPTURE_ON
         and type(model) not in NOT_CAPTURED
@@ -1422,7 +1422,7 @@ class CapturedStep:
     and its column in the cache are tensors that are written before each replay, attention always
     reads the first `length` columns, and a mask hides those that are not filled yet. When
     these are full, or rows are dropped, a new step is captured. It ends with the rollout: after an
-    update the weights lie elsewhere. Without a GPU the same forward runs without a graph."""
+    update the weights lie elsewhere."""
 
     def __init__(self, forward, cache, seen, offset, column):
         columns = CAPTURE_COLUMNS * (column // CAPTURE_COLUMNS + 1)

@@ -374,6 +374,34 @@ def test_at_step_0_the_loss_is_log_2_and_the_margin_0(checkpointing, tmp_path):
     assert m[2]["eval/loss"] < m[0]["eval/loss"] and m[2]["eval/margin"] > 0.01
 
 
+def test_without_steps_a_model_is_held_against_the_reference_that_it_started_from(
+    tmp_path, monkeypatch
+):
+    """As at the end of its training. Both are in memory, which is what the run says."""
+    data = few_pairs(tmp_path, 16)
+    flags = {"eval_data": data, "beta": 0.5}
+    trained = run(tmp_path, steps=6, data=data, learning_rate=3e-4, warmup=0, **flags)[-1]
+    introduce = common.introduce
+    counts = []
+
+    def noted(*given, **named):
+        counts.append(given[-2:])
+        return introduce(*given, **named)
+
+    monkeypatch.setattr(common, "introduce", noted)
+    flags |= {"steps": 0, "model": str(tmp_path / "run" / "model"), "reference": dpo.Args.model}
+    found = run(tmp_path, "evaluated", **flags)[-1]
+    for name in ("eval/loss", "eval/margin", "eval/accuracy"):
+        assert found[name] == pytest.approx(trained[name], abs=1e-5), name
+    assert found["eval/margin"] > 0.01
+
+    # without pairs the reference has nothing to score
+    monkeypatch.setattr(common, "load_reference", lambda *given: pytest.fail("loaded"))
+    flags |= {"eval_data": "", "eval_prompts": str(dpo.TINY / "sort_test.jsonl")}
+    run(tmp_path, "sampled", **flags)
+    assert counts == [(0, 2), (0, 1)], "models that learn, and frozen ones"
+
+
 @pytest.mark.parametrize("loss", FORMULAS)
 def test_every_loss_learns_to_rank(loss, tmp_path):
     m = run(

@@ -29,6 +29,11 @@ ORDER = (
     "ppo.py --critic shared",
     "dpo.py",
     "reward_model.py",
+    "grpo.py --lora_rank 8",
+    "reinforce.py --lora_rank 8",
+    "ppo.py --lora_rank 8",
+    "dpo.py --lora_rank 8",
+    "reward_model.py --lora_rank 8",
 )
 
 
