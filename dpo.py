@@ -107,7 +107,7 @@ class Args:
     """pairs with a longer side, prompt included, are left out, and counted; they are never cut"""
     max_prompt_tokens: int = 512
     """longer prompts of --eval_prompts are left out, and counted"""
-    max_new_tokens: int = 256
+    max_new_tokens: int = 512
     """samples for --eval_prompts are cut here, or where the model's context ends"""
 
     # --- algorithm ---

@@ -105,7 +105,7 @@ class Args:
     """prompts in a rollout; a step is one rollout with all its updates"""
     samples_per_prompt: int = 1
     """completions drawn for each prompt"""
-    max_new_tokens: int = 256
+    max_new_tokens: int = 512
     """a completion is cut here; at most what the model's context has room for"""
     temperature: float = 1.0
     """of sampling, and of every log-probability: the policy is softmax(logits / temperature)"""

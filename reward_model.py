@@ -109,7 +109,7 @@ class Args:
     exact | number | FILE.py:function(completion, row) -> float | a reward model's folder"""
     max_prompt_tokens: int = 512
     """longer prompts are left out, and counted"""
-    max_new_tokens: int = 256
+    max_new_tokens: int = 512
     """a completion is cut here; at most what the model's context has room for"""
     temperature: float = 1.0
     """of sampling"""

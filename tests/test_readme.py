@@ -19,9 +19,9 @@ from test_repository import FENCED, PAGES
 TEXT = "\n".join(path.read_text() for path in PAGES)
 TINY = ROOT / "tests" / "tiny"
 SHORT = {
-    "grpo.py": "--steps 2 --prompts_per_step 2 --max_new_tokens 4",
+    "grpo.py": "--steps 2 --prompts_per_step 8 --max_new_tokens 4",
     "reinforce.py": "--steps 2 --prompts_per_step 2 --max_new_tokens 40",
-    "ppo.py": "--steps 2 --prompts_per_step 4 --max_new_tokens 4",
+    "ppo.py": "--steps 2 --prompts_per_step 8 --max_new_tokens 4",
     "dpo.py": "--steps 2 --pairs_per_step 4",
     "reward_model.py": "--pairs_per_step 4",
 }
@@ -106,7 +106,7 @@ def run(arguments, folder, monkeypatch):
 
 
 def test_commands_were_found():
-    assert len(PYTHON) >= 18, PYTHON
+    assert len(PYTHON) >= 29, PYTHON
     assert len(TORCHRUN) == 2, TORCHRUN
     assert len(BENCHES) >= 3, BENCHES
     assert PYTEST[0] == "python -m pytest tests", "the first of the README is what .ci/run runs"

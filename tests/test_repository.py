@@ -8,6 +8,7 @@ import importlib
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -214,6 +215,43 @@ def test_what_the_pages_say_of_a_gpu_was_measured():
             script = f"{row['case']['script']}"
             ends = [run["held_out"][-1][1] for run in runs if run["command"] == script]
             assert min(ends) - 0.01 < row["got"]["at the end"] < max(ends) + 0.01, script
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_of_recipes_has_the_defaults_for_a_model_of_a_hub(name, tmp_path):
+    shutil.copytree(ROOT / "tests" / "tiny" / "model", tmp_path / "model")
+    module = importlib.import_module(name)
+    flags = {"model": str(tmp_path / "model"), "data": "prompts.jsonl", "device": "cpu"}
+    args = module.resolve(module.Args(**flags))
+    with_adapters = module.resolve(module.Args(**flags, lora_rank=1))
+
+    def rate(value):
+        return f"{value:.0e}".replace("e-0", "e-")
+
+    cells = [f"{rate(args.learning_rate)}, adapters {rate(with_adapters.learning_rate)}"]
+    if name == "ppo":
+        cells = [f"{rate(args.learning_rate)}, {rate(args.critic_learning_rate)}"]
+    if name in ("dpo", "reward_model"):
+        cells += [f"{args.pairs_per_step}", f"{args.max_tokens:,}"]
+    else:
+        cells += [f"{args.prompts_per_step} x {args.samples_per_prompt}", f"{args.max_new_tokens}"]
+    if name != "reward_model":
+        cells += [f"{args.beta:g}"]
+    if name in ("reinforce", "ppo", "grpo"):
+        cells += [f"{args.epochs * args.minibatches}"]
+    text = section(DOCS / "recipes.md", f"Settings for {name}.py")
+    assert f"| here | {' | '.join(cells)} |" in text
+    # the same limit in all scripts
+    assert f"`--max_new_tokens` (default {args.max_new_tokens})" in (ROOT / "README.md").read_text()
+
+
+def test_the_page_of_recipes_has_the_measured_scores_of_more_updates():
+    text = section(DOCS / "recipes.md", "Settings for grpo.py")
+    table = (BENCH / "ablations.md").read_text()
+    scores = re.findall(r"^\| Updates per rollout \| [^|]+ \| ([^|]+) \|", table, re.M)
+    assert len(scores) == 3
+    for score in scores:
+        assert score in text
 
 
 def times_of(rows):
