@@ -7,7 +7,7 @@ function that PPO has to learn.
     (1)  A_i   = (r_i - mean(r_1 .. r_n)) / (std(r_1 .. r_n) + 1e-4)          `group_advantages`
     (2)  rho_t = pi(a_t | x, a_<t) / pi_old(a_t | x, a_<t)                    `update_loss`
     (3)  l_t   = -min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A)    `clipped_loss`
-    (4)  k_t   = exp(-d) - 1 + d,  d = log pi(a_t | ..) - log ref(a_t | ..)   `k3`
+    (4)  k_t   = rho_t (exp(-d) - 1 + d),  d = log pi(a_t | ..) - log ref(a_t | ..)   `k3`
     (5)  loss  = sum over tokens of w_t (l_t + beta k_t)                      `token_weights`
 
 pi_old is the policy that drew the completions, ref the policy before training. A beta above 0 (the
@@ -17,9 +17,10 @@ direction that A pushes. With one update per rollout, the default, every ratio i
 gradient is that of REINFORCE with (1) as the weight. The value of the loss then says nothing about
 learning. Watch the reward.
 
-Variants are flags. Equations (2) and (3) matter only with several updates per rollout.
+Variants are flags. But for (4), (2) and (3) matter only with several updates per rollout.
 
-    GRPO as published   --aggregate sequence --beta 0.04    mean over tokens, then completions
+    GRPO as published   --aggregate sequence --beta 0.04 --kl k3
+                        (mean over tokens, then completions)
     DAPO                --drop_equal_groups --mask_truncated --clip_high 0.28 --minibatches 4
                         (without its penalty on length; it draws until the batch is full, and
                         here one draw has twice the prompts)
@@ -41,17 +42,19 @@ What is biased:
   * The group's mean contains the sample itself. With --scale none, that multiplies the expected
     gradient by 1 - 1/n.
   * The divisors of --aggregate token and sequence depend on the samples (`token_weights`).
-  * At each token the expected gradient of k3 is that of KL(ref || pi), not of KL(pi || ref). It is
-    kept as published. reinforce.py has the unbiased way: log pi - log ref as part of the reward.
-  * With several updates: the clip; the ratio (2), which corrects a token but not its prefix; and
-    k3, which has no ratio although pi_old drew the tokens.
+  * At each token the expected gradient of (4) is that of KL(pi || ref), for any pi_old.
+    So rho_t is the default. Without it (--kl k3) it is that of KL(ref || pi), and only while pi
+    is pi_old. With the rho_t of --ratio sequence, as in TRL, it is neither. How a token changes
+    the KL of later ones is left out. reinforce.py has it: log pi - log ref in the reward.
+  * With several updates: the clip, and the ratio (2), which corrects a token but not its prefix.
   * log pi_old is computed by the trainer. The sampler's values differ by rounding (`kl/sample`:
     their mean distance).
 
 Left out: a critic and per-token credit (ppo.py), process rewards, asynchronous sampling.
 
 Papers: Shao et al. 2024 (GRPO), Schulman et al. 2017 (the clip), Liu et al. 2025 (Dr. GRPO), Yu et
-al. 2025 (DAPO), Zheng et al. 2025 (GSPO), Chen et al. 2021 (pass@k).
+al. 2025 (DAPO), Zheng et al. 2025 (GSPO), DeepSeek-AI 2025 (V3.2: the ratio in (4)),
+Chen et al. 2021 (pass@k).
 """
 
 import collections
@@ -128,7 +131,10 @@ class Args:
     token: the number of tokens (both without what --mask_truncated leaves out); constant: the
     number of completions x --max_new_tokens (None: token, and sequence with --ratio sequence)"""
     beta: float = 0.0
-    """weight of the KL penalty, k3 in the loss; at 0 no reference model is loaded"""
+    """weight of the KL penalty in the loss; at 0 no reference model is loaded"""
+    kl: Literal["k3_ratio", "k3"] = "k3_ratio"
+    """k3_ratio: k3 times the ratio, whose gradient is that of KL(policy || reference).
+    k3: as published, without the ratio; its gradient is that of KL(reference || policy)"""
     ref_update_every: int = 0
     """copy the policy into the reference every N steps; 0: never"""
 
@@ -410,7 +416,10 @@ def update_loss(policy, batch, rows, args, meter, is_first):
     loss = clipped_loss(ratio, A, w, args.clip_low, args.clip_high)
     if args.beta:
         ref = batch.ref_logprobs[rows, :C]
-        loss = loss + args.beta * (k3(logprobs, ref) * w).sum()
+        kl = k3(logprobs, ref)
+        if args.kl == "k3_ratio":
+            kl = kl * ratio  # not detached: a ratio of 1 has a gradient, too
+        loss = loss + args.beta * (kl * w).sum()
         # KL(pi_old || ref), because pi_old drew the tokens; in nats per completion. Its plain
         # estimate, not k3: a mean of log-ratios, which can be below 0.
         meter.add("kl/ref", ((old - ref) * mask).sum(1), mask.any(1))

@@ -142,7 +142,7 @@ def loss_of(module, monkeypatch, t, **flags):
 
 def written_out(t, token_loss, beta=0.0):
     """The same for a formula: token_loss(log pi, log pi_old, log q, A, row) of one token, q the
-    sampler, and k3 beside it."""
+    sampler, and k3 times the ratio beside it."""
     logprobs = t.logprobs.clone().requires_grad_()
     total = 0.0
     for row, column in t.mask.nonzero().tolist():
@@ -150,7 +150,8 @@ def written_out(t, token_loss, beta=0.0):
         others = [x[row, column].item() for x in (t.old, t.sampled)]
         loss = token_loss(own, *others, t.A[row].item(), row)
         gap = own - t.ref[row, column].item()
-        total = total + t.weights[row, column].item() * (loss + beta * ((-gap).exp() - 1 + gap))
+        kl = ((-gap).exp() - 1 + gap) * (own - others[0]).exp()
+        total = total + t.weights[row, column].item() * (loss + beta * kl)
     total.backward()
     return total.item(), logprobs.grad
 

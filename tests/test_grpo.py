@@ -252,6 +252,91 @@ def test_k3_is_never_negative_has_the_kl_as_mean_and_the_reverse_kls_gradient():
     assert (expected - forward).norm() > 1e-2 * forward.norm()
 
 
+def kl_gradients(monkeypatch, moved_by, **flags):
+    """Expected gradient of `update_loss` with advantages of 0, by all completions of three tokens of
+    five, and the gradients of each token's KL(pi || ref) and KL(ref || pi), all by enumeration.
+
+    pi_old, which draws, is `moved_by` away from pi. The prefixes are weighed as pi_old has them."""
+    generator = torch.Generator().manual_seed(5)
+
+    def table(scale):  # logits of the next token after each prefix of up to two tokens
+        return scale * torch.randn(3, 5, 5, 5, generator=generator, dtype=torch.float64)
+
+    logits = table(1.0).requires_grad_()
+    ref = (logits.detach() + table(0.7)).log_softmax(-1)
+    old = (logits.detach() + moved_by * table(1.0)).log_softmax(-1)
+    now = logits.log_softmax(-1)
+    y = torch.cartesian_prod(*[torch.arange(5)] * 3)
+    zero = torch.zeros_like(y[:, 0])
+    prefixes = [(zero, zero), (y[:, 0], zero), (y[:, 0], y[:, 1])]
+
+    def rows_of(t):  # [125, 3, 5]: the distribution of each token of each completion
+        return torch.stack([t[i][prefix] for i, prefix in enumerate(prefixes)], 1)
+
+    def chosen(t):
+        return rows_of(t).gather(2, y[..., None])[..., 0]
+
+    chance = chosen(old).sum(1, keepdim=True).exp()  # of a completion
+    assert chance.sum().item() == pytest.approx(1)
+    entropy = torch.zeros(125, 3)
+    monkeypatch.setattr(grpo, "token_logprobs", lambda *a: (chosen(now), entropy))
+    batch = grpo.Batch(
+        SimpleNamespace(logprobs=chosen(old)),
+        torch.zeros(125),
+        chance.expand(125, 3),
+        chosen(old) if moved_by else None,
+        chosen(ref),
+    )
+    args = grpo.resolve(grpo.Args(beta=1.0, **flags))
+    loss = grpo.update_loss(None, batch, list(range(125)), args, common.Meter(), True)
+    pi, other = rows_of(now), rows_of(ref)
+    reverse = (chance * (pi.exp() * (pi - other)).sum(2)).sum()
+    forward = (chance * (other.exp() * (other - pi)).sum(2)).sum()
+    return [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, reverse, forward)]
+
+
+def apart(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("moved_by", [0.0, 0.5])
+def test_k3_times_the_ratio_has_the_gradient_of_each_tokens_kl_for_any_old_policy(
+    moved_by, monkeypatch
+):
+    """DeepSeek-V3.2. KL(pi || ref) after each prefix, prefixes from pi_old. With one update, too, where
+    the ratio is 1 but has a gradient."""
+    got, reverse, forward = kl_gradients(monkeypatch, moved_by)
+    assert grpo.Args().kl == "k3_ratio"
+    assert apart(got, reverse) < 1e-12 and apart(got, forward) > 0.1
+
+
+def test_k3_times_a_ratio_of_1_has_the_gradient_of_k2():
+    """The log-ratio, where k3 alone has 1 - ref / pi: -147 for a token that pi made unlikely."""
+    logprobs = torch.tensor([-9.0, -2.0, -0.5], dtype=torch.float64).requires_grad_()
+    ref = torch.tensor([-4.0, -2.5, -0.5], dtype=torch.float64)
+    ratio = (logprobs - logprobs.detach()).exp()
+    [got] = torch.autograd.grad((k3(logprobs, ref) * ratio).sum(), logprobs)
+    [alone] = torch.autograd.grad(k3(logprobs, ref).sum(), logprobs)
+    torch.testing.assert_close(got, (logprobs - ref).detach())
+    assert alone[0].item() == pytest.approx(1 - math.exp(5.0)) and round(alone[0].item()) == -147
+
+
+def test_k3_alone_has_the_gradient_of_the_other_kl_and_only_while_the_policy_is_the_old_one(
+    monkeypatch,
+):
+    got, reverse, forward = kl_gradients(monkeypatch, 0.0, kl="k3")
+    assert apart(got, forward) < 1e-12 and apart(got, reverse) > 0.1
+    got, reverse, forward = kl_gradients(monkeypatch, 0.5, kl="k3")
+    assert apart(got, forward) > 0.1 and apart(got, reverse) > 0.1
+
+
+def test_with_a_sequence_ratio_the_penalty_has_the_gradient_of_neither_kl(monkeypatch):
+    """The ratio of a completion spreads a token's score over all tokens, as in TRL."""
+    got, reverse, forward = kl_gradients(monkeypatch, 0.0, ratio="sequence")
+    scale = (got * reverse).sum() / reverse.square().sum()  # whatever the weights' divisor
+    assert apart(got / scale, reverse) > 0.1 and apart(got / scale, forward) > 0.1
+
+
 # --- pass@k ---
 
 
@@ -636,7 +721,8 @@ def step_written_out(step, f, policy, reference, batch, everything):
                 inside = ratio.clamp(1 - f.clip_low, 1 + f.clip_high)
                 gain = torch.minimum(ratio * A[i], inside * A[i])
                 d = now[t] - ref[i][t]
-                loss = loss + weight * (-gain + f.beta * ((-d).exp() - 1 + d))
+                factor = ratio if f.kl == "k3_ratio" else 1.0
+                loss = loss + weight * (-gain + f.beta * factor * ((-d).exp() - 1 + d))
                 stopped = bool(ratio * A[i] > inside * A[i])
                 sums["tokens"] += 1
                 sums["ratio/mean"] += ratio.item()
@@ -715,6 +801,7 @@ def is_near(model, saved, before):
         {"aggregate": "sequence", "scale": "batch", "keep_max": True, "ref_update_every": 2},
         {"aggregate": "constant", "scale": "none", "mask_truncated": True, "warmup": 2},
         {"aggregate": "sequence", "mask_truncated": True, "schedule": "cosine", "warmup": 0},
+        {"kl": "k3"},
         GSPO | {"clip_low": 0.02, "clip_high": 0.035},
         {"drop_equal_groups": True, "mask_truncated": True, "scale": "batch"},
         {"epochs": 1, "minibatches": 1, "beta": 0.0, "ref_update_every": 0},

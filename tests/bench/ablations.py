@@ -48,7 +48,7 @@ ARMS = {  # label: (script, samples a step, flags)
     "four updates, clipped": ("grpo", 256, "--epochs 4"),
     "four updates, no clip": ("grpo", 256, "--epochs 4 --clip_low 1 --clip_high 1e9"),
     "no KL": ("grpo", 256, "--eval_samples 16"),
-    "KL, beta 0.1": ("grpo", 256, "--eval_samples 16 --beta 0.1"),
+    "KL, beta 0.1": ("grpo", 256, "--eval_samples 16 --beta 0.1 --kl k3"),
     "lambda 0": ("ppo", 128, "--lam 0"),
     "lambda 0.5": ("ppo", 128, "--lam 0.5"),
     "lambda 0.95": ("ppo", 128, "--lam 0.95"),

@@ -112,7 +112,7 @@ def step(script, folder, rank, dtype, data, out):
     flags += ["--eval_every", "1000", "--eval_data=", "--out", str(out), "--lora_rank", str(rank)]
     if script == "grpo":
         flags += ["--data", f"{data}/sums_train.jsonl", "--prompts_per_step", "2", "--beta", "0.04"]
-        flags += ["--reward", f"{data}/r.py:vowels", "--max_new_tokens", "32"]
+        flags += ["--reward", f"{data}/r.py:vowels", "--max_new_tokens", "32", "--kl", "k3"]
     else:
         flags += ["--data", f"{data}/pairs.jsonl", "--pairs_per_step", "8"]
     # seconds of the processor, so that what else the machine does counts less

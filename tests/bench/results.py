@@ -44,7 +44,16 @@ METHODS = {
     "PPO, separate critic": ("ppo.py", 128),
     "PPO, shared critic": ("ppo.py", 128, "--critic", "shared"),
     "GRPO": ("grpo.py", 256),
-    "GRPO as published": ("grpo.py", 256, "--aggregate", "sequence", "--beta", "0.04"),
+    "GRPO as published": (
+        "grpo.py",
+        256,
+        "--aggregate",
+        "sequence",
+        "--beta",
+        "0.04",
+        "--kl",
+        "k3",
+    ),
     "Dr. GRPO": ("grpo.py", 256, "--scale", "none", "--aggregate", "constant"),
     "reward model": ("reward_model.py", None),  # for best-of-N
 }
