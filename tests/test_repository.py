@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import pytest
+from changes_helpers import patches_of
 from conftest import ROOT
 
 NAMES = ("reinforce", "ppo", "grpo", "dpo", "reward_model")
@@ -192,6 +193,26 @@ def test_the_rounding_that_the_readme_names_is_the_measured_one():
     for value in known.values():
         shown = f"{value:.0e}".replace("e-0", "e-") if value < 1e-4 else f"{value:.1g}"
         assert re.search(rf"\b{shown}\b", row), shown
+
+
+def test_what_the_page_says_of_the_agreement_with_trl_was_measured():
+    report = json.loads((BENCH / "agree_trl.json").read_text())
+    cases = report["cases"]
+    worst = max(max(case["loss_apart"], case["gradient_apart"]) for case in cases)
+    assert worst == report["largest"] < 1e-5
+    for case in cases:  # without the flags or the patch the gradient would be another
+        noticed = case.get("gradient_apart_without", 1)
+        assert noticed > 100 * case["gradient_apart"], case["case"]
+        assert case["clipped"] > 0 or "epochs" not in case["grpo.py"]
+    defaults = {case["case"]: (case["TRL"], case["grpo.py"]) for case in cases}
+    assert defaults["defaults"] == ({}, {})
+    assert defaults["defaults, k3_ratio"] == ({"beta": 0.1}, {"beta": 0.1})
+    compared = {case["patch"] for case in cases} - {None}
+    assert compared | set(report["not in TRL"]) == set(patches_of("grpo"))
+    page = " ".join((BENCH / "README.md").read_text().split())
+    assert f"In {len(cases)} cases they differ by at most {worst:.1e}" in page
+    assert f"and {len(compared)} of the [patches]" in page
+    assert f"the others, {' and '.join(report['not in TRL'])}, TRL has no setting" in page
 
 
 def test_what_the_pages_say_of_a_gpu_was_measured():
