@@ -7,7 +7,7 @@ LOADING
     Configs                read_config, context_of, fit_context, fit_reward_model
     Models                 load_policy, load_reference, load_scalar, shard, save_model
     Adapters (LoRA)        add_adapters, add_critic_adapters, Switched, write_adapter
-    Rewards                load_reward, load_function, load_scorer
+    Rewards                load_reward, rules_that_fit, load_function, load_scorer
 SAMPLING
     Completions            Samples, sample, as_samples, rows_at_once
     One token on a GPU     CapturedStep
@@ -93,6 +93,8 @@ say_once = functools.lru_cache(say)  # a message that was printed is not printed
 
 def fail(message):
     """Ends the run after a mistake of the user's: one sentence, exit status 2."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(5)  # torchrun ends this process if the first one has said the same
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -185,6 +187,14 @@ def all_gather(world, tensor):
     parts = [torch.empty_like(tensor) for _ in range(world.size)]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
+
+
+def gather_objects(world, thing):
+    """[thing of the first process, of the second, ...]"""
+    things = [thing] * world.size
+    if world.size > 1:
+        dist.all_gather_object(things, thing)
+    return things
 
 
 # -- The user's input ------------------------------------------------------------------------------
@@ -889,8 +899,11 @@ def write_adapter(model, folder, state):
 class Reward:
     """A loaded --reward."""
 
-    score: Callable  # from completions and their records (lines of the data) to scores
+    # from samples and their records (lines of the data) to {"reward": [B]}, lists of floats; a
+    # function that returns a dict adds {"reward/NAME": [B]} for each of its other numbers
+    score: Callable
     rule: Callable  # decides which held-out completions are right
+    rules: dict  # {name: rule}, what eval/NAME may be
     answer_flag: str = ""  # the flag to name if a line lacks an answer; "": answers are optional
     is_model: bool = False
 
@@ -898,17 +911,33 @@ class Reward:
 def load_reward(spec, rules, world, date):
     """--reward: the name of a rule, FILE.py:function, or a reward model. Held-out completions are
     right by the rule of that name, or else by the first of the rules."""
-    rule = rules.get(spec, next(iter(rules.values())))
+    first = next(iter(rules))
     if spec in rules:
-        return Reward(stop_together(checked(rule), world), rule, answer_flag=f"--reward {spec}")
+        rule = rules[spec]
+        return Reward(checked(rule, spec, world), rule, {first: rule}, f"--reward {spec}")
     if spec.partition(":")[0].endswith(".py"):
-        function = checked(load_function(spec, "--reward"))
-        return Reward(stop_together(function, world), rule)
+        score = checked(load_function(spec, "--reward"), spec, world)
+        return Reward(score, rules[first], rules)
     if "/" not in spec and not Path(spec).exists():  # no hub name and no folder
         names = ", ".join(rules)
         fail(f"--reward {spec}: choose {names}, FILE.py:function, or a reward model's folder")
-    scorer = load_scorer(spec, world, date)
-    return Reward(stop_together(scorer, world), rule, is_model=True)
+    scorer = stop_together(load_scorer(spec, world, date), world)
+
+    def score(samples, records):
+        return {"reward": scorer(samples.texts, records)}
+
+    return Reward(score, rules[first], rules, is_model=True)
+
+
+def rules_that_fit(reward, held_out):
+    """The rules for eval/NAME: those that call every held-out answer right. `number` does if each
+    answer has a number."""
+    fitting = dict(reward.rules)
+    for _, record in held_out:
+        for name, rule in reward.rules.items():
+            if has_answer(record) and not rule(str(record["answer"]), record):
+                fitting.pop(name, None)
+    return fitting
 
 
 def load_function(spec, flag):
@@ -929,27 +958,69 @@ def load_function(spec, flag):
         fail(f"{flag} {spec}: {file} {why} ({type(error).__name__}: {error})")
 
 
-def checked(reward):
-    """Turns a reward of one completion into that of a list. A value that is not a finite number
+def checked(function, spec, world):
+    """A reward function of one completion as `Reward.score`. A value that is not a finite number
     ends the run: one NaN makes every weight NaN within a step."""
+    wanted = f"def {spec.rpartition(':')[2]}(completion, row): ..."
+    takes_info = has_info(function, spec, wanted)
 
-    def score(completion, row):
+    def score(completion, row, tokens, finished):
+        extra = {}
+        if takes_info:
+            extra["info"] = types.SimpleNamespace(tokens=tokens, finished=finished)
         try:
-            value = reward(completion, row)
-            wrong = f"{value!r:.100}, no finite number,"
+            value = function(completion, row, **extra)
+            wrong = f'must return a finite number or a dict of them with "reward" ({wanted}), '
+            wrong += f"returned {value!r:.100},"
         except Exception as error:
-            value = math.nan
-            wrong = f"an error{place_of(error)} ({type(error).__name__}: {error}),"
-        try:
-            number = math.nan if isinstance(value, str) else float(value)
-        except Exception:  # each library has its own
-            number = math.nan
-        if math.isfinite(number):
-            return number
+            value = None
+            wrong = f"gave an error{place_of(error)} ({type(error).__name__}: {error}),"
+        parts = value if isinstance(value, dict) else {"reward": value}
+        parts = {str(name): to_float(number) for name, number in parts.items()}
+        if "reward" in parts and all(map(math.isfinite, parts.values())):
+            return parts
         texts = f"for prompt {row['prompt']!r:.300} and completion {completion!r:.300}"
-        raise Stop(f"--reward gave {wrong} {texts}")
+        raise Stop(f"--reward {spec} {wrong} {texts}")
 
-    return lambda completions, rows: [score(*pair) for pair in zip(completions, rows, strict=True)]
+    def score_all(samples, rows):
+        drawn = (samples.texts, rows, samples.mask.sum(1).tolist(), samples.finished.tolist())
+        return [score(*one) for one in zip(*drawn, strict=True)]
+
+    together = stop_together(score_all, world)
+
+    def score_as_lists(samples, rows):
+        scores = together(samples, rows)
+        # the log adds up what has equal names, over completions and processes
+        sets = gather_objects(world, {", ".join(sorted(parts)) for parts in scores})
+        names = sorted(set().union(*sets))
+        if len(names) > 1:
+            what = "must return a dict with the same names for all completions, returned"
+            raise Stop(f"--reward {spec} {what} ({') and ('.join(names)})")
+        lists = {"reward": [parts["reward"] for parts in scores]}
+        for name in sorted(scores[0].keys() - {"reward"}):
+            lists[f"reward/{name}"] = [parts[name] for parts in scores]
+        return lists
+
+    return score_as_lists
+
+
+def has_info(function, spec, wanted):
+    """Whether a reward function has a parameter `info`. Refuses one that cannot be called."""
+    try:
+        signature = inspect.signature(function)
+        extra = {"info": None} if "info" in signature.parameters else {}
+        signature.bind("completion", {}, **extra)
+    except (TypeError, ValueError) as error:
+        fail(f"--reward {spec} must be {wanted} (a third parameter is named info; {error})")
+    return bool(extra)
+
+
+def to_float(value):
+    """nan for what is no number."""
+    try:
+        return math.nan if isinstance(value, str) else float(value)
+    except Exception:  # each library has its own
+        return math.nan
 
 
 def place_of(error):
@@ -970,12 +1041,9 @@ def stop_together(function, world):
             result = function(*inputs)
         except Stop as error:
             problem = str(error)
-        problems = [problem] * world.size
-        if world.size > 1:
-            dist.all_gather_object(problems, problem)
-        for problem in problems:
-            if problem is not None:
-                raise Stop(problem)
+        for words in gather_objects(world, problem):
+            if words is not None:
+                raise Stop(words)
         return result
 
     return together
@@ -2185,12 +2253,19 @@ def show_progress(bar, metrics, args, warned):
     bar.update()
 
 
-def examples(samples, rewards, tokenizer, n):
-    """The completions of the first prompt, for the log."""
-    prompt = tokenizer.decode(samples.prompt_ids[0][samples.prompt_mask[0]])
+def examples(samples, scores, records, rows, tokenizer=None):
+    """Some rows for samples.jsonl. The prompt is that of the data, or with a tokenizer what the
+    model read."""
     shown = []
-    for text, reward in zip(samples.texts[:n], rewards[:n].tolist()):
-        shown.append({"prompt": prompt, "completion": text, "reward": reward})
+    for i in rows:
+        prompt = records[i]["prompt"]
+        if tokenizer:
+            prompt = tokenizer.decode(samples.prompt_ids[i][samples.prompt_mask[i]])
+        shown.append({"prompt": prompt, "completion": samples.texts[i]})
+        for name, values in scores.items():
+            shown[-1][name] = float(f"{values[i]:.6g}")  # a float32's 0.20000000298 is 0.2
+        if has_answer(records[i]):
+            shown[-1]["answer"] = records[i]["answer"]
     return shown
 
 

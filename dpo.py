@@ -602,6 +602,7 @@ def evaluate(policy, tokenizer, prompts, reward, args, world):
     wanted_rows = 4 * args.tokens_per_micro_batch // longest
     # at least 1 and at most 256, and equal in all processes
     size = common.rows_at_once(prompts, args.max_new_tokens, wanted_rows)
+    rules = common.rules_that_fit(reward, prompts) if prompts else {}
     meter = common.Meter()
     shown = []
     for start in range(0, math.ceil(len(prompts) / world.size), size):
@@ -610,16 +611,17 @@ def evaluate(policy, tokenizer, prompts, reward, args, world):
         part = mine[start : start + size] or prompts[:1]
         ids = [ids for ids, _ in part]
         records = [record for _, record in part]
-        texts = common.sample(
+        samples = common.sample(
             policy, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=0
-        ).texts
-        scores = reward.score(texts, records)
+        )
+        scores = reward.score(samples, records)
         known = torch.tensor([is_counted and common.has_answer(record) for record in records])
         # the third argument: which values count
-        meter.add("eval/reward", torch.tensor(scores), torch.full_like(known, is_counted))
-        meter.add("eval/exact", count_right(texts, records, reward.rule), known)
-        for record, text, score in zip(records, texts, scores):
-            shown.append({"prompt": record["prompt"], "completion": text, "reward": score})
+        for name, values in scores.items():
+            meter.add(f"eval/{name}", torch.tensor(values), torch.full_like(known, is_counted))
+        for name, rule in rules.items():
+            meter.add(f"eval/{name}", count_right(samples.texts, records, rule), known)
+        shown += common.examples(samples, scores, records, range(len(part)))
     return meter.result(world), shown[:8]
 
 
@@ -736,7 +738,8 @@ def load_task(args, world):
     -> (args with its limits lowered to what fits, tokenizer, reward, pairs, held-out pairs,
     held-out prompts)."""
     if args.pairs_per_step % world.size:
-        multiple = f"a multiple of the {world.size} processes"
+        below = max(args.pairs_per_step // world.size, 1) * world.size
+        multiple = f"a multiple of the {world.size} processes: {below} or {below + world.size}"
         fail(f"--pairs_per_step {args.pairs_per_step} must be {multiple}")
     config = common.policy_config(args.model)
     date = common.run_date(args, world)  # some chat templates print it

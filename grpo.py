@@ -481,7 +481,7 @@ def train(args):
             meter = common.Meter()
 
             # 1. Rollout.
-            samples, rewards = rollout(
+            samples, rewards, shown = rollout(
                 policy, tokenizer, prompts, reward, share_prompts, args, world, step, meter
             )
             sampling_ended = time.perf_counter()
@@ -558,7 +558,6 @@ def train(args):
             }
             if step % args.eval_every == 0 or step == args.steps:
                 metrics |= evaluate(policy, tokenizer, held_out, reward, args, world)
-            shown = common.examples(samples, rewards, tokenizer, n)
             common.log(out, writer, step, metrics, shown)
             common.show_progress(bar, metrics, args, warned)
 
@@ -575,7 +574,8 @@ def train(args):
 
 
 def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step, meter):
-    """Draws completions of this step's prompts and scores them -> (samples, rewards [B])."""
+    """Draws completions of this step's prompts and scores them -> (samples, rewards [B], some
+    completions to be read)."""
     n = args.samples_per_prompt
     prompts_drawn = args.prompts_per_step
     if args.drop_equal_groups:
@@ -591,24 +591,28 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
         seed=common.fold(args.seed, step, world.rank, common.DRAW),
     )
     records = [prompts[indices[i // n]][1] for i in range(len(samples.texts))]
-    rewards = torch.tensor(reward.score(samples.texts, records), device=world.device)
+    scores = reward.score(samples, records)  # the reward, and the parts of one that has parts
+    for name, values in scores.items():
+        meter.add(name, torch.tensor(values))
+    rewards = torch.tensor(scores["reward"], device=world.device)
     equal = equal_groups(rewards, n)
-    meter.add("reward", rewards)
     meter.add("equal_groups", equal)
     meter.total("tokens", samples.mask.sum())
+    shown = common.examples(samples, scores, records, range(n), tokenizer)
 
     if args.drop_equal_groups:
         # Keeps groups with unequal rewards; if they are too few, equal ones fill the batch. (DAPO
         # draws until the batch is full. Here there is one draw, of twice the prompts.)
         groups = equal.int().argsort(stable=True)[: len(equal) // OVERSAMPLING]
         kept = (groups[:, None] * n + torch.arange(n, device=world.device)).flatten()
+        shown = common.examples(samples, scores, records, kept[:n].tolist(), tokenizer)
         samples = samples.take(kept)
         rewards = rewards[kept]
     meter.add("length", samples.mask.sum(1))
     meter.add("truncated", ~samples.finished)
     # in training, this many consecutive rows share one forward of their prompt
     samples.rows_per_prompt = n if share_prompts else 1
-    return samples, rewards
+    return samples, rewards, shown
 
 
 # -- A first reading may end here: batches, held-out scores, rewards, prompts ------------------
@@ -694,6 +698,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     rows = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     size = max(rows // max(n, 1), 1)  # prompts at once, with n completions each
+    rules = common.rules_that_fit(reward, held_out)
     meter = common.Meter()
     for start in range(0, math.ceil(len(held_out) / world.size), size):
         # FSDP: a process with no prompts left must still sample; its results do not count
@@ -703,13 +708,14 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
         records = [record for _, record in part]
         known = torch.tensor([is_counted and common.has_answer(record) for record in records])
 
-        texts = common.sample(
+        samples = common.sample(
             policy, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=0
-        ).texts
-        scores = torch.tensor(reward.score(texts, records))
+        )
         # the third argument: which values count
-        meter.add("eval/reward", scores, torch.full_like(known, is_counted))
-        meter.add("eval/exact", count_right(texts, records, reward.rule), known)
+        for name, values in reward.score(samples, records).items():
+            meter.add(f"eval/{name}", torch.tensor(values), torch.full_like(known, is_counted))
+        for name, rule in rules.items():
+            meter.add(f"eval/{name}", count_right(samples.texts, records, rule), known)
         if not n:
             continue
         texts = common.sample(
@@ -776,9 +782,12 @@ RULES = {"exact": exact, "number": number}  # the rewards that --reward knows by
 def load_task(args, world):
     """Checks the user's input before a policy is loaded or a file is written -> (args, tokenizer,
     reward, prompts, held-out prompts). Lowers args.max_new_tokens to what fits."""
-    if args.prompts_per_step % (args.minibatches * world.size):
+    unit = args.minibatches * world.size
+    if args.prompts_per_step % unit:
+        below = max(args.prompts_per_step // unit, 1) * unit
         multiple = f"a multiple of --minibatches {args.minibatches} x {world.size} processes"
-        fail(f"--prompts_per_step {args.prompts_per_step} must be {multiple}")
+        near = f"{below} or {below + unit}"
+        fail(f"--prompts_per_step {args.prompts_per_step} must be {multiple}: {near}")
     config = common.policy_config(args.model)
     date = common.run_date(args, world)  # some chat templates print it
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)

@@ -564,7 +564,7 @@ def train(args):
             policy_learns = step > args.critic_warmup
 
             # 1. Rollout.
-            samples, scores = rollout(
+            samples, scores, shown = rollout(
                 policy, tokenizer, prompts, reward, share_prompts, args, world, step, meter
             )
             sampling_ended = time.perf_counter()
@@ -642,7 +642,6 @@ def train(args):
                 metrics["value/explained"] = explained
             if step % args.eval_every == 0 or step == args.steps:
                 metrics |= evaluate(policy, tokenizer, held_out, reward, args, world)
-            shown = common.examples(samples, scores, tokenizer, args.samples_per_prompt)
             common.log(out, writer, step, metrics, shown)
             common.show_progress(bar, metrics, args, warned)
 
@@ -659,7 +658,8 @@ def train(args):
 
 
 def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step, meter):
-    """Draws completions of this step's prompts and scores them -> (samples, scores [B])."""
+    """Draws completions of this step's prompts and scores them -> (samples, scores [B], some
+    completions to be read)."""
     n = args.samples_per_prompt
     indices = common.rows_of_step(len(prompts), step, args.prompts_per_step, world, args.seed)
     samples = common.sample(
@@ -672,14 +672,16 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
         seed=common.fold(args.seed, step, world.rank, common.DRAW),
     )
     records = [prompts[indices[i // n]][1] for i in range(len(samples.texts))]
-    scores = torch.tensor(reward.score(samples.texts, records), device=world.device)
-    meter.add("reward", scores)
+    scores = reward.score(samples, records)  # the reward, and the parts of one that has parts
+    for name, values in scores.items():
+        meter.add(name, torch.tensor(values))
     meter.add("length", samples.mask.sum(1))
     meter.add("truncated", ~samples.finished)
     meter.total("tokens", samples.mask.sum())
     # in training, this many consecutive rows share one forward of their prompt
     samples.rows_per_prompt = n if share_prompts else 1
-    return samples, scores
+    shown = common.examples(samples, scores, records, range(n), tokenizer)
+    return samples, torch.tensor(scores["reward"], device=world.device), shown
 
 
 def shuffled_groups(args, world, step):
@@ -768,6 +770,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
     mine = held_out[world.rank :: world.size]
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     size = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
+    rules = common.rules_that_fit(reward, held_out)
     meter = common.Meter()
     for start in range(0, math.ceil(len(held_out) / world.size), size):
         # FSDP: a process with no prompts left must still sample; its results do not count
@@ -776,13 +779,14 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
         ids = [ids for ids, _ in part]
         records = [record for _, record in part]
         known = torch.tensor([is_counted and common.has_answer(record) for record in records])
-        texts = common.sample(
+        samples = common.sample(
             policy, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=0
-        ).texts
-        scores = torch.tensor(reward.score(texts, records))
+        )
         # the third argument: which values count
-        meter.add("eval/reward", scores, torch.full_like(known, is_counted))
-        meter.add("eval/exact", count_right(texts, records, reward.rule), known)
+        for name, values in reward.score(samples, records).items():
+            meter.add(f"eval/{name}", torch.tensor(values), torch.full_like(known, is_counted))
+        for name, rule in rules.items():
+            meter.add(f"eval/{name}", count_right(samples.texts, records, rule), known)
     return meter.result(world)
 
 
@@ -828,9 +832,12 @@ RULES = {"exact": exact, "number": number}  # the rewards that --reward knows by
 def load_task(args, world):
     """Checks the user's input before a policy is loaded or a file is written. The last value that
     it returns is the folder that a separate critic starts from, or ""."""
-    if args.prompts_per_step % (args.minibatches * world.size):
+    unit = args.minibatches * world.size
+    if args.prompts_per_step % unit:
+        below = max(args.prompts_per_step // unit, 1) * unit
         multiple = f"a multiple of --minibatches {args.minibatches} x {world.size} processes"
-        fail(f"--prompts_per_step {args.prompts_per_step} must be {multiple}")
+        near = f"{below} or {below + unit}"
+        fail(f"--prompts_per_step {args.prompts_per_step} must be {multiple}: {near}")
     config = common.policy_config(args.model)
     date = common.run_date(args, world)  # some chat templates print it
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)

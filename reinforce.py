@@ -465,8 +465,8 @@ def train(args):
             meter = common.Meter()
 
             # 1. Rollout: completions of this step's prompts, and their scores r(x, y), [B].
-            samples, scores = rollout(
-                policy, tokenizer, prompts, reward, share_prompts, args, world, step
+            samples, scores, shown = rollout(
+                policy, tokenizer, prompts, reward, share_prompts, args, world, step, meter
             )
             sampling_ended = time.perf_counter()
 
@@ -516,7 +516,6 @@ def train(args):
 
             # 6. Log: of all rows; in `update_loss`, of the rows that were trained.
             step_ended = time.perf_counter()
-            meter.add("reward", scores)
             meter.add("equal_groups", equal_groups(scores, n) & (n > 1))
             meter.add("length", samples.mask.sum(1))
             meter.add("truncated", ~samples.finished)
@@ -535,7 +534,6 @@ def train(args):
             }
             if step % args.eval_every == 0 or step == args.steps:
                 metrics |= evaluate(policy, tokenizer, held_out, reward, args, world)
-            shown = common.examples(samples, scores, tokenizer, n)
             common.log(out, writer, step, metrics, shown)
             common.show_progress(bar, metrics, args, warned)
 
@@ -551,30 +549,34 @@ def train(args):
 # -- The rollout -------------------------------------------------------------------------------
 
 
-def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step):
-    """Draws completions of this step's prompts and scores them -> (samples, scores [B]). With
-    --demos they are the answers in the file, each with score 1."""
+def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step, meter):
+    """Draws completions of this step's prompts and scores them -> (samples, scores [B], some
+    completions to be read). With --demos they are the answers in the file, each with score 1."""
     n = args.samples_per_prompt
     indices = common.rows_of_step(len(prompts), step, args.prompts_per_step, world, args.seed)
     ids = [prompts[i][0] for i in indices]
+    records = [prompts[indices[i // n]][1] for i in range(n * len(ids))]
     if args.demos:
-        answers = [prompts[i][1]["answer_ids"] for i in indices]
+        answers = [record["answer_ids"] for record in records]
         samples = common.as_samples(ids, answers, tokenizer, world)
-        return samples, torch.ones(len(ids), device=world.device)
-    samples = common.sample(
-        policy,
-        tokenizer,
-        ids,
-        n=n,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        seed=common.fold(args.seed, step, world.rank, common.DRAW),
-    )
-    # in training, this many consecutive rows share one forward of their prompt
-    samples.rows_per_prompt = n if share_prompts else 1
-    records = [prompts[indices[i // n]][1] for i in range(len(samples.texts))]
-    scores = torch.tensor(reward.score(samples.texts, records), device=world.device)
-    return samples, scores
+        scores = {"reward": [1.0] * len(ids)}
+    else:
+        samples = common.sample(
+            policy,
+            tokenizer,
+            ids,
+            n=n,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            seed=common.fold(args.seed, step, world.rank, common.DRAW),
+        )
+        # in training, this many consecutive rows share one forward of their prompt
+        samples.rows_per_prompt = n if share_prompts else 1
+        scores = reward.score(samples, records)  # the reward, and the parts of one that has parts
+    for name, values in scores.items():
+        meter.add(name, torch.tensor(values))
+    shown = common.examples(samples, scores, records, range(n), tokenizer)
+    return samples, torch.tensor(scores["reward"], device=world.device), shown
 
 
 # -- A first reading may end here: batches, held-out scores, rewards, prompts ------------------
@@ -654,6 +656,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
     mine = held_out[world.rank :: world.size]
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     size = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
+    rules = common.rules_that_fit(reward, held_out)
     meter = common.Meter()
     for start in range(0, math.ceil(len(held_out) / world.size), size):
         # FSDP: a process with no prompts left must still sample; its results do not count
@@ -662,13 +665,14 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
         ids = [ids for ids, _ in part]
         records = [record for _, record in part]
         known = torch.tensor([is_counted and common.has_answer(record) for record in records])
-        texts = common.sample(
+        samples = common.sample(
             policy, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=0
-        ).texts
-        scores = torch.tensor(reward.score(texts, records))
+        )
         # the third argument: which values count
-        meter.add("eval/reward", scores, torch.full_like(known, is_counted))
-        meter.add("eval/exact", count_right(texts, records, reward.rule), known)
+        for name, values in reward.score(samples, records).items():
+            meter.add(f"eval/{name}", torch.tensor(values), torch.full_like(known, is_counted))
+        for name, rule in rules.items():
+            meter.add(f"eval/{name}", count_right(samples.texts, records, rule), known)
     return meter.result(world)
 
 
@@ -714,9 +718,12 @@ RULES = {"exact": exact, "number": number}  # the rewards that --reward knows by
 def load_task(args, world):
     """Checks the user's input before a policy is loaded or a file is written -> (args, tokenizer,
     reward, prompts, held-out prompts). Lowers args.max_new_tokens to what fits."""
-    if args.prompts_per_step % (args.minibatches * world.size):
+    unit = args.minibatches * world.size
+    if args.prompts_per_step % unit:
+        below = max(args.prompts_per_step // unit, 1) * unit
         multiple = f"a multiple of --minibatches {args.minibatches} x {world.size} processes"
-        fail(f"--prompts_per_step {args.prompts_per_step} must be {multiple}")
+        near = f"{below} or {below + unit}"
+        fail(f"--prompts_per_step {args.prompts_per_step} must be {multiple}: {near}")
     config = common.policy_config(args.model)
     date = common.run_date(args, world)  # some chat templates print it
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)

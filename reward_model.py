@@ -564,7 +564,7 @@ def report_best_of(model, tokenizer, policy_tokenizer, prompts, reward, args, wo
         # FSDP: a process with no prompts left must still sample; its results do not count
         is_counted = start < len(mine)
         part = mine[start : start + size] or prompts[:1]
-        texts = common.sample(
+        samples = common.sample(
             policy,
             policy_tokenizer,
             [ids for ids, _ in part],
@@ -572,18 +572,20 @@ def report_best_of(model, tokenizer, policy_tokenizer, prompts, reward, args, wo
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             seed=common.fold(args.seed, start, world.rank, common.DRAW),
-        ).texts
-        records = [part[i // M][1] for i in range(len(texts))]
-        scores = common.score_texts(model, tokenizer, texts, records, world)
+        )
+        records = [part[i // M][1] for i in range(len(samples.texts))]
+        scores = common.score_texts(model, tokenizer, samples.texts, records, world)
         scores = torch.tensor(scores, dtype=torch.float64).view(-1, M)
         counted = torch.full((len(part),), is_counted)
         for n in args.best_of:
             meter.add(f"best_of/score@{n}", best_of(scores, scores, n), counted)
         if reward is None:
             continue
-        values = torch.tensor(reward.score(texts, records), dtype=torch.float64).view(-1, M)
-        for n in args.best_of:
-            meter.add(f"best_of/true@{n}", best_of(scores, values, n), counted)
+        for name, values in reward.score(samples, records).items():
+            name = "true" if name == "reward" else name
+            values = torch.tensor(values, dtype=torch.float64).view(-1, M)
+            for n in args.best_of:
+                meter.add(f"best_of/{name}@{n}", best_of(scores, values, n), counted)
 
     metrics = meter.result(world)
     for n in args.best_of:
@@ -731,7 +733,8 @@ def load_task(args, world):
     """Finds mistakes in the user's input before a model is loaded or a file is written
     -> (args, with --max_tokens lowered to what fits, tokenizer, pairs, margins, held-out pairs)."""
     if args.pairs_per_step % world.size:
-        multiple = f"a multiple of the {world.size} processes"
+        below = max(args.pairs_per_step // world.size, 1) * world.size
+        multiple = f"a multiple of the {world.size} processes: {below} or {below + world.size}"
         fail(f"--pairs_per_step {args.pairs_per_step} must be {multiple}")
     config = common.scalar_config(args.model)
     date = common.run_date(args, world)  # some chat templates print it

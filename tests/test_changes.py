@@ -35,6 +35,7 @@ from common import World, as_samples
 CPU = World(0, 1, torch.device("cpu"), torch.float32)
 TEXT = (CHANGES / "README.md").read_text()
 GRPO = patches_of("grpo")
+IN_PARTS = f"{ROOT}/tests/tiny/sums.py:brief"  # pays for digits alone and for the right ones
 
 
 def close(value, wanted):
@@ -369,14 +370,14 @@ def rollout_of(module, monkeypatch, lengths, reward, **flags):
     settings = {"samples_per_prompt": 4, "prompts_per_step": len(prompts), "max_new_tokens": 20}
     args = module.resolve(module.Args(**settings | flags))
     meter = common.Meter()
-    _, rewards = module.rollout(None, None, prompts, reward, False, args, CPU, 1, meter)
+    _, rewards, _ = module.rollout(None, None, prompts, reward, False, args, CPU, 1, meter)
     return rewards, meter.result(CPU)
 
 
 def test_the_punishment_of_length_is_that_of_dapo(monkeypatch):
     """L_max 20, so L_cache is 4: nothing up to 16 tokens, then -1/4 a token down to -1."""
     lengths = [1, 15, 16, 17, 18, 19, 20, 20]
-    reward = SimpleNamespace(score=lambda texts, records: [1.0] * len(texts))
+    reward = SimpleNamespace(score=lambda samples, records: {"reward": [1.0] * len(records)})
     module = load("soft_overlong_punishment")
     rewards, log = rollout_of(module, monkeypatch, lengths, reward)
     wanted = []
@@ -404,34 +405,30 @@ def apart(parts, n):
     return [(s - centre) / (stdev(sums) + 1e-4) for s in sums]
 
 
-def test_gdpo_normalises_each_reward_apart(monkeypatch):
-    """The second reward's spread is 100 times as large. In equation (1) of the sum, the first one would
+def test_gdpo_normalises_each_part_apart(monkeypatch):
+    """The second part's spread is 100 times as large. In equation (1) of the sum, the first one would
     hardly count; here the two count the same."""
     right = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]
     short = [[0.0, 100.0, 30.0, 0.0], [50.0, 50.0, 50.0, 50.0]]
-    parts = []
-    for part in (right, short):
-        parts.append(SimpleNamespace(score=lambda texts, records, part=part: sum(part, [])))
-    reward = SimpleNamespace(parts=parts)
+    parts = {"reward/right": sum(right, []), "reward/short": sum(short, [])}
+    scores = {"reward": [-1.0] * 8} | parts  # the reward itself is only logged
+    reward = SimpleNamespace(score=lambda samples, records: scores)
     module = load("gdpo")
     rewards, log = rollout_of(module, monkeypatch, [5] * 8, reward)
     A = module.group_advantages(rewards, rewards, 4, module.Args().scale, False)
     torch.testing.assert_close(A.tolist(), apart([right, short], 4), rtol=1e-4, atol=1e-5)
     assert A[0] > 0.5, "right, and not short"
-    assert log["reward"] == mean(sum(right, [])) + mean(sum(short, []))
+    assert log["reward"] == -1 and log["reward/short"] == mean(sum(short, []))
     assert log["equal_groups"] == 0
 
 
-def test_gdpo_loads_the_rewards_that_the_flag_lists(tmp_path):
-    (tmp_path / "r.py").write_text(
-        "def right(completion, row):\n    return 3.0\n"
-        "def short(completion, row):\n    return -len(completion) * 0.0 + 0.5\n"
-    )
-    flags = ["--reward", f"{tmp_path}/r.py:right,{tmp_path}/r.py:short"]
-    flags = [flag for flag in QUICK if not flag.startswith("--eval_data")] + flags
-    lines = train(load("gdpo"), tmp_path / "run", *flags)
-    assert lines[1]["reward"] == 3.5
-    assert lines[0]["eval/reward"] == 3.0, "the first judges held-out prompts"
+def test_gdpo_of_a_reward_without_parts_is_grpo_divided_by_the_std_of_the_batch(monkeypatch):
+    right = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]
+    reward = SimpleNamespace(score=lambda samples, records: {"reward": sum(right, [])})
+    module = load("gdpo")
+    rewards, _ = rollout_of(module, monkeypatch, [5] * 8, reward)
+    A = module.group_advantages(rewards, rewards, 4, module.Args().scale, False)
+    torch.testing.assert_close(A.tolist(), apart([right], 4), rtol=1e-4, atol=1e-5)
 
 
 # -- Whole runs ------------------------------------------------------------------------------------
@@ -468,7 +465,7 @@ def test_a_patched_script_trains(name, tmp_path):
     """Two updates a step and a reference, so that ratios and KL are there."""
     flags = ["--minibatches", "2", "--beta", "0.1"]
     if name == "gdpo":
-        flags += ["--reward", "exact,number"]
+        flags += ["--reward", IN_PARTS]
     lines = train(load(name), tmp_path / "run", *QUICK, *flags)
     assert lines[-1]["step"] == 2 and math.isfinite(lines[-1]["loss"])
     assert lines[-1]["grad_norm"] > 0 and (tmp_path / "run" / "model").is_dir()
@@ -485,7 +482,7 @@ def test_a_patched_script_runs_from_the_command_line(tmp_path):
     [
         ("cispo", ["--minibatches", "2"]),
         ("maxrl", []),
-        ("gdpo", ["--reward", "exact,number"]),
+        ("gdpo", ["--reward", IN_PARTS]),
     ],
 )
 def test_a_patched_script_learns_to_sort(name, flags, tmp_path):

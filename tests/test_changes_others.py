@@ -207,7 +207,7 @@ def remax_run(tmp_path, monkeypatch, *flags):
     drawing = module.rollout
 
     def draw(policy, tokenizer, *rest):
-        samples, scores, greedy = drawing(policy, tokenizer, *rest)
+        samples, scores, greedy, shown = drawing(policy, tokenizer, *rest)
         own["policy"] = policy
         own["scores"] = scores
         own["greedy"] = []
@@ -215,7 +215,7 @@ def remax_run(tmp_path, monkeypatch, *flags):
         for ids, mask in zip(samples.prompt_ids, samples.prompt_mask):
             text = greedy_text(policy, tokenizer, ids[mask].tolist(), 14)
             own["greedy"].append(rating(text, tokenizer.decode(ids[mask])))
-        return samples, scores, greedy
+        return samples, scores, greedy, shown
 
     monkeypatch.setattr(module, "rollout", draw)
     kl_of = module.token_rewards

@@ -79,15 +79,23 @@ def pay(texts, rows):
     return [len(text) + 0.001 * int(row["prompt"]) ** 1.5 for text, row in pairs]
 
 
-def scores_by_hand(count, rule, n):
+def pay_in_parts(samples, rows):
+    """As a loaded reward that has a part."""
+    return {"reward": pay(samples.texts, rows), "reward/length": list(map(len, samples.texts))}
+
+
+def scores_by_hand(count, rule, n, with_number=False):
     """What evaluation is to say of `held_out_rows(count)`. `rule`: which kinds of completion are
     right."""
     rows = [row for _, row in held_out_rows(count)]
     paid = [pay([said(i, 0)], [row])[0] for i, row in enumerate(rows)]
     known = [i for i, row in enumerate(rows) if "answer" in row]
-    wanted = {"eval/reward": sum(paid) / count}
+    lengths = [len(said(i, 0)) for i in range(count)]
+    wanted = {"eval/reward": sum(paid) / count, "eval/reward/length": sum(lengths) / count}
     if known:
         wanted["eval/exact"] = sum(kind_of_draw(i, 0) in rule for i in known) / len(known)
+    if with_number:
+        wanted["eval/number"] = sum(kind_of_draw(i, 0) < 2 for i in known) / len(known)
     for k in (1, 2, 4, 8, n) if n and known else ():
         if k <= n:
             total = 0.0
@@ -103,7 +111,8 @@ def loaded(script, spec):
     """--reward as the script loads it, which says what is right, with `pay` for the scores."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "load_function", lambda *a: pay)
-        return dataclasses.replace(common.load_reward(spec, script.RULES, CPU, None), score=pay)
+        loaded = common.load_reward(spec, script.RULES, CPU, None)
+        return dataclasses.replace(loaded, score=pay_in_parts)
 
 
 def evaluated(script, count, reward, n=0, world=CPU, longest=1, **flags):
@@ -122,12 +131,14 @@ def evaluated(script, count, reward, n=0, world=CPU, longest=1, **flags):
 @pytest.mark.parametrize("script", EVALUATED, ids=named)
 def test_held_out_scores_are_of_every_rows_greedy_completion(script, reward, rule, monkeypatch):
     """More rows than one round draws for, and a last round that is not full. `number` says what is
-    right where that is the reward, and `exact` otherwise; a row without an answer is neither."""
+    right where that is the reward, and `exact` otherwise; a row without an answer is neither. With
+    a reward of one's own both are logged."""
     asked = []
     monkeypatch.setattr(common, "sample", stand_in(asked))
     for count in (1, 5, 256, 600):
         asked.clear()
-        assert evaluated(script, count, reward) == pytest.approx(scores_by_hand(count, rule, 0))
+        wanted = scores_by_hand(count, rule, 0, with_number=reward == "r.py:f")
+        assert evaluated(script, count, reward) == pytest.approx(wanted)
         prompts = [ids for a in asked for ids in a["prompts"]]
         assert prompts == [[i] for i in range(count)], "each once"
         asked_for = {(a["temperature"], a["n"], a["max_new_tokens"]) for a in asked}
@@ -144,7 +155,23 @@ def test_rows_without_any_answer_have_a_reward_and_no_share_of_right_ones(script
     found = script.evaluate(None, None, held_out, loaded(script, "r.py:f"), args, CPU)
     scores = found[0] if script is dpo else found
     paid = pay([said(0, 0), said(1, 0)], rows)
-    assert scores == pytest.approx({"eval/reward": sum(paid) / 2})
+    length = (len(said(0, 0)) + len(said(1, 0))) / 2
+    assert scores == pytest.approx({"eval/reward": sum(paid) / 2, "eval/reward/length": length})
+
+
+def test_the_share_of_right_numbers_is_logged_where_every_held_out_answer_has_a_number():
+    """And the reward is none of the two rules, which say themselves what is right."""
+    answers = ["18", "16 - 3 = 13\n#### 13", 7, "2.50", "1,234"]
+    rows = [([1], {"prompt": "p", "answer": answer}) for answer in answers]
+    rows.append(([1], {"prompt": "p"}))
+    for script in EVALUATED:
+        own = loaded(script, "r.py:f")
+        assert list(common.rules_that_fit(own, rows)) == ["exact", "number"]
+        words = [*rows, ([1], {"prompt": "p", "answer": "none"})]
+        assert list(common.rules_that_fit(own, words)) == ["exact"]
+        for spec in ("exact", "number"):
+            fitting = common.rules_that_fit(loaded(script, spec), rows)
+            assert fitting == {"exact": script.RULES[spec]}
 
 
 @pytest.mark.parametrize("reward, rule", [("exact", {0}), ("number", {0, 1})])
@@ -240,12 +267,16 @@ def test_two_processes_share_the_rows_out_and_count_each_once(two_processes):
 
 def test_dpo_shows_the_first_completions_with_their_prompts_and_rewards(monkeypatch):
     monkeypatch.setattr(common, "sample", stand_in())
-    reward = common.Reward(pay, dpo.exact)
+    reward = common.Reward(pay_in_parts, dpo.exact, {"exact": dpo.exact})
     _, shown = dpo.evaluate(None, None, held_out_rows(300), reward, dpo.resolve(dpo.Args()), CPU)
     texts, rows = [said(i, 0) for i in range(8)], [{"prompt": str(i)} for i in range(8)]
     assert [x["prompt"] for x in shown] == [row["prompt"] for row in rows]
     assert [x["completion"] for x in shown] == texts
-    assert [x["reward"] for x in shown] == pay(texts, rows)
+    assert [x["reward"] for x in shown] == pytest.approx(pay(texts, rows), rel=1e-5)
+    assert [x["reward/length"] for x in shown] == [len(text) for text in texts]
+    assert [x.get("answer") for x in shown] == [
+        row.get("answer") for _, row in held_out_rows(9)[:8]
+    ]
 
 
 @pytest.mark.parametrize("script", ROLLOUTS, ids=named)
@@ -270,8 +301,9 @@ def best_of_everywhere(out, world):
     def score(model, tokenizer, texts, rows, world):
         return [bon_score(t, r) for t, r in zip(texts, rows, strict=True)]
 
-    def reward(texts, rows):
-        return [bon_truth(t, r) for t, r in zip(texts, rows, strict=True)]
+    def reward(samples, rows):
+        truths = [bon_truth(t, r) for t, r in zip(samples.texts, rows, strict=True)]
+        return {"reward": truths, "reward/half": [truth / 2 for truth in truths]}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "load_reference", lambda *a: None)
@@ -281,7 +313,7 @@ def best_of_everywhere(out, world):
         for count in (1, 7):
             args = reward_model.Args(best_of=(1, 2, 4), sample_rows=8, policy="x")
             rows = [([i], {"prompt": str(i)}) for i in range(count)]
-            loaded = common.Reward(reward, None)
+            loaded = common.Reward(reward, None, {})
             asked = (None, None, None, rows, loaded, args, world, lambda: False)
             found[count] = reward_model.report_best_of(*asked)
     (out / f"best{world.rank}.json").write_text(json.dumps(found))
@@ -320,6 +352,7 @@ def test_best_of_n_asks_for_every_prompt_and_pays_by_its_own_row(size, request, 
                     truths.append(sum(t for _, t in best) / len(best))
                 wanted[f"best_of/score@{n}"] = sum(scores) / len(scores)
                 wanted[f"best_of/true@{n}"] = sum(truths) / len(truths)
+                wanted[f"best_of/reward/half@{n}"] = sum(truths) / len(truths) / 2
                 wanted[f"best_of/kl@{n}"] = math.log(n) - (n - 1) / n
             assert found == pytest.approx(wanted)
 

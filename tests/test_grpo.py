@@ -783,7 +783,9 @@ def held_out_written_out(f, policy, calls, rows, pays, tokenizer):
         texts.append(tokenizer.decode(greedy))
     right = sum(text == row["answer"] for text, row in zip(texts, rows))
     paid = sum(pays(text, row) for text, row in zip(texts, rows))
-    return {"eval/reward": paid / len(rows), "eval/exact": right / len(rows)}
+    numbers = sum(grpo.last_number(text) == int(row["answer"]) for text, row in zip(texts, rows))
+    scores = {"eval/reward": paid, "eval/exact": right, "eval/number": numbers}
+    return {name: value / len(rows) for name, value in scores.items()}
 
 
 def is_near(model, saved, before):
@@ -853,7 +855,8 @@ def test_the_steps_of_the_script_are_the_steps_written_out(changed, tmp_path, mo
         for line, c in zip([x for x in shown if x["step"] == step], batch[:4], strict=True):
             asked = rows[c.place]["prompt"]
             assert (line["prompt"], line["completion"]) == (asked, c.text)
-            assert line["reward"] == pytest.approx(c.reward)
+            assert line["reward"] == pytest.approx(c.reward, rel=1e-5)
+            assert line["answer"] == rows[c.place]["answer"]
         checkpoint = tmp_path / "run" / "checkpoint" / f"{step:06d}.pt"
         saved = torch.load(checkpoint, weights_only=True)["models"]
         is_near(policy, saved["policy"], start)
@@ -1026,7 +1029,8 @@ def test_truncated_completions_do_not_move_the_weights_when_masked(tmp_path):
         ({"max_grad_norm": -1.0}, "--max_grad_norm -1.0: must be above 0"),
         ({"steps": -1}, "--steps -1: must be 0 or more"),
         ({"resume": True, "steps": 0}, "--steps 0 evaluates a model"),
-        ({"minibatches": 3}, "must be a multiple of --minibatches"),
+        ({"minibatches": 3}, "a multiple of --minibatches 3 x 1 processes: 30 or 33"),
+        ({"prompts_per_step": 2, "minibatches": 5}, "x 1 processes: 5 or 10"),
     ],
 )
 def test_flags_that_contradict_each_other_are_one_line(flags, words, tmp_path, capsys):

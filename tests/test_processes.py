@@ -1,6 +1,8 @@
 """One process and two: the same gradient, the same weights, the same samples (field notes, test 3)."""
 
 import json
+import os
+import time
 import types
 
 import pytest
@@ -650,6 +652,47 @@ def test_a_reward_that_fails_in_one_process_stops_both(tmp_path):
     run(fail_in_one, 2, tmp_path)
     said = [(tmp_path / n).read_text() for n in "01"]
     assert said == ["the reward of the second process failed"] * 2, "the first process prints it"
+
+
+def other_names_in_one(folder):
+    world = start("cpu")
+    mask = torch.ones(1, 1)
+    samples = common.Samples(None, None, mask, mask, mask, mask[0], ["c"])
+    score = common.checked(lambda c, row: row["value"], "r.py:f", world)
+    values = [{"reward": 1.0, "form": 0.0}, {"reward": 1.0}, {"reward": 0.5, "form": 1}]
+    said = []
+    for other in values[1:]:
+        try:
+            score(samples, [{"value": other if world.rank else values[0]}])
+        except common.Stop as error:
+            said.append(str(error))
+    (folder / f"{world.rank}").write_text("\n".join(said))
+
+
+def test_all_processes_must_have_the_same_parts_of_a_reward(tmp_path):
+    run(other_names_in_one, 2, tmp_path)
+    said = [(tmp_path / n).read_text() for n in "01"]
+    assert said[0] == said[1] and said[0].count("\n") == 0
+    assert said[0].endswith(
+        "the same names for all completions, returned (form, reward) and (reward)"
+    )
+
+
+def refuse(folder, ranks, words):
+    rank = int(os.environ["RANK"])
+    os.dup2(os.open(folder / f"said{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    if rank in ranks:
+        common.fail(f"{words} {rank}")
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("ranks", [(0, 1), (1,)])
+def test_a_mistake_that_all_processes_find_is_printed_once(ranks, tmp_path):
+    """The others are ended before they speak. One that is alone with its mistake says it."""
+    with pytest.raises(Exception, match="exit code 2"):
+        run(refuse, 2, tmp_path, ranks, "a mistake of")
+    said = [(tmp_path / f"said{rank}").read_text() for rank in (0, 1)]
+    assert "".join(said).strip() == f"error: a mistake of {ranks[0]}"
 
 
 def fill_the_disk_of_the_first(folder):

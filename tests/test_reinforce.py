@@ -1,6 +1,7 @@
 """REINFORCE: every equation against brute force, on models small enough to enumerate."""
 
 import copy
+import functools
 import inspect
 import itertools
 import json
@@ -683,28 +684,103 @@ def test_a_reward_model_with_other_tokens_reads_the_end_of_what_is_too_long(tmp_
     assert capsys.readouterr().out.count("reads 8 tokens; of longer texts it reads the end") == 1
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1.0", None, torch.zeros(2), [1]])
+def drawn(*texts):
+    """Samples with these texts; text i has i + 1 tokens, and those of odd i were cut."""
+    count = len(texts)
+    mask = torch.ones(count, count).tril().bool()
+    finished = torch.arange(count) % 2 == 0
+    return common.Samples(None, None, mask, mask, mask, finished, list(texts))
+
+
+def scored(function, *texts, world=CPU):
+    rows = [{"prompt": f"p{i}"} for i in range(len(texts))]
+    return common.checked(function, "r.py:f", world)(drawn(*texts), rows)
+
+
+NO_REWARDS = [math.nan, math.inf, "1.0", None, torch.zeros(2), [1], (1, 0.5), {}, {"form": 1.0}]
+NO_REWARDS += [{"reward": 1.0, "form": None}, {"reward": math.nan}, {"reward": 1, "form": "1"}]
+
+
+@pytest.mark.parametrize("value", NO_REWARDS, ids=str)
 def test_a_reward_that_is_no_finite_number_names_row_and_completion(value):
-    words = (
-        "(?s)^--reward gave .*, no finite number, for prompt 'the prompt' and .*'the completion'"
+    with pytest.raises(common.Stop) as stopped:
+        scored(lambda c, r: value, "the completion")
+    assert str(stopped.value) == (
+        '--reward r.py:f must return a finite number or a dict of them with "reward" '
+        f"(def f(completion, row): ...), returned {value!r}, "
+        "for prompt 'p0' and completion 'the completion'"
     )
-    with pytest.raises(common.Stop, match=words):
-        common.checked(lambda c, r: value)(["the completion"], [{"prompt": "the prompt"}])
-    assert common.checked(lambda c, r: torch.tensor(0.5))(["a", "b"], [{}, {}]) == [0.5, 0.5]
+
+
+def test_a_reward_is_a_number_or_has_parts():
+    assert scored(lambda c, r: torch.tensor(0.5), "a", "b") == {"reward": [0.5, 0.5]}
+    parts = {"z": 2, "reward": True, "form": torch.tensor(0.25)}
+    lists = scored(lambda c, r: parts | {"z": len(c)}, "a", "bb")
+    assert lists == {"reward": [1.0, 1.0], "reward/form": [0.25, 0.25], "reward/z": [1.0, 2.0]}
+    assert list(lists) == ["reward", "reward/form", "reward/z"], "in one order everywhere"
+
+
+def test_all_completions_have_the_same_parts():
+    parts = {"reward": 1.0, "form": 0.0}
+    with pytest.raises(
+        common.Stop, match=r"the same names .*returned \(form, reward\) and \(reward\)"
+    ):
+        scored(lambda c, r: parts if c == "a" else 1.0, "a", "b")
+
+
+def test_a_reward_with_a_parameter_info_knows_how_long_a_completion_is_and_whether_it_was_cut():
+    def keyword(completion, row, *rest, info):
+        assert not rest
+        return info.tokens
+
+    def default(completion, row, info=None):
+        return {"reward": info.tokens, "finished": info.finished}
+
+    assert scored(keyword, "a", "b") == {"reward": [1, 2]}
+    assert scored(default, "a", "b") == {"reward": [1, 2], "reward/finished": [1, 0]}
+
+
+def test_no_other_parameter_is_filled():
+    def several(*values, **others):
+        return len(values) + 10 * len(others)
+
+    def weighted(completion, row, weight=3.0):
+        return weight
+
+    assert scored(several, "a")["reward"] == [2]
+    assert scored(weighted, "a")["reward"] == [3]
+    assert scored(functools.partial(several, "first"), "a")["reward"] == [3]
+
+
+@pytest.mark.parametrize(
+    "line, why",
+    [
+        ("def f(completion):\n    return 1", "too many positional arguments"),
+        ("def f(completion, row, weight):\n    return 1", "missing a required argument: 'weight'"),
+        ("def f(completion, row, info, /):\n    return 1", "info"),
+        ("f = 0.5", "0.5 is not a callable object"),
+        ("f = max", "no signature found"),
+    ],
+)
+def test_a_reward_with_other_parameters_is_refused_before_it_is_called(line, why, tmp_path, capsys):
+    (tmp_path / "r.py").write_text(line)
+    with pytest.raises(SystemExit):
+        common.load_reward(f"{tmp_path}/r.py:f", reinforce.RULES, CPU, None)
+    said = capsys.readouterr().err
+    assert "r.py:f must be def f(completion, row): ... (" in said and why in said
+    assert len(said.splitlines()) == 1
 
 
 def test_a_reward_whose_library_raises_names_the_line_of_the_reward():
     (line,) = [i for i, text in enumerate(open(__file__), 1) if "json.loads(c" + ")" in text]
     with pytest.raises(common.Stop, match=rf"in test_reinforce.py, line {line} \(JSONDecodeError"):
-        common.checked(lambda c, r: json.loads(c))(["no json"], [{"prompt": "p"}])
+        scored(lambda c, r: json.loads(c), "no json")
 
 
 def test_a_reward_that_raises_names_row_and_completion():
     words = r"an error in test_reinforce.py, line \d+ \(ZeroDivisionError.*'p7'.*'c7'"
     with pytest.raises(common.Stop, match=words):
-        common.checked(lambda c, r: 1 / (c != "c7"))(
-            [f"c{i}" for i in range(9)], [{"prompt": f"p{i}"} for i in range(9)]
-        )
+        scored(lambda c, r: 1 / (c != "c7"), *[f"c{i}" for i in range(9)])
 
 
 # --- whole runs, on the bundled model ---
@@ -933,9 +1009,7 @@ def test_a_reward_that_fails_stops_the_run_with_its_checkpoint_whole(tmp_path):
     (tmp_path / "r.py").write_text(
         "calls = []\ndef reward(c, r):\n    calls.append(1)\n    return 1.0 if len(calls) <= 32 else float('nan')\n"
     )
-    with pytest.raises(
-        SystemExit, match="(?s)nan, no finite number, for prompt.*completion.*--resume"
-    ):
+    with pytest.raises(SystemExit, match="(?s)returned nan, for prompt.*completion.*--resume"):
         run(
             tmp_path,
             reward=f"{tmp_path}/r.py:reward",
@@ -1119,6 +1193,7 @@ def step_by_hand(step, policy, reference, f, rows, score, tokenizer, norms):
     shown = []
     for text, value in zip(texts[:n], scores[:n]):
         shown.append({"step": step, "prompt": prompt, "completion": text, "reward": value})
+        shown[-1]["answer"] = rows[0]["answer"]
     return logged, shown
 
 
@@ -1128,7 +1203,11 @@ def evaluated_by_hand(policy, f, rows, score, tokenizer):
     texts = [tokenizer.decode([t for t in c if t != tokenizer.eos_token_id]) for c in completions]
     right = [float(t == row["answer"]) for t, row in zip(texts, rows) if "answer" in row]
     values = [score(t, row) for t, row in zip(texts, rows)]
-    return {"eval/reward": statistics.mean(values), "eval/exact": statistics.mean(right)}
+    scores = {"eval/reward": statistics.mean(values), "eval/exact": statistics.mean(right)}
+    if score is not reinforce.exact:
+        numbers = [reinforce.number(t, row) for t, row in zip(texts, rows) if "answer" in row]
+        scores["eval/number"] = statistics.mean(numbers)
+    return scores
 
 
 # Nothing is at its default. The samples of the fourth prompt all score the same.

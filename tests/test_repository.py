@@ -132,7 +132,7 @@ def logged(script, folder):
     prompts = "".join(f'{{"prompt": "{n}=", "answer": "{n}"}}\n' for n in "123")
     (folder.parent / "prompts.jsonl").write_text(prompts)
     (folder.parent / "pairs.jsonl").write_text(FIRST + SECOND)
-    reward = "def f(completion, row):\n    return int(row['answer'])\n"
+    reward = "def f(completion, row):\n    return {'reward': int(row['answer']), 'form': 1}\n"
     (folder.parent / "r.py").write_text(reward)
     flags["reward"] = f"{folder.parent}/r.py:f"
     data = f"{folder.parent}/{'pairs' if takes_pairs else 'prompts'}.jsonl"
@@ -161,6 +161,7 @@ def test_every_logged_number_and_only_those_is_in_the_readme(path, tmp_path):
             explained |= set(re.findall(r"`([^`]+)`", names))
     found = {re.sub(r"(?<=pass@)\d+", "K", name) for name in logged(path.stem, tmp_path / "run")}
     found = {re.sub(r"(?<=@)\d+", "N", name) for name in found}
+    found = {name.replace("reward/form", "reward/NAME") for name in found}
     assert len(rows) > 20
     assert found - explained == set(), "logged, and not explained"
     assert explained - found == set(), "explained, and not logged"

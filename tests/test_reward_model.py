@@ -766,7 +766,10 @@ def test_the_true_reward_is_that_of_the_best_by_score(tmp_path, monkeypatch):
         best_of=(1, 3), sample_rows=6, temperature=0.7, policy="x", max_new_tokens=4
     )
     prompts = [([i], {"prompt": str(i)}) for i in range(3)]
-    for reward in (common.Reward(lambda texts, rows: [true[x] for x in texts], None), None):
+    paid = common.Reward(
+        lambda samples, rows: {"reward": [true[x] for x in samples.texts]}, None, {}
+    )
+    for reward in (paid, None):
         got = reward_model.report_best_of(
             None, None, None, prompts, reward, args, CPU, lambda: False
         )

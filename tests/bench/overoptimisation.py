@@ -55,7 +55,7 @@ def measure(reference):
         parts = ppo.micro_batches(range(len(s.mask)), s.mask.any(1), s, 4096, world)
         now, then = (ppo.rollout_logprobs(m, s, [parts], 1.0) for m in (policy, reference))
         true = [ppo.exact(t, r) for t, r in zip(s.texts, rows)]
-        learned = reward.score(s.texts, rows)
+        learned = reward.score(s, rows)["reward"]
         mean = {"eval/learned": sum(learned) / len(rows), "eval/true": sum(true) / len(rows)}
         return mean | {"eval/kl": ((now - then) * s.mask).sum().item() / len(rows)}
 

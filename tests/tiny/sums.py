@@ -1,4 +1,5 @@
-"""A second task, for a chat model: simple sums, answered by the number and nothing else (half of the reward is for the form).
+"""A second task, for a chat model: simple sums, answered by the number and nothing else (half of the reward is for the form,
+and both halves are logged).
 
     python tests/tiny/sums.py FOLDER       # writes sums_train.jsonl and sums_test.jsonl there; no sum is in both
     python grpo.py --model CHAT_MODEL --data FOLDER/sums_train.jsonl --eval_data FOLDER/sums_test.jsonl \\
@@ -14,8 +15,9 @@ from pathlib import Path
 
 def brief(completion, row):
     """Half for a number and nothing else, half for the right one as the last number said."""
-    numbers = re.findall(r"\d+", completion)
-    return 0.5 * completion.strip().isdecimal() + 0.5 * (numbers[-1:] == [row["answer"]])
+    form = completion.strip().isdecimal()
+    right = re.findall(r"\d+", completion)[-1:] == [row["answer"]]
+    return {"reward": 0.5 * form + 0.5 * right, "form": form, "right": right}
 
 
 def main(folder):
