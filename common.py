@@ -94,7 +94,7 @@ say_once = functools.lru_cache(say)  # a message that was printed is not printed
 def fail(message):
     """Ends the run after a mistake of the user's: one sentence, exit status 2."""
     if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(5)  # torchrun ends this process if the first one has said the same
+        time.sleep(10)  # torchrun ends this process if the first one has said the same
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 

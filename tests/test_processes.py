@@ -1,5 +1,6 @@
 """One process and two: the same gradient, the same weights, the same samples (field notes, test 3)."""
 
+import importlib
 import json
 import os
 import time
@@ -693,6 +694,20 @@ def test_a_mistake_that_all_processes_find_is_printed_once(ranks, tmp_path):
         run(refuse, 2, tmp_path, ranks, "a mistake of")
     said = [(tmp_path / f"said{rank}").read_text() for rank in (0, 1)]
     assert "".join(said).strip() == f"error: a mistake of {ranks[0]}"
+
+
+@pytest.mark.parametrize("script", ["reinforce", "ppo", "grpo", "dpo", "reward_model"])
+def test_a_count_that_processes_cannot_share_names_those_near_it(script, capsys):
+    module = importlib.import_module(script)
+    takes_pairs = script in ("dpo", "reward_model")
+    flags = {} if takes_pairs else {"minibatches": 1}
+    world = common.World(0, 2, torch.device("cpu"), torch.float32)
+    for count, near in ((1, "2 or 4"), (5, "4 or 6"), (31, "30 or 32")):
+        flags["pairs_per_step" if takes_pairs else "prompts_per_step"] = count
+        with pytest.raises(SystemExit):
+            module.load_task(module.resolve(module.Args(**flags)), world)
+        assert f"{count} must be a multiple of" in (said := capsys.readouterr().err)
+        assert said.endswith(f"2 processes: {near}\n")
 
 
 def fill_the_disk_of_the_first(folder):

@@ -1375,7 +1375,7 @@ GOOD = '{"prompt": "52=", "answer": "25"}\n'
         (
             {"prompts_per_step": 3, "minibatches": 2},
             GOOD,
-            ["--prompts_per_step 3", "--minibatches"],
+            ["--prompts_per_step 3", "--minibatches", "1 processes: 2 or 4"],
         ),
         ({"temperature": 0.0}, GOOD, ["--temperature"]),
         ({"demos": "{}/data.jsonl", "baseline": "loo"}, GOOD, ["--demos", "--baseline"]),
