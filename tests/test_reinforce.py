@@ -717,7 +717,8 @@ def test_a_reward_is_a_number_or_has_parts():
     parts = {"z": 2, "reward": True, "form": torch.tensor(0.25)}
     lists = scored(lambda c, r: parts | {"z": len(c)}, "a", "bb")
     assert lists == {"reward": [1.0, 1.0], "reward/form": [0.25, 0.25], "reward/z": [1.0, 2.0]}
-    assert list(lists) == ["reward", "reward/form", "reward/z"], "in one order everywhere"
+    lists = scored(lambda c, r: dict.fromkeys(["f", "b", "reward", "d", "a", "c"], 1.0), "a")
+    assert list(lists) == ["reward", *(f"reward/{name}" for name in "abcdf")], "everywhere alike"
 
 
 def test_all_completions_have_the_same_parts():
