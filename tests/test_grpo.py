@@ -1188,3 +1188,15 @@ def test_the_printed_lines_of_python_use_the_model(tmp_path, capsys):
     assert eval(capsys.readouterr().out)[0]["generated_text"].startswith(prompt)
     assert "held-out" not in said
     assert "step 0:" not in said
+
+
+def test_with_dropped_groups_the_completions_of_the_first_kept_one_are_shown(monkeypatch):
+    completions = [[i + 4] for i in range(4)]
+    samples = common.as_samples([[7]] * 4, completions, make_tokenizer(), CPU)
+    monkeypatch.setattr(common, "sample", lambda *a, **k: samples)
+    reward = SimpleNamespace(score=lambda s, records: {"reward": [1.0, 1.0, 0.0, 1.0]})
+    flags = {"samples_per_prompt": 2, "prompts_per_step": 1, "drop_equal_groups": True}
+    args = grpo.resolve(grpo.Args(**flags))
+    prompts = [([7], {"prompt": "p"})] * 2
+    *_, shown = grpo.rollout(None, None, prompts, reward, False, args, CPU, 1, common.Meter())
+    assert [line["reward"] for line in shown] == [0.0, 1.0]
