@@ -591,7 +591,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
         seed=common.fold(args.seed, step, world.rank, common.DRAW),
     )
     records = [prompts[indices[i // n]][1] for i in range(len(samples.texts))]
-    scores = reward.score(samples, records)  # the reward, and the parts of one that has parts
+    scores = reward.score(samples, records)  # the reward and its parts
     for name, values in scores.items():
         meter.add(name, torch.tensor(values))
     rewards = torch.tensor(scores["reward"], device=world.device)
