@@ -56,7 +56,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -575,9 +575,8 @@ def load_policy(path, world, gradient_checkpointing=False, args=None):
 
 
 def load_reference(path, world, policy=None):
-    """A frozen model, for a KL penalty or to draw best-of-N from. A policy with adapters is its own
-    reference, with the adapters off: no second model is loaded."""
-    if hasattr(policy, "lora"):
+    """A frozen model, for a KL penalty or to draw best-of-N from."""
+    if hasattr(policy, "lora"):  # no second model: with its adapters off it is its own reference
         return Switched(policy, None)
     model, _ = load(AutoModelForCausalLM, path)
     widen_head(model, world)
@@ -649,8 +648,7 @@ def prepare(model, world, gradient_checkpointing=False):
         enable = enable or model.gradient_checkpointing_enable
         settings = {"use_reentrant": False}
         if hasattr(model, "lora"):  # backward computes again with the adapters of the forward
-            now = functools.partial(adapters, model)
-            settings["context_fn"] = lambda: (contextlib.nullcontext(), now(model.lora.active))
+            settings["context_fn"] = lambda: [Switched(model, model.lora.active) for _ in range(2)]
         enable(settings)
     return shard(model, world)
 
@@ -772,7 +770,6 @@ def write_model(model, tokenizer, folder, state, dtype):
         replace(temporary, folder)
     except Exception as error:  # each library has its own exception for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(folder.with_name("adapter.tmp"), ignore_errors=True)
         raise Stop(f"{folder} could not be written ({error})") from error
     finally:
         model.generation_config = generation
@@ -781,22 +778,23 @@ def write_model(model, tokenizer, folder, state, dtype):
 # -- Adapters (LoRA) -------------------------------------------------------------------------------
 
 
-class AdaptedLinear(torch.nn.Linear):
-    """y = W x + (alpha / R) B A x. W is frozen, in the computing dtype. A [R, in] and B [out, R]
-    learn, in float32. B starts at 0, so the model starts as it was."""
+def add_pair(layer, lora, name):
+    """Makes a linear layer give W x + (alpha / R) B A x while the pair of this name is active ->
+    A [R, in] and B [out, R]. They learn, in float32; W is frozen, in the computing dtype. B starts
+    at 0, so the model starts as it was."""
+    A = torch.nn.Linear(layer.in_features, lora.rank, bias=False)
+    B = torch.nn.Linear(lora.rank, layer.out_features, bias=False)
+    torch.nn.init.zeros_(B.weight)
 
-    def forward(self, x):
-        y = super().forward(x)
-        if self.lora.active is None:  # the adapters are off
-            return y
-        A, B = [half.weight.to(x.dtype) for half in self.pairs[self.lora.active]]
-        return y + self.lora.scale * F.linear(F.linear(x, A), B)
+    def add(layer, inputs, y):
+        if lora.active == name:
+            (x,) = inputs
+            Ax = F.linear(x, A.weight.to(x.dtype))
+            y = y + lora.alpha / lora.rank * F.linear(Ax, B.weight.to(x.dtype))
+        return y
 
-    def add_pair(self, name):
-        A = torch.nn.Linear(self.in_features, self.lora.rank, bias=False)
-        B = torch.nn.Linear(self.lora.rank, self.out_features, bias=False)
-        torch.nn.init.zeros_(B.weight)
-        self.pairs[name] = (A, B)
+    layer.register_forward_hook(add)
+    return A, B
 
 
 def add_adapters(model, args, dtype):
@@ -808,31 +806,22 @@ def add_adapters(model, args, dtype):
     for weight in set(model.parameters()) - set(head):
         weight.requires_grad_(False)
         weight.data = weight.data.to(dtype)
-    inside = {}  # a dict keeps the order, and a module once: blocks may lie in blocks
-    for block in blocks_of(model):
-        inside |= dict.fromkeys(block.modules())
-    layers = [m for m in inside if type(m) is torch.nn.Linear]
-    uses = collections.Counter(m.weight for m in layers)
-    # Zamba2: two pairs on one weight could not be merged
-    layers = [m for m in layers if uses[m.weight] == 1]
+    inside = list(torch.nn.ModuleList(blocks_of(model)).modules())  # blocks in blocks come once
+    linear = [m for m in inside if type(m) is torch.nn.Linear]
+    uses = collections.Counter(m.weight for m in linear)
+    layers = [m for m in linear if uses[m.weight] == 1]  # Zamba2: pairs on one weight cannot merge
     rest = [m for m in inside if any(p.ndim > 1 for p in m.parameters(recurse=False))]
     rest = ", ".join(sorted({type(m).__name__ for m in rest if m not in layers}))
     if not layers:
-        name = type(model).__name__
-        fail(f"--lora_rank: {name} has no nn.Linear in its blocks, but {rest or 'no blocks'}")
+        fail(f"--lora_rank: this model has no nn.Linear in its blocks, but {rest or 'no blocks'}")
     if args.lora_rank > max(min(layer.weight.shape) for layer in layers):
         fail(f"--lora_rank {args.lora_rank}: above the width of all layers that it would adapt")
     if rest:
         say_once(f"note: only nn.Linear has adapters; these stay as they are: {rest}")
     model.lora = types.SimpleNamespace(layers=layers, rank=args.lora_rank, alpha=args.lora_alpha)
-    model.lora.scale = args.lora_alpha / args.lora_rank
     model.lora.active = "own"
     for layer in layers:
-        layer.__class__ = AdaptedLinear
-        layer.lora = model.lora  # one for all layers
-        layer.pairs = {}
-        layer.add_pair("own")
-        layer.lora_A, layer.lora_B = layer.pairs["own"]  # from here on weights of the model
+        layer.lora_A, layer.lora_B = add_pair(layer, model.lora, "own")
     return model
 
 
@@ -841,31 +830,26 @@ def add_critic_adapters(policy, head):
     They are no weights of the policy: FSDP does not sum their gradients."""
     critic = torch.nn.ModuleList([head])
     for layer in policy.lora.layers:
-        layer.add_pair("critic")
-        critic.extend(layer.pairs["critic"])
+        critic.extend(add_pair(layer, policy.lora, "critic"))
     return critic.to(head.weight.device), Switched(policy, "critic")
-
-
-@contextlib.contextmanager
-def adapters(model, name):
-    """Inside, the model computes with its pairs of this name, or with none (None)."""
-    before = model.lora.active
-    model.lora.active = name
-    try:
-        yield
-    finally:
-        model.lora.active = before
 
 
 @dataclass(eq=False)
 class Switched:
-    """A model with other adapters, or with none, used like a model of its own."""
+    """A model with other adapters, or with none, used like a model of its own or in a `with`."""
 
     adapted: torch.nn.Module
     active: str | None
 
+    def __enter__(self):
+        self.before = self.adapted.lora.active
+        self.adapted.lora.active = self.active
+
+    def __exit__(self, *error):
+        self.adapted.lora.active = self.before
+
     def __call__(self, **inputs):
-        with adapters(self.adapted, self.active):
+        with self:
             return self.adapted(**inputs)
 
     def __getattr__(self, name):
@@ -880,16 +864,13 @@ def write_adapter(model, folder, state):
     for name in names:
         W = state[f"{name}.weight"]
         BA = state.pop(f"{name}.lora_B.weight") @ state.pop(f"{name}.lora_A.weight")
-        state[f"{name}.weight"] = (W + model.lora.scale * BA).to(W.dtype)
-    task = "CAUSAL_LM" if model.get_output_embeddings() else "SEQ_CLS"
-    config = {"peft_type": "LORA", "task_type": task, "target_modules": names}
-    config |= {"r": model.lora.rank, "lora_alpha": model.lora.alpha}
-    config |= {"base_model_name_or_path": model.name_or_path}
-    temporary = folder.with_name(folder.name + ".tmp")
-    temporary.mkdir(exist_ok=True)
-    write(temporary / "adapter_config.json", json.dumps(config, indent=1))
-    save_file(learned, temporary / "adapter_model.safetensors", {"format": "pt"})
-    replace(temporary, folder)
+        state[f"{name}.weight"] = (W + model.lora.alpha / model.lora.rank * BA).to(W.dtype)
+    config = {"peft_type": "LORA", "target_modules": names, "r": model.lora.rank}
+    config |= {"lora_alpha": model.lora.alpha, "base_model_name_or_path": model.name_or_path}
+    config["task_type"] = "CAUSAL_LM" if model.get_output_embeddings() else "SEQ_CLS"
+    folder.mkdir(exist_ok=True)
+    write(folder / "adapter_model.safetensors", save(learned, {"format": "pt"}))
+    write(folder / "adapter_config.json", json.dumps(config, indent=1))
 
 
 # -- Rewards ---------------------------------------------------------------------------------------
@@ -1905,7 +1886,7 @@ def lock(out):
 
 
 def write(path, data):
-    """Writes a text or a dict of tensors, whole or not at all: to a file beside it, then
+    """Writes a text, bytes or a dict of tensors, whole or not at all: to a file beside it, then
     renamed."""
     temporary = Path(f"{path}.tmp")
     try:
@@ -1913,7 +1894,7 @@ def write(path, data):
             if isinstance(data, dict):
                 torch.save(data, file)
             else:
-                file.write(data.encode())
+                file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -1947,9 +1928,8 @@ def checkpoints(out):
 
 def tensors(model, for_checkpoint=False):
     """[(name, tensor)] of the weights and of the buffers that are saved. Unlike in
-    state_dict, a head that is tied to the embedding comes once. With adapters a checkpoint holds
-    what learns only."""
-    if for_checkpoint and hasattr(model, "lora"):
+    state_dict, a head that is tied to the embedding comes once."""
+    if for_checkpoint and hasattr(model, "lora"):  # only what learns
         return [(name, p) for name, p in at_rest(model).named_parameters() if p.requires_grad]
     saved = at_rest(model).state_dict().keys()
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]

@@ -100,6 +100,25 @@ def test_with_its_adapters_off_a_model_is_the_base_bit_for_bit(name, dtype, tmp_
             assert (moved - base).abs().max() > 1e-3, "and on again afterwards"
 
 
+def test_neither_policy_nor_critic_computes_with_the_others_adapters(tmp_path):
+    family("llama").save_pretrained(tmp_path)
+    policy = load_moved(tmp_path, start())
+    ids = torch.arange(3, 20)[None]
+
+    def logits(model):
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    before = logits(policy)
+    critic, trunk = common.add_critic_adapters(policy, torch.nn.Linear(32, 1))
+    base = logits(common.Switched(policy, None))
+    assert torch.equal(logits(trunk), base), "B is 0"
+    for p in critic.parameters():
+        torch.nn.init.normal_(p, 0.0, 0.1)
+    assert torch.equal(logits(policy), before)
+    assert not torch.equal(logits(trunk), base)
+
+
 def test_an_error_leaves_the_adapters_as_they_were(tmp_path):
     family("llama").save_pretrained(tmp_path)
     policy = load_moved(tmp_path, start())
