@@ -8,6 +8,7 @@ Parts, written to adapters.json and adapters.md:
     peft    with the same A and B: logits and gradients here and by peft, in float32; and a saved folder loaded by peft
     steps   seconds and peak memory of a step of grpo.py (with its KL) and dpo.py on MODEL, with and without adapters
     held    memory between two steps, without activations, beside what the script says at its start
+    peak    the peak of small steps of the scripts, beside the same
     sums    grpo.py on the task of tests/tiny/sums.py, in bfloat16, three seeds with adapters and three without (half an hour;
             only if named in --parts)
     8 B     bytes that each method holds besides activations, counted by held.py from a config (the table is held.md)
@@ -36,6 +37,11 @@ import common
 
 IDS = torch.arange(5, 45).view(2, 20)
 STEPS = 3
+SMALL = (
+    "--dtype float32 --device cpu --steps 2 --eval_every 1000 --eval_data= --gradient_checkpointing"
+)
+SMALL_ROLLOUT = "--prompts_per_step 2 --samples_per_prompt 2 --max_new_tokens 16 --beta 0.04"
+PEAKS = ("grpo", "ppo", "ppo --critic shared", "dpo", "reward_model")
 SUMS = "--dtype bfloat16 --device cpu --max_new_tokens 16 --prompts_per_step 8 --steps 40 --warmup 5 --eval_every 20 --save_every 1000"
 
 
@@ -43,7 +49,7 @@ SUMS = "--dtype bfloat16 --device cpu --max_new_tokens 16 --prompts_per_step 8 -
 class Args:
     model: tyro.conf.Positional[Path]
     rank: int = 16
-    parts: tuple[str, ...] = ("peft", "steps", "held", "8 B")
+    parts: tuple[str, ...] = ("peft", "steps", "held", "peak", "8 B")
 
 
 def random_pairs(model):
@@ -174,6 +180,72 @@ def held_memory(folder, rank):
     return rows
 
 
+def high_water():
+    """The most that this process has held since it was asked to forget."""
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
+    return int(line.split()[1]) * 1024
+
+
+def watch(script, flags):
+    """Starts a script. Prints its estimate, and the peak from when its models are loaded until its
+    second step is done, less what the process held before."""
+    found = {}
+
+    def then(name, what):
+        """After the function of this name in common.py, `what` gets what it returned."""
+        plain = getattr(common, name)
+
+        def followed(*args, **kwargs):
+            returned = plain(*args, **kwargs)
+            what(returned)
+            return returned
+
+        setattr(common, name, followed)
+
+    def said(counted):  # just before the first model is loaded
+        found.update(estimate=counted[1], before=resident())
+
+    def loaded(optimizer):
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+
+    def stepped(used):
+        found["updates"] = found.get("updates", 0) + 1
+        if found["updates"] == 2:  # Adam's moments exist since the first
+            peak = (high_water() - found["before"]) / 2**30
+            estimate = found["estimate"] / 2**30
+            print(json.dumps({"estimate GiB": estimate, "peak GiB": peak}), flush=True)
+            os._exit(0)  # saves nothing: that would be the slowest part
+
+    then("lasting_memory", said)
+    then("make_optimizer", loaded)
+    then("memory_used", stepped)
+    module = importlib.import_module(script)
+    module.train(tyro.cli(module.Args, args=flags, use_underscores=True))
+
+
+def peaks(folder, rank):
+    """Small steps, so that little of them is activations."""
+    rows = []
+    with tempfile.TemporaryDirectory() as data:
+        make_data(data)
+        for command in PEAKS:
+            for r in (0, rank):
+                script, *flags = f"{command} {SMALL} --lora_rank {r}".split()
+                flags += ["--model", str(folder), "--out", f"{data}/{command}-{r}"]
+                if script in ("grpo", "ppo"):
+                    flags += SMALL_ROLLOUT.split() + ["--reward", f"{data}/r.py:vowels"]
+                    flags += ["--data", f"{data}/sums_train.jsonl"]
+                else:
+                    flags += ["--data", f"{data}/pairs.jsonl", "--pairs_per_step", "2"]
+                code = f"import adapters; adapters.watch({script!r}, {flags!r})"
+                run = [sys.executable, "-c", code]
+                said = subprocess.run(run, check=True, capture_output=True, text=True, cwd=HERE)
+                found = json.loads(said.stdout.splitlines()[-1])
+                rows.append({"script": command, "rank": r, **found})
+                print(rows[-1], flush=True)
+    return rows
+
+
 def steps(folder, rank):
     rows = []
     with tempfile.TemporaryDirectory() as data:
@@ -232,6 +304,17 @@ def table(result):
         lines.append(f"| {row['dtype']}, {how(row)} | {numbers} |")
     lines += [
         "",
+        "| 135M model, float32, small steps | said at the start | peak | above what was said |",
+        "|---|---|---|---|",
+    ]
+    for row in result.get("peak", []):
+        said = row["estimate GiB"]
+        peak = row["peak GiB"]
+        script, space, flag = row["script"].partition(" ")
+        numbers = f"{said:.2f} GiB | {peak:.2f} GiB | {100 * (peak / said - 1):.0f} %"
+        lines.append(f"| {script}.py{space}{flag}, {how(row)} | {numbers} |")
+    lines += [
+        "",
         "| 135M model, 40 steps of sums | exact match at the end | reward |",
         "|---|---|---|",
     ]
@@ -259,6 +342,8 @@ def main(args):
         result["steps"] = steps(args.model, args.rank)
     if "held" in args.parts:
         result["held"] = held_memory(args.model, args.rank)
+    if "peak" in args.parts:
+        result["peak"] = peaks(args.model, args.rank)
     if "sums" in args.parts:
         result["sums"] = sums(args.model, args.rank)
     if "8 B" in args.parts:
