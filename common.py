@@ -217,6 +217,12 @@ def check_flags(args):
             fail(f"--{name} {value}: must be {least} or more")
     if args.resume and not args.steps:
         fail("--steps 0 evaluates a model: give --model RUN/model instead of --resume")
+    if args.steps and not args.data:
+        why = "the default is the bundled model's task, and goes with no other file"
+        fail(f"--model {args.model} needs --data: {why}")
+    held_out = [name for name in ("eval_data", "eval_prompts") if hasattr(args, name)]
+    if not args.steps and not any(getattr(args, name) for name in held_out):
+        fail(f"--steps 0 evaluates; name a file by --{' or --'.join(held_out)}")
     if getattr(args, "lora_rank", 0):
         empty_model(args.model, args)  # stops if this rank does not suit the model
 

@@ -169,7 +169,8 @@ class Args:
 def resolve(args):
     """Fills in defaults that depend on other flags, and rejects contradictory flags."""
     is_tiny_model = Path(args.model).resolve() == TINY / "model"
-    is_tiny_data = args.data is None and not args.eval_data and not args.eval_prompts
+    has_files = args.data is not None or args.eval_data or args.eval_prompts
+    is_tiny_data = is_tiny_model and not has_files
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
     usual_beta = 0.5 if is_tiny_model else 0.1
     faster = 10 if args.lora_rank else 1  # adapters want about ten times the learning rate
@@ -199,10 +200,6 @@ def resolve(args):
         fail("--reference: --loss simpo uses no reference")
     if not math.isfinite(args.simpo_margin):
         fail(f"--simpo_margin {args.simpo_margin}: must be finite")
-    if args.steps and not args.data:
-        fail("--data: name a file of pairs, or give --steps 0 to evaluate only")
-    if not (args.steps or args.eval_data or args.eval_prompts):
-        fail("--steps 0 evaluates; name pairs with --eval_data, or prompts with --eval_prompts")
     if args.eval_data and compares_with_itself:
         fail("--steps 0 compares --model with itself; name the --reference that it started from")
     return args

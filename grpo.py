@@ -84,8 +84,9 @@ class Args:
     # --- task ---
     model: str = str(TINY / "model")
     """folder or hub name of the causal language model to train"""
-    data: str = str(TINY / "sort_train.jsonl")
-    """training prompts: JSON lines with "prompt" (or "question") and usually "answer" """
+    data: str | None = None
+    """training prompts: JSON lines with "prompt" (or "question") and usually "answer" (None: the
+    bundled task, for the bundled model only)"""
     eval_data: str | None = None
     """held-out prompts, as --data (not given: those of the bundled task; with other --data, nothing
     is held out)"""
@@ -187,7 +188,9 @@ def resolve(args):
     """Fills in defaults that depend on other flags, and rejects contradictory flags."""
     by_sequence = args.ratio == "sequence"
     is_tiny_model = Path(args.model).resolve() == TINY / "model"
-    is_tiny_data = Path(args.data).resolve().parent == TINY
+    if args.data is None and is_tiny_model:
+        args = dataclasses.replace(args, data=str(TINY / "sort_train.jsonl"))
+    is_tiny_data = Path(args.data or "").resolve().parent == TINY
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
     faster = 10 if args.lora_rank else 1  # adapters want about ten times the learning rate
     defaults = {
@@ -801,7 +804,8 @@ def load_task(args, world):
     args = common.fit_context(args, longest, config)
     if reward.is_model:
         args = common.fit_reward_model(args, tokenizer, prompts + held_out)
-    return args, tokenizer, reward, prompts, held_out
+    # --steps 0 needs no --data: a held-out text is shown then
+    return args, tokenizer, reward, prompts or held_out, held_out
 
 
 if __name__ == "__main__":

@@ -84,8 +84,9 @@ class Args:
     # --- task ---
     model: str = str(TINY / "model")
     """folder or hub name of the causal language model to train"""
-    data: str = str(TINY / "sort_train.jsonl")
-    """training prompts: JSON lines with "prompt" (or "question") and usually "answer" """
+    data: str | None = None
+    """training prompts: JSON lines with "prompt" (or "question") and usually "answer" (None: the
+    bundled task, for the bundled model only)"""
     eval_data: str | None = None
     """held-out prompts, as --data (not given: those of the bundled task; with other --data, nothing
     is held out)"""
@@ -190,7 +191,9 @@ class Args:
 def resolve(args):
     """Fills in defaults that depend on other flags, and rejects contradictory flags."""
     is_tiny_model = Path(args.model).resolve() == TINY / "model"
-    is_tiny_data = Path(args.data).resolve().parent == TINY
+    if args.data is None and is_tiny_model:
+        args = dataclasses.replace(args, data=str(TINY / "sort_train.jsonl"))
+    is_tiny_data = Path(args.data or "").resolve().parent == TINY
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
     faster = 10 if args.lora_rank else 1  # adapters want about ten times the learning rate
     critic_rate = 5e-4 if is_tiny_model else 1e-5
@@ -852,7 +855,8 @@ def load_task(args, world):
     critic_path = ""
     if args.critic == "separate" and args.steps:
         critic_path = critic_folder(args, config, tokenizer, longest, reward.is_model)
-    return args, tokenizer, reward, prompts, held_out, critic_path
+    # --steps 0 needs no --data: a held-out text is shown then
+    return args, tokenizer, reward, prompts or held_out, held_out, critic_path
 
 
 def critic_folder(args, config, tokenizer, longest, reward_is_model):

@@ -88,8 +88,9 @@ class Args:
     # --- task ---
     model: str = str(TINY / "model")
     """folder or hub name of the causal language model to train"""
-    data: str = str(TINY / "sort_train.jsonl")
-    """training prompts: JSON lines with "prompt" (or "question") and usually "answer" """
+    data: str | None = None
+    """training prompts: JSON lines with "prompt" (or "question") and usually "answer" (None: the
+    bundled task, for the bundled model only)"""
     eval_data: str | None = None
     """held-out prompts, as --data (not given: those of the bundled task; with other --data, nothing
     is held out)"""
@@ -183,7 +184,9 @@ def resolve(args):
             if getattr(args, name) not in (None, only):
                 fail(f"--demos: each is one sample of weight 1, so --{name} can only be {only}")
     is_tiny_model = Path(args.model).resolve() == TINY / "model"
-    is_tiny_data = Path(args.demos or args.data).resolve().parent == TINY
+    if args.data is None and (is_tiny_model or args.demos):
+        args = dataclasses.replace(args, data=str(TINY / "sort_train.jsonl"))
+    is_tiny_data = Path(args.demos or args.data or "").resolve().parent == TINY
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
     faster = 10 if args.lora_rank else 1  # adapters want about ten times the learning rate
     defaults = {
@@ -742,7 +745,8 @@ def load_task(args, world):
         scored = held_out
     if reward.is_model and scored:
         args = common.fit_reward_model(args, tokenizer, scored)
-    return args, tokenizer, reward, prompts, held_out
+    # --steps 0 needs no --data: a held-out text is shown then
+    return args, tokenizer, reward, prompts or held_out, held_out
 
 
 def encode_answers(prompts, tokenizer, args):

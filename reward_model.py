@@ -162,7 +162,8 @@ class Args:
 def resolve(args):
     """Fills in defaults that depend on other flags, and rejects contradictory flags."""
     is_tiny_model = Path(args.model).resolve() == TINY / "model"
-    is_tiny_data = args.data is None and not (args.eval_data or args.policy or args.eval_prompts)
+    has_files = args.data is not None or args.eval_data or args.policy or args.eval_prompts
+    is_tiny_data = is_tiny_model and not has_files
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
     defaults = {
         "data": str(TINY / "pairs_train.jsonl") if is_tiny_data else "",
@@ -177,10 +178,6 @@ def resolve(args):
     unset = {name: value for name, value in defaults.items() if getattr(args, name) is None}
     args = dataclasses.replace(args, **unset)
     common.check_flags(args)
-    if args.steps and not args.data:
-        fail("--data: name a file of pairs, or give --steps 0 to evaluate only")
-    if not (args.steps or args.eval_data or args.policy):
-        fail("--steps 0 evaluates; name pairs with --eval_data, or --policy and --eval_prompts")
     if args.policy and (not args.best_of or min(args.best_of) < 1):
         fail("--best_of: name one N or more, each 1 or more")
     if bool(args.policy) != bool(args.eval_prompts):

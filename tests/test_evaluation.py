@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -287,6 +288,17 @@ def test_the_greedy_score_of_the_embedded_model_is_known(script, tmp_path):
     [line] = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     right = json.loads(line)["eval/exact"] * 512
     assert right == pytest.approx(160, abs=1), "rounding may turn one"
+
+
+@pytest.mark.parametrize("script", ROLLOUTS, ids=named)
+def test_another_model_is_evaluated_on_held_out_prompts_alone(script, tmp_path, capsys):
+    shutil.copytree(script.TINY / "model", tmp_path / "model")
+    data = prompts_file(tmp_path, [{"prompt": "52=", "answer": "25"}])
+    flags = {"steps": 0, "out": str(tmp_path / "run"), "device": "cpu"}
+    script.train(script.Args(model=str(tmp_path / "model"), eval_data=data, **flags))
+    assert "first text, as the model sees it: '52='" in capsys.readouterr().out
+    [line] = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert "eval/exact" in json.loads(line)
 
 
 # --- best of N ---

@@ -100,6 +100,8 @@ MISTAKES = [
     (ROLLOUTS, None, {"reward": "{}/bad.py:f"}, ["cannot be imported", "SyntaxError"]),
     (ROLLOUTS, None, {"reward": "{}/good.py:g"}, ["no function 'g'"]),
     (ROLLOUTS, None, {"reward": str(TINY / "model")}, ["no reward model with one score"]),
+    (ALL, None, {"model": "owner/name", "data": None}, ["--model owner/name needs --data"]),
+    (ALL, None, {"model": "owner/name", "data": None, "steps": 0}, ["--steps 0 evaluates"]),
     (ALL, None, {"model": "{}/nowhere"}, ["nowhere", "no such model"]),
     (ALL, None, {"model": "{}/folder"}, ["folder", "config.json"]),
     (ALL, None, {"model": "{}/unreadable"}, ["unreadable"]),

@@ -448,7 +448,7 @@ def test_the_memory_estimate_counts_one_base_and_what_learns(learning, frozen):
 def test_the_default_learning_rate_is_ten_times_that_of_full_training(name):
     module = importlib.import_module(name)
     for model in (str(MODEL), str(TINY)):
-        flags = {"model": model}
+        flags = {"model": model, "data": "mine.jsonl"}
         full = module.resolve(module.Args(**flags))
         with mock.patch.object(common, "empty_model"):
             adapted = module.resolve(module.Args(**flags, lora_rank=8))

@@ -973,6 +973,11 @@ def test_demonstrations_as_long_as_may_be_are_kept_and_longer_ones_left_out_and_
     assert "--demos: 1 of 3 left out (--max_new_tokens 3)" in capsys.readouterr().out
 
 
+def test_another_model_that_learns_from_demonstrations_needs_no_data():
+    args = reinforce.resolve(reinforce.Args(model="owner/name", demos="mine.jsonl"))
+    assert args.steps == 250 and args.eval_data == ""
+
+
 def test_held_out_rows_need_answers_only_for_rewards_that_read_them(tmp_path, capsys):
     """Also when the run learns from demonstrations."""
     (tmp_path / "r.py").write_text("def f(completion, row):\n    return float(len(completion))\n")

@@ -580,7 +580,11 @@ def test_a_finished_model_reports_best_of_n_without_training(tmp_path):
             "the prompt is not what the messages before the answer say",
         ),
         ({"temperature": 0.0}, [], "--temperature 0.0: must be above 0"),
-        ({"steps": 0, "eval_data": "", "data": ""}, [], "--steps 0 evaluates; name pairs"),
+        (
+            {"steps": 0, "eval_data": "", "data": ""},
+            [],
+            "--steps 0 evaluates; name a file by --eval_data or --eval_prompts",
+        ),
         (
             {"steps": 0, "eval_data": "tests/tiny/pairs_test.jsonl"},
             [{"prompt": "5=", "chosen": "5", "rejected": "6"}],

@@ -120,7 +120,8 @@ def test_scripts_name_default_files_by_their_own_place(monkeypatch, tmp_path):
     import reinforce
 
     monkeypatch.chdir(tmp_path)
-    assert Path(reinforce.Args().model).is_dir() and Path(reinforce.Args().data).is_file()
+    args = reinforce.resolve(reinforce.Args())
+    assert Path(args.model).is_dir() and Path(args.data).is_file()
 
 
 # --- a reward for code ---

@@ -123,6 +123,7 @@ def train(label, seed, completions):
                     f"{folder}/sft",
                 )
             flags = f"--model {folder}/{'sft/model' if flags[1] else 'start'} --learning_rate 2e-4"
+            flags += f" --data {TINY / 'sort_train.jsonl'}"
         every = steps if "eval_samples" in flags else max(steps // 10, 1)
         run = [
             "--steps",

@@ -68,7 +68,7 @@ CHAT_MODEL = [
 def settings(args, seed, **changes):
     """What both must have in common."""
     small = args.model == str(grpo.TINY / "model")
-    own = grpo.resolve(grpo.Args(model=args.model, device="cpu"))
+    own = grpo.resolve(grpo.Args(model=args.model, data=args.data, device="cpu"))
     common = {
         "seed": seed,
         "steps": own.steps if args.learn else 20 if small else 2,
