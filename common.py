@@ -2,7 +2,7 @@
 
 LOADING
     Processes and seeds    say, fail, Stop, World, start, fold, all_sum, all_gather
-    The user's input       check_flags, read_json, run_date
+    The user's input       read_flags, check_flags, read_json, run_date
     Text to token ids      load_tokenizer, encode_prompt, encode_completion, load_prompts
     Configs                read_config, context_of, fit_context, fit_reward_model
     Models                 load_policy, load_reference, load_scalar, shard, save_model
@@ -56,6 +56,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import tyro
 from safetensors.torch import save
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -198,6 +199,25 @@ def gather_objects(world, thing):
 
 
 # -- The user's input ------------------------------------------------------------------------------
+
+
+def read_flags(Args, doc):
+    """The flags of the command line, an Args. With --resume those not given are the run's: its
+    args.json has them as they were resolved."""
+    read = functools.partial(
+        tyro.cli, Args, description=doc.partition("\n")[0], use_underscores=True
+    )
+    args = read()
+    path = Path(args.out) / "args.json"
+    if not (args.resume and args.out and path.is_file()):
+        return args
+    saved = json.loads(path.read_text())
+    if saved["script"] != Path(sys.argv[0]).stem:
+        return args  # `open_run` refuses it
+    names = [field.name for field in dataclasses.fields(Args) if field.name in saved]
+    values = [saved[name] for name in names]
+    values = [tuple(value) if isinstance(value, list) else value for value in values]
+    return read(default=Args(**dict(zip(names, values))))
 
 
 COUNTS = """prompts_per_step samples_per_prompt pairs_per_step max_tokens max_prompt_tokens
@@ -1868,8 +1888,13 @@ def folder_to_resume(args, script):
     made = int(checkpoints(out)[-1].stem)
     if args.steps < made:
         fail(f"--resume: --steps {args.steps}, and the run in {out} has made {made}")
-    if before.get("steps", args.steps) != args.steps:
-        print(f"note: --steps was {before['steps']}; the learning rate's schedule changes with it")
+    was = before.get("steps", args.steps)
+    if args.steps not in (was, made) and args.schedule != "constant":
+        shape = (args.learning_rate, args.schedule, args.warmup)
+        last = learning_rate_at(made, was, *shape)
+        rate = learning_rate_at(made + 1, args.steps, *shape)
+        changed = f"it was about {last:.2g}, and goes on at about {rate:.2g}"
+        print(f"note: --steps was {was}: the learning rate falls to 0 at the new end; {changed}")
     return out
 
 
@@ -2323,14 +2348,12 @@ def last_words(error, out, args):
         words += f" (training), or lower {' or '.join(flags)} in a new run (sampling)"
     if not args.steps:
         return words
-    command = [word for word in sys.argv if word != "--resume"]
-    if not args.out:
-        command += ["--out", str(out)]
+    command = [sys.argv[0], "--resume", "--out", str(out)]
     launcher = "torchrun ..." if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "python"
     where = "go on from the last checkpoint"
     if not checkpoints(out):
         where = "no checkpoint was written yet; start again in this folder"
-    return f"{words}\n{where} with: {launcher} {shlex.join([*command, '--resume'])}"
+    return f"{words}\n{where} with: {launcher} {shlex.join(command)}"
 
 
 def catch_signals(steps):

@@ -70,7 +70,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch.utils.checkpoint import checkpoint
 
 import common
@@ -150,7 +149,7 @@ class Args:
     out: str = ""
     """the run's folder (empty: runs/SCRIPT, then runs/SCRIPT-2, ...)"""
     resume: bool = False
-    """go on with the run in --out; give it the flags it was started with"""
+    """go on with the run in --out; flags that are not given are those of the run"""
     seed: int = 1
     """decides the order of pairs"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -771,4 +770,4 @@ def load_task(args, world):
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__.partition("\n")[0], use_underscores=True))
+    train(common.read_flags(Args, __doc__))

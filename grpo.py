@@ -69,7 +69,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from torch.utils.checkpoint import checkpoint
 
 import common
@@ -168,7 +167,7 @@ class Args:
     out: str = ""
     """the run's folder (empty: runs/SCRIPT, then runs/SCRIPT-2, ...)"""
     resume: bool = False
-    """go on with the run in --out; give it the flags it was started with"""
+    """go on with the run in --out; flags that are not given are those of the run"""
     seed: int = 1
     """decides the order of prompts and what is drawn"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -809,4 +808,4 @@ def load_task(args, world):
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__.partition("\n")[0], use_underscores=True))
+    train(common.read_flags(Args, __doc__))

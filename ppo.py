@@ -69,7 +69,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
@@ -172,7 +171,7 @@ class Args:
     out: str = ""
     """the run's folder (empty: runs/SCRIPT, then runs/SCRIPT-2, ...)"""
     resume: bool = False
-    """go on with the run in --out; give it the flags it was started with"""
+    """go on with the run in --out; flags that are not given are those of the run"""
     seed: int = 1
     """decides the order of prompts and what is drawn"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -876,4 +875,4 @@ def critic_folder(args, config, tokenizer, longest, reward_is_model):
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__.partition("\n")[0], use_underscores=True))
+    train(common.read_flags(Args, __doc__))

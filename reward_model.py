@@ -59,7 +59,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForSequenceClassification
 
 import common
@@ -143,7 +142,7 @@ class Args:
     out: str = ""
     """the run's folder (empty: runs/SCRIPT, then runs/SCRIPT-2, ...)"""
     resume: bool = False
-    """go on with the run in --out; give it the flags it was started with"""
+    """go on with the run in --out; flags that are not given are those of the run"""
     seed: int = 1
     """decides the new head, the order of pairs and what is drawn"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -799,4 +798,4 @@ def load_best_of(args, tokenizer, world):
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__.partition("\n")[0], use_underscores=True))
+    train(common.read_flags(Args, __doc__))

@@ -823,6 +823,8 @@ class Flags:
     steps: int = 10
     save_every: int = 5
     learning_rate: float = 0.1
+    schedule: str = "linear"
+    warmup: int = 0
 
 
 def test_runs_are_numbered_and_named_ones_never_overwritten(tmp_path, monkeypatch, capsys):
@@ -872,6 +874,7 @@ def test_a_run_that_has_no_checkpoint_yet_may_begin_again_with_other_flags(tmp_p
 def test_a_resumed_run_may_change_few_flags_and_no_others(script, tmp_path, capsys):
     """Each flag of each script is given another value; all others are refused, as README says."""
     flags = vars(importlib.import_module(script).Args()) | {"out": str(tmp_path), "steps": 9}
+    flags["learning_rate"] = 0.1
     common.open_run(make_dataclass("F", flags)(**flags), script, CPU)
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "000005.pt").touch()
@@ -894,6 +897,58 @@ def test_a_resumed_run_may_change_few_flags_and_no_others(script, tmp_path, caps
         (tmp_path / "args.json").write_text(before)
     may = "steps eval_every save_every keep tokens_per_micro_batch gradient_checkpointing"
     assert accepted == {*may.split(), "sample_rows"} & set(flags)
+
+
+GIVEN = {  # one flag of each kind: a tuple, a switch that is off, a number, a text
+    "reward_model": ["--best_of", "1", "3", "--no_unit_scale"],
+    "dpo": ["--no_chat", "--beta", "0.3"],
+}
+
+
+@pytest.mark.parametrize("script", ["reinforce", "ppo", "grpo", "dpo", "reward_model"])
+def test_a_resumed_run_takes_the_flags_that_are_not_given_from_its_folder(
+    script, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(script)
+
+    def read(*words):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
+        return common.read_flags(module.Args, module.__doc__)
+
+    words = [*GIVEN.get(script, ["--no_chat"]), "--learning_rate", "3e-5", "--dtype", "float32"]
+    began = module.resolve(read("--out", "run", *words))
+    common.open_run(began, script, CPU)
+    same = dataclasses.replace(began, resume=True)
+    assert read("--resume", "--out", "run") == same == module.resolve(same)
+    changed = {"steps": 7, "learning_rate": 1e-4, "chat": True}  # `open_run` refuses some of them
+    words = ["--steps", "7", "--learning_rate", "1e-4", "--chat"]
+    assert read("--resume", "--out", "run", *words) == dataclasses.replace(same, **changed)
+    assert read("--out", "run") == module.Args(out="run")
+    # an older version had one flag less
+    saved = json.loads((tmp_path / "run" / "args.json").read_text())
+    less = {name: value for name, value in saved.items() if name != "warmup"}
+    (tmp_path / "run" / "args.json").write_text(json.dumps(less))
+    assert read("--resume", "--out", "run") == same
+    # another script's flags are not taken
+    (tmp_path / "run" / "args.json").write_text(json.dumps(saved | {"script": "other"}))
+    assert read("--resume", "--out", "run") == module.Args(out="run", resume=True)
+
+
+def test_a_longer_run_is_told_what_becomes_of_its_learning_rate(tmp_path, capsys):
+    common.open_run(Flags(out=str(tmp_path)), "x", CPU)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "000005.pt").touch()
+    for flags in (Flags(), Flags(steps=5), Flags(schedule="constant", steps=20)):
+        was = json.loads((tmp_path / "args.json").read_text())
+        was |= {"schedule": flags.schedule, "steps": 10}
+        (tmp_path / "args.json").write_text(json.dumps(was))
+        common.open_run(dataclasses.replace(flags, out=str(tmp_path), resume=True), "x", CPU)
+        assert "note" not in capsys.readouterr().out
+    (tmp_path / "args.json").write_text(json.dumps(was | {"schedule": "linear"}))
+    common.open_run(Flags(out=str(tmp_path), resume=True, steps=20), "x", CPU)
+    said = capsys.readouterr().out
+    assert "--steps was 10: " in said and "was about 0.06, and goes on at about 0.075" in said
 
 
 def test_steps_may_change_on_resumption(tmp_path, monkeypatch):
@@ -1084,16 +1139,17 @@ def test_there_is_no_rate_before_the_first_step():
 
 
 @pytest.mark.parametrize("steps", [0, 5])
-def test_only_a_run_with_steps_is_told_how_to_go_on(steps, tmp_path):
+def test_only_a_run_with_steps_is_told_how_to_go_on(steps, tmp_path, monkeypatch):
     import types
 
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--beta", "0.1"])
     with (
         pytest.raises(SystemExit) as stopped,
         common.guarded(tmp_path, types.SimpleNamespace(steps=steps, out="o"), None),
     ):
         raise common.Stop("no more")
     assert str(stopped.value.code).startswith("error: no more") and (
-        "--resume" in str(stopped.value.code)
+        f": python grpo.py --resume --out {tmp_path}" in str(stopped.value.code)
     ) == bool(steps)
 
 
