@@ -247,22 +247,51 @@ def check_flags(args):
         empty_model(args.model, args)  # stops if this rank does not suit the model
 
 
+def conversion(path, kind, change=""):
+    """What writes JSON lines from a file of another kind or a data set of the hub, in Python."""
+    source = f'"{kind}", data_files="{path}"' if kind else f'"{path}"'
+    rows = f'load_dataset({source})["train"]{change}'
+    return f'convert it: from datasets import load_dataset; {rows}.to_json("data.jsonl")'
+
+
+def join_parts(record, where):
+    """Gives each message one text in the place of a list of texts."""
+    talks = [record.get(key) for key in ("prompt", "question", "chosen", "rejected")]
+    for message in itertools.chain(*[talk for talk in talks if isinstance(talk, list)]):
+        parts = message.get("content") if isinstance(message, dict) else None
+        if isinstance(parts, list):
+            for part in parts:
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                if kind != "text":
+                    fail(f"{where}: a message has a part of type {kind!r}; only 'text' is read")
+            message["content"] = "".join(str(part.get("text", "")) for part in parts)
+
+
 def read_json(path, flag):
     """[(line number, value), ...] of a JSON-lines file."""
+    kind = Path(path).suffix.lower()[1:]
     try:
-        text = Path(path).read_bytes().decode()
+        text = Path(path).read_bytes().decode("utf-8-sig")  # with or without a BOM
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"{flag} {path}: cannot be read as text in UTF-8 ({error})")
+        why = f"cannot be read as text in UTF-8 ({error})"
+        if kind in ("", "parquet") and Path(path).exists() == bool(kind):
+            why += f"; if this is a {kind or 'hub'} data set, {conversion(path, kind)}"
+        fail(f"{flag} {path}: {why}")
+    if text.lstrip().startswith("["):
+        fail(f"{flag} {path}, line 1: an array, not an object; {conversion(path, 'json')}")
     values = []
     for number, line in enumerate(text.split("\n"), 1):  # splitlines() also cuts at U+2028
         try:
             if line.strip():
                 values.append((number, json.loads(line)))
         except ValueError as error:
-            why = f"not JSON ({error}); write no array, but one object a line"
-            fail(f"{flag} {path}, line {number}: {why}")
+            how = conversion(path, kind) if kind == "csv" else "write one object a line"
+            fail(f"{flag} {path}, line {number}: not JSON ({error}); {how}")
     if not values:
         fail(f"{flag} {path}: no rows in it")
+    for number, value in values:
+        if isinstance(value, dict):
+            join_parts(value, f"{flag} {path}, line {number}")
     return values
 
 
@@ -444,6 +473,20 @@ def is_prompt(value):
     return True
 
 
+def found(record, path):
+    """For an error: the keys of a line, and what makes prompts of two that are often there."""
+    keys = [key for key, value in record.items() if value is not None]
+    words = f"it has {', '.join(keys) or 'no keys'}"
+    if "instruction" in keys:
+        change = '.rename_column("instruction", "prompt")'
+        return f"{words}; {conversion(path, 'json', change)}"
+    if "messages" in keys:
+        talk = 'row["messages"]'
+        change = f'.map(lambda row: {{"prompt": {talk}[:-1], "answer": {talk}[-1]["content"]}})'
+        return f"{words}; {conversion(path, 'json', change)}"
+    return words
+
+
 def has_answer(record):
     return isinstance(record.get("answer"), (str, int, float))
 
@@ -459,7 +502,8 @@ def load_prompts(path, flag, tokenizer, args, answer_flag):
         record = record if isinstance(record, dict) else {}
         record = {**record, "prompt": record.get("prompt", record.get("question"))}
         if not is_prompt(record["prompt"]):
-            fail(f'{where}: needs a "prompt" (or "question"), a text or a list of messages')
+            needs = 'needs a "prompt" (or "question"), a text or a list of messages'
+            fail(f"{where}: {needs}; {found(record, path)}")
         ids = encode_prompt(tokenizer, record["prompt"], args.system, args.chat)
         if not 0 < len(ids) <= args.max_prompt_tokens:
             left_out += 1

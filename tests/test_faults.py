@@ -1,6 +1,7 @@
 """What users give and machines do wrong, for all five scripts. A mistake of the user's is one line, status 2, and nothing is written;
 what breaks a run ends it with one sentence, status 1, and its checkpoint whole. Never a traceback, never a lost run."""
 
+import ast
 import importlib
 import itertools
 import json
@@ -69,6 +70,15 @@ MISTAKES = [
     (ALL, lambda s: b"\x7fELF\xff\xfe\x00\x01", {}, ["UTF-8"]),
     (ALL, lines("{broken"), {}, ["line 2", "not JSON"]),
     (ALL, lambda s: "[\n" + json.dumps(GOOD[s]) + "\n]\n", {}, ["line 1", "array"]),
+    (ALL, lambda s: json.dumps([GOOD[s]]), {}, ["an array", 'load_dataset("json", data_files="']),
+    (ALL, None, {"data": "{}/x.csv"}, ["x.csv", "not JSON", 'load_dataset("csv", data_files="']),
+    (ALL, None, {"data": "{}/x.parquet"}, ["UTF-8", 'load_dataset("parquet", data_files="']),
+    (ALL, None, {"data": "owner/name"}, ["No such file", 'load_dataset("owner/name")["train"]']),
+    (ALL, lines('{"instruction": "5", "x": 7}'), {}, ["line 2", "it has instruction, x; convert"]),
+    (ALL, lines('{"messages": [1]}'), {}, ["line 2", "it has messages; convert", "[:-1]"]),
+    (ALL, lines('{"query": "5"}'), {}, ["line 2", "it has query\n"]),
+    (ALL, lines(row(prompt=[{"content": [{"type": "image"}]}])), {}, ["line 2", "type 'image'"]),
+    (ALL, lines(row(prompt=[{"role": "user", "content": ["5"]}])), {}, ["line 2", "type 'str'"]),
     (ALL, lines("null"), {}, ["line 2", "needs"]),
     (ALL, lines("[1, 2]"), {}, ["line 2", "needs"]),
     (ALL, lines(row(prompt=None)), {}, ["line 2", "prompt"]),
@@ -128,6 +138,8 @@ def shelf(tmp_path_factory):
     (folder / "folder").mkdir()
     (folder / "full").mkdir()
     (folder / "full" / "args.json").write_text(json.dumps({"script": "other"}))
+    (folder / "x.csv").write_text("prompt,answer\n52=,25\n")
+    (folder / "x.parquet").write_bytes(b"PAR1\xff\xfe")
     (folder / "good.py").write_text("def f(completion, row):\n    return 1.0\n")
     (folder / "bad.py").write_text("def f(:\n")
     shutil.copytree(TINY / "model", folder / "unreadable")
@@ -175,7 +187,8 @@ def test_a_mistake_is_one_line_and_leaves_the_disk_as_it_was(
         start(script, tmp_path, **flags)
     said = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and len(said) == 1 and said[0].startswith("error: "), said
-    assert all(word in said[0] for word in words), said
+    assert all(word in said[0] + "\n" for word in words), said
+    ast.parse(said[0].partition("convert it: ")[2])  # what is to be typed is Python
     after = {
         p: p.stat().st_mtime_ns
         for p in itertools.chain(tmp_path.rglob("*"), shelf.rglob("*"))

@@ -44,6 +44,21 @@ def says(capsys, *parts):
 # --- text to ids ---
 
 
+def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_it(tmp_path):
+    """Editors on Windows write one."""
+    (tmp_path / "data.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "5="}\n')
+    assert common.read_json(tmp_path / "data.jsonl", "--data") == [(1, {"prompt": "5="})]
+
+
+@pytest.mark.parametrize("key", ["prompt", "question", "chosen", "rejected"])
+def test_a_message_in_parts_of_text_is_one_text(key, tmp_path):
+    parts = [{"type": "text", "text": "5"}, {"type": "text", "text": "2="}]
+    rows = [{key: [{"role": "user", "content": parts}], "more": [{"content": parts}]}]
+    (tmp_path / "data.jsonl").write_text(json.dumps(rows[0]))
+    [(_, row)] = common.read_json(tmp_path / "data.jsonl", "--data")
+    assert row == rows[0] | {key: [{"role": "user", "content": "52="}]}
+
+
 def test_a_rendered_template_has_one_bos_and_its_own_ends_only():
     tokenizer = make_tokenizer(bos="<bos>", template=TEMPLATE)
     assert encode_prompt(tokenizer, "w5") == [2, 10, 5, 1, 12]
@@ -53,6 +68,8 @@ def test_a_rendered_template_has_one_bos_and_its_own_ends_only():
     assert encode_prompt(tokenizer, talk, system="w6") == [2, 11, 7, 1, 10, 5, 1, 12], (
         "a row's own system message stays"
     )
+    talk = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
+    assert encode_prompt(tokenizer, talk) == [2, 10, 5, 1, 11, 6, 1, 12], "a new turn begins"
 
 
 def test_raw_text_gets_what_the_tokenizer_puts_before_it():
