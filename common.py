@@ -1871,7 +1871,7 @@ def clip_gradients(model, max_norm):
 
 MAY_DIFFER = (  # flags that --resume may change
     "steps eval_every save_every keep tokens_per_micro_batch gradient_checkpointing "
-    "sample_rows resume out"
+    "sample_rows unit_scale resume out"
 ).split()
 
 

@@ -411,9 +411,10 @@ def train(args):
         metrics = {}
         if args.steps:
             del optimizer
-            if args.unit_scale:
-                metrics |= fold_scale(model, tokenizer, pairs, share_prompts, args, world)
             common.save_model(model, tokenizer, out / "model", world)
+            if args.unit_scale:  # after a save, because it takes a while
+                metrics |= fold_scale(model, tokenizer, pairs, share_prompts, args, world)
+                common.save_model(model, tokenizer, out / "model", world)
         if args.policy:
             metrics |= report_best_of(
                 model.eval(), tokenizer, policy_tokenizer, prompts, reward, args, world, stop_asked
@@ -525,9 +526,10 @@ def evaluate(model, tokenizer, held_out, share_prompts, args, world):
 
 @torch.no_grad()
 def fold_scale(model, tokenizer, pairs, share_prompts, args, world):
-    """Subtracts the mean score of at most 2048 training pairs from the head's bias, if it has one
-    (heads of decoders have none), and divides the head by their spread."""
-    count = min(len(pairs), 2048)
+    """Subtracts the mean score of at most 2048 training pairs (no more than the run has drawn) from
+    the head's bias, if it has one (heads of decoders have none), and divides the head by their
+    spread."""
+    count = min(len(pairs), 2048, args.steps * args.pairs_per_step)
     sample = [pairs[common.nth_row(len(pairs), i, args.seed)] for i in range(count)]
     scores = score_all(model, tokenizer, sample, share_prompts, args, world)
     mean = scores.mean().item()

@@ -913,7 +913,7 @@ def test_a_resumed_run_may_change_few_flags_and_no_others(script, tmp_path, caps
             assert f"--{name} is" in capsys.readouterr().err
         (tmp_path / "args.json").write_text(before)
     may = "steps eval_every save_every keep tokens_per_micro_batch gradient_checkpointing"
-    assert accepted == {*may.split(), "sample_rows"} & set(flags)
+    assert accepted == {*may.split(), "sample_rows", "unit_scale"} & set(flags)
 
 
 GIVEN = {  # one flag of each kind: a tuple, a switch that is off, a number, a text

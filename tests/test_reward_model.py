@@ -460,8 +460,8 @@ def test_a_saved_model_scores_the_same_by_every_way(tmp_path):
 
 def test_scores_have_unit_spread_at_the_end_and_the_order_they_had(tmp_path):
     data = few(tmp_path, "pairs_train.jsonl", 64)
-    run(tmp_path, "scaled", steps=4, data=data)
-    run(tmp_path, "raw", steps=4, data=data, unit_scale=False)
+    run(tmp_path, "scaled", steps=8, data=data)
+    run(tmp_path, "raw", steps=8, data=data, unit_scale=False)
     _, rows = encode_pairs(
         read_pairs(data, "--data"),
         common.load_tokenizer(reward_model.Args.model),
@@ -497,6 +497,26 @@ def test_pairs_whose_sides_have_no_beginning_in_common_are_scored_as_ever(
     wanted = run(tmp_path, "apart", **flags)
     for name in ("loss", "margin", "chosen", "grad_norm", "eval/margin", "eval/loss"):
         assert log[1][name] == pytest.approx(wanted[1][name], rel=1e-4), name
+
+
+def test_before_the_scale_is_found_the_model_is_written(tmp_path, monkeypatch):
+    """It may be a long wait, and somebody may end it. Short runs find it on few pairs."""
+    honest = reward_model.score_all
+    monkeypatch.setattr(reward_model, "evaluate", lambda *given: {})
+
+    def stopped(model, tokenizer, pairs, *rest):
+        assert len(pairs) == 2 * 8
+        assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+        raise common.Ended("stopped")
+
+    monkeypatch.setattr(reward_model, "score_all", stopped)
+    with pytest.raises(SystemExit, match="stopped"):
+        run(tmp_path, steps=2)
+    raw = common.load_scorer(str(tmp_path / "run" / "model"), CPU)(["25"], [{"prompt": "52="}])
+    monkeypatch.setattr(reward_model, "score_all", honest)
+    scale = run(tmp_path, steps=2, resume=True)[-1]["scale/spread"]
+    found = common.load_scorer(str(tmp_path / "run" / "model"), CPU)(["25"], [{"prompt": "52="}])
+    assert scale * found[0] == pytest.approx(raw[0], rel=1e-4)
 
 
 def test_a_head_with_a_bias_gets_scores_of_mean_0_and_spread_1(folder):
