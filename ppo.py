@@ -85,7 +85,7 @@ class Args:
     """folder or hub name of the causal language model to train"""
     data: str | None = None
     """training prompts: JSON lines with "prompt" (or "question") and usually "answer" (None: the
-    bundled task, for the bundled model only)"""
+    bundled task, for its model only)"""
     eval_data: str | None = None
     """held-out prompts, as --data (not given: those of the bundled task; with other --data, nothing
     is held out)"""
@@ -854,7 +854,7 @@ def load_task(args, world):
     critic_path = ""
     if args.critic == "separate" and args.steps:
         critic_path = critic_folder(args, config, tokenizer, longest, reward.is_model)
-    # --steps 0 needs no --data: a held-out text is shown then
+    # --steps 0 needs no --data
     return args, tokenizer, reward, prompts or held_out, held_out, critic_path
 
 

@@ -89,7 +89,7 @@ class Args:
     """folder or hub name of the causal language model to train"""
     data: str | None = None
     """training prompts: JSON lines with "prompt" (or "question") and usually "answer" (None: the
-    bundled task, for the bundled model only)"""
+    bundled task, for its model only)"""
     eval_data: str | None = None
     """held-out prompts, as --data (not given: those of the bundled task; with other --data, nothing
     is held out)"""
@@ -744,7 +744,7 @@ def load_task(args, world):
         scored = held_out
     if reward.is_model and scored:
         args = common.fit_reward_model(args, tokenizer, scored)
-    # --steps 0 needs no --data: a held-out text is shown then
+    # --steps 0 needs no --data
     return args, tokenizer, reward, prompts or held_out, held_out
 
 
