@@ -235,6 +235,10 @@ def check_flags(args):
         least = 1 if name in COUNTS else 0
         if not value >= least:  # also true of nan
             fail(f"--{name} {value}: must be {least} or more")
+    if getattr(args, "reference", "") and not args.beta:
+        fail("--reference: only the KL penalty uses it, so it needs a --beta above 0")
+    if getattr(args, "reward", "") == "none" and not getattr(args, "beta", 1):
+        fail("--reward none: only the KL penalty teaches then, so it needs a --beta above 0")
     if args.resume and not args.steps:
         fail("--steps 0 evaluates a model: give --model RUN/model instead of --resume")
     if args.steps and not args.data:
@@ -560,6 +564,15 @@ def policy_config(path):
     return config
 
 
+def reference_config(args, tokenizer):
+    """The config of --reference, which must have the tokens of --model; without it, that of
+    --model."""
+    config = policy_config(args.reference or args.model)
+    if args.reference and load_tokenizer(args.reference).get_vocab() != tokenizer.get_vocab():
+        fail(f"--reference {args.reference}: has other tokens than --model {args.model}")
+    return config
+
+
 def scalar_config(path):
     """The config of a model that can have one number for a head."""
     config = read_config(path)
@@ -645,10 +658,13 @@ def load_policy(path, world, gradient_checkpointing=False, args=None):
 
 
 def load_reference(path, world, policy=None):
-    """A frozen model, for a KL penalty or to draw best-of-N from."""
-    if hasattr(policy, "lora"):  # no second model: with its adapters off it is its own reference
+    """A frozen model, for a KL penalty or to draw best-of-N from. A policy of the same path with
+    adapters is its own reference, with the adapters off: no second model is loaded."""
+    if hasattr(policy, "lora") and str(path) == str(policy.name_or_path):
         return Switched(policy, None)
     model, _ = load(AutoModelForCausalLM, path)
+    if policy is not None:  # then log-probabilities are asked for, not only samples
+        check_head(model)
     widen_head(model, world)
     return freeze(model, world)
 
@@ -966,11 +982,13 @@ def load_reward(spec, rules, world, date):
     if spec in rules:
         rule = rules[spec]
         return Reward(checked(rule, spec, world), rule, {first: rule}, f"--reward {spec}")
+    if spec == "none":
+        return Reward(checked(lambda completion, row: 0.0, spec, world), rules[first], rules)
     if spec.partition(":")[0].endswith(".py"):
         score = checked(load_function(spec, "--reward"), spec, world)
         return Reward(score, rules[first], rules)
     if "/" not in spec and not Path(spec).exists():  # no hub name and no folder
-        names = ", ".join(rules)
+        names = ", ".join([*rules, "none"])
         fail(f"--reward {spec}: choose {names}, FILE.py:function, or a reward model's folder")
     scorer = stop_together(load_scorer(spec, world, date), world)
 
@@ -1785,8 +1803,9 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
 
 
 def can_share_prompts(models, args, world):
-    """Whether training computes a prompt once for its completions, in each of these models."""
-    if args.samples_per_prompt == 1 or not args.steps:
+    """Whether training computes a prompt once for its completions, in each of these models. Not
+    with --reference: it may be of a family whose cache differs, and no trial is made with it."""
+    if args.samples_per_prompt == 1 or not args.steps or args.reference:
         return False
     checkpointing = args.gradient_checkpointing
     # dict.fromkeys: a model that comes twice is asked once, and all processes ask in one order
@@ -2170,12 +2189,14 @@ class Writer(SummaryWriter):
     quiet_until = 0.0  # when a console without a progress bar gets its next line of numbers
 
 
-def introduce(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0):
+def introduce(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0, reference=""):
     """Prints the model, its memory and the first text before a model is loaded -> (writer, bar) on
-    the first process, (None, None) on the others."""
+    the first process, (None, None) on the others. reference: the path of one that stays loaded."""
     if world.rank > 0:
         return None, None
     count, needed = lasting_memory(args.model, world, learning, frozen, args)
+    if reference and not (args.lora_rank and reference == args.model):
+        needed += lasting_memory(reference, world, learning=0, frozen=1)[1]
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if world.device.type == "cuda":
         there = torch.cuda.get_device_properties(world.device).total_memory
@@ -2253,34 +2274,34 @@ def log(out, writer, step, metrics, texts=()):
 
 ADVICE = {  # metric: (when to warn, what to say)
     "truncated": (
-        lambda value: value > 0.5,
+        lambda value, args: value > 0.5,
         "most completions are cut off: raise --max_new_tokens (or lower --max_prompt_tokens, if "
         "prompts fill the context), or ask for shorter answers with --system",
     ),
     "reward": (
-        lambda value: value == 0,
+        lambda value, args: value == 0 and args.reward == "exact",
         "no completion was right: `exact` wants the answer and nothing else; --reward number takes "
         "a text's last number",
     ),
     "equal_groups": (
-        lambda value: value > 0.8,
+        lambda value, args: value > 0.8 and args.reward != "none",
         "most prompts' samples score alike, which teaches little: use prompts of middling "
         "difficulty, or raise --samples_per_prompt",
     ),
     "ratio/first": (  # the first ratio's distance from 1
-        lambda value: value > 1e-3,
+        lambda value, args: value > 1e-3,
         "the first ratio is not 1: the model's forward is not deterministic",
     ),
     "entropy": (
-        lambda value: value < 0.01,
+        lambda value, args: value < 0.01,
         "the policy tries nothing new: lower --learning_rate or raise --beta",
     ),
     "kl/ref": (
-        lambda value: abs(value) > 100,
+        lambda value, args: abs(value) > 100 and not args.reference,  # which may be far away
         "KL to the reference runs away: raise --beta or lower --learning_rate",
     ),
     "value/explained": (
-        lambda value: value < -1,
+        lambda value, args: value < -1,
         "the critic is worse than a constant: lower --critic_learning_rate, or let it learn alone "
         "first with --critic_warmup",
     ),
@@ -2290,9 +2311,7 @@ ADVICE = {  # metric: (when to warn, what to say)
 def advise(metrics, args, warned):
     """Warns, once each, of what a person watching should know. warned: names of what has been."""
     for name, (is_bad, words) in ADVICE.items():
-        if name not in metrics or name in warned or not is_bad(metrics[name]):
-            continue
-        if name != "reward" or args.reward == "exact":
+        if name in metrics and name not in warned and is_bad(metrics[name], args):
             warned.add(name)
             say(f"warning: {words} ({name} {metrics[name]:.3g})")
 

@@ -740,11 +740,7 @@ def load_task(args, world):
     config = common.policy_config(args.model)
     date = common.run_date(args, world)  # some chat templates print it
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)
-    context = common.context_of(config)
-    if args.reference:
-        context = common.context_of(config, common.policy_config(args.reference))
-        if common.load_tokenizer(args.reference).get_vocab() != tokenizer.get_vocab():
-            fail(f"--reference {args.reference}: has other tokens than --model {args.model}")
+    context = common.context_of(config, common.reference_config(args, tokenizer))
     if args.max_tokens > context:
         common.say(f"--max_tokens {args.max_tokens} is lowered to {context}, the smallest context")
         args = dataclasses.replace(args, max_tokens=context)

@@ -10,8 +10,8 @@ function that PPO has to learn.
     (4)  k_t   = rho_t (exp(-d) - 1 + d),  d = log pi(a_t | ..) - log ref(a_t | ..)   `k3`
     (5)  loss  = sum over tokens of w_t (l_t + beta k_t)                      `token_weights`
 
-pi_old is the policy that drew the completions, ref the policy before training. A beta above 0 (the
-default is 0) keeps pi near ref. The ratio (2) allows several updates with one
+pi_old is the policy that drew the completions, ref the policy before training, or --reference. A
+beta above 0 (the default is 0) keeps pi near ref. The ratio (2) allows several updates with one
 rollout. The clip (3) sets the gradient of l_t to zero once the ratio has gone too far in the
 direction that A pushes. With one update per rollout, the default, every ratio is 1, and the
 gradient is that of REINFORCE with (1) as the weight. The value of the loss then says nothing about
@@ -83,6 +83,9 @@ class Args:
     # --- task ---
     model: str = str(TINY / "model")
     """folder or hub name of the causal language model to train"""
+    reference: str = ""
+    """folder or hub name of the model that --beta stays near
+    (empty: --model before its first step)"""
     data: str | None = None
     """training prompts: JSON lines with "prompt" (or "question") and usually "answer" (None: the
     bundled task, for its model only)"""
@@ -93,7 +96,8 @@ class Args:
     """completions drawn for each held-out prompt, for eval/pass@K: the chance that at least one of
     K is right (judged by `number` with --reward number, else by `exact`)"""
     reward: str = "exact"
-    """exact | number | FILE.py:function(completion, row) -> float | a reward model's folder"""
+    """exact | number | none (the KL penalty alone) | FILE.py:function(completion, row) -> float |
+    a reward model's folder"""
     chat: bool = True
     """put a text prompt through the chat template, if there is one (--no_chat: raw text)"""
     template_args: str = ""
@@ -214,6 +218,8 @@ def resolve(args):
         fail("--ref_update_every needs a --beta above 0: without it there is no reference")
     if args.ref_update_every and args.lora_rank:
         fail("--ref_update_every: with --lora_rank the reference is the model without adapters")
+    if args.ref_update_every and args.reference:
+        fail("--ref_update_every would replace the --reference that you named by the policy")
     return args
 
 
@@ -452,11 +458,10 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
-    needs_reference = args.beta > 0 and args.steps > 0
-    # counted in the memory that is printed at the start
-    frozen_models = int(needs_reference and not args.lora_rank) + int(reward.is_model)
+    reference_path = (args.reference or args.model) if args.beta and args.steps else ""
+    frozen = int(reward.is_model)  # counted in the memory that is printed
     writer, bar = common.introduce(
-        out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen_models
+        out, args, world, tokenizer, prompts[0][0], done_steps, 1, frozen, reference_path
     )
 
     with common.guarded(out, args, bar):
@@ -464,8 +469,8 @@ def train(args):
         # training computes a prompt once for its n completions, if the model's cache allows it
         share_prompts = common.can_share_prompts([policy], args, world)
         reference = None
-        if needs_reference:
-            reference = common.load_reference(args.model, world, policy)
+        if reference_path:
+            reference = common.load_reference(reference_path, world, policy)
         optimizer = common.make_optimizer(policy, args.learning_rate)
         models = {"policy": policy}  # what a checkpoint holds
         if args.ref_update_every and args.steps:
@@ -793,6 +798,7 @@ def load_task(args, world):
     config = common.policy_config(args.model)
     date = common.run_date(args, world)  # some chat templates print it
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)
+    reference_config = common.reference_config(args, tokenizer)
     reward = common.load_reward(args.reward, RULES, world, date)
     prompts = common.load_prompts(args.data, "--data", tokenizer, args, reward.answer_flag)
     answer_flag = reward.answer_flag
@@ -800,7 +806,7 @@ def load_task(args, world):
         answer_flag = "--eval_samples"
     held_out = common.load_prompts(args.eval_data, "--eval_data", tokenizer, args, answer_flag)
     longest = max(len(ids) for ids, _ in prompts + held_out)
-    args = common.fit_context(args, longest, config)
+    args = common.fit_context(args, longest, config, reference_config)
     if reward.is_model:
         args = common.fit_reward_model(args, tokenizer, prompts + held_out)
     # --steps 0 needs no --data

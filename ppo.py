@@ -83,6 +83,9 @@ class Args:
     # --- task ---
     model: str = str(TINY / "model")
     """folder or hub name of the causal language model to train"""
+    reference: str = ""
+    """folder or hub name of the model that --beta stays near
+    (empty: --model before its first step)"""
     data: str | None = None
     """training prompts: JSON lines with "prompt" (or "question") and usually "answer" (None: the
     bundled task, for its model only)"""
@@ -90,7 +93,8 @@ class Args:
     """held-out prompts, as --data (not given: those of the bundled task; with other --data, nothing
     is held out)"""
     reward: str = "exact"
-    """exact | number | FILE.py:function(completion, row) -> float | a reward model's folder"""
+    """exact | number | none (the KL penalty alone) | FILE.py:function(completion, row) -> float |
+    a reward model's folder"""
     chat: bool = True
     """put a text prompt through the chat template, if there is one (--no_chat: raw text)"""
     template_args: str = ""
@@ -535,18 +539,18 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
-    needs_reference = args.beta > 0 and args.steps > 0
-    learning_models = 2 if critic_path else 1  # counted in the memory that is printed
-    frozen_models = int(needs_reference and not args.lora_rank) + int(reward.is_model)
+    reference_path = (args.reference or args.model) if args.beta and args.steps else ""
+    learning = 2 if critic_path else 1  # counted in the memory that is printed
+    frozen = int(reward.is_model)
     writer, bar = common.introduce(
-        out, args, world, tokenizer, prompts[0][0], done_steps, learning_models, frozen_models
+        out, args, world, tokenizer, prompts[0][0], done_steps, learning, frozen, reference_path
     )
 
     with common.guarded(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
         critic, trunk, head = make_critic(policy, critic_path, tokenizer, args, world)
         share_prompts = common.can_share_prompts([policy, trunk], args, world)
-        reference = common.load_reference(args.model, world, policy) if needs_reference else None
+        reference = common.load_reference(reference_path, world, policy) if reference_path else None
         models = {"policy": policy, "critic": critic}
         optimizers = {
             "policy": common.make_optimizer(policy, args.learning_rate),
@@ -843,12 +847,13 @@ def load_task(args, world):
     config = common.policy_config(args.model)
     date = common.run_date(args, world)  # some chat templates print it
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)
+    reference_config = common.reference_config(args, tokenizer)
     reward = common.load_reward(args.reward, RULES, world, date)
     answer_flag = reward.answer_flag
     prompts = common.load_prompts(args.data, "--data", tokenizer, args, answer_flag)
     held_out = common.load_prompts(args.eval_data, "--eval_data", tokenizer, args, answer_flag)
     longest = max(len(ids) for ids, _ in prompts + held_out)
-    args = common.fit_context(args, longest, config)
+    args = common.fit_context(args, longest, config, reference_config)
     if reward.is_model:
         args = common.fit_reward_model(args, tokenizer, prompts + held_out)
     critic_path = ""

@@ -1,7 +1,7 @@
 """REINFORCE for language models: make likely what scored well.
 
 A policy pi(y | x) completes a prompt x with the tokens y = a_1 .. a_T and gets a score r(x, y). We
-want a high score from a policy that stays near `ref`, the model that training starts from.
+want a high score from a policy near `ref`, the model that training starts from (or --reference).
 
     (1)  maximise  J = E[r(x, y)] - beta KL(pi || ref)
 
@@ -39,6 +39,18 @@ With scores 0 and 1, no baseline and beta 0, (7) is the negative log-likelihood 
 completions, over N: rejection fine-tuning. On completions from a file (--demos), each with score 1,
 it is supervised fine-tuning.
 
+Without a score (--reward none) and with a teacher for ref, it is distillation on the student's own
+completions. At beta 1 the mean gradient of (7) is
+
+    gamma 0   that of the sum over t of
+              KL(pi(. | x, a_<t) || teacher(. | x, a_<t)),
+              with the text a_<t given. The baseline is 0,
+              because G_1 is of the first token alone.
+    gamma 1   that of KL(pi(y | x) || teacher(y | x)): a
+              token answers for the text after it, too.
+
+    python reinforce.py --model STUDENT --reward none --reference TEACHER --beta 1 --gamma 0
+
     python reinforce.py                  # a tiny model learns to sort digits; needs no download
     python reinforce.py --model Qwen/Qwen2.5-0.5B-Instruct --reward number \
         --data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl
@@ -58,7 +70,8 @@ Left out: the clip (ppo.py, grpo.py), without which more than one or two updates
 unsafe; a critic (ppo.py); a mean over each completion's tokens: that maximises E[A / length].
 
 Papers: Williams 1992 (REINFORCE), Sutton et al. 1999 (policy gradients), Kool et al. 2019 (leave
-one out), Ahmadian et al. 2024 (the same for language models).
+one out), Ahmadian et al. 2024 (the same for language models),
+Gu et al. 2024, Agarwal et al. 2024 (distillation).
 """
 
 import collections
@@ -87,6 +100,9 @@ class Args:
     # --- task ---
     model: str = str(TINY / "model")
     """folder or hub name of the causal language model to train"""
+    reference: str = ""
+    """folder or hub name of the model that --beta stays near
+    (empty: --model before its first step)"""
     data: str | None = None
     """training prompts: JSON lines with "prompt" (or "question") and usually "answer" (None: the
     bundled task, for its model only)"""
@@ -94,7 +110,8 @@ class Args:
     """held-out prompts, as --data (not given: those of the bundled task; with other --data, nothing
     is held out)"""
     reward: str = "exact"
-    """exact | number | FILE.py:function(completion, row) -> float | a reward model's folder"""
+    """exact | number | none (the KL penalty alone) | FILE.py:function(completion, row) -> float |
+    a reward model's folder"""
     demos: str = ""
     """supervised fine-tuning: learn from this file's answers; --data and samples are not used"""
     chat: bool = True
@@ -117,7 +134,7 @@ class Args:
     """of sampling, and of every log-probability: the policy is softmax(logits / temperature)"""
     baseline: Literal["none", "batch", "prompt", "loo"] | None = None
     """subtracted from G_t: nothing, the mean G_1 of the batch, of the prompt, or (loo, leave one
-    out) of the prompt's other samples (None: loo, and none with --demos)"""
+    out) of the prompt's other samples (None: loo, and none with --demos or --gamma 0)"""
     normalize: bool = False
     """divide advantages by the std (plus 1e-4) of the prompt's scores (--baseline prompt, loo) or
     of the batch's (none, batch); by 1 if they are all equal"""
@@ -189,7 +206,7 @@ def resolve(args):
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
     faster = 10 if args.lora_rank else 1  # adapters want about ten times the learning rate
     defaults = {
-        "baseline": "none" if args.demos else "loo",
+        "baseline": "none" if args.demos or args.gamma == 0 else "loo",
         "samples_per_prompt": 1 if args.demos else 8,
         "beta": 0.0 if args.demos else 0.05,
         "learning_rate": faster * (3e-4 if is_tiny_model else 1e-6),
@@ -438,11 +455,10 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
-    needs_reference = args.beta > 0 and args.steps > 0
-    # counted in the memory that is printed at the start
-    frozen_models = int(needs_reference and not args.lora_rank) + int(reward.is_model)
+    reference_path = (args.reference or args.model) if args.beta and args.steps else ""
+    frozen = int(reward.is_model)  # counted in the memory that is printed
     writer, bar = common.introduce(
-        out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen_models
+        out, args, world, tokenizer, prompts[0][0], done_steps, 1, frozen, reference_path
     )
 
     with common.guarded(out, args, bar):
@@ -450,8 +466,8 @@ def train(args):
         # training computes a prompt once for its n completions, if the model's cache allows it
         share_prompts = common.can_share_prompts([policy], args, world)
         reference = None
-        if needs_reference:
-            reference = common.load_reference(args.model, world, policy)
+        if reference_path:
+            reference = common.load_reference(reference_path, world, policy)
         optimizer = common.make_optimizer(policy, args.learning_rate)
         models = {"policy": policy}  # what a checkpoint holds
         if saved:
@@ -729,6 +745,7 @@ def load_task(args, world):
     config = common.policy_config(args.model)
     date = common.run_date(args, world)  # some chat templates print it
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)
+    reference_config = common.reference_config(args, tokenizer)
     reward = common.load_reward(args.reward, RULES, world, date)
     answer_flag = reward.answer_flag
     if args.demos:
@@ -737,7 +754,7 @@ def load_task(args, world):
         prompts = common.load_prompts(args.data, "--data", tokenizer, args, answer_flag)
     held_out = common.load_prompts(args.eval_data, "--eval_data", tokenizer, args, answer_flag)
     longest = max(len(ids) for ids, _ in prompts + held_out)
-    args = common.fit_context(args, longest, config)
+    args = common.fit_context(args, longest, config, reference_config)
     scored = prompts + held_out
     if args.demos:
         prompts = encode_answers(prompts, tokenizer, args)

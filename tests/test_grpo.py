@@ -809,6 +809,7 @@ def is_near(model, saved, before):
         {"epochs": 1, "minibatches": 1, "beta": 0.0, "ref_update_every": 0},
         {"keep_max": True, "beta": 0.0, "ref_update_every": 0, "scale": "none"},
         {"epochs": 1, "minibatches": 1, "ref_update_every": 0, "schedule": "constant", "warmup": 0},
+        {"reference": "a folder", "ref_update_every": 0},
     ],
     ids=lambda changed: "-".join(changed),
 )
@@ -829,8 +830,14 @@ def test_the_steps_of_the_script_are_the_steps_written_out(changed, tmp_path, mo
         "eval_data": f"{tmp_path}/test.jsonl",
         "reward": f"{tmp_path}/r.py:reward",
     }
+    honest = common.load_reference
     policies, calls = record(monkeypatch)
-    log = run(tmp_path, **files, **STEP | changed)
+    if "reference" in changed:  # the moved model lies in a folder
+        monkeypatch.setattr(common, "load_reference", honest)
+        moved(common.load_policy(f.model, CPU)).save_pretrained(tmp_path / "moved")
+        common.load_tokenizer(f.model).save_pretrained(tmp_path / "moved")
+        files["reference"] = str(tmp_path / "moved")
+    log = run(tmp_path, **STEP | changed | files)
 
     monkeypatch.undo()
     [policy] = policies

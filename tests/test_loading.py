@@ -1330,10 +1330,13 @@ def test_advice_of_all_methods_is_given_once_and_only_where_it_helps(monkeypatch
     monkeypatch.setattr(common.tqdm, "write", words.append)
     calm = {"truncated": 0.5, "reward": 0.1, "equal_groups": 0.8, "ratio/first": 0.0}
     calm |= {"entropy": 0.5, "kl/ref": 99.0, "value/explained": -1.0}
-    exact, number = Namespace(reward="exact"), Namespace(reward="number")
+    exact, number = (Namespace(reward=name, reference="") for name in ("exact", "number"))
     common.advise(calm, exact, said)
     common.advise(calm | {"reward": 0.0}, number, said)
     common.advise({}, exact, said)
+    # a teacher may be far away, and without a reward all scores are equal
+    teacher = Namespace(reward="none", reference="TEACHER")
+    common.advise(calm | {"reward": 0.0, "equal_groups": 1.0, "kl/ref": 300.0}, teacher, said)
     assert not words
     loud = {"truncated": 0.6, "reward": 0.0, "equal_groups": 0.9, "ratio/first": 0.1}
     loud |= {"entropy": 0.001, "kl/ref": -101.0, "value/explained": -1.1}
@@ -1354,7 +1357,7 @@ def test_a_pipe_that_is_gone_ends_no_run(tmp_path, monkeypatch):
     writer = common.Writer(tmp_path / "tensorboard")
     common.log(tmp_path, writer, 0, {"eval/exact": 1.0})
     common.log(tmp_path, writer, 1, {"reward": 1.0})
-    common.advise({"truncated": 1.0}, Namespace(reward="exact"), set())
+    common.advise({"truncated": 1.0}, Namespace(reward="exact", reference=""), set())
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -1399,9 +1402,10 @@ def test_sharing_is_tried_once_a_model_and_only_where_rows_to_train_have_a_promp
         tried.append((model, gradient_checkpointing))
         return model != "cannot"
 
-    def asked(*models, n=2, steps=3):
+    def asked(*models, n=2, steps=3, reference=""):
         tried.clear()
         args = Namespace(samples_per_prompt=n, steps=steps, gradient_checkpointing="as said")
+        args.reference = reference
         return common.can_share_prompts(models, args, CPU), [model for model, _ in tried]
 
     monkeypatch.setattr(common, "prompts_can_be_shared", trial)
@@ -1409,6 +1413,7 @@ def test_sharing_is_tried_once_a_model_and_only_where_rows_to_train_have_a_promp
     assert asked("policy", "policy") == (True, ["policy"]) and tried == [("policy", "as said")]
     assert not asked("policy", "cannot")[0] and not asked("cannot", "policy")[0]
     assert asked("policy", n=1) == asked("policy", steps=0) == (False, [])
+    assert asked("policy", reference="a family with another cache") == (False, [])
 
 
 def test_folded_seeds_differ_and_repeat():

@@ -198,6 +198,7 @@ def test_prompts_are_shared_although_the_critic_is_the_policy_with_other_adapter
     policy = common.load_policy(tmp_path, world, args=LORA)
     _, trunk = common.add_critic_adapters(policy, torch.nn.Linear(32, 1))
     args = types.SimpleNamespace(samples_per_prompt=2, steps=1, gradient_checkpointing=False)
+    args.reference = ""
     assert common.can_share_prompts([policy, trunk], args, world)
 
 

@@ -423,9 +423,10 @@ def values_row(critic, policy, prompt, completion):
     return critic.score(critic.model(ids).last_hidden_state[0])[len(prompt) - 1 : -1, 0]
 
 
+@pytest.mark.parametrize("named", ["", "a folder"])
 @pytest.mark.parametrize("whiten", [True, False])
 @pytest.mark.parametrize("kind", CRITICS)
-def test_one_step_of_the_script_is_the_step_written_out(kind, whiten, tmp_path, monkeypatch):
+def test_one_step_of_the_script_is_the_step_written_out(kind, whiten, named, tmp_path, monkeypatch):
     """Every equation and every flag in its place: two mini-batches, a reference of its own, a critic with opinions, plain gradient
     descent. The weights after the step and the numbers logged, against those of loops over rows and
     tokens in float64."""
@@ -470,7 +471,14 @@ def test_one_step_of_the_script_is_the_step_written_out(kind, whiten, tmp_path, 
 
     monkeypatch.setattr(ppo, "time", Clock())
     monkeypatch.setattr(common, "sample", sample)
-    monkeypatch.setattr(common, "load_reference", lambda *a: moved(honest["load_reference"](*a), 1))
+    if named:  # --reference, instead of a model that is moved once it is loaded
+        f["reference"] = str(tmp_path / "moved")
+        other = moved(honest["load_reference"](ppo.Args.model, CPU), 1)
+        other.save_pretrained(f["reference"])
+        common.load_tokenizer(ppo.Args.model).save_pretrained(f["reference"])
+    else:
+        load = honest["load_reference"]
+        monkeypatch.setattr(common, "load_reference", lambda *a: moved(load(*a), 1))
     monkeypatch.setattr(common, "make_optimizer", sgd)
     (tmp_path / "r.py").write_text(
         "def reward(completion, row):\n    return 0.3 * len(completion) - 1.0\n"

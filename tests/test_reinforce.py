@@ -137,6 +137,40 @@ def test_kl_in_the_reward_gives_the_gradient_of_the_kl_penalised_objective(beta)
     assert (gradient(model, loss) - wanted).norm() < 1e-6 * wanted.norm()
 
 
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_distillations_mean_gradient_is_that_of_the_kl_at_each_prefix_or_of_whole_completions(
+    gamma,
+):
+    """--reward none. Gamma 0: the exact KL of the next token's distributions, summed over the places
+    of each completion, with the completion's probability as a constant. Gamma 1: KL(pi || teacher)."""
+    model, s = enumerable()
+    teacher = family("llama", vocab_size=5, num_hidden_layers=1, scale=0.5).double()
+    ids = torch.cat([s.prompt_ids, s.ids[:, :-1]], 1)
+    ours, theirs = ((m(input_ids=ids).logits[:, 1:]).log_softmax(-1) for m in (model, teacher))
+    kl_of_places = (ours.exp() * (ours - theirs.detach())).sum(-1) * s.mask
+    logprobs, of_teacher = exact_logprobs(model, s), exact_logprobs(teacher, s).detach()
+    p = logprobs.sum(1).exp()
+    at_each_prefix = gradient(model, (p.detach()[:, None] * kl_of_places).sum())
+    logprobs = exact_logprobs(model, s)
+    p = logprobs.sum(1).exp()
+    of_completions = gradient(model, (p * (logprobs - of_teacher).sum(1)).sum())
+    assert (at_each_prefix - of_completions).norm() > 0.1 * of_completions.norm()
+
+    flags = {"reward": "none", "reference": "TEACHER", "beta": 1.0, "gamma": gamma}
+    args = reinforce.resolve(reinforce.Args(**flags))
+    assert args.baseline == ("none" if gamma == 0 else "loo")
+    args.baseline = "none"  # loo does not change the mean: the first test of this file
+    logprobs = exact_logprobs(model, s)
+    old = logprobs.detach()
+    scores = torch.tensor(
+        common.load_reward("none", reinforce.RULES, CPU, None).score(s.ids, s.ids)
+    )
+    A = token_advantages(scores, (old - of_teacher) * s.mask, s.mask, args, CPU)
+    loss, _ = policy_loss(logprobs, old, A * p.detach()[:, None], s.mask, 1)
+    wanted = at_each_prefix if gamma == 0 else of_completions
+    assert (gradient(model, loss) - wanted).norm() < 1e-6 * wanted.norm()
+
+
 def test_k1_and_k3_have_the_kl_as_mean_and_k2_has_its_gradient():
     """Field notes, test 1. k2's value is another; k3's gradient, taken through the sample's log-ratio, is too."""
     model, s = enumerable()
@@ -1254,6 +1288,8 @@ def paid(completion, row):
         {"beta": 0.0, "epochs": 1, "minibatches": 4, "reward": "exact", "max_grad_norm": 0.5},
         {"epochs": 1, "minibatches": 1, "samples_per_prompt": 1, "baseline": "batch", "seed": 6},
         ONE | {"demos": "the data", "schedule": "cosine"},
+        # distillation, with the baseline that it has by default
+        {"reference": "a folder", "reward": "none", "beta": 1.0, "gamma": 0.0, "baseline": None},
     ],
     ids=lambda flags: " ".join(f"{k}={v}" for k, v in flags.items()) or "loo",
 )
@@ -1300,11 +1336,17 @@ def test_every_step_of_the_script_is_the_step_written_out(flags, tmp_path, monke
     settings = {"reward": f"{tmp_path}/r.py:paid"} | vars(f) | {"save_every": 1, "keep": 9}
     settings["eval_data"] = str(tmp_path / "held_out.jsonl")
     settings["demos" if f.demos else "data"] = prompts_file(tmp_path, ROWS)
+    if "reference" in flags:  # the other model lies in a folder
+        settings["reference"] = str(tmp_path / "reference")
+        moved(reinforce.Args.model, CPU).save_pretrained(settings["reference"])
+        common.load_tokenizer(reinforce.Args.model).save_pretrained(settings["reference"])
+        monkeypatch.setattr(common, "load_reference", honest["load_reference"])
     log = run(tmp_path, **settings)
 
     policy, reference = seen["policy"], moved(reinforce.Args.model, CPU).double()
     tokenizer = common.load_tokenizer(reinforce.Args.model)
-    score = reinforce.exact if flags.get("reward") == "exact" else paid
+    scores = {"exact": reinforce.exact, "none": lambda text, row: 0.0}
+    score = scores.get(flags.get("reward"), paid)
     at = (f, held_out, score, tokenizer)
     wanted, shown, norms = [{"step": 0} | evaluated_by_hand(policy, *at)], [], []
     for step in range(1, f.steps + 1):
