@@ -111,6 +111,7 @@ def test_the_reference_is_loaded_in_the_computing_dtype_and_its_head_is_checked(
             mock.patch.object(common, "check_head") as check,
         ):
             train(name, out, data, reference=str(teacher), dtype=dtype, steps=1)
+            honest(MODEL, common.start("cpu", dtype))  # to draw best-of-N from: not checked
         paths = [call.args[0].name_or_path for call in check.call_args_list]
         assert paths == [str(MODEL), str(teacher)]
         logs.append(result(out)[0][1]["kl/ref"])

@@ -1409,7 +1409,7 @@ GOOD = '{"prompt": "52=", "answer": "25"}\n'
         ({}, "", ["no rows"]),
         ({}, b"\xff\xfe\x00", ["UTF-8"]),
         ({}, '{"prompt": "52="}\n', ["--data", "line 1", "answer"]),
-        ({"reward": "nice"}, GOOD, ["--reward nice", "choose"]),
+        ({"reward": "nice"}, GOOD, ["--reward nice", "choose exact, number, none,"]),
         ({"reward": "{}/none.py:f"}, GOOD, ["no such file"]),
         ({"reward": "{}/r.py:g"}, GOOD, ["no function 'g'"]),
         ({"reward": "{}/bad.py:f"}, GOOD, ["cannot be imported", "SyntaxError"]),
