@@ -226,7 +226,7 @@ keep""".split()
 
 
 def check_flags(args):
-    """Refuses numbers that no script can work with."""
+    """Refuses flags that no script can work with."""
     for name, value in vars(args).items():
         if type(value) not in (int, float) or name == "simpo_margin":
             continue
