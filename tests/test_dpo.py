@@ -655,6 +655,24 @@ def test_mistakes_are_one_line(flags, words, tmp_path, capsys):
     )
 
 
+def test_a_reference_has_the_same_tokens_and_its_context_is_a_limit(tmp_path, capsys):
+    family("llama").save_pretrained(tmp_path / "words")
+    make_tokenizer().save_pretrained(tmp_path / "words")
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, reference=str(tmp_path / "words"))
+    assert stop.value.code == 2 and not (tmp_path / "run").exists()
+    assert "/words: has other tokens than --model" in capsys.readouterr().err
+
+    tokenizer = common.load_tokenizer(dpo.Args.model)
+    size = common.read_config(dpo.Args.model).vocab_size
+    short = family("llama", vocab_size=size, max_position_embeddings=20)
+    short.save_pretrained(tmp_path / "short")
+    tokenizer.save_pretrained(tmp_path / "short")
+    flags = SMALL | {"steps": 1, "data": few_pairs(tmp_path)}
+    run(tmp_path, reference=str(tmp_path / "short"), **flags)
+    assert "--max_tokens 1024 is lowered to 20" in capsys.readouterr().out
+
+
 def test_held_out_prompts_are_sampled_for(tmp_path):
     prompts = (dpo.TINY / "sort_test.jsonl").read_text().splitlines()[:64]
     (tmp_path / "p.jsonl").write_text("\n".join(prompts))
