@@ -283,6 +283,14 @@ def test_the_page_of_recipes_has_the_measured_scores_of_more_updates():
         assert score in text
 
 
+def test_what_the_page_of_measurements_says_of_the_distillation_was_measured():
+    page = " ".join(section(BENCH / "README.md", "Distillation beside GRPO").split())
+    known = json.loads((BENCH / "distill.json").read_text())
+    first, last = known["runs"][0]["kl/ref"]
+    assert f"which ended at {known['teacher']:.2f} " in page
+    assert f"falls from {first:.1f} to {last:.1f} nats a completion (3e-4, seed 1)" in page
+
+
 def times_of(rows):
     """Milliseconds of a token with 64 rows."""
     for row in rows:
