@@ -39,8 +39,9 @@ With scores 0 and 1, no baseline and beta 0, (7) is the negative log-likelihood 
 completions, over N: rejection fine-tuning. On completions from a file (--demos), each with score 1,
 it is supervised fine-tuning.
 
-Without a score (--reward none) and with a teacher for ref, it is distillation on the student's own
-completions. At beta 1 the mean gradient of (7) is
+Without a score (--reward none) and with a teacher for ref,
+it is distillation on the student's own completions.
+At beta 1 the mean gradient of (7) is
 
     gamma 0   that of the sum over t of
               KL(pi(. | x, a_<t) || teacher(. | x, a_<t)),
