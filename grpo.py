@@ -219,7 +219,7 @@ def resolve(args):
     if args.ref_update_every and args.lora_rank:
         fail("--ref_update_every: with --lora_rank the reference is the model without adapters")
     if args.ref_update_every and args.reference:
-        fail("--ref_update_every would replace the --reference by the policy")
+        fail("--ref_update_every would replace the --reference")
     return args
 
 
