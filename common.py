@@ -9,15 +9,16 @@ LOADING
     Adapters (LoRA)        add_adapters, add_critic_adapters, Switched, write_adapter
     Rewards                load_reward, rules_that_fit, load_function, load_scorer
 SAMPLING
-    Completions            Samples, sample, as_samples, rows_at_once
+    Completions            Samples, sample, as_samples
+    Evaluation             rows_at_once, under_way, scores_if_due
     One token on a GPU     CapturedStep
     States and logits      completion_states, hidden_states, logits_of, can_share_prompts
 A RUN
     Memory and optimizer   make_optimizer, learning_rate_at, clip_gradients, memory_used
     Folder                 open_run
-    Checkpoints            save_if_due, take_up, load_checkpoint
+    Checkpoints            save_if_due, save_best, take_up, load_checkpoint
     The order of the data  rows_of_step
-    Log and console        introduce, Meter, log, show_progress, conclude
+    Log and console        introduce, Mean, Meter, log, conclude
     The end                guarded, catch_signals
 
 Shapes: B rows, P prompt columns, C completion columns, V vocabulary. Prompts are padded on the
@@ -221,8 +222,7 @@ def read_flags(Args, doc):
 
 
 COUNTS = """prompts_per_step samples_per_prompt pairs_per_step max_tokens max_prompt_tokens
-max_new_tokens epochs minibatches tokens_per_micro_batch sample_rows eval_every save_every
-keep""".split()
+max_new_tokens epochs minibatches tokens_per_micro_batch sample_rows save_every keep""".split()
 
 
 def check_flags(args):
@@ -241,6 +241,8 @@ def check_flags(args):
         fail("--reward none: only the KL penalty teaches then, so it needs a --beta above 0")
     if args.resume and not args.steps:
         fail("--steps 0 evaluates a model: give --model RUN/model instead of --resume")
+    if not args.steps and not args.eval_every:
+        fail("--steps 0 evaluates only, and --eval_every 0 turns that off")
     if args.steps and not args.data:
         why = "the default is the bundled model's task, and goes with no other file"
         fail(f"--model {args.model} needs --data: {why}")
@@ -521,7 +523,15 @@ def load_prompts(path, flag, tokenizer, args, answer_flag):
         say(f"{flag}: {left_out} of {left_out + len(kept)} prompts left out ({limit})")
         if not kept:
             fail(f"{flag}: no prompt is left ({limit})")
-    return kept
+    return kept if flag in ("--data", "--demos") else some_rows(kept, args.eval_rows)
+
+
+def some_rows(rows, count):
+    """`count` of the held-out rows (0: all), in their order; the same ones in every run."""
+    if not 0 < count < len(rows):
+        return rows
+    chosen = random.Random(0).sample(range(len(rows)), count)
+    return [rows[i] for i in sorted(chosen)]
 
 
 # -- Configs ---------------------------------------------------------------------------------------
@@ -815,8 +825,8 @@ def whole(value, keep=True):
     return value.detach().cpu() if isinstance(value, torch.Tensor) else value
 
 
-def save_model(model, tokenizer, folder, world):
-    """Writes a Hugging Face folder, with the weights in the dtype that computed."""
+def save_model(model, tokenizer, folder, world, note=None):
+    """Writes a Hugging Face folder, with the weights in the dtype that computed, and a `note`."""
     state = {}
     for name, value in tensors(model):
         value = whole(value, keep=world.rank == 0)
@@ -826,17 +836,18 @@ def save_model(model, tokenizer, folder, world):
 
     def write_on_the_first():
         if world.rank == 0:
-            write_model(model, tokenizer, Path(folder), state, world.dtype)
+            write_model(model, tokenizer, Path(folder), state, world.dtype, note)
 
     stop_together(write_on_the_first, world)()
 
 
-def write_model(model, tokenizer, folder, state, dtype):
+def write_model(model, tokenizer, folder, state, dtype, note=None):
     temporary = folder.with_name(folder.name + ".tmp")
+    adapter = folder.with_name("best_adapter" if folder.name == "best" else "adapter")
     generation = getattr(model, "generation_config", None)
     try:
         if hasattr(model, "lora"):
-            write_adapter(model, folder.with_name("adapter"), state)
+            write_adapter(model, adapter, state)
         # save_pretrained refuses some generation configs (Llama-2's): hide it, write it later
         model.generation_config = GenerationConfig()
         model.save_pretrained(temporary, state_dict=state)
@@ -853,6 +864,8 @@ def write_model(model, tokenizer, folder, state, dtype):
         set_noise(config, AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=False))
         config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        if note:
+            write(temporary / "score.json", json.dumps(note) + "\n")
         replace(temporary, folder)
     except Exception as error:  # each library has its own exception for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
@@ -1215,6 +1228,29 @@ def rows_at_once(held_out, max_new_tokens, rows=1):
     many as make 8192 tokens if that is more; at most 256."""
     longest = max((len(ids) for ids, _ in held_out), default=0) + max_new_tokens
     return max(1, min(256, max(rows, 8192 // longest)))
+
+
+def under_way(parts, world, stop_asked=None):
+    """Yields the parts of an evaluation under a progress bar. After a signal it raises `Ended`.
+    Every process must have equally many parts: they ask each other before each one."""
+    hidden = None if world.rank == 0 else True  # None: shown in a terminal
+    for part in tqdm(parts, desc="scoring", leave=False, disable=hidden):
+        if stop_asked is not None and all_sum(world, stop_asked())[0]:
+            raise Ended("stopped by a signal during the evaluation")
+        yield part
+
+
+def scores_if_due(step, args, held_out_scores):
+    """What held_out_scores() says before the first step, every --eval_every steps (0: never) and
+    after the last; else {}. A signal ends the evaluation, without scores: the save comes first."""
+    if not args.eval_every or (step % args.eval_every and step < args.steps):
+        return {}
+    try:
+        return held_out_scores()
+    except Ended:
+        if step == 0:
+            raise  # nothing is there to be saved
+        return {}
 
 
 @torch.no_grad()
@@ -1889,7 +1925,7 @@ def clip_gradients(model, max_norm):
 
 
 MAY_DIFFER = (  # flags that --resume may change
-    "steps eval_every save_every keep tokens_per_micro_batch gradient_checkpointing "
+    "steps eval_every save_every keep keep_best tokens_per_micro_batch gradient_checkpointing "
     "sample_rows unit_scale resume out"
 ).split()
 
@@ -2063,6 +2099,37 @@ def save_if_due(out, args, world, step, models, optimizers, stop_asked):
         raise Ended(f"stopped by a signal after step {step} of {args.steps}, which is saved")
 
 
+BEST = ("eval/reward", "eval/accuracy")  # the first that is logged says which model is the best
+
+
+def scores_so_far(out):
+    """The number by which models are compared, [(step, its value)] from metrics.jsonl, and the same
+    from best/, which after a crash may be ahead of the last checkpoint."""
+    rows = read_log(out)
+    name = next((name for name in BEST if any(name in row for row in rows)), None)
+    scores = [(row["step"], row[name]) for row in rows if name in row]
+    kept = []
+    if (out / "best" / "score.json").is_file():
+        kept = [tuple(json.loads((out / "best" / "score.json").read_text()).values())]
+    return name, scores, kept
+
+
+def save_best(out, args, world, step, metrics, model, tokenizer):
+    """Writes the model to best/ if its held-out score is above all earlier ones, that before
+    training included."""
+    name = next((name for name in BEST if name in metrics), None)
+    if name is None or not args.keep_best:
+        return
+    is_best = False
+    if world.rank == 0:
+        _, scores, kept = scores_so_far(out)
+        earlier = [score for at, score in scores + kept if at != step]
+        is_best = metrics[name] > max(earlier, default=-math.inf)
+    if all_sum(world, is_best)[0]:
+        note = {"step": step, name: metrics[name]}
+        save_model(model, tokenizer, out / "best", world, note)
+
+
 def take_up(out, args, world):
     """The newest checkpoint if the run is resumed, or None. A process that does not see
     it (its disk is not shared) would begin at step 1, and spoil the next checkpoint."""
@@ -2140,14 +2207,40 @@ def shuffled(count, seed):
 # -- Log and console -------------------------------------------------------------------------------
 
 
+class Mean(float):
+    """The mean of `count` values, a plain number that also has a 95 % interval, `low` to `high`."""
+
+    def __new__(cls, total, count, squares):
+        mean = super().__new__(cls, total / count)
+        mean.count = int(count)
+        middle = total / count
+        variance = max(squares / count - middle**2, 0.0)
+        if squares == total:  # all values are 0 or 1: Wilson's interval, which stays between them
+            shrink = 1 + 1.96**2 / count
+            middle = (middle + 1.96**2 / (2 * count)) / shrink
+            half = 1.96 * math.sqrt(variance / count + (1.96 / (2 * count)) ** 2) / shrink
+        else:  # 1.96 standard errors, which one value does not have
+            half = 1.96 * math.sqrt(variance / (count - 1)) if count > 1 else math.inf
+        mean.low = middle - half
+        mean.high = middle + half
+        return mean
+
+
+def mean_of(values):
+    """The `Mean` of a tensor's elements, where every process has all of them."""
+    values = values.double()
+    return Mean(values.sum().item(), values.numel(), values.square().sum().item())
+
+
 class Meter:
     """What a step logs, over its micro-batches and all processes. Everything stays on the device
     until `result` reads it: a number read in the loop would make the CPU wait for the GPU."""
 
     def __init__(self):
-        self.means = {}  # name: [sum, count]
+        self.means = {}  # name: [sum, count, sum of squares]
         self.totals = {}
         self.maxima = {}
+        self.completions = []  # held-out ones, for eval_samples.jsonl
 
     def add(self, name, values, mask=None):
         """For a mean over a tensor's elements, or those on the mask."""
@@ -2155,8 +2248,9 @@ class Meter:
         mask = torch.ones_like(values) if mask is None else mask.expand_as(values)
         mask = mask.bool()
         # where, not a product: nan off the mask times 0 is nan
-        pair = torch.stack([torch.where(mask, values, 0.0).sum(), mask.sum()])
-        self.means[name] = self.means.get(name, 0.0) + pair
+        values = torch.where(mask, values, 0.0)
+        sums = torch.stack([values.sum(), mask.sum(), values.square().sum()])
+        self.means[name] = self.means.get(name, 0.0) + sums
 
     def total(self, name, value):
         self.totals[name] = self.totals.get(name, 0.0) + value.detach().double()
@@ -2166,27 +2260,39 @@ class Meter:
         self.maxima[name] = torch.maximum(self.maxima.get(name, largest), largest)
 
     def result(self, world):
-        """{name: number}; means without elements are left out. Every process must have used the
-        same names in the same order."""
+        """{name: number}. A mean is a `Mean`; without elements it is left out. Every process must
+        have used the same names in the same order."""
         sums = []
-        for pair in self.means.values():
-            sums += pair.tolist()
+        for triple in self.means.values():
+            sums += triple.tolist()
         for value in self.totals.values():
             sums.append(value.item())
         sums = all_sum(world, *sums)
         result = {}
         for i, name in enumerate(self.means):
-            if sums[2 * i + 1]:
-                result[name] = sums[2 * i] / sums[2 * i + 1]
-        for name, value in zip(self.totals, sums[2 * len(self.means) :]):
+            if sums[3 * i + 1]:
+                result[name] = Mean(*sums[3 * i : 3 * i + 3])
+        for name, value in zip(self.totals, sums[3 * len(self.means) :]):
             result[name] = value
         for name, largest in self.maxima.items():
             result[name] = all_gather(world, largest.view(1).to(world.device)).max().item()
+        if self.completions:
+            result["eval_samples"] = self.completions
         return result
 
 
 class Writer(SummaryWriter):
-    quiet_until = 0.0  # when a console without a progress bar gets its next line of numbers
+    """TensorBoard's writer, and what the console needs to know from one step to the next."""
+
+    def __init__(self, folder, args=None, **settings):
+        super().__init__(folder, **settings)
+        self.args = args
+        self.bar = None
+        self.step_ends = []  # when steps of this process ended, in seconds
+        self.bad_steps = collections.Counter()  # in a row, by what `advise` looks at
+        self.first_length = None  # of completions, in tokens
+        self.quiet_until = 0.0  # when a console without a progress bar gets its next line
+        self.held_out = {}  # the numbers of the last step that has held-out scores
 
 
 def introduce(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0, reference=""):
@@ -2216,13 +2322,18 @@ def introduce(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0
     try:
         cut_log(out / "metrics.jsonl", done_steps)
         cut_log(out / "samples.jsonl", done_steps)
-        writer = Writer(out / "tensorboard", purge_step=done_steps + 1 if done_steps else 0)
+        cut_log(out / "eval_samples.jsonl", done_steps)
+        if not done_steps:  # of a run that begins anew
+            shutil.rmtree(out / "best", ignore_errors=True)
+            shutil.rmtree(out / "best_adapter", ignore_errors=True)
+        writer = Writer(out / "tensorboard", args, purge_step=done_steps + 1 if done_steps else 0)
         writer.add_text("args", f"```\n{json.dumps(vars(args), indent=1)}\n```")
         writer.flush()
     except OSError as error:
         fail(f"--out {out}: cannot write there ({error.strerror})")
     # disable=None: no bar in a log file, where each step would be a line
-    return writer, tqdm(total=args.steps, initial=done_steps, desc=out.name, disable=None)
+    writer.bar = tqdm(total=args.steps, initial=done_steps, desc=out.name, disable=None)
+    return writer, writer.bar
 
 
 def quiet_threads(hook):
@@ -2246,32 +2357,67 @@ def cut_log(path, step):
     write(path, "".join(kept))
 
 
+def read_log(out):
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def log(out, writer, step, metrics, texts=()):
-    """A step's numbers to metrics.jsonl, TensorBoard and the console; completions to
-    samples.jsonl. Does nothing without a writer."""
+    """A step's numbers to metrics.jsonl, TensorBoard and the console, with what `advise` has to
+    say; completions to samples.jsonl, and held-out ones to eval_samples.jsonl: all of them before
+    the first step, then eight. Does nothing without a writer."""
     if writer is None:
         return
-    for name, rows in (("metrics.jsonl", [metrics]), ("samples.jsonl", texts)):
+    held_out = metrics.pop("eval_samples", [])
+    if step:
+        held_out = held_out[:8]
+    samples = {"samples": texts, "eval_samples": held_out}
+    for name, rows in {"metrics": [metrics], **samples}.items():
         for row in rows:
-            with open(out / name, "a", encoding="utf-8") as file:
+            with open(out / f"{name}.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
     for name, value in metrics.items():
         writer.add_scalar(name, value, step)
-    if texts:
-        lines = [f"`{t['reward']:.3f}` {t['prompt']!r} -> {t['completion']!r}" for t in texts]
-        writer.add_text("samples", "\n\n".join(lines), step)
+    for name, rows in samples.items():
+        lines = [f"`{t['reward']:.3f}` {t['prompt']!r} -> {t['completion']!r}" for t in rows[:8]]
+        if lines:
+            writer.add_text(name, "\n\n".join(lines), step)
     writer.flush()
     scores = [f"{name[5:]} {x:.3f}" for name, x in metrics.items() if name.startswith("eval/")]
+    watched = dict(metrics)
     if scores:
+        writer.held_out = metrics
+        watched |= fall_from_best(out, metrics)
         say(f"step {step}: held-out {', '.join(scores)}")
     elif not sys.stderr.isatty() and time.monotonic() > writer.quiet_until:  # a line a minute
-        names = ("reward", "accuracy", "loss", "kl/ref", "tokens_per_second")
+        names = "reward accuracy loss length truncated entropy kl/ref tokens_per_second".split()
         shown = [f"{name} {metrics[name]:.3g}" for name in names if name in metrics]
         if shown:
             writer.quiet_until = time.monotonic() + 60
             say(f"step {step}: {', '.join(shown)}")
+    if "length" in metrics:
+        writer.first_length = writer.first_length or first_length(out)
+        watched["length / first length"] = metrics["length"] / writer.first_length
+    advise(watched, writer.args, writer.bad_steps)
+    if writer.bar is not None:
+        show_progress(writer, step, metrics)
 
 
+def first_length(out):
+    return next(row["length"] for row in read_log(out) if "length" in row)
+
+
+def fall_from_best(out, metrics):
+    """How far a held-out score is below the best so far, in widths of its interval."""
+    name, scores, _ = scores_so_far(out)
+    mean = metrics.get(name)
+    if not isinstance(mean, Mean):
+        return {}
+    best = max(score for _, score in scores)
+    return {"fall / interval": (best - mean) / max(mean.high - mean.low, 1e-9)}
+
+
+STEPS_IN_A_ROW = {"reward": 3, "length / first length": 3}  # before a warning; else 1
 ADVICE = {  # metric: (when to warn, what to say)
     "truncated": (
         lambda value, args: value > 0.5,
@@ -2300,6 +2446,15 @@ ADVICE = {  # metric: (when to warn, what to say)
         lambda value, args: abs(value) > 100 and not args.reference,  # which may be far away
         "KL to the reference runs away: raise --beta or lower --learning_rate",
     ),
+    "length / first length": (
+        lambda value, args: not 1 / 3 < value < 3,
+        "completions are much shorter or longer than at first: see in samples.jsonl what pays",
+    ),
+    "fall / interval": (
+        lambda value, args: value > 1,
+        "a held-out score is below its best by more than its 95 % interval is wide: lower "
+        "--learning_rate, make fewer steps, or take the best model",
+    ),
     "value/explained": (
         lambda value, args: value < -1,
         "the critic is worse than a constant: lower --critic_learning_rate, or let it learn alone "
@@ -2308,23 +2463,33 @@ ADVICE = {  # metric: (when to warn, what to say)
 }
 
 
-def advise(metrics, args, warned):
-    """Warns, once each, of what a person watching should know. warned: names of what has been."""
+def advise(metrics, args, bad_steps):
+    """Warns, once each, of what a person watching should know. bad_steps: a Counter by name."""
     for name, (is_bad, words) in ADVICE.items():
-        if name in metrics and name not in warned and is_bad(metrics[name], args):
-            warned.add(name)
+        needed = STEPS_IN_A_ROW.get(name, 1)
+        if name not in metrics or bad_steps[name] == needed:
+            continue  # not logged, or warned of
+        bad_steps[name] = bad_steps[name] + 1 if is_bad(metrics[name], args) else 0
+        if bad_steps[name] == needed:
             say(f"warning: {words} ({name} {metrics[name]:.3g})")
 
 
-def show_progress(bar, metrics, args, warned):
-    """The progress bar of a script that samples, and what `advise` has to say."""
-    if bar is None:
-        return
-    advise(metrics, args, warned)
-    kl = f", kl {metrics['kl/ref']:.2f}" if "kl/ref" in metrics else ""
-    speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
-    bar.set_postfix_str(f"reward {metrics['reward']:.3f}{kl}, {speed}")
-    bar.update()
+def show_progress(writer, step, metrics):
+    """Moves the progress bar; after three steps says once how long the others will take."""
+    bar = writer.bar
+    if step == 0:
+        bar.unpause()  # its time left is that of steps, not of the first evaluation
+    if "tokens_per_second" in metrics:
+        names = ("reward", "kl/ref") if "reward" in metrics else ("loss", "accuracy")
+        shown = [f"{name} {metrics[name]:.3f}" for name in names if name in metrics]
+        bar.set_postfix_str(f"{', '.join(shown)}, {metrics['tokens_per_second']:,.0f} tokens/s")
+        writer.step_ends.append(time.monotonic())
+        if len(writer.step_ends) == 3:
+            seconds_a_step = (writer.step_ends[2] - writer.step_ends[0]) / 2
+            minutes = seconds_a_step * (bar.total - step) / 60
+            if minutes >= 1:
+                say(f"about {minutes:.0f} minutes left, evaluations not counted")
+    bar.update(step - bar.n)
 
 
 def examples(samples, scores, records, rows, tokenizer=None):
@@ -2350,15 +2515,27 @@ def conclude(out, args, writer, bar, use):
     bar.close()
     writer.close()
     scores = {}
-    for line in (out / "metrics.jsonl").read_text().splitlines():
-        for name, value in json.loads(line).items():
-            scores.setdefault(name, []).append(value)
+    for row in read_log(out):
+        for name, value in row.items():
+            scores.setdefault(name, []).append((row["step"], value))
     for name, values in scores.items():
         if name.startswith("eval/"):
-            last = f" -> {values[-1]:.3f}" if args.steps else ""
-            print(f"held-out {name[5:]}: {values[0]:.3f}{last}")
+            step, value = values[-1]
+            last = f" -> {value:.3f}" if args.steps else ""
+            if step < args.steps:  # a signal came after it
+                last += f" at step {step}"
+            mean = writer.held_out.get(name)
+            if isinstance(mean, Mean):
+                last += f" ({mean.count} rows, 95 % interval {mean.low:.3f} to {mean.high:.3f})"
+            print(f"held-out {name[5:]}: {values[0][1]:.3f}{last}")
     if not any(name.startswith("eval/") for name in scores):
         print("nothing was held out: --eval_data gives a score of prompts that are not trained on")
+    name, scores, kept = scores_so_far(out)
+    if args.steps and scores:
+        best = max(scores + kept, key=lambda pair: pair[1])
+        if best[0] != scores[-1][0]:
+            where = f", kept in {out / 'best'}" if best in kept else ""
+            print(f"best held-out {name[5:]}: {best[1]:.3f} at step {best[0]}{where}")
     print(f"\nto see the curves:\n\n  tensorboard --logdir {out}")
     if args.steps:
         print(f"\nto use the model, in Python:\n\n  from transformers import pipeline\n  {use}")

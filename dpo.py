@@ -158,11 +158,16 @@ class Args:
     """compute type (auto: bfloat16 on a GPU, float32 on a CPU); trained weights stay float32.
     On a CPU bfloat16 saves memory, and time where /proc/cpuinfo lists avx512_bf16 or amx"""
     eval_every: int = 50
-    """steps between scores on --eval_data and --eval_prompts"""
+    """steps between scores on --eval_data and --eval_prompts; 0: never"""
+    eval_rows: int = 0
+    """score only so many held-out rows, always the same ones; 0: all"""
     save_every: int = 50
     """steps between checkpoints"""
     keep: int = 1
     """checkpoints that stay on the disk, the newest ones"""
+    keep_best: bool = True
+    """keep the model with the best held-out score as best/
+    in the run's folder (by eval/reward, else eval/accuracy)"""
 
 
 def resolve(args):
@@ -355,12 +360,15 @@ def train(args):
         if saved:
             common.load_checkpoint(saved, {"policy": policy}, {"policy": optimizer})
             del saved
-        if done_steps == 0:
-            scores, shown = evaluate(policy, tokenizer, prompts, reward, args, world)
-            scores |= evaluate_pairs(
-                policy, tokenizer, held_out, held_out_ref, share_prompts, args, world
+
+        def held_out_scores():
+            scores = evaluate(policy, tokenizer, prompts, reward, args, world, stop_asked)
+            return scores | evaluate_pairs(
+                policy, tokenizer, held_out, held_out_ref, share_prompts, args, world, stop_asked
             )
-            common.log(out, writer, 0, scores, shown)
+
+        if done_steps == 0:
+            common.log(out, writer, 0, common.scores_if_due(0, args, held_out_scores))
 
         warned = set()
         for step in range(done_steps + 1, args.steps + 1):
@@ -404,18 +412,9 @@ def train(args):
                 "tokens_per_second": tokens / seconds,
                 "memory_gib": common.memory_used(world) / 2**30,
             }
-            shown = []
-            if step % args.eval_every == 0 or step == args.steps:
-                scores, shown = evaluate(policy, tokenizer, prompts, reward, args, world)
-                metrics |= scores
-                metrics |= evaluate_pairs(
-                    policy, tokenizer, held_out, held_out_ref, share_prompts, args, world
-                )
-            common.log(out, writer, step, metrics, shown)
-            if bar:  # only the first process has one
-                accuracy = metrics["accuracy"]
-                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, accuracy {accuracy:.3f}")
-                bar.update()
+            metrics |= common.scores_if_due(step, args, held_out_scores)
+            common.log(out, writer, step, metrics)
+            common.save_best(out, args, world, step, metrics, policy, tokenizer)
 
             # 4. Save if it is due. After a signal (Ctrl-C, SIGTERM), save and end the run.
             common.save_if_due(
@@ -496,11 +495,12 @@ def count_tokens(pairs):
 
 
 @torch.no_grad()
-def score_pairs(model, tokenizer, pairs, share_prompts, args, world):
+def score_pairs(model, tokenizer, pairs, share_prompts, args, world, stop_asked=None):
     """`pair_logprobs` of many pairs -> [pairs, 2] on the CPU. Each process computes its share."""
     mine = share_of_process(pairs, world)
     logprobs = torch.zeros(len(mine), 2)
-    for part in micro_batches_of_pairs(mine, share_prompts, args.tokens_per_micro_batch, world):
+    parts = micro_batches_of_pairs(mine, share_prompts, args.tokens_per_micro_batch, world)
+    for part in common.under_way(parts, world, stop_asked):
         few = [mine[i] for i in part]
         logprobs[part] = pair_logprobs(model, tokenizer, few, share_prompts, world).cpu()
     common.forget_forwards(model)  # FSDP expects a backward after a forward
@@ -573,23 +573,24 @@ def read_scores(path, mark, args):
     return None  # without a checkpoint, nothing was learnt from the old scores
 
 
-def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world):
+def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world, stop_asked=None):
     """Scores of held-out pairs: eval/accuracy, eval/margin and eval/loss. ref [pairs, 2]."""
     if not held_out:
         return {}
-    logprobs = score_pairs(policy, tokenizer, held_out, share_prompts, args, world)
+    logprobs = score_pairs(policy, tokenizer, held_out, share_prompts, args, world, stop_asked)
     length = side_lengths(held_out)  # [pairs, 2], as logprobs and ref
     losses = preference_loss(*logprobs.T, *ref.T, *length.T, args)
     chosen, rejected = implicit_reward(logprobs, ref, length, args).T
     return {
-        "eval/accuracy": share_won(chosen, rejected).mean().item(),
-        "eval/margin": (chosen - rejected).mean().item(),
-        "eval/loss": losses.mean().item(),
+        "eval/accuracy": common.mean_of(share_won(chosen, rejected)),
+        "eval/margin": common.mean_of(chosen - rejected),
+        "eval/loss": common.mean_of(losses),
+        "held_out/pairs": len(held_out),
     }
 
 
-def evaluate(policy, tokenizer, prompts, reward, args, world):
-    """Scores of greedy completions of held-out prompts -> (scores, some completions to be read).
+def evaluate(policy, tokenizer, prompts, reward, args, world, stop_asked=None):
+    """Scores of greedy completions of held-out prompts.
     eval/reward is by --reward. eval/exact is the share of answers that are right by `number`, if
     that is the --reward, or else by `exact`. Each process takes its share of the prompts."""
     mine = prompts[world.rank :: world.size]
@@ -600,8 +601,8 @@ def evaluate(policy, tokenizer, prompts, reward, args, world):
     size = common.rows_at_once(prompts, args.max_new_tokens, wanted_rows)
     rules = common.rules_that_fit(reward, prompts) if prompts else {}
     meter = common.Meter()
-    shown = []
-    for start in range(0, math.ceil(len(prompts) / world.size), size):
+    starts = range(0, math.ceil(len(prompts) / world.size), size)
+    for start in common.under_way(starts, world, stop_asked):
         # FSDP: a process with no prompts left must still sample; its results do not count
         is_counted = start < len(mine)
         part = mine[start : start + size] or prompts[:1]
@@ -612,13 +613,15 @@ def evaluate(policy, tokenizer, prompts, reward, args, world):
         )
         scores = reward.score(samples, records)
         known = torch.tensor([is_counted and common.has_answer(record) for record in records])
+        counted = torch.full_like(known, is_counted)
         # the third argument: which values count
         for name, values in scores.items():
-            meter.add(f"eval/{name}", torch.tensor(values), torch.full_like(known, is_counted))
+            meter.add(f"eval/{name}", torch.tensor(values), counted)
         for name, rule in rules.items():
             meter.add(f"eval/{name}", count_right(samples.texts, records, rule), known)
-        shown += common.examples(samples, scores, records, range(len(part)))
-    return meter.result(world), shown[:8]
+        meter.total("held_out/prompts", counted.sum())
+        meter.completions += common.examples(samples, scores, records, range(len(part)))
+    return meter.result(world)
 
 
 def count_right(texts, records, rule):
@@ -754,6 +757,7 @@ def load_task(args, world):
     if args.eval_data:
         records = read_pairs(args.eval_data, "--eval_data")
         held_out = encode_preferences(records, tokenizer, args, "--eval_data")
+        held_out = common.some_rows(held_out, args.eval_rows)
     if args.eval_prompts:
         reward = common.load_reward(args.reward, RULES, world, date)
         prompts = common.load_prompts(

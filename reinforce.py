@@ -77,6 +77,7 @@ Gu et al. 2024, Agarwal et al. 2024 (distillation).
 
 import collections
 import dataclasses
+import functools
 import math
 import random
 import re
@@ -185,11 +186,16 @@ class Args:
     """compute type (auto: bfloat16 on a GPU, float32 on a CPU); trained weights stay float32.
     On a CPU bfloat16 saves memory, and time where /proc/cpuinfo lists avx512_bf16 or amx"""
     eval_every: int = 50
-    """steps between scores on --eval_data"""
+    """steps between scores on --eval_data; 0: never"""
+    eval_rows: int = 0
+    """score only so many held-out rows, always the same ones; 0: all"""
     save_every: int = 50
     """steps between checkpoints"""
     keep: int = 1
     """checkpoints that stay on the disk, the newest ones"""
+    keep_best: bool = True
+    """keep the model with the best held-out score as best/
+    in the run's folder (by eval/reward, else eval/accuracy)"""
 
 
 def resolve(args):
@@ -474,11 +480,12 @@ def train(args):
         if saved:
             common.load_checkpoint(saved, models, {"policy": optimizer})
             del saved
+        held_out_scores = functools.partial(
+            evaluate, policy, tokenizer, held_out, reward, args, world, stop_asked
+        )
         if done_steps == 0:
-            held_out_scores = evaluate(policy, tokenizer, held_out, reward, args, world)
-            common.log(out, writer, 0, held_out_scores)
+            common.log(out, writer, 0, common.scores_if_due(0, args, held_out_scores))
 
-        warned = set()
         for step in range(done_steps + 1, args.steps + 1):
             step_began = time.perf_counter()
             meter = common.Meter()
@@ -551,10 +558,9 @@ def train(args):
                 "tokens_per_second": tokens / (step_ended - step_began),
                 "memory_gib": common.memory_used(world) / 2**30,
             }
-            if step % args.eval_every == 0 or step == args.steps:
-                metrics |= evaluate(policy, tokenizer, held_out, reward, args, world)
+            metrics |= common.scores_if_due(step, args, held_out_scores)
             common.log(out, writer, step, metrics, shown)
-            common.show_progress(bar, metrics, args, warned)
+            common.save_best(out, args, world, step, metrics, policy, tokenizer)
 
             # 7. Save if it is due. After a signal (Ctrl-C, SIGTERM), save and end the run.
             common.save_if_due(out, args, world, step, models, {"policy": optimizer}, stop_asked)
@@ -669,7 +675,7 @@ def micro_batches(rows, trained, samples, tokens, world):
     return parts
 
 
-def evaluate(policy, tokenizer, held_out, reward, args, world):
+def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, eval/exact. Each process
     takes its share."""
     mine = held_out[world.rank :: world.size]
@@ -677,7 +683,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
     size = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     rules = common.rules_that_fit(reward, held_out)
     meter = common.Meter()
-    for start in range(0, math.ceil(len(held_out) / world.size), size):
+    starts = range(0, math.ceil(len(held_out) / world.size), size)
+    for start in common.under_way(starts, world, stop_asked):
         # FSDP: a process with no prompts left must still sample; its results do not count
         is_counted = start < len(mine)
         part = mine[start : start + size] or held_out[:1]
@@ -687,11 +694,15 @@ def evaluate(policy, tokenizer, held_out, reward, args, world):
         samples = common.sample(
             policy, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=0
         )
+        scores = reward.score(samples, records)
+        counted = torch.full_like(known, is_counted)
         # the third argument: which values count
-        for name, values in reward.score(samples, records).items():
-            meter.add(f"eval/{name}", torch.tensor(values), torch.full_like(known, is_counted))
+        for name, values in scores.items():
+            meter.add(f"eval/{name}", torch.tensor(values), counted)
         for name, rule in rules.items():
             meter.add(f"eval/{name}", count_right(samples.texts, records, rule), known)
+        meter.total("held_out/prompts", counted.sum())
+        meter.completions += common.examples(samples, scores, records, range(len(part)))
     return meter.result(world)
 
 

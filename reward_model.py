@@ -49,6 +49,7 @@ best-of-N for language models), Touvron et al. 2023 (the margin), Eisenstein et 
 """
 
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -151,11 +152,16 @@ class Args:
     """compute type (auto: bfloat16 on a GPU, float32 on a CPU); trained weights stay float32.
     On a CPU bfloat16 saves memory, and time where /proc/cpuinfo lists avx512_bf16 or amx"""
     eval_every: int = 75
-    """steps between scores on --eval_data"""
+    """steps between scores on --eval_data; 0: never"""
+    eval_rows: int = 0
+    """score only so many held-out rows, always the same ones; 0: all"""
     save_every: int = 75
     """steps between checkpoints"""
     keep: int = 1
     """checkpoints that stay on the disk, the newest ones"""
+    keep_best: bool = True
+    """keep the model with the best held-out score as best/
+    in the run's folder (by eval/reward, else eval/accuracy)"""
 
 
 def resolve(args):
@@ -227,14 +233,15 @@ def pair_metrics(chosen, rejected, longer_by):
     gap = chosen - rejected
     won = share_won(chosen, rejected).double()
     metrics = {
-        "eval/accuracy": won.mean().item(),
-        "eval/margin": gap.mean().item(),
-        "eval/loss": -F.logsigmoid(gap).mean().item(),
+        "eval/accuracy": common.mean_of(won),
+        "eval/margin": common.mean_of(gap),
+        "eval/loss": common.mean_of(-F.logsigmoid(gap)),
+        "held_out/pairs": len(gap),
     }
     if (longer_by < 0).any():
-        metrics["eval/accuracy_shorter"] = won[longer_by < 0].mean().item()
+        metrics["eval/accuracy_shorter"] = common.mean_of(won[longer_by < 0])
     if (longer_by > 0).any():
-        metrics["eval/accuracy_longer"] = won[longer_by > 0].mean().item()
+        metrics["eval/accuracy_longer"] = common.mean_of(won[longer_by > 0])
     predicted = gap.abs().sigmoid()  # from 0.5 to 1
     bins = (predicted * 20 - 10).long().clamp(0, 9)
     error = 0.0
@@ -349,9 +356,11 @@ def train(args):
         if saved:
             common.load_checkpoint(saved, {"model": model}, {"model": optimizer})
             del saved
+        held_out_scores = functools.partial(
+            evaluate, model, tokenizer, held_out, share_prompts, args, world, stop_asked
+        )
         if done_steps == 0:
-            scores = evaluate(model, tokenizer, held_out, share_prompts, args, world)
-            common.log(out, writer, 0, scores)
+            common.log(out, writer, 0, common.scores_if_due(0, args, held_out_scores))
 
         for step in range(done_steps + 1, args.steps + 1):
             step_began = time.perf_counter()
@@ -393,13 +402,9 @@ def train(args):
                 "tokens_per_second": tokens / seconds,
                 "memory_gib": common.memory_used(world) / 2**30,
             }
-            if step % args.eval_every == 0 or step == args.steps:
-                metrics |= evaluate(model, tokenizer, held_out, share_prompts, args, world)
+            metrics |= common.scores_if_due(step, args, held_out_scores)
             common.log(out, writer, step, metrics)
-            if bar:  # only the first process has one
-                accuracy = metrics["accuracy"]
-                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, accuracy {accuracy:.3f}")
-                bar.update()
+            common.save_best(out, args, world, step, metrics, model, tokenizer)
 
             # 4. Save if it is due. After a signal (Ctrl-C, SIGTERM), save and end the run.
             common.save_if_due(
@@ -491,7 +496,7 @@ def count_tokens(pairs):
 
 
 @torch.no_grad()
-def score_all(model, tokenizer, pairs, share_prompts, args, world):
+def score_all(model, tokenizer, pairs, share_prompts, args, world, stop_asked=None):
     """The scores of many pairs -> [pairs, 2] in float64, in every process. Each scores its share.
 
     With --steps 0 the model may be from elsewhere. Then it is read as --reward and transformers'
@@ -500,7 +505,8 @@ def score_all(model, tokenizer, pairs, share_prompts, args, world):
     mine = share_of_process(pairs, world)
     scores = torch.zeros(len(mine), 2, dtype=torch.float64)
     if args.steps:
-        for part in micro_batches_of_pairs(mine, share_prompts, args.tokens_per_micro_batch, world):
+        parts = micro_batches_of_pairs(mine, share_prompts, args.tokens_per_micro_batch, world)
+        for part in common.under_way(parts, world, stop_asked):
             few = [mine[i] for i in part]
             scores[part] = pair_scores(model, tokenizer, few, share_prompts, world).double().cpu()
         common.forget_forwards(model)  # FSDP expects a backward after a forward
@@ -515,11 +521,11 @@ def score_all(model, tokenizer, pairs, share_prompts, args, world):
     return scores
 
 
-def evaluate(model, tokenizer, held_out, share_prompts, args, world):
+def evaluate(model, tokenizer, held_out, share_prompts, args, world, stop_asked=None):
     """Scores of held-out pairs, see `pair_metrics`."""
     if not held_out:
         return {}
-    scores = score_all(model, tokenizer, held_out, share_prompts, args, world)
+    scores = score_all(model, tokenizer, held_out, share_prompts, args, world, stop_asked)
     length = side_lengths(held_out)
     return pair_metrics(scores[:, 0], scores[:, 1], length[:, 0] - length[:, 1])
 
@@ -765,6 +771,7 @@ def load_task(args, world):
     if args.eval_data:
         records = read_pairs(args.eval_data, "--eval_data")
         held_out, _ = encode_pairs(records, tokenizer, args, "--eval_data")
+        held_out = common.some_rows(held_out, args.eval_rows)
     return args, tokenizer, pairs, margins, held_out
 
 

@@ -248,6 +248,7 @@ def test_held_out_numbers_by_hand(loss, monkeypatch):
         "eval/accuracy": won / 4,
         "eval/margin": sum(margins) / 4,
         "eval/loss": sum(losses) / 4,
+        "held_out/pairs": 4,
     }
     assert found == pytest.approx(wanted, rel=1e-5)
 
@@ -598,7 +599,8 @@ def test_samples_of_held_out_prompts_can_be_read(tmp_path):
     flags = {"eval_prompts": f"{tmp_path}/prompts.jsonl", "eval_every": 1}
     run(tmp_path, steps=1, data=few_pairs(tmp_path, 16), pairs_per_step=16, **flags)
     shown = [
-        json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (tmp_path / "run" / "eval_samples.jsonl").read_text().splitlines()
     ]
     assert [(x["step"], x["prompt"]) for x in shown] == [
         (s, p) for s in (0, 1) for p in ("52817=", "31=")

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from processes import run as run_processes
+from safetensors.torch import load_file
 from test_reinforce import prompts_file
 
 import common
@@ -93,6 +94,7 @@ def scores_by_hand(count, rule, n, with_number=False):
     known = [i for i, row in enumerate(rows) if "answer" in row]
     lengths = [len(said(i, 0)) for i in range(count)]
     wanted = {"eval/reward": sum(paid) / count, "eval/reward/length": sum(lengths) / count}
+    wanted["held_out/prompts"] = count
     if known:
         wanted["eval/exact"] = sum(kind_of_draw(i, 0) in rule for i in known) / len(known)
     if with_number:
@@ -125,7 +127,8 @@ def evaluated(script, count, reward, n=0, world=CPU, longest=1, **flags):
     args = script.resolve(script.Args(device="cpu", **flags))
     rows = held_out_rows(count, longest)
     found = script.evaluate(None, None, rows, loaded(script, reward), args, world)
-    return found[0] if script is dpo else found
+    found.pop("eval_samples", None)
+    return found
 
 
 @pytest.mark.parametrize("reward, rule", [("exact", {0}), ("number", {0, 1}), ("r.py:f", {0})])
@@ -153,11 +156,12 @@ def test_rows_without_any_answer_have_a_reward_and_no_share_of_right_ones(script
     rows = [{"prompt": "0"}, {"prompt": "1"}]
     args = script.resolve(script.Args(reward="r.py:f"))
     held_out = [([0], rows[0]), ([1], rows[1])]
-    found = script.evaluate(None, None, held_out, loaded(script, "r.py:f"), args, CPU)
-    scores = found[0] if script is dpo else found
+    scores = script.evaluate(None, None, held_out, loaded(script, "r.py:f"), args, CPU)
+    assert not any("answer" in row for row in scores.pop("eval_samples"))
     paid = pay([said(0, 0), said(1, 0)], rows)
     length = (len(said(0, 0)) + len(said(1, 0))) / 2
-    assert scores == pytest.approx({"eval/reward": sum(paid) / 2, "eval/reward/length": length})
+    wanted = {"eval/reward": sum(paid) / 2, "eval/reward/length": length}
+    assert scores == pytest.approx(wanted | {"held_out/prompts": 2})
 
 
 def test_the_share_of_right_numbers_is_logged_where_every_held_out_answer_has_a_number():
@@ -266,18 +270,42 @@ def test_two_processes_share_the_rows_out_and_count_each_once(two_processes):
         assert scores == pytest.approx(wanted), case
 
 
-def test_dpo_shows_the_first_completions_with_their_prompts_and_rewards(monkeypatch):
+@pytest.mark.parametrize("script", EVALUATED, ids=named)
+def test_completions_are_shown_with_their_prompts_answers_and_scores(script, monkeypatch):
     monkeypatch.setattr(common, "sample", stand_in())
-    reward = common.Reward(pay_in_parts, dpo.exact, {"exact": dpo.exact})
-    _, shown = dpo.evaluate(None, None, held_out_rows(300), reward, dpo.resolve(dpo.Args()), CPU)
-    texts, rows = [said(i, 0) for i in range(8)], [{"prompt": str(i)} for i in range(8)]
-    assert [x["prompt"] for x in shown] == [row["prompt"] for row in rows]
-    assert [x["completion"] for x in shown] == texts
-    assert [x["reward"] for x in shown] == pytest.approx(pay(texts, rows), rel=1e-5)
-    assert [x["reward/length"] for x in shown] == [len(text) for text in texts]
-    assert [x.get("answer") for x in shown] == [
-        row.get("answer") for _, row in held_out_rows(9)[:8]
-    ]
+    reward = common.Reward(pay_in_parts, script.exact, {"exact": script.exact})
+    args = script.resolve(script.Args())
+    found = script.evaluate(None, None, held_out_rows(300), reward, args, CPU)
+    shown = found["eval_samples"]
+    assert len(shown) == 300
+    for i, row in enumerate(shown):
+        text = said(i, 0)
+        answer = None if i % 5 == 4 else str(3 * i)
+        paid = pay([text], [{"prompt": str(i)}])[0]
+        assert row.pop("reward") == pytest.approx(paid, rel=1e-5)
+        assert (row.pop("reward/length"), row.pop("answer", None)) == (len(text), answer)
+        assert row == {"prompt": str(i), "completion": text}
+
+
+@pytest.mark.parametrize("script", EVALUATED, ids=named)
+def test_a_run_keeps_eight_held_out_completions_of_each_evaluation_and_all_of_step_0(
+    script, tmp_path
+):
+    lines = (grpo.TINY / "sort_test.jsonl").read_text().splitlines()[:20]
+    (tmp_path / "test.jsonl").write_text("\n".join(lines))
+    held_out = {"eval_prompts" if script is dpo else "eval_data": str(tmp_path / "test.jsonl")}
+    flags = held_out | {"eval_every": 2, "save_every": 1, "keep": 9, "samples_per_prompt": 2}
+    run(script, tmp_path, steps=4, **flags)
+    path = tmp_path / "run" / "eval_samples.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0] * 20 + [2] * 8 + [4] * 8
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    assert [row["prompt"] for row in rows] == prompts + 2 * prompts[:8]
+    before = path.read_text()
+    for step in (3, 4):
+        (tmp_path / "run" / "checkpoint" / f"{step:06d}.pt").unlink()
+    run(script, tmp_path, steps=4, resume=True, **flags)
+    assert path.read_text() == before, "what is made again does not stand there twice"
 
 
 @pytest.mark.parametrize("script", ROLLOUTS, ids=named)
@@ -288,6 +316,269 @@ def test_the_greedy_score_of_the_embedded_model_is_known(script, tmp_path):
     [line] = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     right = json.loads(line)["eval/exact"] * 512
     assert right == pytest.approx(160, abs=1), "rounding may turn one"
+
+
+# --- how sure a score is ---
+
+
+def wilson(right, count):
+    """The shares that a test at 1.96 standard deviations, of the share itself, does not reject."""
+    found = right / count
+    kept = []
+    for i in range(100_001):
+        share = i / 100_000
+        if abs(found - share) <= 1.96 * math.sqrt(share * (1 - share) / count):
+            kept.append(share)
+    return kept[0], kept[-1]
+
+
+@pytest.mark.parametrize("right, count", [(0, 5), (5, 5), (1, 2), (261, 512), (3, 200), (1, 1)])
+def test_a_share_has_wilsons_interval(right, count):
+    meter = common.Meter()
+    meter.add("right", torch.tensor([True] * right + [False] * (count - right)))
+    share = meter.result(CPU)["right"]
+    assert share == right / count and share.count == count
+    assert (share.low, share.high) == pytest.approx(wilson(right, count), abs=2e-5)
+    assert -1e-9 <= share.low and share.high <= 1 + 1e-9
+
+
+def test_another_mean_has_1_96_standard_errors_on_both_sides():
+    values = torch.tensor([0.5, 2.0, -1.0, 4.5, 0.5])
+    meter = common.Meter()
+    mask = torch.tensor([True, True, True, False, False])
+    meter.add("some", values, mask)
+    meter.add("some", values, ~mask)
+    for mean in (meter.result(CPU)["some"], common.mean_of(values)):
+        half = 1.96 * values.std().item() / math.sqrt(5)
+        assert (mean, mean.count) == (pytest.approx(1.3), 5)
+        assert (mean.low, mean.high) == pytest.approx((1.3 - half, 1.3 + half))
+        assert json.dumps({"mean": mean}) == '{"mean": 1.3}', "in a file it is a number"
+
+
+def test_one_value_that_is_no_share_says_nothing_of_how_sure_it_is():
+    alone = common.mean_of(torch.tensor([2.5]))
+    assert (alone, alone.low, alone.high) == (2.5, -math.inf, math.inf)
+
+
+# --- evaluations that are short, stopped, or left out ---
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=named)
+def test_with_eval_every_0_nothing_is_scored(script, tmp_path, monkeypatch):
+    scored(script, monkeypatch, [])
+    held_out = {"eval_prompts": None, "eval_data": None, "samples_per_prompt": 2}
+    log = run(script, tmp_path, steps=2, eval_every=0, **held_out)
+    assert [m["step"] for m in log] == [0, 1, 2]
+    assert not any(name.startswith("eval/") for m in log for name in m)
+
+
+def test_a_run_without_steps_and_without_evaluations_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        grpo.resolve(grpo.Args(steps=0, eval_every=0))
+    assert "--eval_every 0 turns that off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=named)
+def test_eval_rows_are_the_same_in_every_run_and_no_training_row_is_left_out(script):
+    """A choice from the whole file, in its order."""
+    args = script.resolve(script.Args(eval_rows=40, device="cpu"))
+    every = script.resolve(script.Args(device="cpu"))
+    some, whole = script.load_task(args, CPU), script.load_task(every, CPU)
+    counts = []
+    for few, many in zip(some, whole):
+        if isinstance(few, list):
+            assert [row for row in many if row in few] == few, "in the order of the file"
+            counts.append((len(few), len(many)))
+    fewer = [few for few, many in counts if few < many]
+    assert fewer == [40, 40] if script is dpo else fewer == [40]
+    again = script.load_task(dataclasses.replace(args, seed=9), CPU)
+    assert [x for x in again if isinstance(x, list)] == [x for x in some if isinstance(x, list)]
+    rows = list(range(100))
+    assert common.some_rows(rows, 0) == common.some_rows(rows, 200) == rows
+    assert max(common.some_rows(rows, 40)) > 80, "not the first ones"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=named)
+def test_a_signal_in_an_evaluation_saves_at_once_and_leaves_it_out(
+    script, tmp_path, monkeypatch, capsys
+):
+    """It comes while the first part of step 2's evaluation is computed."""
+    asked = []
+    inside = [0]
+    honest = common.under_way
+
+    def under_way(parts, world, stop_asked=None):
+        inside[0] += 1
+        for number, part in enumerate(honest(parts, world, stop_asked), 1):
+            if (tmp_path / "run" / "checkpoint" / "000001.pt").exists():
+                asked.append(number)
+            yield part
+
+    monkeypatch.setattr(common, "under_way", under_way)
+    monkeypatch.setattr(common, "catch_signals", lambda steps: lambda: bool(asked))
+    monkeypatch.setattr(common, "rows_at_once", lambda *given: 4)
+    name = "pairs_test.jsonl" if script in (dpo, reward_model) else "sort_test.jsonl"
+    held_out = {"eval_data": str(grpo.TINY / name), "eval_rows": 20}
+    flags = held_out | {"save_every": 1, "keep": 9, "eval_every": 2, "samples_per_prompt": 2}
+    flags |= {"tokens_per_micro_batch": 100}
+    with pytest.raises(SystemExit) as stopped:
+        run(script, tmp_path, steps=4, **flags)
+    assert "stopped by a signal after step 2 of 4, which is saved" in str(stopped.value)
+    assert asked == [1], "after one part of several"
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    log = [json.loads(line) for line in lines]
+    assert [m["step"] for m in log] == [0, 1, 2]
+    scored = [m["step"] for m in log if any(name.startswith("eval/") for name in m)]
+    assert scored == [0]
+    assert "000002" in [p.stem for p in common.checkpoints(tmp_path / "run")]
+
+
+def test_a_signal_in_the_last_evaluation_leaves_an_older_score_with_its_step(
+    tmp_path, monkeypatch, capsys
+):
+    scored(grpo, monkeypatch, [0.1, 0.5])
+    before = grpo.evaluate
+
+    def evaluate(*everything):
+        if (tmp_path / "run" / "checkpoint" / "000002.pt").exists():
+            raise common.Ended("as by a signal")
+        return before(*everything)
+
+    monkeypatch.setattr(grpo, "evaluate", evaluate)
+    run(grpo, tmp_path, steps=3, **FEW | {"eval_every": 2})
+    assert "held-out reward: 0.100 -> 0.500 at step 2\n" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_a_signal_before_the_first_step_ends_the_run_with_nothing_to_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "catch_signals", lambda steps: lambda: True)
+    with pytest.raises(SystemExit) as stopped:
+        run(grpo, tmp_path, steps=3, eval_data=None, eval_rows=4)
+    assert "stopped by a signal during the evaluation\nno checkpoint was written" in str(
+        stopped.value
+    )
+
+
+def test_an_evaluation_shows_its_progress_on_the_first_process_only(monkeypatch):
+    shown = []
+
+    def bar(parts, **settings):
+        shown.append(settings["disable"])
+        return parts
+
+    monkeypatch.setattr(common, "tqdm", bar)
+    for rank in (0, 1):
+        world = World(rank, 1, torch.device("cpu"), torch.float32)
+        assert list(common.under_way([1, 2], world)) == [1, 2]
+    assert shown == [None, True], "None: in a terminal"
+
+
+# --- the best model ---
+
+
+def scored(script, monkeypatch, scores):
+    """The script's evaluation gives these numbers, one after another."""
+    left = iter(scores)
+
+    def evaluate(*everything):
+        found = {
+            "eval/loss": 9.0,
+            "eval/accuracy" if script is reward_model else "eval/reward": next(left),
+        }
+        return found
+
+    monkeypatch.setattr(script, "evaluate", evaluate)
+
+
+def best(tmp_path, name="run"):
+    """The step and the weights of best/, or None."""
+    folder = tmp_path / name / "best"
+    if not folder.exists():
+        return None, None
+    return json.loads((folder / "score.json").read_text()), load_file(folder / "model.safetensors")
+
+
+FEW = {"save_every": 1, "keep": 9, "eval_every": 1, "warmup": 0, "learning_rate": 1e-4}
+FEW |= {"samples_per_prompt": 2, "schedule": "constant"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=named)
+def test_the_model_with_the_best_held_out_score_is_kept_and_named(
+    script, tmp_path, monkeypatch, capsys
+):
+    """The first of equal ones. A resumed run goes on with the best so far."""
+    scored(script, monkeypatch, [0.1, 0.5, 0.5, 0.2])
+    run(script, tmp_path, steps=3, **FEW)
+    measure = "accuracy" if script is reward_model else "reward"
+    kept = f"kept in {tmp_path / 'run' / 'best'}"
+    assert f"best held-out {measure}: 0.500 at step 1, {kept}" in capsys.readouterr().out
+    note, weights = best(tmp_path)
+    assert note == {"step": 1, f"eval/{measure}": 0.5}
+    there = saved(tmp_path, 1)["model" if script is reward_model else "policy"]
+    assert all(torch.equal(p, there[k]) for k, p in weights.items() if k in there)
+    assert set(there) - set(weights) <= {"lm_head.weight"}
+
+    scored(script, monkeypatch, [0.4])
+    run(script, tmp_path, steps=4, resume=True, **FEW)
+    assert best(tmp_path)[0]["step"] == 1 and f"0.500 at step 1, {kept}" in capsys.readouterr().out
+    scored(script, monkeypatch, [0.7])
+    run(script, tmp_path, steps=5, resume=True, **FEW)
+    assert best(tmp_path)[0]["step"] == 5
+    assert "best held-out" not in capsys.readouterr().out, "the last one is the best"
+
+
+def test_a_model_that_only_got_worse_is_not_the_best(tmp_path, monkeypatch, capsys):
+    scored(grpo, monkeypatch, [0.6, 0.5, 0.6])
+    run(grpo, tmp_path, steps=2, **FEW)
+    said = capsys.readouterr().out
+    assert best(tmp_path)[0] is None
+    assert "best held-out reward: 0.600 at step 0\n" in said
+
+
+def test_without_keep_best_the_best_score_is_named_and_nothing_else_changes(
+    tmp_path, monkeypatch, capsys
+):
+    for name, keep_best in (("a", True), ("b", False)):
+        scored(grpo, monkeypatch, [0.1, 0.5, 0.4])
+        run(grpo, tmp_path, name, steps=2, keep_best=keep_best, **FEW)
+    assert "best held-out reward: 0.500 at step 1\n" in capsys.readouterr().out
+    assert best(tmp_path, "a")[0]["step"] == 1 and best(tmp_path, "b")[0] is None
+    a, b = (saved(tmp_path, 2, name)["policy"] for name in "ab")
+    assert all(torch.equal(p, b[k]) for k, p in a.items())
+
+
+def test_best_survives_a_crash_that_lost_its_step(tmp_path, monkeypatch, capsys):
+    """Resumed from step 1, the run makes step 2 again, and step 3. best/ stays that of the lost
+    step 3 until a score is above it; a run that begins anew has none."""
+    scored(grpo, monkeypatch, [0.1, 0.2, 0.3, 0.6])
+    run(grpo, tmp_path, steps=3, **FEW)
+    lost = best(tmp_path)
+    for step in (2, 3):
+        (tmp_path / "run" / "checkpoint" / f"{step:06d}.pt").unlink()
+    capsys.readouterr()
+    scored(grpo, monkeypatch, [0.5])
+    run(grpo, tmp_path, steps=2, resume=True, **FEW)
+    assert lost[0] == {"step": 3, "eval/reward": 0.6} == best(tmp_path)[0]
+    assert "best held-out reward: 0.600 at step 3, kept in" in capsys.readouterr().out
+    for checkpoint in common.checkpoints(tmp_path / "run"):
+        checkpoint.unlink()
+    scored(grpo, monkeypatch, [0.1, 0.05])
+    run(grpo, tmp_path, steps=1, resume=True, **FEW)
+    assert best(tmp_path)[0] is None
+
+
+def test_with_adapters_best_has_its_own(tmp_path, monkeypatch):
+    """One folder for the best and one for the last; both are merged into their models."""
+    scored(grpo, monkeypatch, [0.1, 0.5, 0.4])
+    (tmp_path / "r.py").write_text("def f(said, row):\n    return sum(map(ord, said)) % 7\n")
+    run(grpo, tmp_path, steps=2, lora_rank=2, reward=f"{tmp_path}/r.py:f", **FEW)
+    assert best(tmp_path)[0]["step"] == 1
+    names = ("best_adapter", "adapter")
+    first, last = (load_file(tmp_path / "run" / n / "adapter_model.safetensors") for n in names)
+    assert any(not torch.equal(p, last[k]) for k, p in first.items())
+    [name] = [k for k in first if "layers.0.self_attn.q_proj.lora_B" in k]
+    step_1 = saved(tmp_path, 1)["policy"]
+    assert torch.equal(first[name], step_1[name.removeprefix("base_model.model.")])
 
 
 @pytest.mark.parametrize("script", ROLLOUTS, ids=named)
@@ -404,8 +695,7 @@ def test_scores_and_checkpoints_are_made_when_the_flags_say(script, tmp_path, mo
 
     def evaluate(model, *rest):
         seen.append({k: p.detach().clone() for k, p in model.named_parameters()})
-        scores = {"eval/reward": float(len(seen))}
-        return (scores, []) if script is dpo else scores
+        return {"eval/reward": float(len(seen))}
 
     monkeypatch.setattr(script, "evaluate", evaluate)
     few = grpo.TINY / ("pairs_test.jsonl" if script is reward_model else "sort_test.jsonl")
@@ -596,7 +886,12 @@ def test_console_log_and_tensorboard_have_every_step_once(tmp_path, capsys):
 
     first, last = log[0]["eval/exact"], log[4]["eval/exact"]
     assert "going on after step 2 of 4" in said
-    assert f"held-out exact: {first:.3f} -> {last:.3f}" in said
+    low, high = (f"{end:.3f}" for end in wilson(round(20 * last), 20))
+    assert (
+        f"held-out exact: {first:.3f} -> {last:.3f} (20 rows, 95 % interval {low} to {high})"
+        in said
+    )
+    assert log[4]["held_out/prompts"] == 20
     assert f"step 4: held-out reward {log[4]['eval/reward']:.3f}, exact {last:.3f}" in said
     assert 'print(pipeline("text-generation", ' in said
 
@@ -615,9 +910,10 @@ def test_the_progress_bar_moves_with_every_step_and_begins_where_a_resumed_run_d
     bars = []
 
     class Bar(common.tqdm):
-        def __init__(self, **settings):
-            super().__init__(**settings | {"disable": False, "file": io.StringIO()})
-            bars.append(self)
+        def __init__(self, *parts, **settings):
+            super().__init__(*parts, **settings | {"disable": False, "file": io.StringIO()})
+            if not parts:  # not that of an evaluation
+                bars.append(self)
 
     monkeypatch.setattr(common, "tqdm", Bar)
     flags = {"save_every": 2, "schedule": "constant", "warmup": 0}

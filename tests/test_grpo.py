@@ -785,7 +785,8 @@ def held_out_written_out(f, policy, calls, rows, pays, tokenizer):
     paid = sum(pays(text, row) for text, row in zip(texts, rows))
     numbers = sum(grpo.last_number(text) == int(row["answer"]) for text, row in zip(texts, rows))
     scores = {"eval/reward": paid, "eval/exact": right, "eval/number": numbers}
-    return {name: value / len(rows) for name, value in scores.items()}
+    scores = {name: value / len(rows) for name, value in scores.items()}
+    return scores | {"held_out/prompts": len(rows)}
 
 
 def is_near(model, saved, before):

@@ -1,5 +1,6 @@
 """Loading: text to ids, models without dropout, heads, optimizer, and a run's folder that nothing can spoil."""
 
+import collections
 import dataclasses
 import errno
 import importlib
@@ -912,7 +913,7 @@ def test_a_resumed_run_may_change_few_flags_and_no_others(script, tmp_path, caps
         except SystemExit:
             assert f"--{name} is" in capsys.readouterr().err
         (tmp_path / "args.json").write_text(before)
-    may = "steps eval_every save_every keep tokens_per_micro_batch gradient_checkpointing"
+    may = "steps eval_every save_every keep keep_best tokens_per_micro_batch gradient_checkpointing"
     assert accepted == {*may.split(), "sample_rows", "unit_scale"} & set(flags)
 
 
@@ -1322,29 +1323,42 @@ def test_a_meter_adds_in_float64_and_without_a_gradient():
     meter.add("x", x * 2**24)
     meter.add("x", x[:1])
     [total] = meter.means.values()
-    assert total.tolist() == [3 * 2**24 + 1, 4] and not total.requires_grad
+    assert total.tolist() == [3 * 2**24 + 1, 4, 3 * 2**48 + 1] and not total.requires_grad
 
 
 def test_advice_of_all_methods_is_given_once_and_only_where_it_helps(monkeypatch):
-    said, words = set(), []
+    said, words = collections.Counter(), []
     monkeypatch.setattr(common.tqdm, "write", words.append)
     calm = {"truncated": 0.5, "reward": 0.1, "equal_groups": 0.8, "ratio/first": 0.0}
-    calm |= {"entropy": 0.5, "kl/ref": 99.0, "value/explained": -1.0}
+    calm |= {"entropy": 0.5, "kl/ref": 99.0, "value/explained": -1.0, "fall / interval": 1.0}
+    calm |= {"length / first length": 2.9}
     exact, number = (Namespace(reward=name, reference="") for name in ("exact", "number"))
     common.advise(calm, exact, said)
-    common.advise(calm | {"reward": 0.0}, number, said)
+    for _ in range(9):
+        common.advise(calm | {"reward": 0.0}, number, said)
     common.advise({}, exact, said)
     # a teacher may be far away, and without a reward all scores are equal
     teacher = Namespace(reward="none", reference="TEACHER")
     common.advise(calm | {"reward": 0.0, "equal_groups": 1.0, "kl/ref": 300.0}, teacher, said)
     assert not words
     loud = {"truncated": 0.6, "reward": 0.0, "equal_groups": 0.9, "ratio/first": 0.1}
-    loud |= {"entropy": 0.001, "kl/ref": -101.0, "value/explained": -1.1}
-    for name, value in loud.items():
-        for _ in range(2):
+    loud |= {"entropy": 0.001, "kl/ref": -101.0, "value/explained": -1.1, "fall / interval": 1.1}
+    loud |= {"length / first length": 0.3}
+    for number, (name, value) in enumerate(loud.items()):
+        lasting = name in ("reward", "length / first length")
+        for bad_steps in (2, 1) if lasting else ():  # one batch, or two, may be chance
+            for _ in range(bad_steps):
+                common.advise(calm | {name: value}, exact, said)
+            common.advise(calm, exact, said)
+        assert len(words) == number
+        for _ in range(4):
             common.advise(calm | {name: value}, exact, said)
-        assert len(words) == len(said) and name in said and f"({name} {value:.3g})" in words[-1]
-    assert len(words) == 7
+        assert len(words) == number + 1 and f"({name} {value:.3g})" in words[-1]
+    assert len(words) == 9
+    said.clear()
+    for _ in range(3):
+        common.advise({"length / first length": 3.1}, exact, said)
+    assert len(words) == 10
 
 
 def test_a_pipe_that_is_gone_ends_no_run(tmp_path, monkeypatch):
@@ -1357,7 +1371,8 @@ def test_a_pipe_that_is_gone_ends_no_run(tmp_path, monkeypatch):
     writer = common.Writer(tmp_path / "tensorboard")
     common.log(tmp_path, writer, 0, {"eval/exact": 1.0})
     common.log(tmp_path, writer, 1, {"reward": 1.0})
-    common.advise({"truncated": 1.0}, Namespace(reward="exact", reference=""), set())
+    exact = Namespace(reward="exact", reference="")
+    common.advise({"truncated": 1.0}, exact, collections.Counter())
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -1370,7 +1385,66 @@ def test_a_log_without_a_progress_bar_has_a_line_a_minute(tmp_path, monkeypatch)
     for step, now in enumerate((100.0, 159.0, 161.0, 170.0), 1):
         clock[0] = now
         common.log(tmp_path, writer, step, {"reward": step / 10, "loss": 1.0, "length": 3.0})
-    assert words == ["step 1: reward 0.1, loss 1", "step 3: reward 0.3, loss 1"]
+    assert words == ["step 1: reward 0.1, loss 1, length 3", "step 3: reward 0.3, loss 1, length 3"]
+    clock[0] = 300.0
+    story = {"tokens_per_second": 1234.0, "kl/ref": 0.25, "entropy": 0.5, "truncated": 0.125}
+    common.log(tmp_path, writer, 9, story | {"reward": 0.5, "grad_norm": 1.0})
+    said = "reward 0.5, truncated 0.125, entropy 0.5, kl/ref 0.25, tokens_per_second 1.23e+03"
+    assert words[2] == f"step 9: {said}"
+
+
+@pytest.mark.parametrize("seconds, said", [(30.0, ["about 48 minutes left"]), (0.5, [])])
+def test_the_time_left_is_said_once_and_counts_steps_only(seconds, said, tmp_path, monkeypatch):
+    """Of 100 steps 97 are left after the third; the first evaluation took an hour."""
+    clock, words = [0.0], []
+    monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(common.tqdm, "write", words.append)
+    writer = common.Writer(tmp_path / "tensorboard", Namespace(reward="number"))
+    bar = common.tqdm(total=100, file=io.StringIO())
+    bar._time = lambda: clock[0]
+    bar.start_t = bar.last_print_t = 0.0
+    writer.bar = bar
+    clock[0] = 3600.0
+    common.log(tmp_path, writer, 0, {"eval/reward": 0.5})
+    for step in range(1, 6):
+        clock[0] += seconds
+        common.log(tmp_path, writer, step, {"reward": 0.5, "tokens_per_second": 9.0})
+    assert [line for line in words if "left" in line] == [
+        f"{line}, evaluations not counted" for line in said
+    ]
+    assert bar.n == 5 and bar.format_dict["elapsed"] == pytest.approx(5 * seconds)
+
+
+def warnings_of(tmp_path, monkeypatch, lines):
+    """What a run is warned of that logs these numbers, beginning with those of step 0. A run that is
+    resumed begins with a new writer."""
+    words = []
+    monkeypatch.setattr(common.tqdm, "write", words.append)
+    writer = common.Writer(tmp_path / "tensorboard", Namespace(reward="number"))
+    steps = len(common.read_log(tmp_path)) if (tmp_path / "metrics.jsonl").exists() else 0
+    for step, metrics in enumerate(lines, steps):
+        common.log(tmp_path, writer, step, metrics)
+    return [line for line in words if line.startswith("warning")]
+
+
+def test_lengths_are_compared_with_those_of_step_1_also_in_a_resumed_run(tmp_path, monkeypatch):
+    lengths = [{"length": 30.0}, {"length": 12.0}, {"length": 9.0}, {"length": 9.0}]
+    assert not warnings_of(tmp_path, monkeypatch, [{"eval/reward": 0.5}, *lengths])
+    [warning] = warnings_of(tmp_path, monkeypatch, [{"length": 9.0}] * 4)
+    assert "much shorter or longer" in warning and "0.3)" in warning
+
+
+def test_a_held_out_score_is_compared_with_the_best_by_its_own_interval(tmp_path, monkeypatch):
+    """That of 50 right ones of 100 is 0.19 wide."""
+
+    def share(right):
+        return {"eval/reward": common.Mean(right, 100, right), "eval/exact": 0.0}
+
+    for best, count in ((69, 0), (75, 1)):
+        folder = tmp_path / str(best)
+        folder.mkdir()
+        found = warnings_of(folder, monkeypatch, [share(20), share(best), share(50), share(50)])
+        assert len(found) == count and all("below its best" in line for line in found)
 
 
 @pytest.mark.parametrize(

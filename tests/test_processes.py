@@ -730,6 +730,55 @@ def test_a_model_that_the_first_process_cannot_write_stops_both(tmp_path):
     assert [(tmp_path / n).read_text() for n in "01"] == ["no room for the model"] * 2
 
 
+def keep_the_best_in_two(folder):
+    """Only the first process can read the log, as if the disk of the other were late."""
+    world = start("cpu")
+    model = load_policy(folder / "start", world)
+    args = types.SimpleNamespace(keep_best=True)
+    out = folder / "run" if world.rank == 0 else folder / "nothing"
+    for step, score in ((1, 0.1), (2, 0.5), (3, 0.4)):
+        if world.rank == 0:
+            with open(out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, "eval/reward": score}) + "\n")
+        metrics = {"eval/reward": score}
+        common.save_best(out, args, world, step, metrics, model, make_tokenizer())
+
+
+def test_two_processes_agree_on_the_best_model(tmp_path):
+    first = family("llama")
+    first.save_pretrained(tmp_path / "start")
+    (tmp_path / "run").mkdir()
+    run(keep_the_best_in_two, 2, tmp_path)
+    note = (tmp_path / "run" / "best" / "score.json").read_text()
+    assert json.loads(note) == {"step": 2, "eval/reward": 0.5}
+    world = common.World(0, 1, torch.device("cpu"), torch.float32)
+    kept = load_policy(tmp_path / "run" / "best", world)
+    for (name, p), (_, q) in zip(first.named_parameters(), kept.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert not (tmp_path / "nothing").exists()
+
+
+def stop_an_evaluation_in_one(folder):
+    """The signal reaches the second process only, in the second part of three."""
+    world = start("cpu")
+    args = types.SimpleNamespace(eval_every=1, steps=9)
+    seen = []
+
+    def held_out_scores():
+        asked = (lambda: len(seen) == 2) if world.rank == 1 else (lambda: False)
+        for part in common.under_way(range(3), world, asked):
+            seen.append(part)
+        return {"eval/reward": 1.0}
+
+    found = common.scores_if_due(1, args, held_out_scores)
+    (folder / f"{world.rank}").write_text(json.dumps([seen, found]))
+
+
+def test_a_signal_to_one_process_ends_the_evaluation_of_both(tmp_path):
+    run(stop_an_evaluation_in_one, 2, tmp_path)
+    assert [json.loads((tmp_path / rank).read_text()) for rank in "01"] == [[[0, 1], {}]] * 2
+
+
 def measure_in_one(folder):
     world, meter = start("cpu"), common.Meter()
     rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])

@@ -1245,7 +1245,7 @@ def evaluated_by_hand(policy, f, rows, score, tokenizer):
     if score is not reinforce.exact:
         numbers = [reinforce.number(t, row) for t, row in zip(texts, rows) if "answer" in row]
         scores["eval/number"] = statistics.mean(numbers)
-    return scores
+    return scores | {"held_out/prompts": len(rows)}
 
 
 # Nothing is at its default. The samples of the fourth prompt all score the same.
