@@ -981,11 +981,18 @@ class Reward:
 
     # from samples and their records (lines of the data) to {"reward": [B]}, lists of floats; a
     # function that returns a dict adds {"reward/NAME": [B]} for each of its other numbers
-    score: Callable
+    function: Callable
     rule: Callable  # decides which held-out completions are right
     rules: dict  # {name: rule}, what eval/NAME may be
     answer_flag: str = ""  # the flag to name if a line lacks an answer; "": answers are optional
     is_model: bool = False
+    seconds: float = 0.0  # that the last `score` took
+
+    def score(self, samples, records):
+        began = time.monotonic()
+        scores = self.function(samples, records)
+        self.seconds = time.monotonic() - began
+        return scores
 
 
 def load_reward(spec, rules, world, date):
@@ -2295,6 +2302,15 @@ class Writer(SummaryWriter):
         self.held_out = {}  # the numbers of the last step that has held-out scores
 
 
+AT_A_GLANCE = {  # TensorBoard's tab "Custom Scalars"
+    "held out": "eval/reward eval/exact eval/number eval/accuracy",
+    "in training": "reward accuracy",
+    "distance": "kl/ref kl/old",
+    "completions": "length truncated",
+    "variety": "entropy equal_groups",
+}
+
+
 def introduce(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0, reference=""):
     """Prints the model, its memory and the first text before a model is loaded -> (writer, bar) on
     the first process, (None, None) on the others. reference: the path of one that stays loaded."""
@@ -2327,6 +2343,8 @@ def introduce(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0
             shutil.rmtree(out / "best", ignore_errors=True)
             shutil.rmtree(out / "best_adapter", ignore_errors=True)
         writer = Writer(out / "tensorboard", args, purge_step=done_steps + 1 if done_steps else 0)
+        charts = {title: ["Multiline", names.split()] for title, names in AT_A_GLANCE.items()}
+        writer.add_custom_scalars({"the run at a glance": charts})
         writer.add_text("args", f"```\n{json.dumps(vars(args), indent=1)}\n```")
         writer.flush()
     except OSError as error:

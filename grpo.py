@@ -611,6 +611,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
     equal = equal_groups(rewards, n)
     meter.add("equal_groups", equal)
     meter.total("tokens", samples.mask.sum())
+    meter.maximum("time/reward", torch.tensor(reward.seconds))
     shown = common.examples(samples, scores, records, range(n), tokenizer)
 
     if args.drop_equal_groups:

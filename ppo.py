@@ -692,6 +692,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
     meter.total("tokens", samples.mask.sum())
     # in training, this many consecutive rows share one forward of their prompt
     samples.rows_per_prompt = n if share_prompts else 1
+    meter.maximum("time/reward", torch.tensor(reward.seconds))
     shown = common.examples(samples, scores, records, range(n), tokenizer)
     return samples, torch.tensor(scores["reward"], device=world.device), shown
 

@@ -598,6 +598,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
         # in training, this many consecutive rows share one forward of their prompt
         samples.rows_per_prompt = n if share_prompts else 1
         scores = reward.score(samples, records)  # the reward, and the parts of one that has parts
+        meter.maximum("time/reward", torch.tensor(reward.seconds))
     for name, values in scores.items():
         meter.add(name, torch.tensor(values))
     shown = common.examples(samples, scores, records, range(n), tokenizer)

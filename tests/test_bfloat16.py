@@ -32,7 +32,7 @@ TINY = ROOT / "tests" / "tiny"
 MODEL = TINY / "model"
 PROMPTS = ["52817=", "31=", "9074391=", "4213576="]
 REWARD = f"{TINY / 'sort.py'}:position"  # hardly ever equal for all samples of a prompt
-CLOCKS = ("time/sample", "time/train", "tokens_per_second", "memory_gib")
+CLOCKS = ("time/sample", "time/reward", "time/train", "tokens_per_second", "memory_gib")
 BFLOAT16, FLOAT32 = {torch.bfloat16}, {torch.float32}
 
 # a few steps of every script, with several micro-batches to a step

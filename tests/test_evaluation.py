@@ -922,3 +922,26 @@ def test_the_progress_bar_moves_with_every_step_and_begins_where_a_resumed_run_d
         number = "reward" if script in ROLLOUTS else "accuracy"
         assert f"{number} {log[steps][number]:.3f}" in bars[-1].postfix
     assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(0, 2, 2), (2, 3, 3)]
+
+
+@pytest.mark.parametrize("script", ROLLOUTS, ids=named)
+def test_the_time_of_the_reward_is_logged_apart(script, tmp_path):
+    """A slow reward, and one that is slow for held-out rows only."""
+    lines = "import time\ndef slow(completion, row):\n    time.sleep(row.get('wait', 0.01))\n    return 1"
+    (tmp_path / "reward.py").write_text(lines)
+    row = {"prompt": "52=", "answer": "25"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    (tmp_path / "test.jsonl").write_text(json.dumps(row | {"wait": 0.5}))
+    flags = {"data": str(tmp_path / "data.jsonl"), "eval_data": str(tmp_path / "test.jsonl")}
+    flags |= {"reward": f"{tmp_path}/reward.py:slow", "samples_per_prompt": 4}
+    metrics = run(script, tmp_path, steps=1, prompts_per_step=2, **flags)
+    assert 0.08 <= metrics[1]["time/reward"] < 0.45 and "time/reward" not in metrics[0]
+    assert metrics[1]["time/reward"] <= metrics[1]["time/sample"]
+
+
+def test_tensorboard_has_a_tab_for_the_run_at_a_glance(tmp_path):
+    run(reinforce, tmp_path, steps=1, eval_rows=4, samples_per_prompt=2)
+    written = b"".join(path.read_bytes() for path in (tmp_path / "run" / "tensorboard").iterdir())
+    assert b"custom_scalars" in written and b"the run at a glance" in written
+    for name in ("eval/exact", "reward", "kl/ref", "truncated"):
+        assert name.encode() in written.partition(b"the run at a glance")[2]

@@ -859,6 +859,7 @@ def test_the_steps_of_the_script_are_the_steps_written_out(changed, tmp_path, mo
         if step in (2, 3):  # --eval_every 2, and the last
             wanted |= held_out_written_out(f, policy, calls, held_out, pays, tokenizer)
         memory = log[step].pop("memory_gib")
+        assert 0 <= log[step].pop("time/reward") < 60  # by a clock that the test does not set
         assert memory > 0 and log[step] == pytest.approx(wanted, rel=2e-3, abs=2e-5)
         for line, c in zip([x for x in shown if x["step"] == step], batch[:4], strict=True):
             asked = rows[c.place]["prompt"]
@@ -1179,7 +1180,7 @@ def test_resuming_equals_never_having_stopped(flags, tmp_path):
     straight = run(tmp_path, "a", steps=4, **flags)
     run(tmp_path, "b", steps=3, **flags)
     resumed = run(tmp_path, "b", steps=4, resume=True, **flags)
-    clocks = ("time/sample", "time/train", "tokens_per_second", "memory_gib")
+    clocks = ("time/sample", "time/reward", "time/train", "tokens_per_second", "memory_gib")
     assert [{k: v for k, v in m.items() if k not in clocks} for m in resumed] == [
         {k: v for k, v in m.items() if k not in clocks} for m in straight
     ]
