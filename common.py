@@ -244,7 +244,7 @@ def check_flags(args):
     if not args.steps and not args.eval_every:
         fail("--steps 0 evaluates only, and --eval_every 0 turns that off")
     if args.steps and not args.data:
-        why = "the default is the bundled model's task, and goes with no other file"
+        why = "the bundled data is for the bundled model, and used only if no file is named"
         fail(f"--model {args.model} needs --data: {why}")
     held_out = [name for name in ("eval_data", "eval_prompts") if hasattr(args, name)]
     if not args.steps and not any(getattr(args, name) for name in held_out):
@@ -253,11 +253,14 @@ def check_flags(args):
         empty_model(args.model, args)  # stops if this rank does not suit the model
 
 
-def conversion(path, kind, change=""):
+def conversion(path, kind, flag, change=""):
     """What writes JSON lines from a file of another kind or a data set of the hub, in Python."""
     source = f'"{kind}", data_files="{path}"' if kind else f'"{path}"'
-    rows = f'load_dataset({source})["train"]{change}'
-    return f'convert it: from datasets import load_dataset; {rows}.to_json("data.jsonl")'
+    split = "train"  # a single file has no other
+    if not kind and flag.startswith("--eval"):
+        split = "test"
+    rows = f'load_dataset({source})["{split}"]{change}'
+    return f'convert it: from datasets import load_dataset; {rows}.to_json("{flag[2:]}.jsonl")'
 
 
 def join_parts(record, where):
@@ -280,18 +283,20 @@ def read_json(path, flag):
         text = Path(path).read_bytes().decode("utf-8-sig")  # with or without a BOM
     except (OSError, UnicodeDecodeError) as error:
         why = f"cannot be read as text in UTF-8 ({error})"
-        if kind in ("", "parquet") and Path(path).exists() == bool(kind):
-            why += f"; if this is a {kind or 'hub'} data set, {conversion(path, kind)}"
+        is_parquet = kind == "parquet" and Path(path).exists()
+        may_be_on_the_hub = not kind and not Path(path).exists()
+        if is_parquet or may_be_on_the_hub:
+            why += f"; if this is a {kind or 'hub'} data set, {conversion(path, kind, flag)}"
         fail(f"{flag} {path}: {why}")
     if text.lstrip().startswith("["):
-        fail(f"{flag} {path}, line 1: an array, not an object; {conversion(path, 'json')}")
+        fail(f"{flag} {path}, line 1: an array, not an object; {conversion(path, 'json', flag)}")
     values = []
     for number, line in enumerate(text.split("\n"), 1):  # splitlines() also cuts at U+2028
         try:
             if line.strip():
                 values.append((number, json.loads(line)))
         except ValueError as error:
-            how = conversion(path, kind) if kind == "csv" else "write one object a line"
+            how = conversion(path, kind, flag) if kind == "csv" else "write one object a line"
             fail(f"{flag} {path}, line {number}: not JSON ({error}); {how}")
     if not values:
         fail(f"{flag} {path}: no rows in it")
@@ -479,18 +484,24 @@ def is_prompt(value):
     return True
 
 
-def found(record, path):
-    """For an error: the keys of a line, and what makes prompts of two that are often there."""
+def found(record):
+    """For an error: the keys of a line."""
     keys = [key for key, value in record.items() if value is not None]
-    words = f"it has {', '.join(keys) or 'no keys'}"
-    if "instruction" in keys:
-        change = '.rename_column("instruction", "prompt")'
-        return f"{words}; {conversion(path, 'json', change)}"
-    if "messages" in keys:
-        talk = 'row["messages"]'
-        change = f'.map(lambda row: {{"prompt": {talk}[:-1], "answer": {talk}[-1]["content"]}})'
-        return f"{words}; {conversion(path, 'json', change)}"
-    return words
+    return f"it has {', '.join(keys) or 'no keys'}"
+
+
+def prompts_from(record, path, flag):
+    """For an error: what makes prompts and answers of keys that are often there."""
+    if "instruction" in record:
+        prompt = 'row["instruction"] + "\\n" + (row.get("input") or "")'
+        answer = 'row["output"]'
+    elif "messages" in record:
+        prompt = 'row["messages"][:-1]'
+        answer = 'row["messages"][-1]["content"]'
+    else:
+        return ""
+    change = f'.map(lambda row: {{"prompt": {prompt}, "answer": {answer}}})'
+    return f"; {conversion(path, 'json', flag, change)}"
 
 
 def has_answer(record):
@@ -509,7 +520,7 @@ def load_prompts(path, flag, tokenizer, args, answer_flag):
         record = {**record, "prompt": record.get("prompt", record.get("question"))}
         if not is_prompt(record["prompt"]):
             needs = 'needs a "prompt" (or "question"), a text or a list of messages'
-            fail(f"{where}: {needs}; {found(record, path)}")
+            fail(f"{where}: {needs}; {found(record)}{prompts_from(record, path, flag)}")
         ids = encode_prompt(tokenizer, record["prompt"], args.system, args.chat)
         if not 0 < len(ids) <= args.max_prompt_tokens:
             left_out += 1
@@ -1253,11 +1264,15 @@ def scores_if_due(step, args, held_out_scores):
     if not args.eval_every or (step % args.eval_every and step < args.steps):
         return {}
     try:
-        return held_out_scores()
+        scores = held_out_scores()
     except Ended:
         if step == 0:
             raise  # nothing is there to be saved
+        say(f"the held-out scores of step {step} are left out: a signal came")
         return {}
+    if args.reward == "none":
+        scores.pop("eval/reward", None)  # 0 in any case
+    return scores
 
 
 @torch.no_grad()
@@ -2117,7 +2132,8 @@ def scores_so_far(out):
     scores = [(row["step"], row[name]) for row in rows if name in row]
     kept = []
     if (out / "best" / "score.json").is_file():
-        kept = [tuple(json.loads((out / "best" / "score.json").read_text()).values())]
+        note = json.loads((out / "best" / "score.json").read_text())
+        kept = [(note["step"], note[name])]
     return name, scores, kept
 
 
@@ -2130,11 +2146,15 @@ def save_best(out, args, world, step, metrics, model, tokenizer):
     is_best = False
     if world.rank == 0:
         _, scores, kept = scores_so_far(out)
-        earlier = [score for at, score in scores + kept if at != step]
+        earlier = [score for at, score in scores if at != step]
+        earlier += [score for _, score in kept]
         is_best = metrics[name] > max(earlier, default=-math.inf)
     if all_sum(world, is_best)[0]:
         note = {"step": step, name: metrics[name]}
-        save_model(model, tokenizer, out / "best", world, note)
+        try:
+            save_model(model, tokenizer, out / "best", world, note)
+        except Stop as error:  # of all processes; the checkpoint may still find room
+            say(f"warning: {error}; the run goes on without it (--no_keep_best: none is kept)")
 
 
 def take_up(out, args, world):
@@ -2222,13 +2242,13 @@ class Mean(float):
         mean.count = int(count)
         middle = total / count
         variance = max(squares / count - middle**2, 0.0)
-        if squares == total:  # all values are 0 or 1: Wilson's interval, which stays between them
+        if squares == total:  # of zeros and ones: Wilson's interval, which stays between them
             shrink = 1 + 1.96**2 / count
             middle = (middle + 1.96**2 / (2 * count)) / shrink
             half = 1.96 * math.sqrt(variance / count + (1.96 / (2 * count)) ** 2) / shrink
         else:  # 1.96 standard errors, which one value does not have
             half = 1.96 * math.sqrt(variance / (count - 1)) if count > 1 else math.inf
-        mean.low = middle - half
+        mean.low = middle - half if squares != total else max(middle - half, 0.0)
         mean.high = middle + half
         return mean
 
@@ -2343,7 +2363,9 @@ def introduce(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0
             shutil.rmtree(out / "best", ignore_errors=True)
             shutil.rmtree(out / "best_adapter", ignore_errors=True)
         writer = Writer(out / "tensorboard", args, purge_step=done_steps + 1 if done_steps else 0)
-        charts = {title: ["Multiline", names.split()] for title, names in AT_A_GLANCE.items()}
+        charts = {}
+        for title, names in AT_A_GLANCE.items():  # $: without the parts of a reward
+            charts[title] = ["Multiline", [f"{name}$" for name in names.split()]]
         writer.add_custom_scalars({"the run at a glance": charts})
         writer.add_text("args", f"```\n{json.dumps(vars(args), indent=1)}\n```")
         writer.flush()
@@ -2382,8 +2404,8 @@ def read_log(out):
 
 def log(out, writer, step, metrics, texts=()):
     """A step's numbers to metrics.jsonl, TensorBoard and the console, with what `advise` has to
-    say; completions to samples.jsonl, and held-out ones to eval_samples.jsonl: all of them before
-    the first step, then eight. Does nothing without a writer."""
+    say; completions to samples.jsonl, and held-out ones to eval_samples.jsonl: all that this
+    process has before the first step, then eight. Does nothing without a writer."""
     if writer is None:
         return
     held_out = metrics.pop("eval_samples", [])
@@ -2391,8 +2413,8 @@ def log(out, writer, step, metrics, texts=()):
         held_out = held_out[:8]
     samples = {"samples": texts, "eval_samples": held_out}
     for name, rows in {"metrics": [metrics], **samples}.items():
-        for row in rows:
-            with open(out / f"{name}.jsonl", "a", encoding="utf-8") as file:
+        with open(out / f"{name}.jsonl", "a", encoding="utf-8") as file:
+            for row in rows:
                 file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
     for name, value in metrics.items():
         writer.add_scalar(name, value, step)
@@ -2413,7 +2435,7 @@ def log(out, writer, step, metrics, texts=()):
         if shown:
             writer.quiet_until = time.monotonic() + 60
             say(f"step {step}: {', '.join(shown)}")
-    if "length" in metrics:
+    if "length" in metrics and "time/reward" in metrics:  # drawn and paid, not given
         writer.first_length = writer.first_length or first_length(out)
         watched["length / first length"] = metrics["length"] / writer.first_length
     advise(watched, writer.args, writer.bad_steps)
@@ -2506,7 +2528,7 @@ def show_progress(writer, step, metrics):
             seconds_a_step = (writer.step_ends[2] - writer.step_ends[0]) / 2
             minutes = seconds_a_step * (bar.total - step) / 60
             if minutes >= 1:
-                say(f"about {minutes:.0f} minutes left, evaluations not counted")
+                say(f"about {minutes:.0f} minutes left if steps go on like this")
     bar.update(step - bar.n)
 
 
@@ -2543,17 +2565,17 @@ def conclude(out, args, writer, bar, use):
             if step < args.steps:  # a signal came after it
                 last += f" at step {step}"
             mean = writer.held_out.get(name)
-            if isinstance(mean, Mean):
+            if isinstance(mean, Mean) and mean.count > 1:
                 last += f" ({mean.count} rows, 95 % interval {mean.low:.3f} to {mean.high:.3f})"
             print(f"held-out {name[5:]}: {values[0][1]:.3f}{last}")
-    if not any(name.startswith("eval/") for name in scores):
+    if args.eval_every and not any(name.startswith("eval/") for name in scores):
         print("nothing was held out: --eval_data gives a score of prompts that are not trained on")
-    name, scores, kept = scores_so_far(out)
-    if args.steps and scores:
-        best = max(scores + kept, key=lambda pair: pair[1])
-        if best[0] != scores[-1][0]:
-            where = f", kept in {out / 'best'}" if best in kept else ""
-            print(f"best held-out {name[5:]}: {best[1]:.3f} at step {best[0]}{where}")
+    compared, curve, kept = scores_so_far(out)
+    if args.steps and curve:
+        best_step, best = max(curve + kept, key=lambda pair: pair[1])
+        if best > curve[-1][1]:
+            where = f", kept in {out / 'best'}" if (best_step, best) in kept else ""
+            print(f"best held-out {compared[5:]}: {best:.3f} at step {best_step}{where}")
     print(f"\nto see the curves:\n\n  tensorboard --logdir {out}")
     if args.steps:
         print(f"\nto use the model, in Python:\n\n  from transformers import pipeline\n  {use}")

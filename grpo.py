@@ -17,7 +17,7 @@ direction that A pushes. With one update per rollout, the default, every ratio i
 gradient is that of REINFORCE with (1) as the weight. The value of the loss then says nothing about
 learning. Watch the reward.
 
-Variants are flags. But for (4), (2) and (3) matter only with several updates per rollout.
+Variants are flags. With one update per rollout (3) does not act, and (2) acts in (4) only.
 
     GRPO as published   --aggregate sequence --beta 0.04 --kl k3
                         (mean over tokens, then completions)
@@ -291,11 +291,11 @@ def is_clipped(ratio, advantages, clip_low, clip_high):
 
 
 def k3(logprobs, other_logprobs):
-    """Equation (4), [b, C]: an estimate of KL(p || other) on tokens drawn from p, never negative.
-    logprobs: those of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
+    """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
+    of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
 
-    As a loss for p (in grpo.py, where other is fixed) it has another expected gradient: that of
-    KL(other || p). Near each other the two KLs agree.
+    In equation (4) of grpo.py it is times the ratio. As a loss for p without it, its expected
+    gradient is another one: that of KL(other || p). Near each other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d

@@ -643,7 +643,7 @@ def read_pairs(path, flag):
                     fail(f"{where}: the prompt is not what the messages before the answer say")
             if not isinstance(record.get(side), str):
                 what = "a text or a list of messages of which the last is the assistant's"
-                fail(f'{where}: needs "{side}", {what}; {common.found(record, path)}')
+                fail(f'{where}: needs "{side}", {what}; {common.found(record)}')
         if not common.is_prompt(record["prompt"]):
             fail(f'{where}: needs a "prompt" (or "question"), a text or a list of messages')
         records.append(record)

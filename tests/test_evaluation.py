@@ -115,7 +115,7 @@ def loaded(script, spec):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "load_function", lambda *a: pay)
         loaded = common.load_reward(spec, script.RULES, CPU, None)
-        return dataclasses.replace(loaded, score=pay_in_parts)
+        return dataclasses.replace(loaded, function=pay_in_parts)
 
 
 def evaluated(script, count, reward, n=0, world=CPU, longest=1, **flags):
@@ -528,11 +528,30 @@ def test_the_model_with_the_best_held_out_score_is_kept_and_named(
 
 
 def test_a_model_that_only_got_worse_is_not_the_best(tmp_path, monkeypatch, capsys):
-    scored(grpo, monkeypatch, [0.6, 0.5, 0.6])
+    scored(grpo, monkeypatch, [0.6, 0.5, 0.55])
     run(grpo, tmp_path, steps=2, **FEW)
     said = capsys.readouterr().out
     assert best(tmp_path)[0] is None
     assert "best held-out reward: 0.600 at step 0\n" in said
+    scored(grpo, monkeypatch, [0.6, 0.5, 0.6])
+    run(grpo, tmp_path, "equal", steps=2, **FEW)
+    assert "best held-out" not in capsys.readouterr().out, "the last one is as good"
+
+
+def test_a_best_model_that_cannot_be_written_costs_no_checkpoint(tmp_path, monkeypatch, capsys):
+    scored(grpo, monkeypatch, [0.1, 0.2, 0.3])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best.tmp").write_text("in the way")
+    run(grpo, tmp_path, steps=2, **FEW)
+    assert saved(tmp_path, 2) and (tmp_path / "run" / "model").is_dir()
+    assert "warning: " in (said := capsys.readouterr().out) and "--no_keep_best" in said
+
+
+def test_without_evaluations_nothing_is_said_of_what_is_held_out(tmp_path, capsys):
+    data = str(grpo.TINY / "sort_test.jsonl")
+    run(grpo, tmp_path, steps=1, eval_every=0, eval_data=data, samples_per_prompt=2)
+    run(grpo, tmp_path, "no data", steps=1, samples_per_prompt=2)
+    assert capsys.readouterr().out.count("nothing was held out") == 1
 
 
 def test_without_keep_best_the_best_score_is_named_and_nothing_else_changes(
@@ -556,8 +575,8 @@ def test_best_survives_a_crash_that_lost_its_step(tmp_path, monkeypatch, capsys)
     for step in (2, 3):
         (tmp_path / "run" / "checkpoint" / f"{step:06d}.pt").unlink()
     capsys.readouterr()
-    scored(grpo, monkeypatch, [0.5])
-    run(grpo, tmp_path, steps=2, resume=True, **FEW)
+    scored(grpo, monkeypatch, [0.5, 0.55])
+    run(grpo, tmp_path, steps=3, resume=True, **FEW)
     assert lost[0] == {"step": 3, "eval/reward": 0.6} == best(tmp_path)[0]
     assert "best held-out reward: 0.600 at step 3, kept in" in capsys.readouterr().out
     for checkpoint in common.checkpoints(tmp_path / "run"):
@@ -943,5 +962,5 @@ def test_tensorboard_has_a_tab_for_the_run_at_a_glance(tmp_path):
     run(reinforce, tmp_path, steps=1, eval_rows=4, samples_per_prompt=2)
     written = b"".join(path.read_bytes() for path in (tmp_path / "run" / "tensorboard").iterdir())
     assert b"custom_scalars" in written and b"the run at a glance" in written
-    for name in ("eval/exact", "reward", "kl/ref", "truncated"):
+    for name in ("eval/exact$", "reward$", "kl/ref$", "truncated$"):  # $: not reward/format
         assert name.encode() in written.partition(b"the run at a glance")[2]

@@ -1410,7 +1410,7 @@ def test_the_time_left_is_said_once_and_counts_steps_only(seconds, said, tmp_pat
         clock[0] += seconds
         common.log(tmp_path, writer, step, {"reward": 0.5, "tokens_per_second": 9.0})
     assert [line for line in words if "left" in line] == [
-        f"{line}, evaluations not counted" for line in said
+        f"{line} if steps go on like this" for line in said
     ]
     assert bar.n == 5 and bar.format_dict["elapsed"] == pytest.approx(5 * seconds)
 

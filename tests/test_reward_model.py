@@ -1005,6 +1005,7 @@ def evaluated_by_hand(model, tokenizer, pairs):
         "eval/accuracy_shorter": statistics.mean(won_where["shorter"]),
         "eval/accuracy_longer": statistics.mean(won_where["longer"]),
         "eval/calibration": sum(off) / len(margins),
+        "held_out/pairs": len(pairs),
     }
 
 
