@@ -1250,12 +1250,17 @@ def rows_at_once(held_out, max_new_tokens, rows=1):
 
 def under_way(parts, world, stop_asked=None):
     """Yields the parts of an evaluation under a progress bar. After a signal it raises `Ended`.
-    Every process must have equally many parts: they ask each other before each one."""
-    hidden = None if world.rank == 0 else True  # None: shown in a terminal
-    for part in tqdm(parts, desc="scoring", leave=False, disable=hidden):
+    Every process must have equally many parts: they ask each other around each one."""
+
+    def end_if_asked():
         if stop_asked is not None and all_sum(world, stop_asked())[0]:
             raise Ended("stopped by a signal during the evaluation")
+
+    hidden = None if world.rank == 0 else True  # None: shown in a terminal
+    for part in tqdm(parts, desc="scoring", leave=False, disable=hidden):
+        end_if_asked()
         yield part
+    end_if_asked()  # a step could take long
 
 
 def scores_if_due(step, args, held_out_scores):
@@ -2350,6 +2355,9 @@ def introduce(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0
         print("warning: this does not fit; use more processes or a smaller model")
     if args.steps:
         print(f"{args.steps} steps, learning rate {args.learning_rate:g} at its peak")
+        if args.warmup >= args.steps:
+            why = "the learning rate still rises at the end and does not reach its peak"
+            print(f"note: --warmup {args.warmup} is as long as the run: {why}")
     shown = ids if len(ids) < 40 else [*ids[:30], "...", *ids[-8:]]
     print(f"first text, as the model sees it: {tokenizer.decode(ids)!r}\n  as ids: {shown}")
     going_on = f", going on after step {done_steps} of {args.steps}" if args.resume else ""
@@ -2565,10 +2573,11 @@ def conclude(out, args, writer, bar, use):
             if step < args.steps:  # a signal came after it
                 last += f" at step {step}"
             mean = writer.held_out.get(name)
-            if isinstance(mean, Mean) and mean.count > 1:
+            if isinstance(mean, Mean) and mean.high > mean.low and mean.count > 1:
                 last += f" ({mean.count} rows, 95 % interval {mean.low:.3f} to {mean.high:.3f})"
             print(f"held-out {name[5:]}: {values[0][1]:.3f}{last}")
-    if args.eval_every and not any(name.startswith("eval/") for name in scores):
+    is_scored = any(name.startswith(("eval/", "best_of/")) for name in scores)
+    if args.eval_every and not is_scored:
         print("nothing was held out: --eval_data gives a score of prompts that are not trained on")
     compared, curve, kept = scores_so_far(out)
     if args.steps and curve:
@@ -2629,7 +2638,12 @@ def last_words(error, out, args):
     if not args.steps:
         return words
     command = [sys.argv[0], "--resume", "--out", str(out)]
-    launcher = "torchrun ..." if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "python"
+    launcher = "python"
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        launcher = "torchrun ..."  # several nodes need more than is known here
+        if processes == os.environ.get("LOCAL_WORLD_SIZE"):
+            launcher = f"torchrun --nproc_per_node {processes}"
     where = "go on from the last checkpoint"
     if not checkpoints(out):
         where = "no checkpoint was written yet; start again in this folder"

@@ -459,6 +459,25 @@ def test_a_signal_before_the_first_step_ends_the_run_with_nothing_to_save(tmp_pa
     )
 
 
+def test_a_signal_in_the_last_part_of_an_evaluation_ends_it_too():
+    """It would begin a step otherwise, which may take minutes."""
+    seen = []
+    with pytest.raises(common.Ended):
+        for part in common.under_way([1, 2], CPU, lambda: len(seen) == 2):
+            seen.append(part)
+    assert seen == [1, 2]
+
+
+def test_scores_that_are_all_alike_have_no_interval(tmp_path, monkeypatch, capsys):
+    (tmp_path / "r.py").write_text("def f(completion, row):\n    return 0.3")
+    data = str(grpo.TINY / "sort_test.jsonl")
+    flags = {"reward": f"{tmp_path}/r.py:f", "eval_data": data, "eval_rows": 3}
+    run(grpo, tmp_path, steps=1, samples_per_prompt=2, warmup=1, **flags)
+    said = capsys.readouterr().out
+    assert "held-out reward: 0.300 -> 0.300\n" in said and "3 rows, 95 % interval" in said
+    assert "note: --warmup 1 is as long as the run" in said
+
+
 def test_an_evaluation_shows_its_progress_on_the_first_process_only(monkeypatch):
     shown = []
 

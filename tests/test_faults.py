@@ -76,7 +76,7 @@ MISTAKES = [
     (ALL, None, {"data": "owner/name"}, ["No such file", 'load_dataset("owner/name")["train"]']),
     (ALL, lines('{"instruction": "5", "x": 7}'), {}, ["line 2", "it has instruction, x"]),
     (
-        DRAW,
+        ROLLOUTS,
         lines('{"instruction": "5"}'),
         {},
         ["; convert", 'row["output"]', 'to_json("data.jsonl"'],

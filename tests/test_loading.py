@@ -1428,9 +1428,15 @@ def warnings_of(tmp_path, monkeypatch, lines):
 
 
 def test_lengths_are_compared_with_those_of_step_1_also_in_a_resumed_run(tmp_path, monkeypatch):
-    lengths = [{"length": 30.0}, {"length": 12.0}, {"length": 9.0}, {"length": 9.0}]
+    def steps(*lengths):
+        return [{"length": length, "time/reward": 0.1} for length in lengths]
+
+    given = [{"length": length} for length in (30.0, 9.0, 9.0, 9.0)]  # answers, not completions
+    assert not warnings_of(tmp_path, monkeypatch, given)
+    (tmp_path / "metrics.jsonl").unlink()
+    lengths = steps(30.0, 12.0, 9.0, 9.0)
     assert not warnings_of(tmp_path, monkeypatch, [{"eval/reward": 0.5}, *lengths])
-    [warning] = warnings_of(tmp_path, monkeypatch, [{"length": 9.0}] * 4)
+    [warning] = warnings_of(tmp_path, monkeypatch, steps(9.0, 9.0, 9.0, 9.0))
     assert "much shorter or longer" in warning and "0.3)" in warning
 
 
