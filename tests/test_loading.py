@@ -733,7 +733,9 @@ def test_memory_counts_what_lasts(folder):
 
 
 def introduced(folder, tmp_path, **changes):
-    args = Namespace(model=str(folder), steps=3, resume=False, out="x", learning_rate=1e-6)
+    args = Namespace(model=str(folder), steps=3, resume=False, out="x")
+    args.learning_rate = 1e-6
+    args.warmup = 0
     writer, bar = common.introduce(tmp_path, args, CPU, make_tokenizer(), [5, 6], 0, **changes)
     writer.close()
     bar.close()
