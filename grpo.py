@@ -7,7 +7,7 @@ function that PPO has to learn.
     (1)  A_i   = (r_i - mean(r_1 .. r_n)) / (std(r_1 .. r_n) + 1e-4)          `group_advantages`
     (2)  rho_t = pi(a_t | x, a_<t) / pi_old(a_t | x, a_<t)                    `update_loss`
     (3)  l_t   = -min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A)    `clipped_loss`
-    (4)  k_t   = rho_t (exp(-d) - 1 + d),  d = log pi(a_t | ..) - log ref(a_t | ..)   `k3`
+    (4)  k_t   = rho_t (exp(-d) - 1 + d),  d = log pi(a_t | ..) - log ref(a_t | ..)   rho_t `k3`
     (5)  loss  = sum over tokens of w_t (l_t + beta k_t)                      `token_weights`
 
 pi_old is the policy that drew the completions, ref the policy before training, or --reference. A
@@ -17,13 +17,13 @@ direction that A pushes. With one update per rollout, the default, every ratio i
 gradient is that of REINFORCE with (1) as the weight. The value of the loss then says nothing about
 learning. Watch the reward.
 
-Variants are flags. With one update per rollout (3) does not act, and (2) acts in (4) only.
+Variants are flags. With one update per rollout the clip does nothing.
 
     GRPO as published   --aggregate sequence --beta 0.04 --kl k3
                         (mean over tokens, then completions)
     DAPO                --drop_equal_groups --mask_truncated --clip_high 0.28 --minibatches 4
-                        (without its penalty on length; it draws until the batch is full, and
-                        here one draw has twice the prompts)
+                        (without its penalty on length. DAPO draws until the batch is full;
+                        here it is one draw, of twice the prompts)
     Dr. GRPO            --scale none --aggregate constant   no divisor depends on the samples
     GSPO                --ratio sequence --minibatches 4    one ratio for a whole completion
 
@@ -43,8 +43,8 @@ What is biased:
     gradient by 1 - 1/n.
   * The divisors of --aggregate token and sequence depend on the samples (`token_weights`).
   * At each token the expected gradient of (4) is that of KL(pi || ref), for any pi_old.
-    So rho_t is the default. Without it (--kl k3) it is that of KL(ref || pi), and only while pi
-    is pi_old. With the rho_t of --ratio sequence, as in TRL, it is neither. How a token changes
+    So rho_t is the default. Without rho_t (--kl k3) it is that of KL(ref || pi), if pi is
+    pi_old. With the rho_t of --ratio sequence, as in TRL, it is neither. How a token changes
     the KL of later ones is left out. reinforce.py has it: log pi - log ref in the reward.
   * With several updates: the clip, and the ratio (2), which corrects a token but not its prefix.
   * log pi_old is computed by the trainer. The sampler's values differ by rounding (`kl/sample`:
@@ -85,7 +85,7 @@ class Args:
     model: str = str(TINY / "model")
     """folder or hub name of the causal language model to train"""
     reference: str = ""
-    """folder or hub name of the model that --beta stays near
+    """folder or hub name of `ref`, near which --beta keeps the policy
     (empty: --model before its first step)"""
     data: str | None = None
     """training prompts: JSON lines with "prompt" (or "question") and usually "answer" (None: the
@@ -138,7 +138,7 @@ class Args:
     beta: float = 0.0
     """weight of the KL penalty in the loss; at 0 no reference model is loaded"""
     kl: Literal["k3_ratio", "k3"] = "k3_ratio"
-    """k3_ratio: k3 times the ratio, whose gradient is that of KL(policy || reference).
+    """k3_ratio: k3 times the ratio; its gradient is that of KL(policy || reference).
     k3: as published, without the ratio; its gradient is that of KL(reference || policy)"""
     ref_update_every: int = 0
     """copy the policy into the reference every N steps; 0: never"""
@@ -292,10 +292,10 @@ def is_clipped(ratio, advantages, clip_low, clip_high):
 
 def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
-    of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
+    of p. expm1: for small d, exp(-d) - 1 is mostly rounding error in float32.
 
-    In equation (4) of grpo.py it is times the ratio. As a loss for p without it, its expected
-    gradient is another one: that of KL(other || p). Near each other the two KLs agree.
+    Equation (4) of grpo.py multiplies it by the ratio. As a loss without the ratio, its expected
+    gradient is that of KL(other || p). For p near other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
@@ -434,15 +434,15 @@ def update_loss(policy, batch, rows, args, meter, is_first):
         if args.kl == "k3_ratio":
             kl = kl * ratio  # not detached: a ratio of 1 has a gradient, too
         loss = loss + args.beta * (kl * w).sum()
-        # KL(pi_old || ref), because pi_old drew the tokens; in nats per completion. Its plain
-        # estimate, not k3: a mean of log-ratios, which can be below 0.
+        # KL(pi_old || ref), because pi_old drew the tokens; in nats per completion. The plain
+        # log-ratio, not k3: it can be below 0.
         meter.add("kl/ref", ((old - ref) * mask).sum(1), mask.any(1))
 
     with torch.no_grad():  # the rest is for the log
         low, high = is_clipped(ratio, A, args.clip_low, args.clip_high)
         sampled = batch.samples.logprobs[rows, :C]
         meter.add("kl/old", (k3(old, logprobs) * mask).sum(1), mask.any(1))  # KL(pi_old || pi)
-        # no KL: how far the sampler's log-probabilities are from the trainer's, by rounding
+        # not a KL: how far the sampler's log-probabilities are from the trainer's, by rounding
         meter.add("kl/sample", (old - sampled).abs(), mask)
         meter.add("ratio/mean", ratio, mask)
         meter.add("clip/low", low, mask)
@@ -505,7 +505,8 @@ def train(args):
             advantages = group_advantages(rewards, all_rewards, n, args.scale, args.keep_max)
 
             # 3. Mini-batches (an optimizer update each) of micro-batches (a forward each), cut once
-            #    for all epochs: a row's old and new log-probabilities come from equal forwards.
+            #    for all epochs: a row's old and new log-probabilities come from forwards of one
+            #    shape.
             counted = samples.mask
             if args.mask_truncated:
                 counted = counted & samples.finished[:, None]  # finished: ended by a stop token
@@ -557,8 +558,8 @@ def train(args):
             if args.ref_update_every and step % args.ref_update_every == 0:
                 common.copy_weights(policy, reference)
 
-            # 6. Log. Rewards are of all rows drawn, lengths of the rows kept, the metrics of
-            #    `update_loss` of the rows trained.
+            # 6. Log. Rewards cover all rows drawn, lengths the rows kept, the metrics of
+            #    `update_loss` the rows trained.
             step_ended = time.perf_counter()
             metrics = meter.result(world)
             tokens = metrics.pop("tokens")
@@ -615,8 +616,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
     shown = common.examples(samples, scores, records, range(n), tokenizer)
 
     if args.drop_equal_groups:
-        # Keeps groups with unequal rewards; if they are too few, equal ones fill the batch. (DAPO
-        # draws until the batch is full. Here there is one draw, of twice the prompts.)
+        # Keeps groups with unequal rewards; if they are too few, equal ones fill the batch.
         groups = equal.int().argsort(stable=True)[: len(equal) // OVERSAMPLING]
         kept = (groups[:, None] * n + torch.arange(n, device=world.device)).flatten()
         shown = common.examples(samples, scores, records, kept[:n].tolist(), tokenizer)
@@ -821,7 +821,7 @@ def load_task(args, world):
     args = common.fit_context(args, longest, config, reference_config)
     if reward.is_model:
         args = common.fit_reward_model(args, tokenizer, prompts + held_out)
-    # --steps 0 needs no --data
+    # --steps 0 needs no --data: held-out prompts do
     return args, tokenizer, reward, prompts or held_out, held_out
 
 

@@ -85,7 +85,7 @@ class Args:
     model: str = str(TINY / "model")
     """folder or hub name of the causal language model to train"""
     reference: str = ""
-    """folder or hub name of the model that --beta stays near
+    """folder or hub name of `ref`, near which --beta keeps the policy
     (empty: --model before its first step)"""
     data: str | None = None
     """training prompts: JSON lines with "prompt" (or "question") and usually "answer" (None: the
@@ -296,10 +296,10 @@ def is_clipped(ratio, advantages, clip_low, clip_high):
 
 def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
-    of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
+    of p. expm1: for small d, exp(-d) - 1 is mostly rounding error in float32.
 
-    In equation (4) of grpo.py it is times the ratio. As a loss for p without it, its expected
-    gradient is another one: that of KL(other || p). Near each other the two KLs agree.
+    Equation (4) of grpo.py multiplies it by the ratio. As a loss without the ratio, its expected
+    gradient is that of KL(other || p). For p near other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
@@ -498,7 +498,7 @@ def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, 
         meter.total("loss", policy_loss)
         meter.total("value/loss", v_loss)
         meter.add("kl/old", kl)
-        # no KL: how far the sampler's log-probabilities are from the trainer's, by rounding
+        # not a KL: how far the sampler's log-probabilities are from the trainer's, by rounding
         meter.add("kl/sample", (old - sampled).abs(), mask)
         meter.add("ratio/mean", ratio, mask)
         meter.add("clip/low", low, mask)

@@ -16,7 +16,7 @@ right on average, but very noisy. The rest adds the KL and removes noise.
 
     (3)  r_t  = -beta d_t, plus r(x, y) at the last token                     `token_rewards`
          d_t  = log pi(a_t | ..) - log ref(a_t | ..)
-    (4)  k_t  = exp(-d) - 1 + d,  d = log pi_old(a_t) - log pi(a_t), for the log only     `k3`
+    (4)  k_t  = exp(-e) - 1 + e,  e = log pi_old(a_t) - log pi(a_t), logged only          `k3`
     (5)  G_t  = sum over s >= t of gamma^(s-t) r_s                            `rewards_to_go`
     (6)  A_t  = G_t - baseline                                                `baselines`
     (7)  loss = -1/N sum over completions and tokens of w_t A_t log pi(a_t)   `policy_loss`
@@ -26,8 +26,8 @@ right on average, but very noisy. The rest adds the KL and removes noise.
     depends on the weights adds nothing to it, because E[grad log pi] = 0. So d_t is a constant,
     computed before the update. For the same reason k1 does nothing as a term of the loss: the mean
     of its gradient is 0.
-(4) k3 measures KL(pi_old || pi), logged as kl/old; pi_old drew the samples. It has the mean of k1,
-    mostly less noise, and is never negative. (kl/ref is k1, and may be negative.)
+(4) k3 measures KL(pi_old || pi), logged as kl/old; pi_old drew the samples. Its mean is that of e,
+    mostly with less noise, and it is never negative. (kl/ref is k1, and may be negative.)
 (5) A token did not cause the rewards before it, so in its weight they would only be noise. With
     gamma 1 and beta 0, every G_t is the score. That is (2).
 (6) E[baseline grad log pi] = 0 if the baseline does not depend on y, so it may be subtracted. If
@@ -39,18 +39,21 @@ With scores 0 and 1, no baseline and beta 0, (7) is the negative log-likelihood 
 completions, over N: rejection fine-tuning. On completions from a file (--demos), each with score 1,
 it is supervised fine-tuning.
 
-Without a score (--reward none) and with a teacher for ref,
-it is distillation on the student's own completions.
-At beta 1 the mean gradient of (7) is
+With score 0 (--reward none) and a teacher as ref (--reference),
+(7) distils the teacher into pi, on pi's own completions.
+On average (7) then has, at beta 1, the gradient of
 
-    gamma 0   that of the sum over t of
-              KL(pi(. | x, a_<t) || teacher(. | x, a_<t)),
-              with the text a_<t given. The baseline is 0,
-              because G_1 is of the first token alone.
-    gamma 1   that of KL(pi(y | x) || teacher(y | x)): a
-              token answers for the text after it, too.
+    gamma 0   the sum over t of
+              KL(pi(. | x, a_<t) || ref(. | x, a_<t)),
+              with the text a_<t fixed. By default no
+              baseline: G_1 is of the first token alone.
+    gamma 1   KL(pi(y | x) || ref(y | x)):
+              a token is also judged by those after it.
 
-    python reinforce.py --model STUDENT --reward none --reference TEACHER --beta 1 --gamma 0
+The teacher needs the same tokens. Watch kl/ref fall;
+reward stays 0, and no best/ is kept.
+
+    python reinforce.py --model ... --data ... --reward none --reference TEACHER --beta 1 --gamma 0
 
     python reinforce.py                  # a tiny model learns to sort digits; needs no download
     python reinforce.py --model Qwen/Qwen2.5-0.5B-Instruct --reward number \
@@ -103,7 +106,7 @@ class Args:
     model: str = str(TINY / "model")
     """folder or hub name of the causal language model to train"""
     reference: str = ""
-    """folder or hub name of the model that --beta stays near
+    """folder or hub name of `ref`, near which --beta keeps the policy
     (empty: --model before its first step)"""
     data: str | None = None
     """training prompts: JSON lines with "prompt" (or "question") and usually "answer" (None: the
@@ -330,7 +333,7 @@ def rows_to_train(scores, mask, args, world):
 def policy_loss(logprobs, old_logprobs, advantages, mask, N):
     """Equation (7): logprobs [b, C] with gradient, the rest without -> (loss, ratio [b, C]).
 
-    N counts the completions of all micro-batches and processes, so that the cut does not matter.
+    N counts the completions of all micro-batches and processes, so their split does not matter.
 
     The ratio is w_t, of this token alone: the product of all ratios up to it has too much variance.
     It is a constant, because ratio * grad log pi is already the gradient of pi / pi_old.
@@ -341,10 +344,10 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, N):
 
 def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
-    of p. expm1, because exp(-d) - 1 of a small d is mostly rounding in float32.
+    of p. expm1: for small d, exp(-d) - 1 is mostly rounding error in float32.
 
-    In equation (4) of grpo.py it is times the ratio. As a loss for p without it, its expected
-    gradient is another one: that of KL(other || p). Near each other the two KLs agree.
+    Equation (4) of grpo.py multiplies it by the ratio. As a loss without the ratio, its expected
+    gradient is that of KL(other || p). For p near other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
@@ -444,7 +447,7 @@ def update_loss(policy, batch, rows, args, meter, is_first):
         meter.add("entropy", entropy, mask)
         if not args.demos:  # no policy drew the demonstrations
             sampled = batch.samples.logprobs[rows, :C]
-            # no KL: how far the sampler's log-probabilities are from the trainer's, by rounding
+            # not a KL: how far the sampler's log-probabilities are from the trainer's, by rounding
             meter.add("kl/sample", (old - sampled).abs(), mask)
         if is_first and batch.old_logprobs is not None:
             meter.maximum("ratio/first", (ratio - 1).abs() * mask)

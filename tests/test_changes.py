@@ -377,7 +377,8 @@ def rollout_of(module, monkeypatch, lengths, reward, **flags):
 def test_the_punishment_of_length_is_that_of_dapo(monkeypatch):
     """L_max 20, so L_cache is 4: nothing up to 16 tokens, then -1/4 a token down to -1."""
     lengths = [1, 15, 16, 17, 18, 19, 20, 20]
-    reward = SimpleNamespace(score=lambda samples, records: {"reward": [1.0] * len(records)})
+    reward = SimpleNamespace(seconds=0.0)
+    reward.score = lambda samples, records: {"reward": [1.0] * len(records)}
     module = load("soft_overlong_punishment")
     rewards, log = rollout_of(module, monkeypatch, lengths, reward)
     wanted = []
@@ -412,7 +413,7 @@ def test_gdpo_normalises_each_part_apart(monkeypatch):
     short = [[0.0, 100.0, 30.0, 0.0], [50.0, 50.0, 50.0, 50.0]]
     parts = {"reward/right": sum(right, []), "reward/short": sum(short, [])}
     scores = {"reward": [-1.0] * 8} | parts  # the reward itself is only logged
-    reward = SimpleNamespace(score=lambda samples, records: scores)
+    reward = SimpleNamespace(score=lambda samples, records: scores, seconds=0.0)
     module = load("gdpo")
     rewards, log = rollout_of(module, monkeypatch, [5] * 8, reward)
     A = module.group_advantages(rewards, rewards, 4, module.Args().scale, False)
@@ -424,7 +425,8 @@ def test_gdpo_normalises_each_part_apart(monkeypatch):
 
 def test_gdpo_of_a_reward_without_parts_is_grpo_divided_by_the_std_of_the_batch(monkeypatch):
     right = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]
-    reward = SimpleNamespace(score=lambda samples, records: {"reward": sum(right, [])})
+    reward = SimpleNamespace(seconds=0.0)
+    reward.score = lambda samples, records: {"reward": sum(right, [])}
     module = load("gdpo")
     rewards, _ = rollout_of(module, monkeypatch, [5] * 8, reward)
     A = module.group_advantages(rewards, rewards, 4, module.Args().scale, False)

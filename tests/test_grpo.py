@@ -1203,7 +1203,8 @@ def test_with_dropped_groups_the_completions_of_the_first_kept_one_are_shown(mon
     completions = [[i + 4] for i in range(4)]
     samples = common.as_samples([[7]] * 4, completions, make_tokenizer(), CPU)
     monkeypatch.setattr(common, "sample", lambda *a, **k: samples)
-    reward = SimpleNamespace(score=lambda s, records: {"reward": [1.0, 1.0, 0.0, 1.0]})
+    reward = SimpleNamespace(seconds=0.0)
+    reward.score = lambda s, records: {"reward": [1.0, 1.0, 0.0, 1.0]}
     flags = {"samples_per_prompt": 2, "prompts_per_step": 1, "drop_equal_groups": True}
     args = grpo.resolve(grpo.Args(**flags))
     prompts = [([7], {"prompt": "p"})] * 2
