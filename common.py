@@ -1260,7 +1260,7 @@ def under_way(parts, world, stop_asked=None):
     for part in tqdm(parts, desc="scoring", leave=False, disable=hidden):
         end_if_asked()
         yield part
-    end_if_asked()  # a step could take long
+        end_if_asked()  # also after the last one: the next step could take long
 
 
 def scores_if_due(step, args, held_out_scores):

@@ -639,7 +639,7 @@ def test_only_pairs_that_the_run_visits_are_scored_by_the_reference(tmp_path, mo
             {"steps": 0, "eval_data": str(dpo.TINY / "pairs_test.jsonl")},
             "compares --model with itself",
         ),
-        ({"eval_data": "held_out.jsonl"}, "needs --data: the default is the bundled"),
+        ({"eval_data": "held_out.jsonl"}, "needs --data: the bundled data is for the bundled"),
         ({"simpo_margin": math.inf}, "--simpo_margin inf: must be finite"),
         ({"data": "no_such.jsonl"}, "--data no_such.jsonl"),
         ({"max_tokens": 3}, "no pair is left"),

@@ -1242,6 +1242,8 @@ def evaluated_by_hand(policy, f, rows, score, tokenizer):
     right = [float(t == row["answer"]) for t, row in zip(texts, rows) if "answer" in row]
     values = [score(t, row) for t, row in zip(texts, rows)]
     scores = {"eval/reward": statistics.mean(values), "eval/exact": statistics.mean(right)}
+    if getattr(f, "reward", "") == "none":
+        del scores["eval/reward"]
     if score is not reinforce.exact:
         numbers = [reinforce.number(t, row) for t, row in zip(texts, rows) if "answer" in row]
         scores["eval/number"] = statistics.mean(numbers)
