@@ -2,7 +2,9 @@
 
 A formula is written out here anew, token by token in float64, and autograd gives its gradient."""
 
+import importlib
 import itertools
+import json
 import math
 import re
 import shutil
@@ -476,6 +478,21 @@ def test_a_patched_script_trains(name, tmp_path):
 def test_a_patched_script_runs_from_the_command_line(tmp_path):
     command = [sys.executable, str(patched("cispo")), *QUICK, "--out", str(tmp_path / "run")]
     assert subprocess.run(command, cwd=tmp_path).returncode == 0
+
+
+def test_every_patch_has_a_row_of_runs(monkeypatch):
+    """Three seeds of each patch and of the unchanged script beside it, at the default learning rate
+    and at half of it. (At the double rate some are missing; their cells are empty.)"""
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
+    changes = importlib.import_module("changes")
+    assert changes.PATCHES.keys() == DIFFS.keys()
+    rows = json.loads((ROOT / "tests" / "bench" / "changes.json").read_text())
+    seeds = {(row["name"], row["factor"], row["seed"]) for row in rows}
+    names = [*changes.PLAIN, *changes.PATCHES]
+    assert len(rows) == len(seeds)
+    assert seeds >= set(itertools.product(names, (1.0, 0.5), (1, 2, 3)))
+    assert all(row["status"] == 0 for row in rows)
+    assert (ROOT / "tests" / "bench" / "changes.md").read_text() == changes.table(rows)
 
 
 @pytest.mark.learning
