@@ -2130,8 +2130,8 @@ BEST = ("eval/reward", "eval/accuracy")  # the first that is logged says which m
 
 
 def scores_so_far(out):
-    """The number by which models are compared, [(step, its value)] from metrics.jsonl, and the same
-    from best/, which after a crash may be ahead of the last checkpoint."""
+    """The name by which models are compared, [(step, its value)] as metrics.jsonl has them, and the
+    step and value of best/ in a list, which after a crash may be ahead of the last checkpoint."""
     rows = read_log(out)
     name = next((name for name in BEST if any(name in row for row in rows)), None)
     scores = [(row["step"], row[name]) for row in rows if name in row]

@@ -467,7 +467,7 @@ def train(args):
     reference_path = (args.reference or args.model) if args.beta and args.steps else ""
     frozen = int(reward.is_model)  # counted in the memory that is printed
     writer, bar = common.introduce(
-        out, args, world, tokenizer, prompts[0][0], done_steps, 1, frozen, reference_path
+        out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen, reference=reference_path
     )
 
     with common.guarded(out, args, bar):
