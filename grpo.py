@@ -464,10 +464,10 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
-    reference_path = (args.reference or args.model) if args.beta and args.steps else ""
+    ref_path = (args.reference or args.model) if args.beta and args.steps else ""
     frozen = int(reward.is_model)  # counted in the memory that is printed
     writer, bar = common.introduce(
-        out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen, reference=reference_path
+        out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen, reference=ref_path
     )
 
     with common.guarded(out, args, bar):
@@ -475,8 +475,8 @@ def train(args):
         # training computes a prompt once for its n completions, if the model's cache allows it
         share_prompts = common.can_share_prompts([policy], args, world)
         reference = None
-        if reference_path:
-            reference = common.load_reference(reference_path, world, policy)
+        if ref_path:
+            reference = common.load_reference(ref_path, world, policy)
         optimizer = common.make_optimizer(policy, args.learning_rate)
         models = {"policy": policy}  # what a checkpoint holds
         if args.ref_update_every and args.steps:

@@ -545,18 +545,18 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
-    reference_path = (args.reference or args.model) if args.beta and args.steps else ""
+    ref_path = (args.reference or args.model) if args.beta and args.steps else ""
     learning = 2 if critic_path else 1  # counted in the memory that is printed
     frozen = int(reward.is_model)
     writer, bar = common.introduce(
-        out, args, world, tokenizer, prompts[0][0], done_steps, learning, frozen, reference_path
+        out, args, world, tokenizer, prompts[0][0], done_steps, learning, frozen, ref_path
     )
 
     with common.guarded(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
         critic, trunk, head = make_critic(policy, critic_path, tokenizer, args, world)
         share_prompts = common.can_share_prompts([policy, trunk], args, world)
-        reference = common.load_reference(reference_path, world, policy) if reference_path else None
+        reference = common.load_reference(ref_path, world, policy) if ref_path else None
         models = {"policy": policy, "critic": critic}
         optimizers = {
             "policy": common.make_optimizer(policy, args.learning_rate),

@@ -983,3 +983,36 @@ def test_tensorboard_has_a_tab_for_the_run_at_a_glance(tmp_path):
     assert b"custom_scalars" in written and b"the run at a glance" in written
     for name in ("eval/exact$", "reward$", "kl/ref$", "truncated$"):  # $: not reward/format
         assert name.encode() in written.partition(b"the run at a glance")[2]
+
+
+def test_the_share_of_no_right_ones_has_an_interval_that_begins_at_0():
+    for count in range(2, 60):
+        assert common.Mean(0.0, count, 0.0).low == 0.0
+        assert not f"{common.Mean(0.0, count, 0.0).low:.3f}".startswith("-")
+
+
+def test_after_best_of_n_nothing_is_said_of_data_that_is_held_out(tmp_path, capsys):
+    args = SimpleNamespace(eval_every=1, steps=0)
+    for name, said in (("best_of/true@4", False), ("reward", True)):
+        (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, name: 0.5}) + "\n")
+        bar = SimpleNamespace(close=lambda: None)
+        writer = SimpleNamespace(close=lambda: None, held_out={})
+        common.conclude(tmp_path, args, writer, bar, "")
+        assert ("nothing was held out" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize(
+    "processes, here, launcher",
+    [
+        ("1", "1", "python "),
+        ("4", "4", "torchrun --nproc_per_node 4 "),
+        ("4", "2", "torchrun ... "),
+    ],
+)
+def test_the_command_that_resumes_a_run_names_its_processes(
+    processes, here, launcher, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    words = common.last_words(common.Ended("stopped"), tmp_path, SimpleNamespace(steps=3))
+    assert f"with: {launcher}" in words and words.endswith(f"--resume --out {tmp_path}")
