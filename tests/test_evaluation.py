@@ -425,6 +425,7 @@ def test_a_signal_in_an_evaluation_saves_at_once_and_leaves_it_out(
         run(script, tmp_path, steps=4, **flags)
     assert "stopped by a signal after step 2 of 4, which is saved" in str(stopped.value)
     assert asked == [1], "after one part of several"
+    assert "the held-out scores of step 2 are left out" in capsys.readouterr().out
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     log = [json.loads(line) for line in lines]
     assert [m["step"] for m in log] == [0, 1, 2]
@@ -1016,3 +1017,16 @@ def test_the_command_that_resumes_a_run_names_its_processes(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
     words = common.last_words(common.Ended("stopped"), tmp_path, SimpleNamespace(steps=3))
     assert f"with: {launcher}" in words and words.endswith(f"--resume --out {tmp_path}")
+
+
+def test_shown_scores_have_six_digits():
+    samples = SimpleNamespace(texts=["25"])
+    [shown] = common.examples(samples, {"reward": [0.1 + 0.2]}, [{"prompt": "52="}], [0])
+    assert shown == {"prompt": "52=", "completion": "25", "reward": 0.3}
+
+
+def test_without_reward_to_go_there_is_no_baseline_unless_asked_for():
+    """With gamma 0 a baseline of G_1 would be of the first token alone."""
+    for flags, baseline in (({}, "loo"), ({"gamma": 0.0}, "none"), ({"gamma": 0.9}, "loo")):
+        assert reinforce.resolve(reinforce.Args(**flags)).baseline == baseline
+    assert reinforce.resolve(reinforce.Args(gamma=0.0, baseline="loo")).baseline == "loo"
