@@ -6,7 +6,7 @@ The teacher is a default run of grpo.py, seed 1. The student is the bundled mode
 
     python reinforce.py --reward none --reference runs/distill/teacher/model --beta 1 --gamma 0 --steps 200
 
-51,200 completions in each run, with two seeds at the script's learning rate, 3e-4, and one at 1e-3. It sees no answer and no reward.
+51,200 completions in each run, with three seeds at the script's learning rate, 3e-4, and one at 1e-3. It sees no answer and no reward.
 The curves of GRPO are those of results.json (200 steps) and of learning.json (400 steps, the default). Scores are greedy exact
 match on 512 held-out prompts. Writes distill.json and distill.md.
 """
@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 FLAGS = "--reward none --beta 1 --gamma 0 --steps 200 --eval_every 10 --save_every 200"
 ROLLOUT = 256  # completions of a step: 32 prompts x 8
 PLACES = (12_800, 25_600, 51_200)
-RUNS = (("3e-4", 1), ("3e-4", 2), ("1e-3", 1))  # (learning rate, seed)
+RUNS = (("3e-4", 1), ("3e-4", 2), ("3e-4", 3), ("1e-3", 1))  # (learning rate, seed)
 REACHED = 0.9
 
 
