@@ -24,7 +24,7 @@ log(pi / ref) / n of the chosen completion, minus that of the rejected one.
 
     sigmoid  -log sigmoid(h). With --label_smoothing e, the share of labels that are wrong:
              -(1 - e) log sigmoid(h) - e log sigmoid(-h)
-    ipo      (d - 1 / (2 beta))^2: d is drawn to a target, 0.5 nats a token at beta 1 (the default
+    ipo      (d - 1 / (2 beta))^2: d is pulled to a target, 0.5 nats a token at beta 1 (the default
              for ipo). Log-ratios are means over tokens, as IPO's authors advised later.
     hinge    max(0, 1 - h): no gradient once h is 1
     simpo    -log sigmoid(beta (log pi(y) / n_y - log pi(z) / n_z) - simpo_margin): no reference
@@ -87,7 +87,7 @@ class Args:
     """folder or hub name of the model to stay near (empty: --model before its first step)"""
     data: str | None = None
     """training pairs: JSON lines with "prompt" (or "question"), "chosen", "rejected"; sides may be
-    lists of messages (None: those of the bundled task, if no other file is given)"""
+    lists of messages (None: those of the bundled task, if model and files are the bundled ones)"""
     eval_data: str | None = None
     """held-out pairs, as --data (None: those of the bundled task, or none with other data)"""
     eval_prompts: str | None = None
@@ -113,8 +113,8 @@ class Args:
     loss: Literal["sigmoid", "ipo", "hinge", "simpo"] = "sigmoid"
     """sigmoid is DPO's own"""
     beta: float | None = None
-    """how strongly the reference holds; the scale of the implicit reward (None: 2 with --loss
-    simpo, 1 with ipo, else 0.5 for the bundled model and 0.1 for others)"""
+    """the scale of the implicit reward: how strongly the reference holds, if there is one (None:
+    2 with --loss simpo, 1 with ipo, else 0.5 for the bundled model and 0.1 for others)"""
     label_smoothing: float = 0.0
     """share of pairs whose labels are thought to be wrong (with --loss sigmoid)"""
     simpo_margin: float = 1.0
@@ -132,7 +132,7 @@ class Args:
     pairs_per_step: int = 64
     """pairs in an update, of all processes together"""
     learning_rate: float | None = None
-    """peak of AdamW's learning rate (None: 5e-7, 3e-4 for the bundled model; adapters: x 10)"""
+    """peak of AdamW's learning rate (None: 5e-7, or 3e-4 for the bundled model; adapters: x 10)"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """what the learning rate does after the warm-up"""
     warmup: int = 10
@@ -151,7 +151,7 @@ class Args:
     resume: bool = False
     """go on with the run in --out; flags that are not given are those of the run"""
     seed: int = 1
-    """decides the order of pairs"""
+    """decides the order of pairs, and how adapters start"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -301,7 +301,7 @@ def update_loss(policy, tokenizer, pairs, ref, share_prompts, args, world, meter
     ref = ref.to(world.device)
     length = side_lengths(pairs).to(world.device)
     losses = preference_loss(*logprobs.T, *ref.T, *length.T, args)  # [b]
-    # divided by the pairs of all micro-batches and processes; common.py has FSDP sum gradients
+    # divided by the pairs of all micro-batches and processes, because their gradients add up
     loss = losses.sum() / args.pairs_per_step
 
     with torch.no_grad():  # the rest is for the log
@@ -423,7 +423,7 @@ def train(args):
 
         if args.steps:
             common.save_model(policy, tokenizer, out / "model", world)
-    # `usage` makes the line of Python that tries the model; for chat models it has its own prompt
+    # The run ends with a line of Python that tries the model. Chat models get a prompt of its own.
     prompt = "" if tokenizer.chat_template else tokenizer.decode(first_prompt)
     common.conclude(out, args, writer, bar, common.usage(out, tokenizer, prompt, args))
 
@@ -439,9 +439,9 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     (padding included, a shared prompt counted once) or one pair. Pairs of like length come
     together, to save padding.
 
-    FSDP needs equally many parts in all processes. A process that is short of parts makes one of a
-    pair out of the part with most pairs. That has two or more: all processes have equally many
-    pairs, and none has more parts than pairs.
+    FSDP needs equally many parts in all processes. A process that has fewer takes a pair from its
+    fullest part and makes it a part of its own. (That part has two pairs or more: all processes
+    have equally many pairs, and none has more parts than pairs.)
     """
     copies = 1 if share_prompts else 2
     prompt_length = [copies * len(prompt) for prompt, _, _ in pairs]
@@ -510,13 +510,13 @@ def score_pairs(model, tokenizer, pairs, share_prompts, args, world, stop_asked=
 def reference_scores(
     policy, tokenizer, pairs, held_out, share_prompts, args, out, world, stop_asked
 ):
-    """The reference's log-probabilities -> [pairs, 2], NaN for pairs that are never drawn, and
-    [held-out pairs, 2], or None if there are none (simpo: zeros). The policy must still be as it
-    was at the start.
+    """The reference's log-probabilities -> two tensors: [pairs, 2], NaN for pairs that are never
+    drawn, and [held-out pairs, 2], None without held-out pairs. For simpo both are zeros. The
+    policy must still be as it was at the start.
 
     Those of the pairs are kept in the run's folder. A resumed run computes only what is missing.
     The micro-batches are not those of training. So in bfloat16, log-ratios that should be 0 in step
-    1 are off by hundredths.
+    1 are slightly off.
     """
     if args.loss == "simpo":
         return torch.zeros(len(pairs), 2), torch.zeros(len(held_out), 2)
@@ -549,12 +549,14 @@ def reference_scores(
         if common.all_sum(world, stop_asked())[0]:
             what = "stopped by a signal while the reference scored pairs"
             raise common.Ended(f"{what}; what it has scored is kept")
-    held_out_scores = None
+    held_out_ref = None
     if held_out:
-        held_out_scores = score_pairs(reference, tokenizer, held_out, share_prompts, args, world)
+        held_out_ref = score_pairs(
+            reference, tokenizer, held_out, share_prompts, args, world, stop_asked
+        )
     del reference  # it must not be in memory while the policy learns
     gc.collect()  # FSDP2's modules and their hooks refer to each other
-    return scores, held_out_scores
+    return scores, held_out_ref
 
 
 def read_scores(path, mark, args):
@@ -591,8 +593,8 @@ def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world,
 
 def evaluate(policy, tokenizer, prompts, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts.
-    eval/reward is by --reward. eval/exact is the share of answers that are right by `number`, if
-    that is the --reward, or else by `exact`. Each process takes its share of the prompts."""
+    eval/reward is by --reward. eval/exact is the share of answers that are right (by `number`, if
+    that is the --reward). Each process takes its share of the prompts."""
     mine = prompts[world.rank :: world.size]
     longest = max((len(ids) for ids, _ in prompts), default=0) + args.max_new_tokens
     # the keys and values of 4 micro-batches take less memory than training on one
@@ -729,7 +731,7 @@ def last_number(text):
     return Decimal(found[-1].replace(",", "").rstrip("."))
 
 
-RULES = {"exact": exact, "number": number}  # the rewards that --reward knows by name
+RULES = {"exact": exact, "number": number}  # the rules that --reward knows by name
 
 
 def load_task(args, world):

@@ -7,7 +7,7 @@ function that PPO has to learn.
     (1)  A_i   = (r_i - mean(r_1 .. r_n)) / (std(r_1 .. r_n) + 1e-4)          `group_advantages`
     (2)  rho_t = pi(a_t | x, a_<t) / pi_old(a_t | x, a_<t)                    `update_loss`
     (3)  l_t   = -min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A)    `clipped_loss`
-    (4)  k_t   = rho_t (exp(-d) - 1 + d),  d = log pi(a_t | ..) - log ref(a_t | ..)   rho_t `k3`
+    (4)  k_t   = rho_t (exp(-d) - 1 + d),  d = log pi(a_t | ..) - log ref(a_t | ..)   `k3` x rho_t
     (5)  loss  = sum over tokens of w_t (l_t + beta k_t)                      `token_weights`
 
 pi_old is the policy that drew the completions, ref the policy before training, or --reference. A
@@ -17,13 +17,14 @@ direction that A pushes. With one update per rollout, the default, every ratio i
 gradient is that of REINFORCE with (1) as the weight. The value of the loss then says nothing about
 learning. Watch the reward.
 
-Variants are flags. With one update per rollout the clip does nothing.
+Variants are flags. Those of the clip need --minibatches: with one update per rollout it does
+nothing.
 
     GRPO as published   --aggregate sequence --beta 0.04 --kl k3
                         (mean over tokens, then completions)
     DAPO                --drop_equal_groups --mask_truncated --clip_high 0.28 --minibatches 4
-                        (without its penalty on length. DAPO draws until the batch is full;
-                        here it is one draw, of twice the prompts)
+                        (without its penalty on length. DAPO makes 16 updates, and draws until
+                        the batch is full; here it is one draw, of twice the prompts)
     Dr. GRPO            --scale none --aggregate constant   no divisor depends on the samples
     GSPO                --ratio sequence --minibatches 4    one ratio for a whole completion
 
@@ -42,10 +43,13 @@ What is biased:
   * The group's mean contains the sample itself. With --scale none, that multiplies the expected
     gradient by 1 - 1/n.
   * The divisors of --aggregate token and sequence depend on the samples (`token_weights`).
-  * At each token the expected gradient of (4) is that of KL(pi || ref), for any pi_old.
-    So rho_t is the default. Without rho_t (--kl k3) it is that of KL(ref || pi), if pi is
-    pi_old. With the rho_t of --ratio sequence, as in TRL, it is neither. How a token changes
-    the KL of later ones is left out. reinforce.py has it: log pi - log ref in the reward.
+  * The KL term leaves out how a token changes the KL of later ones. reinforce.py has that, too:
+    log pi - log ref in the reward. At each token by itself the expected gradient of (4) is
+    that of KL(pi || ref), for any pi_old, so rho_t is the default. Without rho_t (--kl k3) it is
+    that of KL(ref || pi), and only if pi is pi_old. With the rho_t of --ratio sequence, as in TRL,
+    it is neither.
+  * --keep_max, --mask_truncated and --drop_equal_groups select samples by what came out. --scale
+    batch divides by a std that contains the sample.
   * With several updates: the clip, and the ratio (2), which corrects a token but not its prefix.
   * log pi_old is computed by the trainer. The sampler's values differ by rounding (`kl/sample`:
     their mean distance).
@@ -89,7 +93,7 @@ class Args:
     (empty: --model before its first step)"""
     data: str | None = None
     """training prompts: JSON lines with "prompt" (or "question") and usually "answer" (None: the
-    bundled task, for its model only)"""
+    bundled task, if --model is the bundled model)"""
     eval_data: str | None = None
     """held-out prompts, as --data (not given: those of the bundled task; with other --data, nothing
     is held out)"""
@@ -138,8 +142,9 @@ class Args:
     beta: float = 0.0
     """weight of the KL penalty in the loss; at 0 no reference model is loaded"""
     kl: Literal["k3_ratio", "k3"] = "k3_ratio"
-    """k3_ratio: k3 times the ratio; its gradient is that of KL(policy || reference).
-    k3: as published, without the ratio; its gradient is that of KL(reference || policy)"""
+    """k3_ratio: k3 times the ratio; its gradient (with --ratio token) is that of KL(policy ||
+    reference). k3: as published, without the ratio; in a rollout's first update its gradient is
+    that of KL(reference || policy)"""
     ref_update_every: int = 0
     """copy the policy into the reference every N steps; 0: never"""
 
@@ -151,7 +156,7 @@ class Args:
     steps: int = 400
     """rollouts in all; 0 evaluates only"""
     learning_rate: float | None = None
-    """peak of AdamW's learning rate (None: 1e-6, 2e-4 for the bundled model; adapters: x 10)"""
+    """peak of AdamW's learning rate (None: 1e-6, or 2e-4 for the bundled model; adapters: x 10)"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """what the learning rate does after the warm-up"""
     warmup: int = 10
@@ -189,8 +194,7 @@ class Args:
     keep: int = 1
     """checkpoints that stay on the disk, the newest ones"""
     keep_best: bool = True
-    """keep the model with the best held-out score as best/
-    in the run's folder (by eval/reward, else eval/accuracy)"""
+    """keep the model with the best held-out score, eval/reward, as best/ in the run's folder"""
 
 
 def resolve(args):
@@ -236,8 +240,8 @@ def group_advantages(rewards, all_rewards, n, scale, keep_max):
     """Equation (1): rewards [B], n for each prompt -> advantages [B].
 
     all_rewards are those of all processes, for --scale batch. The std divides by n - 1, as torch's.
-    Groups of equal rewards get exactly 0. The rounding of their mean could leave a rest, which Adam
-    may scale up.
+    Groups of equal rewards get exactly 0. The rounding of their mean could leave a remainder, which
+    Adam may scale up.
     """
     groups = rewards.view(-1, n)
     A = groups - groups.mean(1, keepdim=True)
@@ -292,10 +296,10 @@ def is_clipped(ratio, advantages, clip_low, clip_high):
 
 def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
-    of p. expm1: for small d, exp(-d) - 1 is mostly rounding error in float32.
+    of p. expm1, because for small d, exp(-d) - 1 + d is mostly rounding error in float32.
 
-    Equation (4) of grpo.py multiplies it by the ratio. As a loss without the ratio, its expected
-    gradient is that of KL(other || p). For p near other the two KLs agree.
+    Where it is a loss that trains p, in grpo.py, it is multiplied by the ratio. Without the ratio
+    its expected gradient is that of KL(other || p). For p near other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
@@ -309,10 +313,10 @@ def token_weights(mask, aggregate, limit, world):
                                     Each counts the same (as published).
         token      1 / sum of |y|   Each token counts the same (DAPO).
         constant   1 / (N limit)    N: all completions, limit: --max_new_tokens. The only unbiased
-                                    one, up to a factor (Dr. GRPO).
+                                    one (Dr. GRPO, with --scale none), up to a factor.
 
-    `sequence` favours short answers where A > 0 and long ones where A < 0: wrong answers grow
-    longer although nothing is learnt. The counts are of all processes and of the whole update, so
+    `sequence` favours short answers where A > 0 and long ones where A < 0: wrong answers may grow
+    longer for this reason alone. The counts are of all processes and of the whole update, so
     the gradient does not depend on how the update is cut into micro-batches.
     """
     length = mask.sum(1, keepdim=True)
@@ -359,8 +363,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so not computed where nothing learns. Detached and last: checkpoint's
-            # second pass through `head` stops once it has all that backward needs.
+            # Only logged, so left out under no_grad. It has no gradient and comes last, so the
+            # second pass through `head`, which checkpoint makes in backward, stops before it.
             # For an entropy bonus, drop the detach (and in grpo.py and reinforce.py, train the rows
             # whose advantage is 0, too).
             constant = logprobs.detach()
@@ -385,7 +389,7 @@ def rollout_logprobs(model, samples, minibatches, temperature):
 
     A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
     are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. Cut
-    differently, the first ratio would not be 1, nor the KL to the reference 0 in step 1.
+    differently, the KL to the reference would not be 0 in step 1, nor the first ratio 1.
     """
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
@@ -436,6 +440,7 @@ def update_loss(policy, batch, rows, args, meter, is_first):
         loss = loss + args.beta * (kl * w).sum()
         # KL(pi_old || ref), because pi_old drew the tokens; in nats per completion. The plain
         # log-ratio, not k3: it can be below 0.
+        # The third argument says which values count in the mean.
         meter.add("kl/ref", ((old - ref) * mask).sum(1), mask.any(1))
 
     with torch.no_grad():  # the rest is for the log
@@ -456,7 +461,7 @@ def update_loss(policy, batch, rows, args, meter, is_first):
 def train(args):
     args = resolve(args)
     world = common.start(args.device, args.dtype, args.seed)
-    # prompts, held_out: lists of (token ids of a prompt, its line of the file as a dict)
+    # prompts, held_out: lists of (token ids of a prompt, its row: a dict with "prompt")
     args, tokenizer, reward, prompts, held_out = load_task(args, world)
     n = args.samples_per_prompt
 
@@ -465,7 +470,7 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    frozen = int(reward.is_model)  # counted in the memory that is printed
+    frozen = int(reward.is_model)  # a reward model, for the memory that `introduce` prints
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen, reference=ref_path
     )
@@ -695,15 +700,16 @@ def micro_batches(rows, trained, samples, tokens, world):
         if spare:
             parts.append([spare.pop()])
         else:
-            # two rows or more are in it: no row is spare, and there are fewer parts than rows
+            # All processes have equally many rows, so this one still has fewer parts than rows,
+            # and its fullest part has two or more.
             parts.append([max(parts, key=len).pop()])
     return parts
 
 
 def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
-    """Scores of held-out prompts: eval/reward and eval/exact (the share that is right by the rule
-    of --reward) of greedy completions, and with --eval_samples eval/pass@K. Each process takes its
-    share."""
+    """Scores of held-out prompts, of greedy completions: eval/reward, and eval/exact, the share of
+    answers that are right (by `number`, if that is the --reward). With --eval_samples eval/pass@K,
+    too. Each process takes its share."""
     n = args.eval_samples
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < n]
     if n:
@@ -712,7 +718,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     rows = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     size = max(rows // max(n, 1), 1)  # prompts at once, with n completions each
-    rules = common.rules_that_fit(reward, held_out)
+    rules = common.rules_that_fit(reward, held_out)  # name in the log: function
     meter = common.Meter()
     starts = range(0, math.ceil(len(held_out) / world.size), size)
     for start in common.under_way(starts, world, stop_asked):
@@ -795,7 +801,7 @@ def last_number(text):
     return Decimal(found[-1].replace(",", "").rstrip("."))
 
 
-RULES = {"exact": exact, "number": number}  # the rewards that --reward knows by name
+RULES = {"exact": exact, "number": number}  # the rules that --reward knows by name
 
 
 def load_task(args, world):
@@ -812,8 +818,8 @@ def load_task(args, world):
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)
     reference_config = common.reference_config(args, tokenizer)
     reward = common.load_reward(args.reward, RULES, world, date)
-    prompts = common.load_prompts(args.data, "--data", tokenizer, args, reward.answer_flag)
-    answer_flag = reward.answer_flag
+    answer_flag = reward.answer_flag  # the flag because of which rows need an answer, or ""
+    prompts = common.load_prompts(args.data, "--data", tokenizer, args, answer_flag)
     if args.eval_samples and not answer_flag:
         answer_flag = "--eval_samples"
     held_out = common.load_prompts(args.eval_data, "--eval_data", tokenizer, args, answer_flag)
@@ -821,7 +827,7 @@ def load_task(args, world):
     args = common.fit_context(args, longest, config, reference_config)
     if reward.is_model:
         args = common.fit_reward_model(args, tokenizer, prompts + held_out)
-    # --steps 0 needs no --data: held-out prompts do
+    # with --steps 0 and no --data, the held-out prompts stand in
     return args, tokenizer, reward, prompts or held_out, held_out
 
 

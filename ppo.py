@@ -10,11 +10,11 @@ predicts that reward. A token after which V rises gets credit: delta in (2).
          R_t = A_t + V_old(s_t);  A_t is then whitened, R_t is not            `whiten`
          V_old is V before the rollout's first update
     (3)  l_t = -min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t)  `clipped_loss`
-         rho_t = pi(a_t | s_t) / pi_old(a_t | s_t);  pi_old drew the completions
+         rho_t = pi(a_t | s_t) / pi_old(a_t | s_t);  pi_old is pi before the first update
     (4)  k_t = rho_t - 1 - log rho_t                                          `k3`
          its sum over a completion estimates KL(pi_old || pi), for --kl_stop
-    (5)  v_t = max((V - R_t)^2, (V_near - R_t)^2) / 2                         `value_loss`
-         V_near = V_old + clip(V - V_old, -value_clip, value_clip)
+    (5)  v_t = max((V - R_t)^2, (V_clip - R_t)^2) / 2                         `value_loss`
+         V_clip = V_old + clip(V - V_old, -value_clip, value_clip)
     (6)  loss = mean of (l_t + value_coef v_t) over the tokens of an update   `add_gradients`
 
 GAE (2) averages k-step advantages: k rewards as they came, then V for the rest,
@@ -24,9 +24,9 @@ actor-critic of textbooks): little variance, all errors of the critic. lam 1 kee
 k (Monte Carlo): the critic is just a baseline, like the mean score of a prompt's completions in
 GRPO.
 
-With gamma 1, lam 1, no whitening, beta 0 and one update per rollout, V = 0 gives the gradient of
-REINFORCE without a baseline, and V = the group's mean that of grpo.py --scale none, each except for
-a factor completions / tokens. Both are tested.
+With gamma 1, lam 1, no whitening, beta 0, a separate critic and one update per rollout: V = 0 gives
+the gradient of REINFORCE without a baseline, and V = the group's mean gives that of grpo.py --scale
+none, both up to a factor completions / tokens. Both are tested.
 
 TRPO bounded KL(pi_old || pi) in every step, at the cost of many extra forwards and backwards. PPO's
 clip only removes the gain from leaving the range. It does not bound the ratio: a step can go too
@@ -46,8 +46,9 @@ What biases the gradient of the expected reward:
   * Whitening and the mean over tokens use numbers computed from the same samples.
   * The clip; and, from a rollout's second update on, the ratio: it corrects a token's probability,
     not that of the text before it.
-What does not: V(s_t), a baseline, because it does not see a_t. And the KL penalty may be a constant
-in the reward: the gradient that is left out, -beta E[grad log pi], is 0.
+  * With --critic shared, the value loss: it trains the policy's states, too.
+What does not: V(s_t), a baseline, because it does not see a_t. And the KL penalty, which has no
+gradient of its own here: the one that is left out, -beta E[grad log pi], is 0.
 
 Left out: bootstrapping where a completion was cut, adaptive beta, an entropy bonus, replay of
 earlier rollouts.
@@ -89,7 +90,7 @@ class Args:
     (empty: --model before its first step)"""
     data: str | None = None
     """training prompts: JSON lines with "prompt" (or "question") and usually "answer" (None: the
-    bundled task, for its model only)"""
+    bundled task, if --model is the bundled model)"""
     eval_data: str | None = None
     """held-out prompts, as --data (not given: those of the bundled task; with other --data, nothing
     is held out)"""
@@ -123,7 +124,7 @@ class Args:
     policy, else from the policy; with --lora_rank, other adapters on the policy's model. shared: a
     linear layer on the policy's states"""
     critic_learning_rate: float | None = None
-    """of the critic (None: 1e-5, 5e-4 for the bundled model; x 10 if shared or with adapters)"""
+    """of the critic (None: 1e-5, or 5e-4 for the bundled model; x 10 if shared or with adapters)"""
     critic_warmup: int = 0
     """first steps, in which only the critic learns (a shared one: its layer); the policy's --warmup
     follows them"""
@@ -155,7 +156,7 @@ class Args:
     steps: int = 150
     """rollouts in all; 0 evaluates only"""
     learning_rate: float | None = None
-    """peak of AdamW's learning rate (None: 1e-6, 3e-4 for the bundled model; adapters: x 10)"""
+    """peak of AdamW's learning rate (None: 1e-6, or 3e-4 for the bundled model; adapters: x 10)"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """what the learning rate does after the warm-up"""
     warmup: int = 10
@@ -193,8 +194,7 @@ class Args:
     keep: int = 1
     """checkpoints that stay on the disk, the newest ones"""
     keep_best: bool = True
-    """keep the model with the best held-out score as best/
-    in the run's folder (by eval/reward, else eval/accuracy)"""
+    """keep the model with the best held-out score, eval/reward, as best/ in the run's folder"""
 
 
 def resolve(args):
@@ -296,10 +296,10 @@ def is_clipped(ratio, advantages, clip_low, clip_high):
 
 def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
-    of p. expm1: for small d, exp(-d) - 1 is mostly rounding error in float32.
+    of p. expm1, because for small d, exp(-d) - 1 + d is mostly rounding error in float32.
 
-    Equation (4) of grpo.py multiplies it by the ratio. As a loss without the ratio, its expected
-    gradient is that of KL(other || p). For p near other the two KLs agree.
+    Where it is a loss that trains p, in grpo.py, it is multiplied by the ratio. Without the ratio
+    its expected gradient is that of KL(other || p). For p near other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
@@ -309,19 +309,19 @@ def value_loss(values, old_values, returns, weights, clip):
     """Equation (5), summed with weights; all [b, C], values with gradient.
 
     The larger error counts. A value that has moved by more than `clip` towards its return has no
-    gradient, as long as it is nearer to the return than `near` is.
+    gradient, as long as it is nearer to its return than V_clip is.
     One that has moved away always has. Like the ratio's clip, this is no bound.
     """
     error = (values - returns) ** 2
     if clip:
-        near = old_values + (values - old_values).clamp(-clip, clip)
-        error = torch.maximum(error, (near - returns) ** 2)
+        clipped = old_values + (values - old_values).clamp(-clip, clip)
+        error = torch.maximum(error, (clipped - returns) ** 2)
     return 0.5 * (error * weights).sum()
 
 
 def explained_variance(values, returns, mask, world):
     """1 - Var(G - V) / Var(G) over tokens, G the Monte Carlo returns: 1 if V predicts every G up to
-    a constant, 0 for a constant V, None if all G are equal. R_t of (2) contains V if lam < 1, and
+    a constant, 0 for a constant V, None if G hardly differ. R_t of (2) contains V if lam < 1, and
     would flatter the critic."""
     _, variance = mean_and_variance(returns, mask, world)
     _, unexplained = mean_and_variance(returns - values, mask, world)
@@ -353,8 +353,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so not computed where nothing learns. Detached and last: checkpoint's
-            # second pass through `head` stops once it has all that backward needs.
+            # Only logged, so left out under no_grad. It has no gradient and comes last, so the
+            # second pass through `head`, which checkpoint makes in backward, stops before it.
             # For an entropy bonus, drop the detach (and in grpo.py and reinforce.py, train the rows
             # whose advantage is 0, too).
             constant = logprobs.detach()
@@ -379,7 +379,7 @@ def rollout_logprobs(model, samples, minibatches, temperature):
 
     A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
     are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. Cut
-    differently, the first ratio would not be 1, nor the KL to the reference 0 in step 1.
+    differently, the KL to the reference would not be 0 in step 1, nor the first ratio 1.
     """
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
@@ -517,7 +517,8 @@ def take_step(models, optimizers, args, world, step):
     policy = models["policy"]
     critic = models["critic"]
     if (args.critic == "shared" or args.lora_rank) and world.size > 1:
-        # FSDP sums the policy's gradients over the processes. These are not part of it.
+        # FSDP sums the policy's gradients over the processes (common.py tells it to sum and not to
+        # average). These are not part of the policy.
         for p in critic.parameters():
             # adapters that texts do not reach, such as an image encoder's, have no gradient
             if p.grad is None:
@@ -538,7 +539,7 @@ def take_step(models, optimizers, args, world, step):
 def train(args):
     args = resolve(args)
     world = common.start(args.device, args.dtype, args.seed)
-    # prompts, held_out: lists of (token ids of a prompt, its line of the file as a dict)
+    # prompts, held_out: lists of (token ids of a prompt, its row: a dict with "prompt")
     args, tokenizer, reward, prompts, held_out, critic_path = load_task(args, world)
 
     out = common.open_run(args, Path(__file__).stem, world)
@@ -546,7 +547,8 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    learning = 2 if critic_path else 1  # counted in the memory that is printed
+    # numbers of models, for the memory that `introduce` prints
+    learning = 2 if critic_path else 1
     frozen = int(reward.is_model)
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, learning, frozen, ref_path
@@ -621,7 +623,7 @@ def train(args):
             critic_norms = []
             tried_updates = 0
             for parts in shuffled_epochs(minibatches, args, step):
-                moved = 0.0  # KL(pi_old || pi) before this update
+                moved = 0.0  # sums up to KL(pi_old || pi) of this mini-batch, before its update
                 for rows in parts:
                     flags = {"policy_learns": policy_learns, "is_first": not grad_norms}
                     moved += add_gradients(policy, trunk, head, batch, rows, args, meter, **flags)
@@ -760,7 +762,8 @@ def micro_batches(rows, trained, samples, tokens, world):
         if spare:
             parts.append([spare.pop()])
         else:
-            # two rows or more are in it: no row is spare, and there are fewer parts than rows
+            # All processes have equally many rows, so this one still has fewer parts than rows,
+            # and its fullest part has two or more.
             parts.append([max(parts, key=len).pop()])
     return parts
 
@@ -783,7 +786,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     mine = held_out[world.rank :: world.size]
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     size = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
-    rules = common.rules_that_fit(reward, held_out)
+    rules = common.rules_that_fit(reward, held_out)  # name in the log: function
     meter = common.Meter()
     starts = range(0, math.ceil(len(held_out) / world.size), size)
     for start in common.under_way(starts, world, stop_asked):
@@ -844,7 +847,7 @@ def last_number(text):
     return Decimal(found[-1].replace(",", "").rstrip("."))
 
 
-RULES = {"exact": exact, "number": number}  # the rewards that --reward knows by name
+RULES = {"exact": exact, "number": number}  # the rules that --reward knows by name
 
 
 def load_task(args, world):
@@ -871,7 +874,7 @@ def load_task(args, world):
     critic_path = ""
     if args.critic == "separate" and args.steps:
         critic_path = critic_folder(args, config, tokenizer, longest, reward.is_model)
-    # --steps 0 needs no --data
+    # with --steps 0 and no --data, the held-out prompts stand in
     return args, tokenizer, reward, prompts or held_out, held_out, critic_path
 
 

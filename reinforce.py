@@ -110,7 +110,7 @@ class Args:
     (empty: --model before its first step)"""
     data: str | None = None
     """training prompts: JSON lines with "prompt" (or "question") and usually "answer" (None: the
-    bundled task, for its model only)"""
+    bundled task, if --model is the bundled model)"""
     eval_data: str | None = None
     """held-out prompts, as --data (not given: those of the bundled task; with other --data, nothing
     is held out)"""
@@ -159,7 +159,7 @@ class Args:
     steps: int = 250
     """rollouts in all; 0 evaluates only"""
     learning_rate: float | None = None
-    """peak of AdamW's learning rate (None: 1e-6, 3e-4 for the bundled model; adapters: x 10)"""
+    """peak of AdamW's learning rate (None: 1e-6, or 3e-4 for the bundled model; adapters: x 10)"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """what the learning rate does after the warm-up"""
     warmup: int = 10
@@ -197,8 +197,7 @@ class Args:
     keep: int = 1
     """checkpoints that stay on the disk, the newest ones"""
     keep_best: bool = True
-    """keep the model with the best held-out score as best/
-    in the run's folder (by eval/reward, else eval/accuracy)"""
+    """keep the model with the best held-out score, eval/reward, as best/ in the run's folder"""
 
 
 def resolve(args):
@@ -344,10 +343,10 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, N):
 
 def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
-    of p. expm1: for small d, exp(-d) - 1 is mostly rounding error in float32.
+    of p. expm1, because for small d, exp(-d) - 1 + d is mostly rounding error in float32.
 
-    Equation (4) of grpo.py multiplies it by the ratio. As a loss without the ratio, its expected
-    gradient is that of KL(other || p). For p near other the two KLs agree.
+    Where it is a loss that trains p, in grpo.py, it is multiplied by the ratio. Without the ratio
+    its expected gradient is that of KL(other || p). For p near other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
@@ -378,8 +377,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so not computed where nothing learns. Detached and last: checkpoint's
-            # second pass through `head` stops once it has all that backward needs.
+            # Only logged, so left out under no_grad. It has no gradient and comes last, so the
+            # second pass through `head`, which checkpoint makes in backward, stops before it.
             # For an entropy bonus, drop the detach (and in grpo.py and reinforce.py, train the rows
             # whose advantage is 0, too).
             constant = logprobs.detach()
@@ -404,7 +403,7 @@ def rollout_logprobs(model, samples, minibatches, temperature):
 
     A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
     are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. Cut
-    differently, the first ratio would not be 1, nor the KL to the reference 0 in step 1.
+    differently, the KL to the reference would not be 0 in step 1, nor the first ratio 1.
     """
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
@@ -457,7 +456,7 @@ def update_loss(policy, batch, rows, args, meter, is_first):
 def train(args):
     args = resolve(args)
     world = common.start(args.device, args.dtype, args.seed)
-    # prompts, held_out: lists of (token ids of a prompt, its line of the file as a dict)
+    # prompts, held_out: lists of (token ids of a prompt, its row: a dict with "prompt")
     args, tokenizer, reward, prompts, held_out = load_task(args, world)
     n = args.samples_per_prompt
 
@@ -466,7 +465,7 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    frozen = int(reward.is_model)  # counted in the memory that is printed
+    frozen = int(reward.is_model)  # a reward model, for the memory that `introduce` prints
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen, reference=ref_path
     )
@@ -674,7 +673,8 @@ def micro_batches(rows, trained, samples, tokens, world):
         if spare:
             parts.append([spare.pop()])
         else:
-            # two rows or more are in it: no row is spare, and there are fewer parts than rows
+            # All processes have equally many rows, so this one still has fewer parts than rows,
+            # and its fullest part has two or more.
             parts.append([max(parts, key=len).pop()])
     return parts
 
@@ -685,7 +685,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     mine = held_out[world.rank :: world.size]
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     size = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
-    rules = common.rules_that_fit(reward, held_out)
+    rules = common.rules_that_fit(reward, held_out)  # name in the log: function
     meter = common.Meter()
     starts = range(0, math.ceil(len(held_out) / world.size), size)
     for start in common.under_way(starts, world, stop_asked):
@@ -746,7 +746,7 @@ def last_number(text):
     return Decimal(found[-1].replace(",", "").rstrip("."))
 
 
-RULES = {"exact": exact, "number": number}  # the rewards that --reward knows by name
+RULES = {"exact": exact, "number": number}  # the rules that --reward knows by name
 
 
 def load_task(args, world):
@@ -777,7 +777,7 @@ def load_task(args, world):
         scored = held_out
     if reward.is_model and scored:
         args = common.fit_reward_model(args, tokenizer, scored)
-    # --steps 0 needs no --data
+    # with --steps 0 and no --data, the held-out prompts stand in
     return args, tokenizer, reward, prompts or held_out, held_out
 
 

@@ -440,9 +440,9 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     (padding included, a shared prompt counted once) or one pair. Pairs of like length come
     together, to save padding.
 
-    FSDP needs equally many parts in all processes. A process that is short of parts makes one of a
-    pair out of the part with most pairs. That has two or more: all processes have equally many
-    pairs, and none has more parts than pairs.
+    FSDP needs equally many parts in all processes. A process that has fewer takes a pair from its
+    fullest part and makes it a part of its own. (That part has two pairs or more: all processes
+    have equally many pairs, and none has more parts than pairs.)
     """
     copies = 1 if share_prompts else 2
     prompt_length = [copies * len(prompt) for prompt, _, _ in pairs]
@@ -717,7 +717,7 @@ def last_number(text):
     return Decimal(found[-1].replace(",", "").rstrip("."))
 
 
-RULES = {"exact": exact, "number": number}  # the rewards that --reward knows by name
+RULES = {"exact": exact, "number": number}  # the rules that --reward knows by name
 
 
 def is_finished(config):
