@@ -43,11 +43,12 @@ What is biased:
   * The group's mean contains the sample itself. With --scale none, that multiplies the expected
     gradient by 1 - 1/n.
   * The divisors of --aggregate token and sequence depend on the samples (`token_weights`).
-  * The KL term leaves out how a token changes the KL of later ones. reinforce.py has that, too:
-    log pi - log ref in the reward. At each token by itself the expected gradient of (4) is
-    that of KL(pi || ref), for any pi_old, so rho_t is the default. Without rho_t (--kl k3) it is
-    that of KL(ref || pi), and only if pi is pi_old. With the rho_t of --ratio sequence, as in TRL,
-    it is neither.
+  * The KL term leaves out how a token changes the KL of later ones.
+    (reinforce.py has that, too: log pi - log ref in the reward.)
+    At each token by itself the expected gradient of (4) is that of
+    KL(pi || ref), for any pi_old. So rho_t is the default. Without it
+    (--kl k3) the gradient is that of KL(ref || pi), and only if pi is
+    pi_old. With the rho_t of --ratio sequence, as in TRL, it is neither.
   * --keep_max, --mask_truncated and --drop_equal_groups select samples by what came out. --scale
     batch divides by a std that contains the sample.
   * With several updates: the clip, and the ratio (2), which corrects a token but not its prefix.
@@ -142,9 +143,10 @@ class Args:
     beta: float = 0.0
     """weight of the KL penalty in the loss; at 0 no reference model is loaded"""
     kl: Literal["k3_ratio", "k3"] = "k3_ratio"
-    """k3_ratio: k3 times the ratio; its gradient (with --ratio token) is that of KL(policy ||
-    reference). k3: as published, without the ratio; in a rollout's first update its gradient is
-    that of KL(reference || policy)"""
+    """k3_ratio: k3 times the ratio; with --ratio token,
+    its gradient is that of KL(policy || reference).
+    k3: as published, without the ratio; in the first update,
+    its gradient is that of KL(reference || policy)"""
     ref_update_every: int = 0
     """copy the policy into the reference every N steps; 0: never"""
 
@@ -194,7 +196,8 @@ class Args:
     keep: int = 1
     """checkpoints that stay on the disk, the newest ones"""
     keep_best: bool = True
-    """keep the model with the best held-out score, eval/reward, as best/ in the run's folder"""
+    """keep the model with the best eval/reward as best/
+    in the run's folder"""
 
 
 def resolve(args):
@@ -440,7 +443,7 @@ def update_loss(policy, batch, rows, args, meter, is_first):
         loss = loss + args.beta * (kl * w).sum()
         # KL(pi_old || ref), because pi_old drew the tokens; in nats per completion. The plain
         # log-ratio, not k3: it can be below 0.
-        # The third argument says which values count in the mean.
+        # The third argument: which values count.
         meter.add("kl/ref", ((old - ref) * mask).sum(1), mask.any(1))
 
     with torch.no_grad():  # the rest is for the log
@@ -700,8 +703,8 @@ def micro_batches(rows, trained, samples, tokens, world):
         if spare:
             parts.append([spare.pop()])
         else:
-            # All processes have equally many rows, so this one still has fewer parts than rows,
-            # and its fullest part has two or more.
+            # all processes have equally many rows, so this one has
+            # fewer parts than rows, and its fullest part has two or more
             parts.append([max(parts, key=len).pop()])
     return parts
 

@@ -197,7 +197,8 @@ class Args:
     keep: int = 1
     """checkpoints that stay on the disk, the newest ones"""
     keep_best: bool = True
-    """keep the model with the best held-out score, eval/reward, as best/ in the run's folder"""
+    """keep the model with the best eval/reward as best/
+    in the run's folder"""
 
 
 def resolve(args):
@@ -673,8 +674,8 @@ def micro_batches(rows, trained, samples, tokens, world):
         if spare:
             parts.append([spare.pop()])
         else:
-            # All processes have equally many rows, so this one still has fewer parts than rows,
-            # and its fullest part has two or more.
+            # all processes have equally many rows, so this one has
+            # fewer parts than rows, and its fullest part has two or more
             parts.append([max(parts, key=len).pop()])
     return parts
 
