@@ -87,7 +87,7 @@ class Args:
     """folder or hub name of the model to stay near (empty: --model before its first step)"""
     data: str | None = None
     """training pairs: JSON lines with "prompt" (or "question"), "chosen", "rejected"; sides may be
-    lists of messages (None: those of the bundled task, if model and files are the bundled ones)"""
+    lists of messages (None: the bundled pairs, for the bundled model, if no file is named)"""
     eval_data: str | None = None
     """held-out pairs, as --data (None: those of the bundled task, or none with other data)"""
     eval_prompts: str | None = None
@@ -173,6 +173,7 @@ class Args:
 def resolve(args):
     """Fills in defaults that depend on other flags, and rejects contradictory flags."""
     is_tiny_model = Path(args.model).resolve() == TINY / "model"
+    # an empty --eval_data or --eval_prompts names no file: it only leaves that score out
     has_files = args.data is not None or args.eval_data or args.eval_prompts
     is_tiny_data = is_tiny_model and not has_files
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
@@ -186,7 +187,7 @@ def resolve(args):
         "learning_rate": faster * (3e-4 if is_tiny_model else 5e-7),
         "tokens_per_micro_batch": 2048 if on_cpu else 8192,
     }
-    # without training, the model would be compared with itself
+    # without training and --reference, pairs would compare a model with itself; not with simpo
     compares_with_itself = not (args.steps or args.reference or args.loss == "simpo")
     if is_tiny_data and not compares_with_itself:
         defaults["eval_data"] = str(TINY / "pairs_test.jsonl")
@@ -312,7 +313,7 @@ def update_loss(policy, tokenizer, pairs, ref, share_prompts, args, world, meter
         meter.add("rejected", rejected)
         meter.add("logprobs/chosen", logprobs[:, 0])
         meter.add("logprobs/rejected", logprobs[:, 1])
-        lost = (ref - logprobs) / length  # nats a token
+        lost = (ref - logprobs) / length  # the fall below the reference, in nats a token
         meter.add("lost", lost[:, 0])
     return loss
 
@@ -370,7 +371,7 @@ def train(args):
         if done_steps == 0:
             common.log(out, writer, 0, common.scores_if_due(0, args, held_out_scores))
 
-        warned = set()
+        warned = set()  # what `warn_if_unlikely` has said
         for step in range(done_steps + 1, args.steps + 1):
             step_began = time.perf_counter()
             meter = common.Meter()
@@ -423,7 +424,8 @@ def train(args):
 
         if args.steps:
             common.save_model(policy, tokenizer, out / "model", world)
-    # The run ends with a line of Python that tries the model. Chat models get a prompt of its own.
+    # The run ends with a line of Python that tries the model. For a chat model, `usage` has its own
+    # prompt.
     prompt = "" if tokenizer.chat_template else tokenizer.decode(first_prompt)
     common.conclude(out, args, writer, bar, common.usage(out, tokenizer, prompt, args))
 
@@ -476,8 +478,8 @@ def share_of_process(pairs, world):
 
 
 def in_order(results, count, world):
-    """results [pairs of a process, 2] of `share_of_process` -> those of all `count` pairs in their
-    order, [count, 2] on the CPU, in every process."""
+    """results [.., 2] for the pairs that `share_of_process` gave each process -> those of all
+    `count` pairs in their order, [count, 2] on the CPU, in every process."""
     everyone = common.all_gather(world, results.to(world.device)).cpu()
     by_process = everyone.view(world.size, -1, 2)
     return by_process.transpose(0, 1).reshape(-1, 2)[:count]
@@ -510,9 +512,9 @@ def score_pairs(model, tokenizer, pairs, share_prompts, args, world, stop_asked=
 def reference_scores(
     policy, tokenizer, pairs, held_out, share_prompts, args, out, world, stop_asked
 ):
-    """The reference's log-probabilities -> two tensors: [pairs, 2], NaN for pairs that are never
-    drawn, and [held-out pairs, 2], None without held-out pairs. For simpo both are zeros. The
-    policy must still be as it was at the start.
+    """The reference's log-probabilities -> [pairs, 2] (pairs that are never drawn: NaN) and
+    [held-out pairs, 2] (None if there are none). For simpo both are zeros. The policy must still
+    be as it was at the start.
 
     Those of the pairs are kept in the run's folder. A resumed run computes only what is missing.
     The micro-batches are not those of training. So in bfloat16, log-ratios that should be 0 in step
@@ -527,7 +529,7 @@ def reference_scores(
     if scores is None:
         scores = torch.full((len(pairs), 2), math.nan)
     known = int((~scores[:, 0].isnan()).sum())
-    # ends the run if the processes have read different files
+    # ends the run if the processes have read different files, on machines without a common disk
     common.agree(out, world, known, "the number of pairs that the reference has scored is")
     drawn = args.steps * args.pairs_per_step  # as `rows_of_step` draws them
     visited = {common.nth_row(len(pairs), i, args.seed) for i in range(drawn)}
@@ -541,6 +543,7 @@ def reference_scores(
     for start in range(0, len(missing), 1024):
         part = missing[start : start + 1024]
         few = [pairs[i] for i in part]
+        # no stop_asked: these pairs are finished after a signal, and kept
         scores[part] = score_pairs(reference, tokenizer, few, share_prompts, args, world)
         if world.rank == 0:
             common.write(path, {"mark": mark, "scores": scores})
@@ -593,8 +596,8 @@ def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world,
 
 def evaluate(policy, tokenizer, prompts, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts.
-    eval/reward is by --reward. eval/exact is the share of answers that are right (by `number`, if
-    that is the --reward). Each process takes its share of the prompts."""
+    eval/reward is by --reward. eval/exact is the share of right answers. (It keeps this name
+    where --reward number decides what is right.) Each process takes its share of the prompts."""
     mine = prompts[world.rank :: world.size]
     longest = max((len(ids) for ids, _ in prompts), default=0) + args.max_new_tokens
     # the keys and values of 4 micro-batches take less memory than training on one
@@ -627,8 +630,8 @@ def evaluate(policy, tokenizer, prompts, reward, args, world, stop_asked=None):
 
 
 def count_right(texts, records, rule):
-    """How many texts of each record are right by `rule`; 0 for records without an answer. Every
-    record has equally many texts, one or more."""
+    """How many texts of each record are right by `rule`; 0 for records without an answer.
+    Every record has equally many texts: one, or with grpo.py's --eval_samples more."""
     n = len(texts) // len(records)
     right = torch.zeros(len(records))
     for i, text in enumerate(texts):
@@ -688,7 +691,7 @@ def encode_preferences(records, tokenizer, args, flag):
     useless = 0
     for record in records:
         prompt = record["prompt"]
-        is_chat = args.chat or isinstance(prompt, list)  # messages always take the template
+        is_chat = args.chat or isinstance(prompt, list)  # messages take the template in any case
         ids = common.encode_prompt(tokenizer, prompt, args.system, args.chat)
         chosen, rejected = [
             common.encode_completion(tokenizer, record[side], is_chat, prompt, args.system)

@@ -17,8 +17,8 @@ direction that A pushes. With one update per rollout, the default, every ratio i
 gradient is that of REINFORCE with (1) as the weight. The value of the loss then says nothing about
 learning. Watch the reward.
 
-Variants are flags. Those of the clip need --minibatches: with one update per rollout it does
-nothing.
+Variants are flags. Those of the clip need --minibatches or --epochs: with one update per
+rollout the clip does nothing.
 
     GRPO as published   --aggregate sequence --beta 0.04 --kl k3
                         (mean over tokens, then completions)
@@ -38,19 +38,18 @@ the length of the longest completion: of the rollout in [B, C], of the forward i
 
 What is biased:
   * With rewards of 0 and 1 the division by the std multiplies a prompt's gradient by about
-    1 / sqrt(p (1 - p)), p its share of right answers; at most sqrt(n), with one right or one wrong.
-    Very easy and very hard prompts count more.
+    1 / sqrt(p (1 - p)), p its share of right answers. One right or one wrong answer gives the most,
+    sqrt(n), since the std divides by n - 1. Very easy and very hard prompts count more.
   * The group's mean contains the sample itself. With --scale none, that multiplies the expected
     gradient by 1 - 1/n.
   * The divisors of --aggregate token and sequence depend on the samples (`token_weights`).
   * The KL term leaves out how a token changes the KL of later ones.
-    (reinforce.py has that, too: log pi - log ref in the reward.)
+    (reinforce.py counts it: there log pi - log ref is in the reward.)
     At each token by itself the expected gradient of (4) is that of
     KL(pi || ref), for any pi_old. So rho_t is the default. Without it
     (--kl k3) the gradient is that of KL(ref || pi), and only if pi is
     pi_old. With the rho_t of --ratio sequence, as in TRL, it is neither.
-  * --keep_max, --mask_truncated and --drop_equal_groups select samples by what came out. --scale
-    batch divides by a std that contains the sample.
+  * --keep_max, --mask_truncated and --drop_equal_groups select samples by what came out.
   * With several updates: the clip, and the ratio (2), which corrects a token but not its prefix.
   * log pi_old is computed by the trainer. The sampler's values differ by rounding (`kl/sample`:
     their mean distance).
@@ -133,9 +132,9 @@ class Args:
     ratio: Literal["token", "sequence"] = "token"
     """importance ratio: one for each token, or their geometric mean over the completion"""
     clip_low: float | None = None
-    """lower bound of the ratio is 1 - this (None: 0.2, and 3e-4 with --ratio sequence)"""
+    """the clip begins below a ratio of 1 - this (None: 0.2, and 3e-4 with --ratio sequence)"""
     clip_high: float | None = None
-    """upper bound of the ratio is 1 + this (None: 0.2, and 4e-4 with --ratio sequence)"""
+    """the clip begins above a ratio of 1 + this (None: 0.2, and 4e-4 with --ratio sequence)"""
     aggregate: Literal["sequence", "token", "constant"] | None = None
     """divisor of a token's loss. sequence: its completion's length x the number of completions;
     token: the number of tokens (both without what --mask_truncated leaves out); constant: the
@@ -301,8 +300,9 @@ def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
     of p. expm1, because for small d, exp(-d) - 1 + d is mostly rounding error in float32.
 
-    Where it is a loss that trains p, in grpo.py, it is multiplied by the ratio. Without the ratio
-    its expected gradient is that of KL(other || p). For p near other the two KLs agree.
+    It is only measured, but for grpo.py's penalty, which trains p with it,
+    times the ratio. Without the ratio its expected gradient is that of
+    KL(other || p). For p near other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
@@ -368,8 +368,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         if torch.is_grad_enabled():
             # Only logged, so left out under no_grad. It has no gradient and comes last, so the
             # second pass through `head`, which checkpoint makes in backward, stops before it.
-            # For an entropy bonus, drop the detach (and in grpo.py and reinforce.py, train the rows
-            # whose advantage is 0, too).
+            # For an entropy bonus, drop the detach. (grpo.py and reinforce.py leave out rows whose
+            # advantage is 0: train them, too.)
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -442,7 +442,7 @@ def update_loss(policy, batch, rows, args, meter, is_first):
             kl = kl * ratio  # not detached: a ratio of 1 has a gradient, too
         loss = loss + args.beta * (kl * w).sum()
         # KL(pi_old || ref), because pi_old drew the tokens; in nats per completion. The plain
-        # log-ratio, not k3: it can be below 0.
+        # log-ratio, as in ppo.py and reinforce.py: it can be below 0.
         # The third argument: which values count.
         meter.add("kl/ref", ((old - ref) * mask).sum(1), mask.any(1))
 
@@ -473,7 +473,7 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    frozen = int(reward.is_model)  # a reward model, for the memory that `introduce` prints
+    frozen = int(reward.is_model)  # models besides, for the memory that `introduce` prints
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen, reference=ref_path
     )
@@ -666,8 +666,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     (padding included, a shared prompt counted once); a row that is longer is a part of its own.
     Rows that share a prompt stay together where they fit; groups of like length come together.
 
-    FSDP needs equally many parts in all processes. A process that is short of parts adds a row that
-    is not trained (its weights are 0), or takes a row out of the part that has most.
+    FSDP needs equally many parts in all processes. A process that has fewer adds parts of one row:
+    one that is not trained (its weights are 0), or else one taken from its fullest part.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -711,17 +711,18 @@ def micro_batches(rows, trained, samples, tokens, world):
 
 def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of held-out prompts, of greedy completions: eval/reward, and eval/exact, the share of
-    answers that are right (by `number`, if that is the --reward). With --eval_samples eval/pass@K,
-    too. Each process takes its share."""
+    right answers. (It keeps this name where --reward number decides what is right.) With
+    --eval_samples eval/pass@K, too. Each process takes its share."""
     n = args.eval_samples
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < n]
     if n:
         ks.append(n)
     mine = held_out[world.rank :: world.size]
+    # as many at once as a rollout has, which are known to fit
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     rows = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     size = max(rows // max(n, 1), 1)  # prompts at once, with n completions each
-    rules = common.rules_that_fit(reward, held_out)  # name in the log: function
+    rules = common.rules_that_fit(reward, held_out)  # {name in the log: function}
     meter = common.Meter()
     starts = range(0, math.ceil(len(held_out) / world.size), size)
     for start in common.under_way(starts, world, stop_asked):
@@ -763,8 +764,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
 
 
 def count_right(texts, records, rule):
-    """How many texts of each record are right by `rule`; 0 for records without an answer. Every
-    record has equally many texts, one or more."""
+    """How many texts of each record are right by `rule`; 0 for records without an answer.
+    Every record has equally many texts: one, or with grpo.py's --eval_samples more."""
     n = len(texts) // len(records)
     right = torch.zeros(len(records))
     for i, text in enumerate(texts):
@@ -821,7 +822,7 @@ def load_task(args, world):
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)
     reference_config = common.reference_config(args, tokenizer)
     reward = common.load_reward(args.reward, RULES, world, date)
-    answer_flag = reward.answer_flag  # the flag because of which rows need an answer, or ""
+    answer_flag = reward.answer_flag  # the flag that makes "answer" obligatory, or ""
     prompts = common.load_prompts(args.data, "--data", tokenizer, args, answer_flag)
     if args.eval_samples and not answer_flag:
         answer_flag = "--eval_samples"

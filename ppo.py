@@ -47,8 +47,8 @@ What biases the gradient of the expected reward:
   * The clip; and, from a rollout's second update on, the ratio: it corrects a token's probability,
     not that of the text before it.
   * With --critic shared, the value loss: it trains the policy's states, too.
-What does not: V(s_t), a baseline, because it does not see a_t. And the KL penalty, which has no
-gradient of its own here: the one that is left out, -beta E[grad log pi], is 0.
+What does not: V(s_t), a baseline, because it does not see a_t. Nor that r_t is a constant here,
+although it contains log pi: the gradient left out, -beta E[grad log pi], is 0.
 
 Left out: bootstrapping where a completion was cut, adaptive beta, an entropy bonus, replay of
 earlier rollouts.
@@ -135,9 +135,9 @@ class Args:
     whiten: bool = True
     """give the advantages of a rollout mean 0 and standard deviation 1"""
     clip_low: float = 0.2
-    """lower bound of the ratio is 1 - this"""
+    """the clip begins below a ratio of 1 - this"""
     clip_high: float = 0.2
-    """upper bound of the ratio is 1 + this"""
+    """the clip begins above a ratio of 1 + this"""
     value_clip: float = 0.2
     """within a rollout, a value that has moved this far (in units of the reward) towards its return
     gets no gradient (see `value_loss`; 0: no limit). With scores of 5 or more 0.2 is slow"""
@@ -299,8 +299,9 @@ def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
     of p. expm1, because for small d, exp(-d) - 1 + d is mostly rounding error in float32.
 
-    Where it is a loss that trains p, in grpo.py, it is multiplied by the ratio. Without the ratio
-    its expected gradient is that of KL(other || p). For p near other the two KLs agree.
+    It is only measured, but for grpo.py's penalty, which trains p with it,
+    times the ratio. Without the ratio its expected gradient is that of
+    KL(other || p). For p near other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
@@ -356,8 +357,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         if torch.is_grad_enabled():
             # Only logged, so left out under no_grad. It has no gradient and comes last, so the
             # second pass through `head`, which checkpoint makes in backward, stops before it.
-            # For an entropy bonus, drop the detach (and in grpo.py and reinforce.py, train the rows
-            # whose advantage is 0, too).
+            # For an entropy bonus, drop the detach. (grpo.py and reinforce.py leave out rows whose
+            # advantage is 0: train them, too.)
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -495,8 +496,7 @@ def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, 
         kl = (k3(old, logprobs) * mask).sum(1).double()
         low, high = is_clipped(ratio, A, args.clip_low, args.clip_high)
         sampled = batch.samples.logprobs[rows, :C]
-        # of (6), without the critic's part
-        meter.total("loss", policy_loss)
+        meter.total("loss", policy_loss)  # the l_t of (6) alone
         meter.total("value/loss", v_loss)
         meter.add("kl/old", kl)
         # not a KL: how far the sampler's log-probabilities are from the trainer's, by rounding
@@ -518,8 +518,8 @@ def take_step(models, optimizers, args, world, step):
     policy = models["policy"]
     critic = models["critic"]
     if (args.critic == "shared" or args.lora_rank) and world.size > 1:
-        # FSDP sums the policy's gradients over the processes (common.py tells it to sum and not to
-        # average). These are not part of the policy.
+        # FSDP sums the policy's gradients over the processes. Such a critic (a head, or adapters)
+        # is not among the policy's parameters.
         for p in critic.parameters():
             # adapters that texts do not reach, such as an image encoder's, have no gradient
             if p.grad is None:
@@ -593,7 +593,7 @@ def train(args):
             for rows in shuffled_groups(args, world, step):
                 # the mean (6) is over all micro-batches and processes
                 weights[rows] = mask[rows] / common.all_sum(world, mask[rows].sum())[0]
-                every_row = torch.ones(len(rows), dtype=torch.bool)  # none is left out
+                every_row = torch.ones(len(rows), dtype=torch.bool)  # grpo.py leaves some out
                 parts = micro_batches(rows, every_row, samples, args.tokens_per_micro_batch, world)
                 minibatches.append(parts)
 
@@ -607,13 +607,14 @@ def train(args):
                 meter.add("kl/penalty", args.beta * kl.sum(1))
 
             # 4. Advantages and returns, equations (1) and (2). Returns are not whitened: the critic
-            #    learns them in units of the reward. With lam 1, A + V contains no V (Monte Carlo).
+            #    learns them in units of the reward.
             penalized = scores - args.missing_eos_penalty * ~samples.finished  # [B]
             rewards_of_tokens = token_rewards(penalized, kl, mask, args.beta)  # [B, C]
             advantages, returns = gae(rewards_of_tokens, values, mask, args.gamma, args.lam)
             if args.whiten:
                 advantages = whiten(advantages, mask, world)
             meter.add("returns", returns, mask)
+            # With lam 1, the returns are the rewards that came; V cancels.
             _, monte_carlo_returns = gae(rewards_of_tokens, values, mask, args.gamma, lam=1.0)
             explained = explained_variance(values, monte_carlo_returns, mask, world)
 
@@ -687,7 +688,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
         seed=common.fold(args.seed, step, world.rank, common.DRAW),
     )
     records = [prompts[indices[i // n]][1] for i in range(len(samples.texts))]
-    scores = reward.score(samples, records)  # the reward, and the parts of one that has parts
+    scores = reward.score(samples, records)  # {"reward": ..., and its parts, if any}
     for name, values in scores.items():
         meter.add(name, torch.tensor(values))
     meter.add("length", samples.mask.sum(1))
@@ -726,8 +727,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     (padding included, a shared prompt counted once); a row that is longer is a part of its own.
     Rows that share a prompt stay together where they fit; groups of like length come together.
 
-    FSDP needs equally many parts in all processes. A process that is short of parts adds a row that
-    is not trained (its weights are 0), or takes a row out of the part that has most.
+    FSDP needs equally many parts in all processes. A process that has fewer adds parts of one row:
+    one that is not trained (its weights are 0), or else one taken from its fullest part.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -785,9 +786,10 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, eval/exact. Each process
     takes its share."""
     mine = held_out[world.rank :: world.size]
+    # as many at once as a rollout has, which are known to fit
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     size = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
-    rules = common.rules_that_fit(reward, held_out)  # name in the log: function
+    rules = common.rules_that_fit(reward, held_out)  # {name in the log: function}
     meter = common.Meter()
     starts = range(0, math.ceil(len(held_out) / world.size), size)
     for start in common.under_way(starts, world, stop_asked):
@@ -813,8 +815,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
 
 
 def count_right(texts, records, rule):
-    """How many texts of each record are right by `rule`; 0 for records without an answer. Every
-    record has equally many texts, one or more."""
+    """How many texts of each record are right by `rule`; 0 for records without an answer.
+    Every record has equally many texts: one, or with grpo.py's --eval_samples more."""
     n = len(texts) // len(records)
     right = torch.zeros(len(records))
     for i, text in enumerate(texts):
@@ -883,15 +885,15 @@ def critic_folder(args, config, tokenizer, longest, reward_is_model):
     """The folder that a separate critic starts from: that of the reward model, if it has every
     token of the policy under the same id and a context for the longest prompt and completion,
     else (and with --lora_rank) that of the policy."""
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not args.lora_rank:
-        why = f"transformers has no sequence classifier for the family {config.model_type!r}"
-        fail(f"--critic separate: {why}; use --critic shared")
     if reward_is_model and not args.lora_rank:
         vocabulary = common.load_tokenizer(args.reward).get_vocab()
         has_tokens = tokenizer.get_vocab().items() <= vocabulary.items()
         context = common.context_of(common.read_config(args.reward))
         if has_tokens and context >= longest + args.max_new_tokens:
             return args.reward
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not args.lora_rank:
+        why = f"transformers has no sequence classifier for the family {config.model_type!r}"
+        fail(f"--critic separate: {why}; use --critic shared")
     return args.model
 
 

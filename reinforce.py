@@ -346,8 +346,9 @@ def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
     of p. expm1, because for small d, exp(-d) - 1 + d is mostly rounding error in float32.
 
-    Where it is a loss that trains p, in grpo.py, it is multiplied by the ratio. Without the ratio
-    its expected gradient is that of KL(other || p). For p near other the two KLs agree.
+    It is only measured, but for grpo.py's penalty, which trains p with it,
+    times the ratio. Without the ratio its expected gradient is that of
+    KL(other || p). For p near other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     return torch.expm1(-d) + d
@@ -380,8 +381,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         if torch.is_grad_enabled():
             # Only logged, so left out under no_grad. It has no gradient and comes last, so the
             # second pass through `head`, which checkpoint makes in backward, stops before it.
-            # For an entropy bonus, drop the detach (and in grpo.py and reinforce.py, train the rows
-            # whose advantage is 0, too).
+            # For an entropy bonus, drop the detach. (grpo.py and reinforce.py leave out rows whose
+            # advantage is 0: train them, too.)
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -466,7 +467,7 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    frozen = int(reward.is_model)  # a reward model, for the memory that `introduce` prints
+    frozen = int(reward.is_model)  # models besides, for the memory that `introduce` prints
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen, reference=ref_path
     )
@@ -637,8 +638,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     (padding included, a shared prompt counted once); a row that is longer is a part of its own.
     Rows that share a prompt stay together where they fit; groups of like length come together.
 
-    FSDP needs equally many parts in all processes. A process that is short of parts adds a row that
-    is not trained (its weights are 0), or takes a row out of the part that has most.
+    FSDP needs equally many parts in all processes. A process that has fewer adds parts of one row:
+    one that is not trained (its weights are 0), or else one taken from its fullest part.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -684,9 +685,10 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, eval/exact. Each process
     takes its share."""
     mine = held_out[world.rank :: world.size]
+    # as many at once as a rollout has, which are known to fit
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     size = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
-    rules = common.rules_that_fit(reward, held_out)  # name in the log: function
+    rules = common.rules_that_fit(reward, held_out)  # {name in the log: function}
     meter = common.Meter()
     starts = range(0, math.ceil(len(held_out) / world.size), size)
     for start in common.under_way(starts, world, stop_asked):
@@ -712,8 +714,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
 
 
 def count_right(texts, records, rule):
-    """How many texts of each record are right by `rule`; 0 for records without an answer. Every
-    record has equally many texts, one or more."""
+    """How many texts of each record are right by `rule`; 0 for records without an answer.
+    Every record has equally many texts: one, or with grpo.py's --eval_samples more."""
     n = len(texts) // len(records)
     right = torch.zeros(len(records))
     for i, text in enumerate(texts):

@@ -477,8 +477,8 @@ def share_of_process(pairs, world):
 
 
 def in_order(results, count, world):
-    """results [pairs of a process, 2] of `share_of_process` -> those of all `count` pairs in their
-    order, [count, 2] on the CPU, in every process."""
+    """results [.., 2] for the pairs that `share_of_process` gave each process -> those of all
+    `count` pairs in their order, [count, 2] on the CPU, in every process."""
     everyone = common.all_gather(world, results.to(world.device)).cpu()
     by_process = everyone.view(world.size, -1, 2)
     return by_process.transpose(0, 1).reshape(-1, 2)[:count]

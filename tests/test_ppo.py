@@ -887,6 +887,20 @@ def test_a_reward_model_that_cannot_read_as_far_as_the_policy_writes_is_no_criti
     assert ppo.critic_folder(args, config, tokenizer, 1, False) == args.model
 
 
+def test_a_policy_of_a_family_without_a_classifier_needs_a_reward_model_for_its_critic(
+    tmp_path, capsys
+):
+    tokenizer = common.load_tokenizer(ppo.Args.model)
+    judge = common.load_scalar(ppo.Args.model, CPU, tokenizer, 0.5)
+    common.save_model(judge, tokenizer, tmp_path / "judge", CPU)
+    args = ppo.Args(reward=str(tmp_path / "judge"), max_new_tokens=5)
+    config = family("mamba").config
+    assert ppo.critic_folder(args, config, tokenizer, 1, True) == args.reward
+    with pytest.raises(SystemExit):
+        ppo.critic_folder(args, config, tokenizer, 1, False)
+    assert "no sequence classifier for the family 'mamba'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
