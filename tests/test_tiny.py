@@ -208,6 +208,8 @@ def test_a_chain_is_paid_for_each_line_that_follows_from_the_one_before(
     assert chain.steps(completion, row) == steps
     assert chain.form(completion, row) == form
     assert chain.end(completion, row) == end
+    named = {"reward": steps, "form": form, "right": end}
+    assert chain.parts(completion, row) == named
 
 
 def test_chains_are_different_problems_with_right_answers_of_small_numbers(tmp_path):

@@ -2,7 +2,7 @@
 
     python tests/tiny/chain.py FOLDER      # writes train.jsonl and test.jsonl there
     python grpo.py --model CHAT_MODEL --data FOLDER/train.jsonl --eval_data FOLDER/test.jsonl \\
-        --reward tests/tiny/chain.py:steps --max_new_tokens 96
+        --reward tests/tiny/chain.py:parts --max_new_tokens 96
 
 A problem is `7 + 5 - 3 + 8`. It has 3 to 5 steps; every number in it is from 1 to 9, and every
 intermediate result from 0 to 19. The answer has one line for each step and one for the result:
@@ -63,6 +63,15 @@ def end(completion, row):
     """1 if the last number said is the result, whatever stands before it, else 0."""
     result = row["answer"].split()[-1]
     return float(NUMBER.findall(completion)[-1:] == [result])
+
+
+def parts(completion, row):
+    """`steps` is the reward; the form and the result are logged beside it."""
+    return {
+        "reward": steps(completion, row),
+        "form": form(completion, row),
+        "right": end(completion, row),
+    }
 
 
 def lines_of(text):

@@ -1,0 +1,524 @@
+"""The methods beside each other, each at the best of its own settings: one task, start and budget.
+
+    pip install -r requirements.txt matplotlib
+    python tests/bench/tuned.py             # about 6 hours on 2 cores; goes on where it was stopped
+    python tests/bench/tuned.py --time      # 5 minutes, on an idle machine, when all runs are done
+    python tests/bench/tuned.py --methods "fine-tuning" "GRPO, one update" --out /tmp/again
+
+Every method sees 51,200 completions of training prompts of the sorting task, 256 in each of 200
+rollouts; fine-tuning sees as many right answers, DPO and the reward model as many sides of pairs.
+Each is trained on once, in one update or, a quarter at a time, in four. So a run has 200 or 800
+updates. Methods that their papers define with one update (REINFORCE, GRPO as published) have one,
+and so have the adapters. There is no KL penalty but where a method has it by definition (DPO, GRPO as published).
+
+A grid of learning rates, a factor of 2 apart, is run with seeds 1 to 3 and scored on 512 prompts
+that are neither training nor test prompts. The best mean chooses a method's setting. If its rate
+is at the edge of its grid, the grid is widened by one rate, until it is not. The chosen setting is
+run with seeds 11 to 20, and the model at the end answers the 512 test prompts greedily. PPO's
+critic has a learning rate in a fixed ratio to the policy's. A run that fails has a score of 0.
+
+Best-of-N trains nothing but the reward model by whose scores it takes one of N samples of the start.
+
+Writes results.jsonl, a row for each run, and from its rows results.md, results.png and
+results_rates.png. Rows that are there are not run again.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import runpy
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported once for all runs
+from transformers import LlamaForCausalLM  # noqa: F401
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+TINY = ROOT / "tests" / "tiny"
+sys.path.insert(0, str(TINY))
+import sort
+
+BUDGET = 51_200
+ROLLOUT = 256
+STEPS = BUDGET // ROLLOUT
+REACHED = 0.8
+GRID_SEEDS = (1, 2, 3)
+FINAL_SEEDS = tuple(range(11, 21))
+RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
+N_OF_BEST = (1, 4, 16)
+
+
+@dataclass
+class Method:
+    command: str
+    """the script, and flags of all its runs"""
+    variants: dict
+    """{name: flags}. The grid of rates is run with each of them"""
+    rates: tuple = RATES
+    critic: float = 0.0
+    """the critic's learning rate, times the policy's"""
+    patch: str = ""
+    """a file of tests/changes, applied to a copy of the script"""
+
+
+ONE, FOUR = "one update", "four updates"
+UPDATES = {
+    ONE: "--steps 200 --epochs 1 --minibatches 1",
+    FOUR: "--steps 200 --epochs 1 --minibatches 4",
+}
+PAIRS = {
+    ONE: "--steps 200 --pairs_per_step 128",
+    FOUR: "--steps 800 --pairs_per_step 32 --warmup 40",
+}
+DEMOS = {
+    ONE: "--steps 200 --prompts_per_step 256",
+    FOUR: "--steps 800 --prompts_per_step 64 --warmup 40",
+}
+PAIR_DATA = f"--data {TINY / 'pairs_train.jsonl'} --eval_data {TINY / 'pairs_test.jsonl'}"
+GROUPS = "--prompts_per_step 32 --samples_per_prompt 8"
+SINGLE = "--prompts_per_step 256 --samples_per_prompt 1 --beta 0"
+METHODS = {
+    "fine-tuning": Method(f"reinforce.py --demos {TINY / 'sort_train.jsonl'}", DEMOS),
+    "DPO": Method(f"dpo.py {PAIR_DATA}", PAIRS),
+    "best of N, by a reward model": Method(
+        f"reward_model.py {PAIR_DATA} --schedule linear --policy {TINY / 'model'} --best_of 1 4 16",
+        PAIRS,
+        (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+    ),
+    "REINFORCE, no baseline": Method(
+        f"reinforce.py {GROUPS} --beta 0 --baseline none", {ONE: UPDATES[ONE]}
+    ),
+    "REINFORCE, leave one out": Method(f"reinforce.py {GROUPS} --beta 0", {ONE: UPDATES[ONE]}),
+    "PPO, separate critic": Method(f"ppo.py {SINGLE}", UPDATES, critic=5 / 3),
+    "PPO, shared critic": Method(f"ppo.py {SINGLE} --critic shared", UPDATES, critic=50 / 3),
+    "GRPO, one update": Method(f"grpo.py {GROUPS}", {ONE: UPDATES[ONE]}),
+    "GRPO, four updates": Method(f"grpo.py {GROUPS}", {FOUR: UPDATES[FOUR]}),
+    "GRPO as published": Method(
+        f"grpo.py {GROUPS} --aggregate sequence --beta 0.04 --kl k3", {ONE: UPDATES[ONE]}
+    ),
+    "Dr. GRPO": Method(f"grpo.py {GROUPS} --scale none --aggregate constant", UPDATES),
+    # With one update the ratios of the next two are 1, and they are GRPO.
+    "GSPO": Method(
+        f"grpo.py {GROUPS} --ratio sequence",
+        {
+            "four updates, its clip": UPDATES[FOUR],
+            "four updates, clip 0.05": f"{UPDATES[FOUR]} --clip_low 0.05 --clip_high 0.05",
+        },
+    ),
+    "CISPO": Method(f"grpo.py {GROUPS} --clip_high 4", {FOUR: UPDATES[FOUR]}, patch="cispo"),
+    "GRPO with adapters": Method(
+        f"grpo.py {GROUPS} --lora_rank 8", {ONE: UPDATES[ONE]}, tuple(10 * rate for rate in RATES)
+    ),
+}
+
+
+@dataclass
+class Args:
+    methods: tuple[str, ...] = tuple(METHODS)
+    jobs: int = 2
+    """runs at once, each on one thread"""
+    out: str = str(HERE)
+    time: bool = False
+    """measure the seconds of a step at the chosen settings, on all cores, instead"""
+
+
+# -- What is to be run -------------------------------------------------------------------------
+
+
+def key_of(row):
+    return row["method"], row["variant"], row["rate"], row["seed"]
+
+
+def grid_of(rows, name):
+    """{(variant, rate): mean validation score}, and the pairs whose three seeds are not all in."""
+    scores = {
+        (variant, rate): {} for variant in METHODS[name].variants for rate in METHODS[name].rates
+    }
+    for row in rows:
+        if row["method"] == name and row["seed"] in GRID_SEEDS:
+            scores.setdefault((row["variant"], row["rate"]), {})[row["seed"]] = row["score"]
+    missing = [setting for setting, found in scores.items() if len(found) < len(GRID_SEEDS)]
+    means = {s: statistics.mean(found.values()) for s, found in scores.items() if found}
+    return means, missing
+
+
+def chosen(rows, name):
+    """The (variant, rate) of the best mean, once the grid is complete and wide enough, else the
+    settings that are still to be run."""
+    means, missing = grid_of(rows, name)
+    if missing:
+        return None, missing
+    variant, rate = max(means, key=means.get)
+    rates = [r for v, r in means if v == variant]
+    if rate == max(rates):
+        return None, [(variant, 2 * rate)]
+    if rate == min(rates):
+        return None, [(variant, rate / 2)]
+    return (variant, rate), []
+
+
+def jobs_of(rows, methods):
+    """Runs that are still to be made, (method, variant, rate, seed), in the order to make them."""
+    jobs = []
+    for name in methods:
+        setting, missing = chosen(rows, name)
+        jobs += [(name, *other, seed) for seed in GRID_SEEDS for other in missing]
+        if setting:
+            jobs += [(name, *setting, seed) for seed in FINAL_SEEDS]
+    done = {key_of(row) for row in rows}
+    order = {name: place for place, name in enumerate(METHODS)}
+    return sorted((job for job in jobs if job not in done), key=lambda j: (j[3], order[j[0]]))
+
+
+# -- One run -----------------------------------------------------------------------------------
+
+
+def command_of(name, variant, rate):
+    """The script's name and its flags, as they are typed."""
+    method = METHODS[name]
+    words = [*method.command.split(), *method.variants[variant].split()]
+    words += ["--learning_rate", f"{rate:g}"]
+    if method.critic:
+        words += ["--critic_learning_rate", f"{rate * method.critic:.3g}"]
+    return words
+
+
+def prepare(name, folder):
+    """-> the folder of the scripts: the repository, or a copy with the method's patch."""
+    if not METHODS[name].patch:
+        return ROOT
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    shutil.copytree(TINY, folder / "tests" / "tiny")
+    diff = ROOT / "tests" / "changes" / f"{METHODS[name].patch}.diff"
+    subprocess.run(["patch", "-p1", "--fuzz=0", "-s", "-i", str(diff)], cwd=folder, check=True)
+    return folder
+
+
+def call(command, scripts, log):
+    """Runs a script in this process, which was made for it, as if it had been started alone."""
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [str(scripts / command[0]), *command[1:]]
+    sys.path.insert(0, str(scripts))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def call_in_child(*given):
+    """A child copies this process and with it the imports, which take as long as many steps."""
+    child = multiprocessing.get_context("fork").Process(target=call, args=given)
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+def numbers(folder):
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run(job, path):
+    """One run from start to score; its row is added to the file `path`. In a process of its own."""
+    torch.set_num_threads(1)
+    name, variant, rate, seed = job
+    row = dict(zip(("method", "variant", "rate", "seed"), job))
+    is_final = seed in FINAL_SEEDS
+    with tempfile.TemporaryDirectory() as temporary:
+        temporary = Path(temporary)
+        held_out = TINY / "sort_test.jsonl"
+        if not is_final:
+            held_out = temporary / "validation.jsonl"
+            write_validation(held_out)
+        command = command_of(name, variant, rate)
+        steps = int(command[command.index("--steps") + 1])
+        every = steps // (20 if is_final else 4)
+        command += ["--seed", f"{seed}", "--device", "cpu", "--eval_every", f"{every}"]
+        prompts = "--eval_prompts" if "--eval_data" in command else "--eval_data"
+        command += [prompts, str(held_out), "--save_every", f"{steps}", "--no-keep_best"]
+        command += ["--out", str(temporary / "run")]
+        scripts = prepare(name, temporary)
+        row["status"] = call_in_child(command, scripts, temporary / "log")
+        lines = numbers(temporary / "run")
+        row["score"] = 0.0
+        if row["status"]:
+            print((temporary / "log").read_text()[-2000:], flush=True)
+        elif command[0] == "reward_model.py":
+            row |= {f"best of {n}": round(lines[-1][f"best_of/true@{n}"], 4) for n in N_OF_BEST}
+            row["score"] = row[f"best of {N_OF_BEST[-1]}"]
+        else:
+            row["curve"] = [round(line["eval/exact"], 4) for line in lines if "eval/exact" in line]
+            row["score"] = row["curve"][-1]
+        if is_final and "curve" in row:
+            row["right"] = answers(temporary, held_out)
+    line = json.dumps(row) + "\n"
+    with open(path, "a") as file:
+        file.write(line)
+    print(job, row["status"], row["score"], flush=True)
+
+
+def answers(folder, held_out):
+    """One digit for each test prompt, 1 if the trained model's greedy answer is right."""
+    model = ["--model", str(folder / "run" / "model"), "--data", str(held_out)]
+    command = ["grpo.py", *model, "--eval_data", str(held_out), "--steps", "0"]
+    command += ["--device", "cpu", "--out", str(folder / "test")]
+    call_in_child(command, ROOT, folder / "log")
+    rows = (folder / "test" / "eval_samples.jsonl").read_text().splitlines()
+    return "".join(f"{json.loads(row)['reward']:.0f}" for row in rows)
+
+
+def write_validation(path):
+    known = set()
+    for name in ("sort_train", "sort_test", "pairs_train", "pairs_test"):
+        for line in (TINY / f"{name}.jsonl").read_text().splitlines():
+            known.add(json.loads(line)["prompt"])
+    rows = sort.lists(512, seed=1000, without=known)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# -- The runs ----------------------------------------------------------------------------------
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run_all(jobs_of_rows, run_one, path, at_once):
+    """Starts the next run whenever one has ended, since what is next depends on the rows so far.
+    Each run has a process of its own."""
+    context = multiprocessing.get_context("fork")
+    running = {}
+    while True:
+        jobs = [job for job in jobs_of_rows(read(path)) if job not in running.values()]
+        while jobs and len(running) < at_once:
+            child = context.Process(target=run_one, args=(jobs[0], path))
+            child.start()
+            running[child] = jobs.pop(0)
+        if not running:
+            return
+        wait([child.sentinel for child in running])
+        for child in [child for child in running if not child.is_alive()]:
+            if child.exitcode:
+                sys.exit(f"{running[child]} ended with status {child.exitcode}")
+            del running[child]
+
+
+# -- Seconds, table, pictures ------------------------------------------------------------------
+
+
+def measure_seconds(rows, turns=3, steps=8):
+    """{method: seconds of a whole run at its chosen setting}: the median step, without the first
+    two of a run, times the number of steps. The methods take turns, each alone on all cores."""
+    seconds = {}
+    for _ in range(turns):
+        for name in METHODS:
+            setting, _ = chosen(rows, name)
+            command = command_of(name, *setting)
+            count = int(command[command.index("--steps") + 1])
+            with tempfile.TemporaryDirectory() as folder:
+                folder = Path(folder)
+                command += ["--steps", f"{steps}", "--warmup", "0", "--eval_data", ""]
+                command += ["--device", "cpu", "--out", str(folder / "run")]
+                if command[0] == "reward_model.py":
+                    command += ["--policy", "", "--eval_prompts", ""]
+                call_in_child(command, prepare(name, folder), folder / "log")
+                for line in numbers(folder / "run"):
+                    if line["step"] > 2:
+                        step = line.get("time/sample", 0.0) + line["time/train"]
+                        seconds.setdefault(name, []).append(step * count)
+    return {name: round(statistics.median(values), 1) for name, values in seconds.items()}
+
+
+def interval(rows, score, draws=4000):
+    """The 95 % interval of the mean, by bootstrap: seeds are drawn anew, and test prompts, too."""
+    rng = np.random.default_rng(0)
+    if all("right" in row for row in rows):
+        right = np.array([[int(digit) for digit in row["right"]] for row in rows])
+        means = []
+        for _ in range(draws):
+            seeds = rng.integers(len(right), size=len(right))
+            prompts = rng.integers(right.shape[1], size=right.shape[1])
+            means.append(right[seeds][:, prompts].mean())
+    else:  # of best-of-N the score alone is known: prompts drawn anew are a binomial draw
+        scores = np.array([row.get(score, 0.0) for row in rows])
+        means = scores[rng.integers(len(rows), size=(draws, len(rows)))].mean(axis=1)
+        means = rng.binomial(512, means) / 512
+    return np.quantile(means, (0.025, 0.975))
+
+
+def reached(row):
+    """Completions to the first score of 0.8; infinite if there was none."""
+    curve = row.get("curve", [])
+    places = [i for i, score in enumerate(curve) if score >= REACHED]
+    return places[0] * BUDGET // (len(curve) - 1) if places else math.inf
+
+
+def final_rows(rows, name):
+    setting, _ = chosen(rows, name)
+    found = [r for r in rows if r["method"] == name and (r["variant"], r["rate"]) == setting]
+    return [row for row in found if row["seed"] in FINAL_SEEDS]
+
+
+def table(rows, seconds):
+    lines = [
+        "| method | learning rate | updates | exact match on the test prompts, mean and 95 % interval "
+        "| lowest seed | completions to 0.8 | updates to 0.8 | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in METHODS:
+        mine = final_rows(rows, name)
+        variant, rate = mine[0]["variant"], mine[0]["rate"]
+        updates = 4 * STEPS if "four" in variant else STEPS
+        times = f"{seconds[name]:.0f}" if name in seconds else ""
+        setting = f"{short(rate)} | {updates}"
+        if name.startswith("best of N"):
+            for n in N_OF_BEST:
+                label = name.replace("N", f"{n}")
+                cells = score_cells(mine, f"best of {n}")
+                lines.append(f"| {label} | {setting} | {cells} |  |  | {times} |")
+            continue
+        places = [reached(row) for row in mine]
+        middle = statistics.median(places)
+        words = f"{middle:,.0f} | {middle / BUDGET * updates:.0f}"
+        if middle == math.inf:
+            count = sum(place < math.inf for place in places)
+            words = f"not reached ({count} of {len(places)} seeds) | "
+        label = f"{name}, clip 0.05" if "clip 0.05" in variant else name
+        lines.append(f"| {label} | {setting} | {score_cells(mine, 'score')} | {words} | {times} |")
+    return "\n".join(lines) + "\n"
+
+
+def short(rate):
+    return f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-")
+
+
+def score_cells(rows, score):
+    scores = [row.get(score, 0.0) for row in rows]
+    low, high = interval(rows, score)
+    return f"{statistics.mean(scores):.3f} ({low:.3f} to {high:.3f}) | {min(scores):.3f}"
+
+
+# Colours that colour-blind readers tell apart (Okabe and Ito). Lines have their names beside them.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+PANELS = {
+    "Right answers and pairs": ("fine-tuning", "DPO", "best of N, by a reward model"),
+    "REINFORCE and PPO": tuple(m for m in METHODS if m.startswith(("REINFORCE", "PPO"))),
+    "GRPO and its variants": (
+        *(m for m in METHODS if "GRPO" in m),
+        *("GSPO", "CISPO"),
+    ),
+}
+COLOR_OF = {name: color for names in PANELS.values() for name, color in zip(names, COLORS)}
+
+
+def apart(heights, distance):
+    """The heights of labels, moved so that neighbours keep a distance and none is above 1."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    moved = list(heights)
+    for _ in range(200):
+        moved[order[-1]] = min(moved[order[-1]], 1.0)
+        for low, high in zip(order, order[1:]):
+            missing = distance - (moved[high] - moved[low])
+            if missing > 0:
+                moved[low] -= missing / 2
+                moved[high] += missing / 2
+    return moved
+
+
+def draw_curves(rows, path):
+    """Score against completions at the chosen settings: mean and range of the ten seeds."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(14, 4.6), sharey=True)
+    for axis, (title, names) in zip(axes, PANELS.items()):
+        ends = []
+        for name in names:
+            mine = final_rows(rows, name)
+            if not all("curve" in row for row in mine):
+                best = f"best of {N_OF_BEST[-1]}"
+                mean = statistics.mean(row.get(best, 0.0) for row in mine)
+                axis.axhline(mean, color=COLOR_OF[name], linestyle=":", linewidth=1.5)
+                ends.append((best, mean, COLOR_OF[name]))
+                continue
+            curves = np.array([row["curve"] for row in mine])
+            seen = np.linspace(0, BUDGET, curves.shape[1])
+            axis.plot(seen, curves.mean(axis=0), color=COLOR_OF[name], linewidth=1.8)
+            low, high = curves.min(axis=0), curves.max(axis=0)
+            axis.fill_between(seen, low, high, color=COLOR_OF[name], alpha=0.13, linewidth=0)
+            ends.append((name, curves.mean(axis=0)[-1], COLOR_OF[name]))
+        for (name, _, color), height in zip(ends, apart([end[1] for end in ends], 0.05)):
+            axis.text(1.02 * BUDGET, height, name, color=color, va="center", fontsize=9)
+        axis.set(title=title, xlabel="completions", xlim=(0, 1.55 * BUDGET), ylim=(0, 1.03))
+        axis.set_xticks([0, BUDGET // 2, BUDGET], ["0", f"{BUDGET // 2:,}", f"{BUDGET:,}"])
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("exact match on the test prompts")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, facecolor="white")
+
+
+def draw_rates(rows, path):
+    """Validation score against learning rate: a panel for each method, a line for each variant."""
+    import matplotlib.pyplot as plt
+
+    columns = 5
+    lines = math.ceil(len(METHODS) / columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(14, 3 * lines), sharey=True)
+    for axis in axes.flat[len(METHODS) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes.flat, METHODS):
+        means, _ = grid_of(rows, name)
+        ends = []
+        for style, variant in zip(("-", "--"), METHODS[name].variants):
+            rates = sorted(rate for v, rate in means if v == variant)
+            scores = [means[variant, rate] for rate in rates]
+            axis.plot(rates, scores, style, marker="o", markersize=4, color=COLOR_OF[name])
+            ends.append((variant.replace("four updates, ", ""), rates[-1], scores[-1]))
+        for (label, place, _), height in zip(ends, apart([end[2] for end in ends], 0.08)):
+            axis.text(place * 1.15, height, label, fontsize=8, va="center")
+        (variant, rate), _ = chosen(rows, name)
+        axis.plot(rate, means[variant, rate], "o", markersize=11, fillstyle="none", color="#000000")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(rates, [short(rate) for rate in rates], fontsize=8)
+        axis.minorticks_off()
+        axis.set(title=name, ylim=(0, 1.03), xlim=(rates[0] / 1.3, rates[-1] * 4))
+        axis.title.set_fontsize(10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("exact match, validation")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, facecolor="white")
+
+
+def main(args):
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    known = out / "results_seconds.json"
+    if args.time:
+        known.write_text(json.dumps(measure_seconds(read(out / "results.jsonl")), indent=1) + "\n")
+    else:
+        path = out / "results.jsonl"
+        run_all(lambda rows: jobs_of(rows, args.methods), run, path, args.jobs)
+    rows = read(out / "results.jsonl")
+    if set(args.methods) == set(METHODS):
+        seconds = json.loads(known.read_text()) if known.exists() else {}
+        (out / "results.md").write_text(table(rows, seconds))
+        draw_curves(rows, out / "results.png")
+        draw_rates(rows, out / "results_rates.png")
+        print((out / "results.md").read_text())
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, use_underscores=True))
