@@ -548,8 +548,7 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    # numbers of models, for the memory that `introduce` prints
-    learning = 2 if critic_path else 1
+    learning = 2 if critic_path else 1  # models, for the memory that `introduce` prints
     frozen = int(reward.is_model)
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, learning, frozen, ref_path
