@@ -1,0 +1,114 @@
+"""The comparison of tests/bench: which setting it chooses, what it runs next, how it counts."""
+
+import importlib
+import math
+
+import numpy as np
+import pytest
+import tyro
+from conftest import ROOT
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
+    return importlib.import_module("tuned")
+
+
+def rows_of(tuned, name, score):
+    """A complete grid; score(variant, rate) is the validation score of every seed."""
+    method = tuned.METHODS[name]
+    return [
+        {"method": name, "variant": v, "rate": rate, "seed": seed, "score": score(v, rate)}
+        for v in method.variants
+        for rate in method.rates
+        for seed in tuned.GRID_SEEDS
+    ]
+
+
+def test_the_grid_has_five_rates_and_three_seeds_and_is_run_before_the_new_seeds(tuned):
+    for name, method in tuned.METHODS.items():
+        rates = np.array(method.rates)
+        assert len(rates) >= 5 and np.allclose(rates[1:] / rates[:-1], 2)
+        jobs = tuned.jobs_of([], [name])
+        assert len(jobs) == len(set(jobs)) == 3 * len(rates) * len(method.variants)
+        assert {job[3] for job in jobs} == {1, 2, 3}
+
+
+def test_the_best_mean_chooses_and_ten_new_seeds_follow(tuned):
+    name = "Dr. GRPO"
+    best = ("four updates", 2e-4)
+    rows = rows_of(tuned, name, lambda *setting: 0.9 if setting == best else 0.5)
+    assert tuned.chosen(rows, name) == (best, [])
+    jobs = tuned.jobs_of(rows, [name])
+    assert jobs == [(name, *best, seed) for seed in range(11, 21)]
+    rows[0]["score"] = 1.0  # one lucky seed is not the best mean
+    assert tuned.chosen(rows, name) == (best, [])
+    done = rows + [{**rows[0], "variant": best[0], "rate": best[1], "seed": 11, "score": 1.0}]
+    assert len(tuned.jobs_of(done, [name])) == 9
+    assert tuned.chosen(done, name) == (best, []), "test scores choose nothing"
+
+
+@pytest.mark.parametrize("slope, wider", [(1, 1.6e-3), (-1, 2.5e-5)])
+def test_a_best_rate_at_the_edge_widens_the_grid_by_one(tuned, slope, wider):
+    name = "CISPO"
+    rows = rows_of(tuned, name, lambda variant, rate: 0.5 + 0.01 * slope * math.log2(rate))
+    setting, missing = tuned.chosen(rows, name)
+    assert setting is None and missing == [("four updates", pytest.approx(wider))]
+    assert {job[2] for job in tuned.jobs_of(rows, [name])} == {missing[0][1]}
+    more = [{**rows[0], "rate": missing[0][1], "seed": seed, "score": 0.1} for seed in (1, 2, 3)]
+    setting, missing = tuned.chosen(rows + more, name)
+    assert setting == ("four updates", 8e-4 if slope > 0 else 5e-5) and missing == []
+
+
+def test_completions_to_a_score_are_those_of_the_first_point_that_has_it(tuned):
+    curve = [0.3] * 9 + [0.8, 0.7, 0.9] + [0.9] * 9
+    assert len(curve) == 21 and tuned.reached({"curve": curve}) == 9 * 2560
+    assert tuned.reached({"curve": [0.3, 0.79]}) == math.inf
+    assert tuned.reached({"status": 1, "score": 0.0}) == math.inf, "a failed run reaches nothing"
+
+
+def test_the_interval_is_of_seeds_and_of_prompts(tuned):
+    rng = np.random.default_rng(0)
+
+    def rows(seeds, share):
+        right = rng.random((seeds, 512)) < share
+        return [{"right": "".join(map(str, row.astype(int)))} for row in right]
+
+    alike = [rows(1, 0.8)[0]] * 10  # all seeds equal: the prompts alone, binomial
+    low, high = tuned.interval(alike, "score")
+    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(0.8 * 0.2 / 512), rel=0.15)
+    apart = [{"right": "1" * 512}] * 5 + [{"right": "0" * 512}] * 5  # the seeds alone
+    low, high = tuned.interval(apart, "score")
+    assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / math.sqrt(10), rel=0.15)
+
+
+def test_labels_keep_their_distance(tuned):
+    moved = tuned.apart([0.99, 1.0, 0.98, 0.2], 0.05)
+    assert max(moved) <= 1 and moved[3] == 0.2
+    assert moved[1] > moved[0] > moved[2]
+    gaps = np.diff(sorted(moved))
+    assert gaps.min() > 0.049
+
+
+def test_every_run_has_the_same_budget_and_200_or_800_updates(tuned):
+    for name, method in tuned.METHODS.items():
+        for variant in method.variants:
+            script, *words = tuned.command_of(name, variant, 1e-3)
+            if script == "reward_model.py":
+                words += ["--eval_prompts", "prompts.jsonl"]
+            module = importlib.import_module(script.removesuffix(".py"))
+            args = module.resolve(tyro.cli(module.Args, args=words, use_underscores=True))
+            seen = 2 * getattr(args, "pairs_per_step", 0)
+            if not seen:
+                seen = args.prompts_per_step * args.samples_per_prompt
+            updates = args.steps * getattr(args, "epochs", 1) * getattr(args, "minibatches", 1)
+            assert args.steps * seen == 51_200
+            assert updates == (800 if "four" in variant else 200)
+            assert args.schedule == "linear" and args.warmup == args.steps // 20
+            assert args.learning_rate == 1e-3
+            penalty = {"DPO": 0.5, "GRPO as published": 0.04}.get(name, 0)
+            assert getattr(args, "beta", 0) == penalty
+            if script == "ppo.py":
+                ratio = 50 / 3 if args.critic == "shared" else 5 / 3
+                assert args.critic_learning_rate == pytest.approx(1e-3 * ratio, rel=1e-2)
