@@ -7,7 +7,7 @@ LOADING
     Configs                read_config, context_of, fit_context, fit_reward_model
     Models                 load_policy, load_reference, load_scalar, shard, save_model
     Adapters (LoRA)        add_adapters, add_critic_adapters, Switched, write_adapter
-    Rewards                load_reward, rules_that_fit, load_function, load_scorer
+    Rewards                load_reward, rules_that_fit, check_answers, load_function, load_scorer
 SAMPLING
     Completions            Samples, sample, as_samples
     Evaluation             rows_at_once, under_way, scores_if_due
@@ -108,6 +108,10 @@ def first_line(error):
 
 class Stop(Exception):
     """A run cannot go on. All processes raise it, and the first one says it."""
+
+
+class Unscored(Stop):
+    """The reward failed, before a step's update or in an evaluation, in all processes."""
 
 
 class Ended(Stop):
@@ -282,7 +286,7 @@ def read_json(path, flag):
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")  # with or without a BOM
     except (OSError, UnicodeDecodeError) as error:
-        why = f"cannot be read as text in UTF-8 ({error})"
+        why = f"cannot be read ({getattr(error, 'strerror', None) or f'not UTF-8: {error}'})"
         is_parquet = kind == "parquet" and Path(path).exists()
         may_be_on_the_hub = not kind and not Path(path).exists()
         if is_parquet or may_be_on_the_hub:
@@ -529,6 +533,9 @@ def load_prompts(path, flag, tokenizer, args, answer_flag):
             fail(f'{where}: {answer_flag} needs an "answer", a text or a number; {prompt}')
         else:
             kept.append((ids, record))
+    if flag == "--data" and len(kept) < getattr(args, "prompts_per_step", 0):
+        repeated = f"a step draws {args.prompts_per_step}, so some more than once"
+        say(f"note: --data: {len(kept)} prompts; {repeated}")
     if left_out:
         limit = f"--max_prompt_tokens {args.max_prompt_tokens}"
         say(f"{flag}: {left_out} of {left_out + len(kept)} prompts left out ({limit})")
@@ -560,6 +567,11 @@ def loading(path):
 def read_config(path, **changes):
     """A model's config with every dropout at 0. With dropout the ratio would not start at 1, nor
     the KL at 0."""
+    folder = Path(path)
+    if str(path).startswith(("/", ".", "~")) and not folder.is_dir():
+        fail(f"{path}: no such folder")
+    if (folder / "model" / "config.json").is_file():
+        fail(f"{path}: the model of this run is in {folder / 'model'}")
     with loading(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **changes)
     set_noise(config)
@@ -1040,6 +1052,14 @@ def rules_that_fit(reward, held_out):
     return fitting
 
 
+def check_answers(reward, prompts):
+    """A rule as --reward can teach only where it calls a row's own answer right."""
+    for _, record in prompts:
+        if reward.answer_flag and not reward.rule(str(record["answer"]), record):
+            answer = f"the answer {record['answer']!r:.60} of prompt {record['prompt']!r:.100}"
+            fail(f"{reward.answer_flag}: even {answer} is wrong by this rule")
+
+
 def load_function(spec, flag):
     """The function that FILE.py:function names."""
     file, _, name = spec.partition(":")
@@ -1049,6 +1069,7 @@ def load_function(spec, flag):
         fail(f"{flag} {spec}: no such file {file}")
     info = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
     module = importlib.util.module_from_spec(info)
+    sys.path.append(str(Path(file).resolve().parent))  # it may import a file beside it
     sys.modules[info.name] = module  # dataclasses in the file look themselves up there
     try:
         info.loader.exec_module(module)
@@ -1072,7 +1093,7 @@ def checked(function, spec, world):
             value = function(completion, row, **extra)
             wrong = f'must return a finite number or a dict of them with "reward" ({wanted}), '
             wrong += f"returned {value!r:.100},"
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             value = None
             wrong = f"gave an error{place_of(error)} ({type(error).__name__}: {error}),"
         parts = value if isinstance(value, dict) else {"reward": value}
@@ -1095,7 +1116,7 @@ def checked(function, spec, world):
         names = sorted(set().union(*sets))
         if len(names) > 1:
             what = "must return a dict with the same names for all completions, returned"
-            raise Stop(f"--reward {spec} {what} ({') and ('.join(names)})")
+            raise Unscored(f"--reward {spec} {what} ({') and ('.join(names)})")
         lists = {"reward": [parts["reward"] for parts in scores]}
         for name in sorted(scores[0].keys() - {"reward"}):
             lists[f"reward/{name}"] = [parts[name] for parts in scores]
@@ -1131,7 +1152,7 @@ def place_of(error):
 
 
 def stop_together(function, world):
-    """A function that raises `Stop` in one process stops all of them: the others would wait for
+    """A reward that raises `Stop` in one process stops all of them: the others would wait for
     it."""
 
     def together(*inputs):
@@ -1143,7 +1164,7 @@ def stop_together(function, world):
             problem = str(error)
         for words in gather_objects(world, problem):
             if words is not None:
-                raise Stop(words)
+                raise Unscored(words)
         return result
 
     return together
@@ -1265,15 +1286,17 @@ def under_way(parts, world, stop_asked=None):
 
 def scores_if_due(step, args, held_out_scores):
     """What held_out_scores() says before the first step, every --eval_every steps (0: never) and
-    after the last; else {}. A signal ends the evaluation, without scores: the save comes first."""
+    after the last; else {}. A signal or a reward that fails ends the evaluation, without scores:
+    the save comes first."""
     if not args.eval_every or (step % args.eval_every and step < args.steps):
         return {}
     try:
         scores = held_out_scores()
-    except Ended:
+    except (Ended, Unscored) as error:
         if step == 0:
             raise  # nothing is there to be saved
-        say(f"the held-out scores of step {step} are left out: a signal came")
+        why = "a signal came" if isinstance(error, Ended) else error
+        say(f"the held-out scores of step {step} are left out: {why}")
         return {}
     if args.reward == "none":
         scores.pop("eval/reward", None)  # 0 in any case
@@ -2115,13 +2138,21 @@ def save_checkpoint(out, world, step, models, optimizers, keep=1):
         dist.barrier()
 
 
+UNSAVED = []  # a function that saves the last step, if that was not due
+
+
 def save_if_due(out, args, world, step, models, optimizers, stop_asked):
     """A checkpoint every --save_every steps, after the last step and after a signal. All
-    processes are asked, because a signal may reach only one."""
+    processes are asked, because a signal may reach only one. If the next step's reward fails,
+    `guarded` makes up for the steps between."""
+    UNSAVED.clear()
     stopping = all_sum(world, stop_asked())[0] > 0
     last = step == args.steps
     if step % args.save_every == 0 or last or stopping:
         save_checkpoint(out, world, step, models, optimizers, args.keep)
+    else:
+        given = (out, world, step, models, optimizers, args.keep)
+        UNSAVED.append(functools.partial(save_checkpoint, *given))
     if stopping and not last:
         raise Ended(f"stopped by a signal after step {step} of {args.steps}, which is saved")
 
@@ -2178,7 +2209,7 @@ def read_checkpoint(out):
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
-        why = f"({first_line(error)}); it may have been cut short"
+        why = f"({first_line(error)}); it may have been cut short: delete it to go on without it"
         fail(f"{path}: this checkpoint cannot be read {why}")
 
 
@@ -2421,6 +2452,8 @@ def log(out, writer, step, metrics, texts=()):
         held_out = held_out[:8]
     samples = {"samples": texts, "eval_samples": held_out}
     for name, rows in {"metrics": [metrics], **samples}.items():
+        if not rows:
+            continue
         with open(out / f"{name}.jsonl", "a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
@@ -2615,11 +2648,15 @@ def guarded(out, args, bar):
     except (Stop, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         if bar is not None:
             bar.close()
+        if isinstance(error, Unscored) and UNSAVED:
+            with contextlib.suppress(OSError):  # no room: an older checkpoint is there, or none
+                UNSAVED.pop()()
         # the first process speaks; another one only of an error that may have hit it alone
         speaks = int(os.environ.get("RANK", 0)) == 0
         speaks = speaks or isinstance(error, (OSError, torch.OutOfMemoryError))
         raise SystemExit(last_words(error, out, args) if speaks else 1) from error
     finally:
+        UNSAVED.clear()
         if out in HELD:
             HELD.pop(out).close()
 

@@ -768,6 +768,7 @@ def load_task(args, world):
         prompts = common.load_prompts(
             args.eval_prompts, "--eval_prompts", tokenizer, args, reward.answer_flag
         )
+        common.check_answers(reward, prompts)
         args = common.fit_context(args, max(len(ids) for ids, _ in prompts), config)
         if reward.is_model:
             args = common.fit_reward_model(args, tokenizer, prompts)

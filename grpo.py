@@ -827,6 +827,7 @@ def load_task(args, world):
     if args.eval_samples and not answer_flag:
         answer_flag = "--eval_samples"
     held_out = common.load_prompts(args.eval_data, "--eval_data", tokenizer, args, answer_flag)
+    common.check_answers(reward, prompts + held_out)
     longest = max(len(ids) for ids, _ in prompts + held_out)
     args = common.fit_context(args, longest, config, reference_config)
     if reward.is_model:

@@ -869,6 +869,7 @@ def load_task(args, world):
     answer_flag = reward.answer_flag
     prompts = common.load_prompts(args.data, "--data", tokenizer, args, answer_flag)
     held_out = common.load_prompts(args.eval_data, "--eval_data", tokenizer, args, answer_flag)
+    common.check_answers(reward, prompts + held_out)
     longest = max(len(ids) for ids, _ in prompts + held_out)
     args = common.fit_context(args, longest, config, reference_config)
     if reward.is_model:

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -119,13 +120,15 @@ MISTAKES = [
     (PAIRS, row(rejected="25"), {}, ["no pair is left"]),
     (PAIRS, None, {"max_tokens": 3}, ["no pair is left"]),
     (ROLLOUTS, None, {"reward": "nice"}, ["--reward nice", "choose"]),
+    (ROLLOUTS, lines(row(answer="Lima")), {"reward": "number"}, ["--reward number", "'Lima'"]),
     (ROLLOUTS, None, {"reward": "{}/none.py:f"}, ["no such file"]),
     (ROLLOUTS, None, {"reward": "{}/bad.py:f"}, ["cannot be imported", "SyntaxError"]),
     (ROLLOUTS, None, {"reward": "{}/good.py:g"}, ["no function 'g'"]),
     (ROLLOUTS, None, {"reward": str(TINY / "model")}, ["no reward model with one score"]),
     (ALL, None, {"model": "owner/name", "data": None}, ["--model owner/name needs --data"]),
     (ALL, None, {"model": "owner/name", "data": None, "steps": 0}, ["--steps 0 evaluates"]),
-    (ALL, None, {"model": "{}/nowhere"}, ["nowhere", "no such model"]),
+    (ALL, None, {"model": "{}/nowhere"}, ["nowhere", "no such folder"]),
+    (ALL, None, {"model": "{}/run"}, ["the model of this run is in", "run/model"]),
     (ALL, None, {"model": "{}/folder"}, ["folder", "config.json"]),
     (ALL, None, {"model": "{}/unreadable"}, ["unreadable"]),
     (ALL, None, {"model": "{}/no_eos"}, ["no_eos", "no EOS token"]),
@@ -150,6 +153,7 @@ def shelf(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shelf")
     (folder / "folder").mkdir()
     (folder / "full").mkdir()
+    shutil.copytree(TINY / "model", folder / "run" / "model")
     (folder / "full" / "args.json").write_text(json.dumps({"script": "other"}))
     (folder / "x.csv").write_text("prompt,answer\n52=,25\n")
     (folder / "x.parquet").write_bytes(b"PAR1\xff\xfe")
@@ -263,6 +267,7 @@ def broken(script, folder, capsys, words, **flags):
         ("'1.0'", ["'1.0'", "must return a finite number"]),
         ("None", ["None", "must return a finite number"]),
         ("__import__('torch').zeros(3)", ["tensor([0., 0., 0.])", "must return a finite number"]),
+        ("exit(3)", ["in r.py, line 4 (SystemExit: 3)", "52="]),
     ],
 )
 def test_a_reward_that_fails_stops_the_run(script, what, words, tmp_path, capsys):
@@ -273,6 +278,79 @@ def test_a_reward_that_fails_stops_the_run(script, what, words, tmp_path, capsys
     (tmp_path / "r.py").write_text("def f(c, r):\n    return 1.0\n")  # mended, it goes on
     start(script, tmp_path, reward=f"{tmp_path}/r.py:f", resume=True)
     assert common.read_checkpoint(tmp_path / "run")["step"] == 2
+
+
+@pytest.mark.parametrize("script", ROLLOUTS)
+@pytest.mark.parametrize("save_every", [50, 2])
+def test_a_reward_that_fails_loses_no_step(script, save_every, tmp_path):
+    """The third step fails, after two with a checkpoint or without. Resumed, the run ends as one that
+    never failed does."""
+    count = 2 if script == "ppo" else 4  # completions of a step
+    failing = f"    if len(seen) == {3 * count}:\n        raise OSError('service down')\n"
+    text = "seen = []\ndef f(c, r):\n    seen.append(c)\n{}    return float(len(c) % 3)\n"
+    for name in ("failed", "whole"):
+        (tmp_path / name).mkdir()
+        (tmp_path / "r.py").write_text(text.format(failing if name == "failed" else ""))
+        flags = {"reward": f"{tmp_path}/r.py:f", "steps": 4, "save_every": save_every}
+        flags["keep"] = 9
+        if name == "failed":
+            with pytest.raises(SystemExit, match="(?s)service down.*go on from the last"):
+                start(script, tmp_path / name, **flags)
+            saved = common.checkpoints(tmp_path / name / "run")
+            assert [path.name for path in saved] == ["000002.pt"]
+            (tmp_path / "r.py").write_text(text.format(""))
+            flags["resume"] = True
+        start(script, tmp_path / name, **flags)
+    ends = [common.read_checkpoint(tmp_path / name / "run") for name in ("failed", "whole")]
+    assert ends[0]["step"] == ends[1]["step"] == 4
+    for key, value in ends[0]["models"]["policy"].items():
+        assert torch.equal(value, ends[1]["models"]["policy"][key]), key
+    assert not common.UNSAVED
+
+
+@pytest.mark.parametrize("script", ROLLOUTS)
+def test_a_failure_after_an_update_saves_no_older_step_with_newer_weights(script, tmp_path):
+    """An evaluation whose reward fails is left out; a failing first one ends the run."""
+    count = 2 if script == "ppo" else 4
+    text = "seen = []\ndef f(c, r):\n    seen.append(c)\n    return 1 / (len(seen) != {})\n"
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps(GOOD[script]) + "\n")
+    flags = {"reward": f"{tmp_path}/r.py:f", "eval_data": str(held_out), "eval_every": 1}
+    flags |= {"save_every": 50, "steps": 3}
+    # completions scored: 1 held out, then in each step `count` and 1 held out
+    (tmp_path / "r.py").write_text(text.format(1 + count + 1))
+    start(script, tmp_path, **flags)
+    log = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ["eval/reward" in row for row in log] == [True, False, True, True]
+    (tmp_path / "r.py").write_text(text.format(1))
+    with pytest.raises(SystemExit, match="ZeroDivisionError"):
+        start(script, tmp_path, **flags, out=str(tmp_path / "second"))
+    assert not common.checkpoints(tmp_path / "second")
+
+
+def test_a_reward_may_import_a_file_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", list(sys.path))
+    (tmp_path / "words_of_this_test.py").write_text("VALUE = 0.5\n")
+    (tmp_path / "r.py").write_text(
+        "import words_of_this_test as w\ndef f(c, r):\n    return w.VALUE\n"
+    )
+    assert common.load_function(f"{tmp_path}/r.py:f", "--reward")("x", {}) == 0.5
+
+
+def test_held_out_answers_that_the_rule_calls_wrong_are_named_by_dpo_too(tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "52=", "answer": "Lima"}\n')
+    with pytest.raises(SystemExit):
+        start("dpo", tmp_path, eval_prompts=str(tmp_path / "prompts.jsonl"), reward="number")
+    assert "'Lima' of prompt '52=' is wrong by this rule" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ROLLOUTS)
+def test_prompts_that_are_fewer_than_a_step_draws_are_told(script, tmp_path, capsys):
+    for count, told in ((1, True), (2, False)):
+        (tmp_path / "data.jsonl").write_text((json.dumps(GOOD[script]) + "\n") * count)
+        start(script, tmp_path, steps=1, out=str(tmp_path / f"run{count}"))
+        words = "note: --data: 1 prompts; a step draws 2, so some more than once"
+        assert (words in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("script", ALL)
