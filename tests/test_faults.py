@@ -238,6 +238,8 @@ def test_odd_rows_are_no_mistakes(script, what, tmp_path):
     (tmp_path / "data.jsonl").write_text((ODD[what](script) + "\n\n") * 3, encoding="utf-8")
     start(script, tmp_path, steps=1)
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    draws = script in ROLLOUTS
+    assert (tmp_path / "run" / "samples.jsonl").exists() == draws, "no empty file"
 
 
 # --- a run that breaks: one sentence, status 1, the older checkpoint whole ---
@@ -367,7 +369,7 @@ def test_a_gradient_that_is_not_finite_is_not_stepped_on(script, tmp_path, monke
     calls.clear()
     with pytest.raises(SystemExit, match="gradient is nan|'s gradient is"):
         start(script, tmp_path, save_every=50, out=str(tmp_path / "second"))
-    assert not common.checkpoints(tmp_path / "second")
+    assert not common.checkpoints(tmp_path / "second") and not common.UNSAVED
 
 
 @pytest.mark.parametrize("script", ALL)
