@@ -14,7 +14,7 @@ SAMPLING
     One token on a GPU     CapturedStep
     States and logits      completion_states, hidden_states, logits_of, can_share_prompts
 A RUN
-    Memory and optimizer   make_optimizer, learning_rate_at, clip_gradients, memory_used
+    Memory and optimizer   make_optimizer, learning_rate_at, sum_gradients, clip_gradients
     Folder                 open_run
     Checkpoints            save_if_due, save_best, take_up, load_checkpoint
     The order of the data  rows_of_step
@@ -1962,6 +1962,14 @@ def learning_rate_at(step, steps, peak, schedule="constant", warmup=0):
     if schedule == "cosine":
         return peak * 0.5 * (1.0 + math.cos(math.pi * done))
     return peak
+
+
+def sum_gradients(model):
+    """Sums the gradients of a model that is not sharded over the processes."""
+    for p in model.parameters():
+        if p.grad is None:  # adapters that texts do not reach, such as an image encoder's
+            p.grad = torch.zeros_like(p)
+        dist.all_reduce(p.grad)
 
 
 def clip_gradients(model, max_norm):

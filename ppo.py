@@ -520,11 +520,7 @@ def take_step(models, optimizers, args, world, step):
     if (args.critic == "shared" or args.lora_rank) and world.size > 1:
         # FSDP sums the policy's gradients over the processes. Such a critic (a head, or adapters)
         # is not among the policy's parameters.
-        for p in critic.parameters():
-            # adapters that texts do not reach, such as an image encoder's, have no gradient
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            torch.distributed.all_reduce(p.grad)
+        common.sum_gradients(critic)
     norm = common.clip_gradients(policy, args.max_grad_norm)
     critic_norm = common.clip_gradients(critic, args.max_grad_norm)
     if not math.isfinite(norm + critic_norm):
