@@ -19,10 +19,10 @@ So the policy itself is the reward model, and training is a classification of pa
 pulls log pi(y) up and pushes log pi(z) down, both with weight beta sigmoid(-h). Pairs in the wrong
 order count most.
 
-Other losses (`--loss`). n is a completion's length in tokens, with its end token. d is
+Losses (`--loss`). n is a completion's length in tokens, with its end token. d is
 log(pi / ref) / n of the chosen completion, minus that of the rejected one.
 
-    sigmoid  -log sigmoid(h). With --label_smoothing e, the share of labels that are wrong:
+    sigmoid  (6), the default. With --label_smoothing e, the share of labels thought to be wrong:
              -(1 - e) log sigmoid(h) - e log sigmoid(-h)
     ipo      (d - 1 / (2 beta))^2: d is pulled to a target, 0.5 nats a token at beta 1 (the default
              for ipo). Log-ratios are means over tokens, as IPO's authors advised later.
@@ -87,7 +87,8 @@ class Args:
     """folder or hub name of the model to stay near (empty: --model before its first step)"""
     data: str | None = None
     """training pairs: JSON lines with "prompt" (or "question"), "chosen", "rejected"; sides may be
-    lists of messages (None: the bundled pairs, for the bundled model, if no file is named)"""
+    lists of messages (None: the bundled pairs, for the bundled model, if --eval_data and
+    --eval_prompts name no file either)"""
     eval_data: str | None = None
     """held-out pairs, as --data (None: those of the bundled task, or none with other data)"""
     eval_prompts: str | None = None
@@ -118,7 +119,7 @@ class Args:
     label_smoothing: float = 0.0
     """share of pairs whose labels are thought to be wrong (with --loss sigmoid)"""
     simpo_margin: float = 1.0
-    """how far chosen should lead in beta times mean log-probability (with --loss simpo)"""
+    """the lead that chosen should have, as beta x mean log-probability (with --loss simpo)"""
     sft_coef: float = 0.0
     """weight of -log pi(chosen) / length, which keeps the chosen completions likely"""
 
@@ -187,7 +188,7 @@ def resolve(args):
         "learning_rate": faster * (3e-4 if is_tiny_model else 5e-7),
         "tokens_per_micro_batch": 2048 if on_cpu else 8192,
     }
-    # without training and --reference, pairs would compare a model with itself; not with simpo
+    # with neither training nor --reference, the policy is the reference (simpo has none)
     compares_with_itself = not (args.steps or args.reference or args.loss == "simpo")
     if is_tiny_data and not compares_with_itself:
         defaults["eval_data"] = str(TINY / "pairs_test.jsonl")
@@ -371,7 +372,7 @@ def train(args):
         if done_steps == 0:
             common.log(out, writer, 0, common.scores_if_due(0, args, held_out_scores))
 
-        warned = set()  # what `warn_if_unlikely` has said
+        warned = set()  # what `warn_if_unlikely` has said: a set, because it adds to it
         for step in range(done_steps + 1, args.steps + 1):
             step_began = time.perf_counter()
             meter = common.Meter()
@@ -442,8 +443,8 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     together, to save padding.
 
     FSDP needs equally many parts in all processes. A process that has fewer takes a pair from its
-    fullest part and makes it a part of its own. (That part has two pairs or more: all processes
-    have equally many pairs, and none has more parts than pairs.)
+    fullest part and makes it a part of its own. (The fullest part has two pairs or more: all
+    processes have equally many pairs, and none has more parts than pairs.)
     """
     copies = 1 if share_prompts else 2
     prompt_length = [copies * len(prompt) for prompt, _, _ in pairs]
@@ -512,11 +513,11 @@ def score_pairs(model, tokenizer, pairs, share_prompts, args, world, stop_asked=
 def reference_scores(
     policy, tokenizer, pairs, held_out, share_prompts, args, out, world, stop_asked
 ):
-    """The reference's log-probabilities -> [pairs, 2] (pairs that are never drawn: NaN) and
+    """The reference's log-probabilities -> [training pairs, 2] (those never drawn: NaN) and
     [held-out pairs, 2] (None if there are none). For simpo both are zeros. The policy must still
     be as it was at the start.
 
-    Those of the pairs are kept in the run's folder. A resumed run computes only what is missing.
+    The training pairs' are kept in the run's folder. A resumed run computes only what is missing.
     The micro-batches are not those of training. So in bfloat16, log-ratios that should be 0 in step
     1 are slightly off.
     """
@@ -543,7 +544,7 @@ def reference_scores(
     for start in range(0, len(missing), 1024):
         part = missing[start : start + 1024]
         few = [pairs[i] for i in part]
-        # no stop_asked: these pairs are finished after a signal, and kept
+        # no stop_asked: after a signal these pairs are still completed, and then written
         scores[part] = score_pairs(reference, tokenizer, few, share_prompts, args, world)
         if world.rank == 0:
             common.write(path, {"mark": mark, "scores": scores})
@@ -596,8 +597,8 @@ def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world,
 
 def evaluate(policy, tokenizer, prompts, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts.
-    eval/reward is by --reward. eval/exact is the share of right answers. (It keeps this name
-    where --reward number decides what is right.) Each process takes its share of the prompts."""
+    eval/reward is by --reward. eval/exact is the share of right answers (with --reward number
+    judged by `number`, under the same name). Each process takes its share of the prompts."""
     mine = prompts[world.rank :: world.size]
     longest = max((len(ids) for ids, _ in prompts), default=0) + args.max_new_tokens
     # the keys and values of 4 micro-batches take less memory than training on one
@@ -630,8 +631,8 @@ def evaluate(policy, tokenizer, prompts, reward, args, world, stop_asked=None):
 
 
 def count_right(texts, records, rule):
-    """How many texts of each record are right by `rule`; 0 for records without an answer.
-    Every record has equally many texts: one, or with grpo.py's --eval_samples more."""
+    """How many texts of each record are right by `rule`; 0 for records without
+    an answer. Every record has one text, or more with grpo.py's --eval_samples."""
     n = len(texts) // len(records)
     right = torch.zeros(len(records))
     for i, text in enumerate(texts):

@@ -45,10 +45,11 @@ What is biased:
   * The divisors of --aggregate token and sequence depend on the samples (`token_weights`).
   * The KL term leaves out how a token changes the KL of later ones.
     (reinforce.py counts it: there log pi - log ref is in the reward.)
-    At each token by itself the expected gradient of (4) is that of
+    Given the text before a token, the expected gradient of (4) is that of
     KL(pi || ref), for any pi_old. So rho_t is the default. Without it
     (--kl k3) the gradient is that of KL(ref || pi), and only if pi is
-    pi_old. With the rho_t of --ratio sequence, as in TRL, it is neither.
+    pi_old. With --ratio sequence, rho_t is the completion's ratio (in TRL,
+    too), and the gradient is that of neither KL.
   * --keep_max, --mask_truncated and --drop_equal_groups select samples by what came out.
   * With several updates: the clip, and the ratio (2), which corrects a token but not its prefix.
   * log pi_old is computed by the trainer. The sampler's values differ by rounding (`kl/sample`:
@@ -300,8 +301,8 @@ def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
     of p. expm1, because for small d, exp(-d) - 1 + d is mostly rounding error in float32.
 
-    It is only measured, but for grpo.py's penalty, which trains p with it,
-    times the ratio. Without the ratio its expected gradient is that of
+    It is only logged, except in the KL penalty of grpo.py. That trains p with
+    it, times the ratio: without the ratio its expected gradient is that of
     KL(other || p). For p near other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
@@ -345,8 +346,8 @@ def has_gradient(weights, advantages, beta):
 
 
 def token_logprobs(model, samples, rows, temperature):
-    """log pi(a_t | x, a_<t) and the policy's entropy at each token of these rows of the rollout
-    -> two tensors [b, C]."""
+    """log pi(a_t | x, a_<t) and the model's entropy (0 under no_grad)
+    at each token of these rows -> two tensors [b, C]."""
     states, ids, mask = common.completion_states(model, samples, rows)
     return logprobs_of(model, states, ids, mask, temperature)
 
@@ -368,8 +369,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         if torch.is_grad_enabled():
             # Only logged, so left out under no_grad. It has no gradient and comes last, so the
             # second pass through `head`, which checkpoint makes in backward, stops before it.
-            # For an entropy bonus, drop the detach. (grpo.py and reinforce.py leave out rows whose
-            # advantage is 0: train them, too.)
+            # For an entropy bonus, drop the detach, and train all rows
+            # (grpo.py and reinforce.py leave out those with advantage 0).
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -473,7 +474,7 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    frozen = int(reward.is_model)  # models besides, for the memory that `introduce` prints
+    frozen = int(reward.is_model)  # 1 more model, for the memory that `introduce` prints
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen, reference=ref_path
     )
@@ -703,15 +704,15 @@ def micro_batches(rows, trained, samples, tokens, world):
         if spare:
             parts.append([spare.pop()])
         else:
-            # all processes have equally many rows, so this one has
-            # fewer parts than rows, and its fullest part has two or more
+            # another process has more parts, and no more rows than this
+            # one: so some part here has two rows or more
             parts.append([max(parts, key=len).pop()])
     return parts
 
 
 def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of held-out prompts, of greedy completions: eval/reward, and eval/exact, the share of
-    right answers. (It keeps this name where --reward number decides what is right.) With
+    right answers (with --reward number judged by `number`, under the same name); with
     --eval_samples eval/pass@K, too. Each process takes its share."""
     n = args.eval_samples
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < n]
@@ -764,8 +765,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
 
 
 def count_right(texts, records, rule):
-    """How many texts of each record are right by `rule`; 0 for records without an answer.
-    Every record has equally many texts: one, or with grpo.py's --eval_samples more."""
+    """How many texts of each record are right by `rule`; 0 for records without
+    an answer. Every record has one text, or more with grpo.py's --eval_samples."""
     n = len(texts) // len(records)
     right = torch.zeros(len(records))
     for i, text in enumerate(texts):

@@ -47,8 +47,8 @@ What biases the gradient of the expected reward:
   * The clip; and, from a rollout's second update on, the ratio: it corrects a token's probability,
     not that of the text before it.
   * With --critic shared, the value loss: it trains the policy's states, too.
-What does not: V(s_t), a baseline, because it does not see a_t. Nor that r_t is a constant here,
-although it contains log pi: the gradient left out, -beta E[grad log pi], is 0.
+What does not bias it: V(s_t), a baseline, because it does not see a_t. And to treat r_t as a
+constant, although it contains log pi: the gradient left out, -beta E[grad log pi], is 0.
 
 Left out: bootstrapping where a completion was cut, adaptive beta, an entropy bonus, replay of
 earlier rollouts.
@@ -299,8 +299,8 @@ def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
     of p. expm1, because for small d, exp(-d) - 1 + d is mostly rounding error in float32.
 
-    It is only measured, but for grpo.py's penalty, which trains p with it,
-    times the ratio. Without the ratio its expected gradient is that of
+    It is only logged, except in the KL penalty of grpo.py. That trains p with
+    it, times the ratio: without the ratio its expected gradient is that of
     KL(other || p). For p near other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
@@ -312,7 +312,7 @@ def value_loss(values, old_values, returns, weights, clip):
 
     The larger error counts. A value that has moved by more than `clip` towards its return has no
     gradient, as long as it is nearer to its return than V_clip is.
-    One that has moved away always has. Like the ratio's clip, this is no bound.
+    One that has moved away always has a gradient. Like the ratio's clip, this is no bound.
     """
     error = (values - returns) ** 2
     if clip:
@@ -334,8 +334,8 @@ def explained_variance(values, returns, mask, world):
 
 
 def token_logprobs(model, samples, rows, temperature):
-    """log pi(a_t | x, a_<t) and the policy's entropy at each token of these rows of the rollout
-    -> two tensors [b, C]."""
+    """log pi(a_t | x, a_<t) and the model's entropy (0 under no_grad)
+    at each token of these rows -> two tensors [b, C]."""
     states, ids, mask = common.completion_states(model, samples, rows)
     return logprobs_of(model, states, ids, mask, temperature)
 
@@ -357,8 +357,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         if torch.is_grad_enabled():
             # Only logged, so left out under no_grad. It has no gradient and comes last, so the
             # second pass through `head`, which checkpoint makes in backward, stops before it.
-            # For an entropy bonus, drop the detach. (grpo.py and reinforce.py leave out rows whose
-            # advantage is 0: train them, too.)
+            # For an entropy bonus, drop the detach, and train all rows
+            # (grpo.py and reinforce.py leave out those with advantage 0).
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -398,7 +398,7 @@ def make_critic(policy, critic_path, tokenizer, args, world):
     folder that a separate critic starts from, and "" for a shared one.
 
                               trunk                      head                critic
-        separate              a second transformer       its last layer      trunk with its head
+        separate              a second transformer       its scalar layer    trunk with its head
           with --lora_rank    policy, other adapters     a new linear layer  adapters and head
         shared                the policy                 a new linear layer  head
 
@@ -458,7 +458,8 @@ class Batch:
     """What the updates of a step need of its rollout."""
 
     samples: common.Samples
-    weights: torch.Tensor  # [B, C] as all below: 1 / tokens of the update, 0 off the mask
+    # all of them [B, C]
+    weights: torch.Tensor  # 1 / tokens of the update, 0 off the mask
     old_logprobs: torch.Tensor
     old_values: torch.Tensor
     advantages: torch.Tensor
@@ -518,8 +519,7 @@ def take_step(models, optimizers, args, world, step):
     policy = models["policy"]
     critic = models["critic"]
     if (args.critic == "shared" or args.lora_rank) and world.size > 1:
-        # FSDP sums the policy's gradients over the processes. Such a critic (a head, or adapters)
-        # is not among the policy's parameters.
+        # such a critic (a head, or adapters) is outside of what FSDP sums over the processes
         common.sum_gradients(critic)
     norm = common.clip_gradients(policy, args.max_grad_norm)
     critic_norm = common.clip_gradients(critic, args.max_grad_norm)
@@ -544,7 +544,7 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    learning = 2 if critic_path else 1  # models, for the memory that `introduce` prints
+    learning = 2 if critic_path else 1  # how many, for the memory that `introduce` prints
     frozen = int(reward.is_model)
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, learning, frozen, ref_path
@@ -759,8 +759,8 @@ def micro_batches(rows, trained, samples, tokens, world):
         if spare:
             parts.append([spare.pop()])
         else:
-            # all processes have equally many rows, so this one has
-            # fewer parts than rows, and its fullest part has two or more
+            # another process has more parts, and no more rows than this
+            # one: so some part here has two rows or more
             parts.append([max(parts, key=len).pop()])
     return parts
 
@@ -810,8 +810,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
 
 
 def count_right(texts, records, rule):
-    """How many texts of each record are right by `rule`; 0 for records without an answer.
-    Every record has equally many texts: one, or with grpo.py's --eval_samples more."""
+    """How many texts of each record are right by `rule`; 0 for records without
+    an answer. Every record has one text, or more with grpo.py's --eval_samples."""
     n = len(texts) // len(records)
     right = torch.zeros(len(records))
     for i, text in enumerate(texts):
@@ -862,7 +862,7 @@ def load_task(args, world):
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)
     reference_config = common.reference_config(args, tokenizer)
     reward = common.load_reward(args.reward, RULES, world, date)
-    answer_flag = reward.answer_flag
+    answer_flag = reward.answer_flag  # the flag that makes "answer" obligatory, or ""
     prompts = common.load_prompts(args.data, "--data", tokenizer, args, answer_flag)
     held_out = common.load_prompts(args.eval_data, "--eval_data", tokenizer, args, answer_flag)
     common.check_answers(reward, prompts + held_out)

@@ -67,8 +67,8 @@ What is biased:
   * --baseline prompt and batch shrink the gradient (see `baselines`). --normalize, --keep_max and a
     --gamma below 1 change what is maximised.
   * w_t corrects a token, but not the text before it, nor the text after it that G_t comes from.
-  * pi_old comes from the trainer's forward. The sampler's log-probabilities differ from it by
-    rounding (`kl/sample`: their mean distance).
+  * pi_old comes from the trainer's forward. The sampler's log-probabilities
+    differ from it by rounding (`kl/sample`: their mean distance).
 
 Left out: the clip (ppo.py, grpo.py), without which more than one or two updates per rollout are
 unsafe; a critic (ppo.py); a mean over each completion's tokens: that maximises E[A / length].
@@ -346,8 +346,8 @@ def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
     of p. expm1, because for small d, exp(-d) - 1 + d is mostly rounding error in float32.
 
-    It is only measured, but for grpo.py's penalty, which trains p with it,
-    times the ratio. Without the ratio its expected gradient is that of
+    It is only logged, except in the KL penalty of grpo.py. That trains p with
+    it, times the ratio: without the ratio its expected gradient is that of
     KL(other || p). For p near other the two KLs agree.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
@@ -358,8 +358,8 @@ def k3(logprobs, other_logprobs):
 
 
 def token_logprobs(model, samples, rows, temperature):
-    """log pi(a_t | x, a_<t) and the policy's entropy at each token of these rows of the rollout
-    -> two tensors [b, C]."""
+    """log pi(a_t | x, a_<t) and the model's entropy (0 under no_grad)
+    at each token of these rows -> two tensors [b, C]."""
     states, ids, mask = common.completion_states(model, samples, rows)
     return logprobs_of(model, states, ids, mask, temperature)
 
@@ -381,8 +381,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         if torch.is_grad_enabled():
             # Only logged, so left out under no_grad. It has no gradient and comes last, so the
             # second pass through `head`, which checkpoint makes in backward, stops before it.
-            # For an entropy bonus, drop the detach. (grpo.py and reinforce.py leave out rows whose
-            # advantage is 0: train them, too.)
+            # For an entropy bonus, drop the detach, and train all rows
+            # (grpo.py and reinforce.py leave out those with advantage 0).
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -467,7 +467,7 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    frozen = int(reward.is_model)  # models besides, for the memory that `introduce` prints
+    frozen = int(reward.is_model)  # 1 more model, for the memory that `introduce` prints
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen, reference=ref_path
     )
@@ -675,8 +675,8 @@ def micro_batches(rows, trained, samples, tokens, world):
         if spare:
             parts.append([spare.pop()])
         else:
-            # all processes have equally many rows, so this one has
-            # fewer parts than rows, and its fullest part has two or more
+            # another process has more parts, and no more rows than this
+            # one: so some part here has two rows or more
             parts.append([max(parts, key=len).pop()])
     return parts
 
@@ -714,8 +714,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
 
 
 def count_right(texts, records, rule):
-    """How many texts of each record are right by `rule`; 0 for records without an answer.
-    Every record has equally many texts: one, or with grpo.py's --eval_samples more."""
+    """How many texts of each record are right by `rule`; 0 for records without
+    an answer. Every record has one text, or more with grpo.py's --eval_samples."""
     n = len(texts) // len(records)
     right = torch.zeros(len(records))
     for i, text in enumerate(texts):
@@ -766,7 +766,7 @@ def load_task(args, world):
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)
     reference_config = common.reference_config(args, tokenizer)
     reward = common.load_reward(args.reward, RULES, world, date)
-    answer_flag = reward.answer_flag
+    answer_flag = reward.answer_flag  # the flag that makes "answer" obligatory, or ""
     if args.demos:
         prompts = common.load_prompts(args.demos, "--demos", tokenizer, args, "a demonstration")
     else:

@@ -441,8 +441,8 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     together, to save padding.
 
     FSDP needs equally many parts in all processes. A process that has fewer takes a pair from its
-    fullest part and makes it a part of its own. (That part has two pairs or more: all processes
-    have equally many pairs, and none has more parts than pairs.)
+    fullest part and makes it a part of its own. (The fullest part has two pairs or more: all
+    processes have equally many pairs, and none has more parts than pairs.)
     """
     copies = 1 if share_prompts else 2
     prompt_length = [copies * len(prompt) for prompt, _, _ in pairs]
