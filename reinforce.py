@@ -64,11 +64,11 @@ Shapes: B completions of this process in a rollout, n of each prompt, b of them 
 tokens in the longest completion, V in the vocabulary.
 
 What is biased:
-  * --baseline prompt and batch shrink the gradient (see `baselines`). --normalize, --keep_max and a
-    --gamma below 1 change what is maximised.
+  * --baseline prompt and batch shrink the gradient (see `baselines`).
+    --normalize, --keep_max and a --gamma below 1 change what is maximised.
   * w_t corrects a token, but not the text before it, nor the text after it that G_t comes from.
   * pi_old comes from the trainer's forward. The sampler's log-probabilities
-    differ from it by rounding (`kl/sample`: their mean distance).
+    differ from it by rounding (`kl/sample`).
 
 Left out: the clip (ppo.py, grpo.py), without which more than one or two updates per rollout are
 unsafe; a critic (ppo.py); a mean over each completion's tokens: that maximises E[A / length].
