@@ -1,6 +1,6 @@
 """What each patch of tests/changes did to a short run, beside the unchanged script.
 
-    python tests/bench/changes.py                   # about 170 runs of 15 to 40 seconds; resumable
+    python tests/bench/changes.py                   # 225 runs of 15 to 40 seconds; resumable
     python tests/bench/changes.py --names cispo     # one patch and the unchanged script beside it
 
 Every run starts from the bundled model and ends with the greedy score of its held-out data. A patch
