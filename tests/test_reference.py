@@ -228,7 +228,7 @@ def test_two_processes_distil_as_one_does(teacher, tmp_path):
         ({"beta": 0.0}, "--reference: only the KL penalty uses it, so it needs a --beta above 0"),
         ({"reference": "", "reward": "none", "beta": 0.0}, "--reward none"),
         ({"reference": "{}/words"}, "has other tokens than --model"),
-        ({"reference": "{}/nowhere"}, "no such model"),
+        ({"reference": "{}/nowhere"}, "no such folder"),
         ({"reference": "{}/judge"}, "this is a reward model, no language model"),
         ({"reference": "{}/short"}, "and the model's context 4"),
         ({"ref_update_every": 2}, "--ref_update_every would replace the --reference"),

@@ -1419,7 +1419,7 @@ GOOD = '{"prompt": "52=", "answer": "25"}\n'
         ({"reward": "{}/folder"}, GOOD, ["folder", "no"]),
         ({"max_prompt_tokens": 2}, GOOD, ["--data", "no prompt is left"]),
         ({"model": "{}/folder"}, GOOD, ["folder", "config.json"]),
-        ({"model": "{}/nowhere"}, GOOD, ["nowhere", "no such model"]),
+        ({"model": "{}/nowhere"}, GOOD, ["nowhere", "no such folder"]),
         ({"samples_per_prompt": 1}, GOOD, ["--baseline loo", "--samples_per_prompt"]),
         ({"samples_per_prompt": 1, "baseline": "prompt"}, GOOD, ["--baseline prompt"]),
         ({"minibatches": 0}, GOOD, ["--minibatches 0", "1 or more"]),
