@@ -494,6 +494,25 @@ def test_every_patch_has_a_row_of_runs(monkeypatch):
     assert (ROOT / "tests" / "bench" / "changes.md").read_text() == changes.table(rows)
 
 
+@pytest.mark.parametrize("name", ["defaults", "gdpo", "cispo, k3_ratio"])
+def test_our_half_of_the_comparison_with_trl_runs_and_gives_the_numbers_that_are_kept(
+    name, monkeypatch
+):
+    """A step of a script by tests/bench/agree_trl.py, which needs TRL for the other half."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
+    agree = importlib.import_module("agree_trl")
+    (patch, flags) = next((case[1], case[3]) for case in agree.cases() if case[0] == name)
+    world = common.start("cpu", seed=0)
+    tokenizer = common.load_tokenizer(str(grpo.TINY / "model"))
+    data = grpo.TINY / "sort_train.jsonl"
+    prompts = common.load_prompts(data, "--data", tokenizer, grpo.Args(), "")[: agree.PROMPTS]
+    script = load(patch) if patch else grpo
+    loss, gradient, _, _ = agree.step_of_grpo(script, flags, prompts, tokenizer, world)
+    kept = json.loads((ROOT / "tests" / "bench" / "agree_trl.json").read_text())["cases"]
+    row = next(row for row in kept if row["case"] == name)
+    assert loss == pytest.approx(row["loss"], abs=1e-4) and gradient.norm() > 0
+
+
 @pytest.mark.learning
 @pytest.mark.parametrize(
     "name, flags",

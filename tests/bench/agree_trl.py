@@ -16,7 +16,6 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -122,16 +121,13 @@ def step_of_grpo(script, flags, prompts, tokenizer, world):
     args = script.resolve(script.Args(**settings, **flags))
     policy = common.load_policy(args.model, world)
 
-    def of_rows(function):
-        return lambda texts, records: [function(*pair) for pair in zip(texts, records)]
+    def both(completion, row):
+        parts = {"position": position(completion, row), "adjacent": adjacent(completion, row)}
+        return {"reward": sum(parts.values()), **parts}  # gdpo takes the parts
 
-    def total(texts, records):
-        return [position(*pair) + adjacent(*pair) for pair in zip(texts, records)]
-
-    parts = [SimpleNamespace(score=of_rows(function)) for function in (position, adjacent)]
-    reward = SimpleNamespace(score=total, parts=parts)  # gdpo takes the parts
+    reward = common.Reward(common.checked(both, "both", world), position, {})
     meter = common.Meter()
-    samples, rewards = script.rollout(
+    samples, rewards, _ = script.rollout(
         policy, tokenizer, prompts, reward, False, args, world, 1, meter
     )
     noise = torch.randn(samples.mask.shape, generator=torch.Generator().manual_seed(2))
