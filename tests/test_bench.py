@@ -1,12 +1,16 @@
 """The comparison of tests/bench: which setting it chooses, what it runs next, how it counts."""
 
+import ast
 import importlib
+import inspect
 import math
 
 import numpy as np
 import pytest
 import tyro
 from conftest import ROOT
+
+MODULES = ("common", "reinforce", "ppo", "grpo", "dpo", "reward_model")
 
 
 @pytest.fixture
@@ -112,3 +116,19 @@ def test_every_run_has_the_same_budget_and_200_or_800_updates(tuned):
             if script == "ppo.py":
                 ratio = 50 / 3 if args.critic == "shared" else 5 / 3
                 assert args.critic_learning_rate == pytest.approx(1e-3 * ratio, rel=1e-2)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("bench/*.py")), ids=lambda p: p.name)
+def test_a_measurement_calls_functions_of_the_scripts_that_exist_as_they_are(path):
+    """Most measurements are too long for a test, so a change of a script could break them unseen."""
+    for call in ast.walk(ast.parse(path.read_text())):
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
+            continue
+        module = getattr(call.func.value, "id", "")
+        if module not in MODULES:
+            continue
+        function = getattr(importlib.import_module(module), call.func.attr)
+        starred = any(isinstance(argument, ast.Starred) for argument in call.args)
+        if not starred and all(keyword.arg for keyword in call.keywords):
+            names = {keyword.arg: None for keyword in call.keywords}
+            inspect.signature(function).bind(*call.args, **names)

@@ -46,7 +46,7 @@ def rows_of(folder):
 def measure(reference):
     """A stand-in for ppo.evaluate: sampled, not greedy, and with the KL."""
 
-    def evaluate(policy, tokenizer, held_out, reward, args, world):
+    def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
         ids, rows = zip(*held_out)
         rows = [row for row in rows for _ in range(4)]
         s = common.sample(
