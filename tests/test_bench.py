@@ -118,6 +118,15 @@ def test_every_run_has_the_same_budget_and_200_or_800_updates(tuned):
                 assert args.critic_learning_rate == pytest.approx(1e-3 * ratio, rel=1e-2)
 
 
+def test_the_rows_that_are_kept_are_of_these_methods_and_come_once(tuned):
+    rows = tuned.read(ROOT / "tests" / "bench" / "results.jsonl")
+    keys = [tuned.key_of(row) for row in rows]
+    assert len(keys) == len(set(keys)) > 30
+    for row in rows:
+        assert row["variant"] in tuned.METHODS[row["method"]].variants
+        assert 0 <= row["score"] <= 1 and (row["status"] == 0 or row["score"] == 0)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("bench/*.py")), ids=lambda p: p.name)
 def test_a_measurement_calls_functions_of_the_scripts_that_exist_as_they_are(path):
     """Most measurements are too long for a test, so a change of a script could break them unseen."""
