@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import json
 import math
 
 import numpy as np
@@ -42,11 +43,16 @@ def test_the_grid_has_five_rates_and_three_seeds_and_is_run_before_the_new_seeds
 def test_the_best_mean_chooses_and_ten_new_seeds_follow(tuned):
     name = "Dr. GRPO"
     best = ("four updates", 2e-4)
-    rows = rows_of(tuned, name, lambda *setting: 0.9 if setting == best else 0.5)
+
+    def score(variant, rate):
+        return 0.9 if (variant, rate) == best else 0.5 - 0.01 * abs(math.log2(rate / 2e-4))
+
+    rows = rows_of(tuned, name, score)
     assert tuned.chosen(rows, name) == (best, [])
     jobs = tuned.jobs_of(rows, [name])
     assert jobs == [(name, *best, seed) for seed in range(11, 21)]
-    rows[0]["score"] = 1.0  # one lucky seed is not the best mean
+    lucky = next(row for row in rows if row["rate"] == 1e-4 and row["variant"] != best[0])
+    lucky["score"] = 1.0  # one lucky seed is not the best mean
     assert tuned.chosen(rows, name) == (best, [])
     done = rows + [{**rows[0], "variant": best[0], "rate": best[1], "seed": 11, "score": 1.0}]
     assert len(tuned.jobs_of(done, [name])) == 9
@@ -65,8 +71,45 @@ def test_a_best_rate_at_the_edge_widens_the_grid_by_one(tuned, slope, wider):
     assert setting == ("four updates", 8e-4 if slope > 0 else 5e-5) and missing == []
 
 
-def test_completions_to_a_score_are_those_of_the_first_point_that_has_it(tuned):
-    curve = [0.3] * 9 + [0.8, 0.7, 0.9] + [0.9] * 9
+def test_a_variant_that_is_not_the_best_is_widened_too(tuned):
+    """A rate above its grid might make it the best."""
+    name = "Dr. GRPO"
+
+    def score(variant, rate):
+        return 0.9 - abs(rate - 2e-4) if variant == "four updates" else 0.1 + rate
+
+    setting, missing = tuned.chosen(rows_of(tuned, name, score), name)
+    assert setting is None and missing == [("one update", 1.6e-3)]
+
+
+def test_of_equal_settings_the_better_curve_decides(tuned):
+    name = "CISPO"
+    rows = rows_of(tuned, name, lambda variant, rate: 1.0 if 5e-5 < rate < 8e-4 else 0.5)
+    for row in rows:
+        row["curve"] = [0.3, 0.9 if row["rate"] == 2e-4 else 0.8, row["score"]]
+    assert tuned.chosen(rows, name) == (("four updates", 2e-4), [])
+
+
+def test_validation_and_test_prompts_are_new_and_not_the_same(tuned, tmp_path):
+    tuned.write_lists(tmp_path / "validation.jsonl", 512, tuned.VALIDATION)
+    tuned.write_lists(tmp_path / "test.jsonl", 2048, 2000)
+    prompts = {}
+    for path in (*tuned.TINY.glob("*.jsonl"), *tmp_path.glob("*.jsonl")):
+        lines = path.read_text().splitlines()
+        prompts[path.stem] = {json.loads(line)["prompt"] for line in lines}
+    assert len(prompts["validation"]) == 512 and len(prompts["test"]) == 2048
+    for name in ("validation", "test"):
+        others = set().union(*(p for other, p in prompts.items() if other != name))
+        assert not prompts[name] & others, name
+
+
+def test_rates_are_written_as_people_write_them(tuned):
+    shown = [tuned.short(rate) for rate in (1.25e-4, 2.5e-4, 2e-4, 1e-3, 1.6e-3)]
+    assert shown == ["1.25e-4", "2.5e-4", "2e-4", "1e-3", "1.6e-3"]
+
+
+def test_completions_to_a_score_are_those_of_the_first_two_points_that_have_it(tuned):
+    curve = [0.3] * 7 + [0.8, 0.7, 0.8, 0.9] + [0.9] * 10
     assert len(curve) == 21 and tuned.reached({"curve": curve}) == 9 * 2560
     assert tuned.reached({"curve": [0.3, 0.79]}) == math.inf
     assert tuned.reached({"status": 1, "score": 0.0}) == math.inf, "a failed run reaches nothing"
@@ -82,7 +125,7 @@ def test_the_interval_is_of_seeds_and_of_prompts(tuned):
     alike = [rows(1, 0.8)[0]] * 10  # all seeds equal: the prompts alone, binomial
     low, high = tuned.interval(alike, "score")
     assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(0.8 * 0.2 / 512), rel=0.15)
-    apart = [{"right": "1" * 512}] * 5 + [{"right": "0" * 512}] * 5  # the seeds alone
+    apart = [{"right": "1" * 512}] * 5 + [{"status": 1}] * 5  # the seeds alone; five have failed
     low, high = tuned.interval(apart, "score")
     assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / math.sqrt(10), rel=0.15)
 
@@ -112,6 +155,7 @@ def test_every_run_has_the_same_budget_and_200_or_800_updates(tuned):
             assert args.schedule == "linear" and args.warmup == args.steps // 20
             assert args.learning_rate == 1e-3
             penalty = {"DPO": 0.5, "GRPO as published": 0.04}.get(name, 0)
+            penalty = 0.1 if "beta 0.1" in variant else penalty
             assert getattr(args, "beta", 0) == penalty
             if script == "ppo.py":
                 ratio = 50 / 3 if args.critic == "shared" else 5 / 3

@@ -5,19 +5,23 @@
     python tests/bench/tuned.py --time      # 5 minutes, on an idle machine, when all runs are done
     python tests/bench/tuned.py --methods "fine-tuning" "GRPO, one update" --out /tmp/again
 
-Every method sees 51,200 completions of training prompts of the sorting task, 256 in each of 200
-rollouts; fine-tuning sees as many right answers, DPO and the reward model as many sides of pairs.
-Each is trained on once, in one update or, a quarter at a time, in four. So a run has 200 or 800
-updates. Methods that their papers define with one update (REINFORCE, GRPO as published) have one,
-and so have the adapters. There is no KL penalty but where a method has it by definition (DPO, GRPO as published).
+Every method draws 51,200 completions of training prompts of the sorting task, 256 in each of 200
+rollouts, and trains on each of them once: in one update or, a quarter at a time, in four. REINFORCE
+has rollouts of 64 in place of four updates. Fine-tuning sees as many right answers, DPO and the
+reward model as many sides of pairs; they have fewer, and see each about six times. So a run has
+200 or 800 updates. GRPO as its paper has it and the adapters have one update a rollout. There is no
+KL penalty but where a method has it by definition (DPO, GRPO as published).
 
 A grid of learning rates, a factor of 2 apart, is run with seeds 1 to 3 and scored on 512 prompts
-that are neither training nor test prompts. The best mean chooses a method's setting. If its rate
-is at the edge of its grid, the grid is widened by one rate, until it is not. The chosen setting is
-run with seeds 11 to 20, and the model at the end answers the 512 test prompts greedily. PPO's
-critic has a learning rate in a fixed ratio to the policy's. A run that fails has a score of 0.
+that are neither training nor test prompts. The best mean chooses a method's setting (of equal ones
+that with the better curve). If the best rate of a variant is at the edge of its grid, the grid is
+widened by one rate, until it is not. The chosen setting is run with seeds 11 to 20, and the model
+at the end answers 2,048 new prompts greedily. PPO's critic has a learning rate in a fixed ratio to
+the policy's. A run that ends because of a gradient that is not finite has a score of 0; any other
+failure stops this script.
 
-Best-of-N trains nothing but the reward model by whose scores it takes one of N samples of the start.
+Best-of-N trains nothing but the reward model by whose scores it takes one of N samples of the
+start, for the 512 prompts of the bundled task.
 
 Writes results.jsonl, a row for each run, and from its rows results.md, results.png and
 results_rates.png. Rows that are there are not run again.
@@ -39,6 +43,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 import tyro
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported once for all runs
 from transformers import LlamaForCausalLM  # noqa: F401
@@ -55,6 +60,7 @@ STEPS = BUDGET // ROLLOUT
 REACHED = 0.8
 GRID_SEEDS = (1, 2, 3)
 FINAL_SEEDS = tuple(range(11, 21))
+VALIDATION = 1000  # the seed of the validation prompts
 RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 N_OF_BEST = (1, 4, 16)
 
@@ -73,6 +79,7 @@ class Method:
 
 
 ONE, FOUR = "one update", "four updates"
+SMALL = "four times as many rollouts"
 UPDATES = {
     ONE: "--steps 200 --epochs 1 --minibatches 1",
     FOUR: "--steps 200 --epochs 1 --minibatches 4",
@@ -86,20 +93,23 @@ DEMOS = {
     FOUR: "--steps 800 --prompts_per_step 64 --warmup 40",
 }
 PAIR_DATA = f"--data {TINY / 'pairs_train.jsonl'} --eval_data {TINY / 'pairs_test.jsonl'}"
+BETAS = {name + ", beta 0.1": f"{flags} --beta 0.1" for name, flags in PAIRS.items()}
 GROUPS = "--prompts_per_step 32 --samples_per_prompt 8"
+ON_POLICY = {
+    ONE: UPDATES[ONE],
+    SMALL: "--steps 800 --prompts_per_step 8 --warmup 40 --epochs 1 --minibatches 1",
+}
 SINGLE = "--prompts_per_step 256 --samples_per_prompt 1 --beta 0"
 METHODS = {
     "fine-tuning": Method(f"reinforce.py --demos {TINY / 'sort_train.jsonl'}", DEMOS),
-    "DPO": Method(f"dpo.py {PAIR_DATA}", PAIRS),
+    "DPO": Method(f"dpo.py {PAIR_DATA}", PAIRS | BETAS),
     "best of N, by a reward model": Method(
         f"reward_model.py {PAIR_DATA} --schedule linear --policy {TINY / 'model'} --best_of 1 4 16",
         PAIRS,
         (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
     ),
-    "REINFORCE, no baseline": Method(
-        f"reinforce.py {GROUPS} --beta 0 --baseline none", {ONE: UPDATES[ONE]}
-    ),
-    "REINFORCE, leave one out": Method(f"reinforce.py {GROUPS} --beta 0", {ONE: UPDATES[ONE]}),
+    "REINFORCE, no baseline": Method(f"reinforce.py {GROUPS} --beta 0 --baseline none", ON_POLICY),
+    "REINFORCE, leave one out": Method(f"reinforce.py {GROUPS} --beta 0", ON_POLICY),
     "PPO, separate critic": Method(f"ppo.py {SINGLE}", UPDATES, critic=5 / 3),
     "PPO, shared critic": Method(f"ppo.py {SINGLE} --critic shared", UPDATES, critic=50 / 3),
     "GRPO, one update": Method(f"grpo.py {GROUPS}", {ONE: UPDATES[ONE]}),
@@ -141,15 +151,20 @@ def key_of(row):
 
 
 def grid_of(rows, name):
-    """{(variant, rate): mean validation score}, and the pairs whose three seeds are not all in."""
-    scores = {
-        (variant, rate): {} for variant in METHODS[name].variants for rate in METHODS[name].rates
-    }
+    """{(variant, rate): (mean validation score, mean of the curve)}, and the pairs whose three seeds
+    are not all in."""
+    method = METHODS[name]
+    found = {(variant, rate): {} for variant in method.variants for rate in method.rates}
     for row in rows:
         if row["method"] == name and row["seed"] in GRID_SEEDS:
-            scores.setdefault((row["variant"], row["rate"]), {})[row["seed"]] = row["score"]
-    missing = [setting for setting, found in scores.items() if len(found) < len(GRID_SEEDS)]
-    means = {s: statistics.mean(found.values()) for s, found in scores.items() if found}
+            curve = row.get("curve", [row["score"]])
+            setting = (row["variant"], row["rate"])
+            found.setdefault(setting, {})[row["seed"]] = (row["score"], statistics.mean(curve))
+    missing = [setting for setting, seeds in found.items() if len(seeds) < len(GRID_SEEDS)]
+    means = {}
+    for setting, seeds in found.items():
+        if seeds:
+            means[setting] = tuple(map(statistics.mean, zip(*seeds.values())))
     return means, missing
 
 
@@ -159,13 +174,15 @@ def chosen(rows, name):
     means, missing = grid_of(rows, name)
     if missing:
         return None, missing
-    variant, rate = max(means, key=means.get)
-    rates = [r for v, r in means if v == variant]
-    if rate == max(rates):
-        return None, [(variant, 2 * rate)]
-    if rate == min(rates):
-        return None, [(variant, rate / 2)]
-    return (variant, rate), []
+    wider = []
+    for variant in METHODS[name].variants:
+        rates = sorted(rate for v, rate in means if v == variant)
+        best = max(rates, key=lambda rate: means[variant, rate])
+        if best == rates[-1]:
+            wider.append((variant, 2 * best))
+        if best == rates[0]:
+            wider.append((variant, best / 2))
+    return (None, wider) if wider else (max(means, key=means.get), [])
 
 
 def jobs_of(rows, methods):
@@ -240,7 +257,7 @@ def run(job, path):
         held_out = TINY / "sort_test.jsonl"
         if not is_final:
             held_out = temporary / "validation.jsonl"
-            write_validation(held_out)
+            write_lists(held_out, 512, VALIDATION)
         command = command_of(name, variant, rate)
         steps = int(command[command.index("--steps") + 1])
         every = steps // (20 if is_final else 4)
@@ -250,10 +267,14 @@ def run(job, path):
         command += ["--out", str(temporary / "run")]
         scripts = prepare(name, temporary)
         row["status"] = call_in_child(command, scripts, temporary / "log")
+        row |= {"torch": torch.__version__, "transformers": transformers.__version__}
         lines = numbers(temporary / "run")
         row["score"] = 0.0
         if row["status"]:
-            print((temporary / "log").read_text()[-2000:], flush=True)
+            words = (temporary / "log").read_text()
+            print(words[-2000:], flush=True)
+            if "gradient is" not in words:
+                sys.exit(1)  # no room, no memory, a signal: this says nothing about the method
         elif command[0] == "reward_model.py":
             row |= {f"best of {n}": round(lines[-1][f"best_of/true@{n}"], 4) for n in N_OF_BEST}
             row["score"] = row[f"best of {N_OF_BEST[-1]}"]
@@ -261,29 +282,35 @@ def run(job, path):
             row["curve"] = [round(line["eval/exact"], 4) for line in lines if "eval/exact" in line]
             row["score"] = row["curve"][-1]
         if is_final and "curve" in row:
-            row["right"] = answers(temporary, held_out)
+            row["right"] = answers(temporary)
+            row["score"] = round(row["right"].count("1") / len(row["right"]), 4)
     line = json.dumps(row) + "\n"
     with open(path, "a") as file:
         file.write(line)
     print(job, row["status"], row["score"], flush=True)
 
 
-def answers(folder, held_out):
-    """One digit for each test prompt, 1 if the trained model's greedy answer is right."""
-    model = ["--model", str(folder / "run" / "model"), "--data", str(held_out)]
-    command = ["grpo.py", *model, "--eval_data", str(held_out), "--steps", "0"]
+def answers(folder):
+    """One digit for each of the new prompts, 1 if the trained model's greedy answer is right."""
+    write_lists(folder / "test.jsonl", 2048, seed=2000)
+    prompts = ["--data", str(folder / "test.jsonl"), "--eval_data", str(folder / "test.jsonl")]
+    command = ["grpo.py", "--model", str(folder / "run" / "model"), *prompts, "--steps", "0"]
     command += ["--device", "cpu", "--out", str(folder / "test")]
-    call_in_child(command, ROOT, folder / "log")
+    if call_in_child(command, ROOT, folder / "log"):
+        sys.exit((folder / "log").read_text()[-2000:])
     rows = (folder / "test" / "eval_samples.jsonl").read_text().splitlines()
     return "".join(f"{json.loads(row)['reward']:.0f}" for row in rows)
 
 
-def write_validation(path):
+def write_lists(path, count, seed):
+    """New lists to sort: none is in the files of tests/tiny, nor with another seed among these."""
     known = set()
     for name in ("sort_train", "sort_test", "pairs_train", "pairs_test"):
         for line in (TINY / f"{name}.jsonl").read_text().splitlines():
             known.add(json.loads(line)["prompt"])
-    rows = sort.lists(512, seed=1000, without=known)
+    if seed != VALIDATION:
+        known |= {row["prompt"] for row in sort.lists(512, seed=VALIDATION, without=known)}
+    rows = sort.lists(count, seed, without=known)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -343,8 +370,10 @@ def measure_seconds(rows, turns=3, steps=8):
 def interval(rows, score, draws=4000):
     """The 95 % interval of the mean, by bootstrap: seeds are drawn anew, and test prompts, too."""
     rng = np.random.default_rng(0)
-    if all("right" in row for row in rows):
-        right = np.array([[int(digit) for digit in row["right"]] for row in rows])
+    known = [row["right"] for row in rows if "right" in row]
+    if known:
+        nothing = "0" * len(known[0])  # of a run that has failed
+        right = np.array([[int(x) for x in row.get("right", nothing)] for row in rows])
         means = []
         for _ in range(draws):
             seeds = rng.integers(len(right), size=len(right))
@@ -358,9 +387,9 @@ def interval(rows, score, draws=4000):
 
 
 def reached(row):
-    """Completions to the first score of 0.8; infinite if there was none."""
+    """Completions to the first of two scores of 0.8 in a row; infinite if there were none."""
     curve = row.get("curve", [])
-    places = [i for i, score in enumerate(curve) if score >= REACHED]
+    places = [i for i in range(len(curve) - 1) if min(curve[i : i + 2]) >= REACHED]
     return places[0] * BUDGET // (len(curve) - 1) if places else math.inf
 
 
@@ -394,13 +423,16 @@ def table(rows, seconds):
         if middle == math.inf:
             count = sum(place < math.inf for place in places)
             words = f"not reached ({count} of {len(places)} seeds) | "
-        label = f"{name}, clip 0.05" if "clip 0.05" in variant else name
+        special = variant.partition(", ")[2]
+        label = f"{name}, {special}" if special else name
         lines.append(f"| {label} | {setting} | {score_cells(mine, 'score')} | {words} | {times} |")
     return "\n".join(lines) + "\n"
 
 
 def short(rate):
-    return f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-")
+    """1.25e-4, and 2e-4 without a dot."""
+    digits, _, power = f"{rate:.2e}".partition("e-0")
+    return f"{float(digits):g}e-{power}"
 
 
 def score_cells(rows, score):
@@ -445,13 +477,14 @@ def draw_curves(rows, path):
         ends = []
         for name in names:
             mine = final_rows(rows, name)
-            if not all("curve" in row for row in mine):
+            if name.startswith("best of N"):
                 best = f"best of {N_OF_BEST[-1]}"
                 mean = statistics.mean(row.get(best, 0.0) for row in mine)
                 axis.axhline(mean, color=COLOR_OF[name], linestyle=":", linewidth=1.5)
                 ends.append((best, mean, COLOR_OF[name]))
                 continue
-            curves = np.array([row["curve"] for row in mine])
+            length = max(len(row.get("curve", [])) for row in mine)
+            curves = np.array([row.get("curve", [0.0] * length) for row in mine])  # 0: failed
             seen = np.linspace(0, BUDGET, curves.shape[1])
             axis.plot(seen, curves.mean(axis=0), color=COLOR_OF[name], linewidth=1.8)
             low, high = curves.min(axis=0), curves.max(axis=0)
@@ -480,15 +513,17 @@ def draw_rates(rows, path):
     for axis, name in zip(axes.flat, METHODS):
         means, _ = grid_of(rows, name)
         ends = []
-        for style, variant in zip(("-", "--"), METHODS[name].variants):
+        for style, variant in zip(("-", "--", ":", "-."), METHODS[name].variants):
             rates = sorted(rate for v, rate in means if v == variant)
-            scores = [means[variant, rate] for rate in rates]
+            scores = [means[variant, rate][0] for rate in rates]
             axis.plot(rates, scores, style, marker="o", markersize=4, color=COLOR_OF[name])
             ends.append((variant.replace("four updates, ", ""), rates[-1], scores[-1]))
         for (label, place, _), height in zip(ends, apart([end[2] for end in ends], 0.08)):
             axis.text(place * 1.15, height, label, fontsize=8, va="center")
         (variant, rate), _ = chosen(rows, name)
-        axis.plot(rate, means[variant, rate], "o", markersize=11, fillstyle="none", color="#000000")
+        axis.plot(
+            rate, means[variant, rate][0], "o", markersize=11, fillstyle="none", color="#000000"
+        )
         axis.set_xscale("log", base=2)
         axis.set_xticks(rates, [short(rate) for rate in rates], fontsize=8)
         axis.minorticks_off()
