@@ -243,6 +243,9 @@ def check_flags(args):
         fail("--reference: only the KL penalty uses it, so it needs a --beta above 0")
     if getattr(args, "reward", "") == "none" and not getattr(args, "beta", 1):
         fail("--reward none: only the KL penalty teaches then, so it needs a --beta above 0")
+    if getattr(args, "reward", "") == "none" and hasattr(args, "prompts_per_step") and args.steps:
+        if not args.reference:
+            fail("--reward none: without a --reference, the teacher, there is nothing to learn")
     if args.resume and not args.steps:
         fail("--steps 0 evaluates a model: give --model RUN/model instead of --resume")
     if not args.steps and not args.eval_every:
@@ -533,7 +536,7 @@ def load_prompts(path, flag, tokenizer, args, answer_flag):
             fail(f'{where}: {answer_flag} needs an "answer", a text or a number; {prompt}')
         else:
             kept.append((ids, record))
-    if flag == "--data" and len(kept) < getattr(args, "prompts_per_step", 0):
+    if flag == "--data" and 0 < len(kept) < getattr(args, "prompts_per_step", 0):
         repeated = f"a step draws {args.prompts_per_step}, so some more than once"
         say(f"note: --data: {len(kept)} prompts; {repeated}")
     if left_out:
@@ -1066,7 +1069,7 @@ def load_function(spec, flag):
     if not name:
         fail(f"{flag} {spec}: name the function, too: {spec}:FUNCTION")
     if not Path(file).is_file():
-        fail(f"{flag} {spec}: no such file {file}")
+        fail(f"{flag} {spec}: no such file {Path(file).absolute()}")
     info = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
     module = importlib.util.module_from_spec(info)
     sys.path.append(str(Path(file).resolve().parent))  # it may import a file beside it
@@ -1090,7 +1093,7 @@ def checked(function, spec, world):
         if takes_info:
             extra["info"] = types.SimpleNamespace(tokens=tokens, finished=finished)
         try:
-            value = function(completion, row, **extra)
+            value = function(completion, dict(row), **extra)  # its own: it may change it
             wrong = f'must return a finite number or a dict of them with "reward" ({wanted}), '
             wrong += f"returned {value!r:.100},"
         except (Exception, SystemExit) as error:
@@ -2536,7 +2539,7 @@ ADVICE = {  # metric: (when to warn, what to say)
         "KL to the reference runs away: raise --beta or lower --learning_rate",
     ),
     "length / first length": (
-        lambda value, args: not 1 / 3 < value < 3,
+        lambda value, args: not 1 / 3 < value < 3 and args.reward != "none",
         "completions are much shorter or longer than at first: see in samples.jsonl what pays",
     ),
     "fall / interval": (
@@ -2582,14 +2585,14 @@ def show_progress(writer, step, metrics):
 
 
 def examples(samples, scores, records, rows, tokenizer=None):
-    """Some rows for samples.jsonl. The prompt is that of the data, or with a tokenizer what the
-    model read."""
+    """Some rows for samples.jsonl. The prompt is that of the data; with a tokenizer, `input` is
+    what the model has read."""
     shown = []
     for i in rows:
-        prompt = records[i]["prompt"]
+        shown.append({"prompt": records[i]["prompt"], "completion": samples.texts[i]})
         if tokenizer:
-            prompt = tokenizer.decode(samples.prompt_ids[i][samples.prompt_mask[i]])
-        shown.append({"prompt": prompt, "completion": samples.texts[i]})
+            ids = samples.prompt_ids[i][samples.prompt_mask[i]]
+            shown[-1]["input"] = tokenizer.decode(ids)
         for name, values in scores.items():
             shown[-1][name] = float(f"{values[i]:.6g}")  # a float32's 0.20000000298 is 0.2
         if has_answer(records[i]):

@@ -287,6 +287,19 @@ def test_completions_are_shown_with_their_prompts_answers_and_scores(script, mon
         assert row == {"prompt": str(i), "completion": text}
 
 
+def test_a_shown_completion_has_the_prompt_of_the_data_and_what_the_model_has_read():
+    """So that its prompt can be used again: the template is in `input` alone."""
+    tokenizer = common.load_tokenizer(grpo.Args.model)
+    prompts = [tokenizer("52=").input_ids, tokenizer("731=").input_ids]
+    samples = common.as_samples(prompts, [[5], [6]], tokenizer, CPU)
+    records = [{"prompt": [{"role": "user", "content": "5"}]}, {"prompt": "7"}]
+    shown = common.examples(samples, {"reward": [0.0, 1.0]}, records, [0, 1], tokenizer)
+    assert [row["prompt"] for row in shown] == [record["prompt"] for record in records]
+    assert [row["input"] for row in shown] == ["52=", "731="]
+    (plain, _) = common.examples(samples, {"reward": [0.0, 1.0]}, records, [0, 1])
+    assert "input" not in plain and plain["completion"] == shown[0]["completion"]
+
+
 @pytest.mark.parametrize("script", EVALUATED, ids=named)
 def test_a_run_keeps_eight_held_out_completions_of_each_evaluation_and_all_of_step_0(
     script, tmp_path

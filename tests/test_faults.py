@@ -120,6 +120,7 @@ MISTAKES = [
     (PAIRS, row(rejected="25"), {}, ["no pair is left"]),
     (PAIRS, None, {"max_tokens": 3}, ["no pair is left"]),
     (ROLLOUTS, None, {"reward": "nice"}, ["--reward nice", "choose"]),
+    (ROLLOUTS, None, {"reward": "none", "beta": 0.1}, ["--reward none", "--reference"]),
     (ROLLOUTS, lines(row(answer="Lima")), {"reward": "number"}, ["--reward number", "'Lima'"]),
     (ROLLOUTS, None, {"reward": "{}/none.py:f"}, ["no such file"]),
     (ROLLOUTS, None, {"reward": "{}/bad.py:f"}, ["cannot be imported", "SyntaxError"]),
@@ -328,6 +329,17 @@ def test_a_failure_after_an_update_saves_no_older_step_with_newer_weights(script
     with pytest.raises(SystemExit, match="ZeroDivisionError"):
         start(script, tmp_path, **flags, out=str(tmp_path / "second"))
     assert not common.checkpoints(tmp_path / "second")
+
+
+@pytest.mark.parametrize("script", ROLLOUTS)
+def test_a_reward_that_changes_its_row_changes_no_data(script, tmp_path):
+    (tmp_path / "r.py").write_text("def f(c, r):\n    return float(len(r.pop('answer')))\n")
+    (tmp_path / "held_out.jsonl").write_text(json.dumps(GOOD[script]) + "\n")
+    flags = {"reward": f"{tmp_path}/r.py:f", "eval_data": f"{tmp_path}/held_out.jsonl"}
+    start(script, tmp_path, steps=1, **flags)
+    for name in ("samples", "eval_samples"):
+        for line in (tmp_path / "run" / f"{name}.jsonl").read_text().splitlines():
+            assert json.loads(line)["answer"] == "25" and json.loads(line)["reward"] == 2
 
 
 def test_a_reward_may_import_a_file_beside_it(tmp_path, monkeypatch):

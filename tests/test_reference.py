@@ -180,7 +180,7 @@ def test_a_distillation_resumes_bit_for_bit_and_with_no_other_reference(
     train("reinforce", tmp_path / "a", data, **flags)
     train("reinforce", tmp_path / "b", data, **flags)
     lose_last_step(tmp_path / "b")
-    for other in ("", str(mamba)):
+    for other in (str(MODEL), str(mamba)):
         with pytest.raises(SystemExit):
             train("reinforce", tmp_path / "b", data, resume=True, **flags | {"reference": other})
         said = capsys.readouterr().err
