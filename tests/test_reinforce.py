@@ -1230,8 +1230,9 @@ def step_by_hand(step, policy, reference, f, rows, score, tokenizer, norms):
     prompt = tokenizer.decode(prompts[0])
     shown = []
     for text, value in zip(texts[:n], scores[:n]):
-        shown.append({"step": step, "prompt": prompt, "completion": text, "reward": value})
-        shown[-1]["answer"] = rows[0]["answer"]
+        asked = rows[0]["prompt"]
+        shown.append({"step": step, "prompt": asked, "completion": text, "reward": value})
+        shown[-1] |= {"answer": rows[0]["answer"], "input": prompt}
     return logged, shown
 
 
