@@ -23,7 +23,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
 HERE = Path(__file__).resolve().parent
@@ -105,7 +104,6 @@ def command_of(task, method, rate):
 
 
 def run(job, path, args):
-    torch.set_num_threads(1)
     task, method, rate, seed = job
     row = dict(zip(("task", "method", "rate", "seed"), job))
     with tempfile.TemporaryDirectory() as folder:

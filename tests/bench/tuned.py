@@ -223,8 +223,9 @@ def prepare(name, folder):
     return folder
 
 
-def call(command, scripts, log):
+def call(command, scripts, log, threads=1):
     """Runs a script in this process, which was made for it, as if it had been started alone."""
+    torch.set_num_threads(threads)  # here and not before: a pool of threads does not survive a fork
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -248,7 +249,6 @@ def numbers(folder):
 
 def run(job, path):
     """One run from start to score; its row is added to the file `path`. In a process of its own."""
-    torch.set_num_threads(1)
     name, variant, rate, seed = job
     row = dict(zip(("method", "variant", "rate", "seed"), job))
     is_final = seed in FINAL_SEEDS
@@ -359,7 +359,7 @@ def measure_seconds(rows, turns=3, steps=8):
                 command += ["--device", "cpu", "--out", str(folder / "run")]
                 if command[0] == "reward_model.py":
                     command += ["--policy", "", "--eval_prompts", ""]
-                call_in_child(command, prepare(name, folder), folder / "log")
+                call_in_child(command, prepare(name, folder), folder / "log", os.cpu_count())
                 for line in numbers(folder / "run"):
                     if line["step"] > 2:
                         step = line.get("time/sample", 0.0) + line["time/train"]
