@@ -243,9 +243,9 @@ def check_flags(args):
         fail("--reference: only the KL penalty uses it, so it needs a --beta above 0")
     if getattr(args, "reward", "") == "none" and not getattr(args, "beta", 1):
         fail("--reward none: only the KL penalty teaches then, so it needs a --beta above 0")
-    if getattr(args, "reward", "") == "none" and hasattr(args, "prompts_per_step") and args.steps:
-        if not args.reference:
-            fail("--reward none: without a --reference, the teacher, there is nothing to learn")
+    learns_from_rewards = args.steps and hasattr(args, "prompts_per_step")
+    if learns_from_rewards and args.reward == "none" and not args.reference:
+        fail("--reward none: without a --reference, the teacher, there is nothing to learn")
     if args.resume and not args.steps:
         fail("--steps 0 evaluates a model: give --model RUN/model instead of --resume")
     if not args.steps and not args.eval_every:
@@ -573,7 +573,8 @@ def read_config(path, **changes):
     folder = Path(path)
     if str(path).startswith(("/", ".", "~")) and not folder.is_dir():
         fail(f"{path}: no such folder")
-    if (folder / "model" / "config.json").is_file():
+    is_model = (folder / "config.json").is_file()
+    if not is_model and (folder / "model" / "config.json").is_file():
         fail(f"{path}: the model of this run is in {folder / 'model'}")
     with loading(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **changes)

@@ -301,7 +301,7 @@ def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
     of p. expm1, because for small d, exp(-d) - 1 + d is mostly rounding error in float32.
 
-    It is only logged, except in the KL penalty of grpo.py. That trains p with
+    It only measures, except in the KL penalty of grpo.py. That trains p with
     it, times the ratio: without the ratio its expected gradient is that of
     KL(other || p). For p near other the two KLs agree.
     """

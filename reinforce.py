@@ -346,7 +346,7 @@ def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
     of p. expm1, because for small d, exp(-d) - 1 + d is mostly rounding error in float32.
 
-    It is only logged, except in the KL penalty of grpo.py. That trains p with
+    It only measures, except in the KL penalty of grpo.py. That trains p with
     it, times the ratio: without the ratio its expected gradient is that of
     KL(other || p). For p near other the two KLs agree.
     """
@@ -772,7 +772,7 @@ def load_task(args, world):
     else:
         prompts = common.load_prompts(args.data, "--data", tokenizer, args, answer_flag)
     held_out = common.load_prompts(args.eval_data, "--eval_data", tokenizer, args, answer_flag)
-    common.check_answers(reward, prompts + held_out)
+    common.check_answers(reward, held_out if args.demos else prompts + held_out)
     longest = max(len(ids) for ids, _ in prompts + held_out)
     args = common.fit_context(args, longest, config, reference_config)
     scored = prompts + held_out

@@ -358,6 +358,18 @@ def test_held_out_answers_that_the_rule_calls_wrong_are_named_by_dpo_too(tmp_pat
     assert "'Lima' of prompt '52=' is wrong by this rule" in capsys.readouterr().err
 
 
+def test_demonstrations_are_not_scored_so_no_rule_refuses_them(tmp_path):
+    (tmp_path / "demos.jsonl").write_text('{"prompt": "52=", "answer": "two"}\n' * 2)
+    flags = {"demos": str(tmp_path / "demos.jsonl"), "samples_per_prompt": None}
+    start("reinforce", tmp_path, steps=1, reward="number", **flags)
+
+
+def test_a_folder_that_is_a_model_may_hold_another_one(shelf, tmp_path):
+    shutil.copytree(TINY / "model", tmp_path / "outer")
+    shutil.copytree(TINY / "model", tmp_path / "outer" / "model")
+    assert common.read_config(tmp_path / "outer").model_type == "llama"
+
+
 @pytest.mark.parametrize("script", ROLLOUTS)
 def test_prompts_that_are_fewer_than_a_step_draws_are_told(script, tmp_path, capsys):
     for count, told in ((1, True), (2, False)):

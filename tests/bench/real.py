@@ -178,10 +178,8 @@ def draw(rows, path):
             heights = tuned.apart([height for _, height in ends], 0.1)
             for label, (place, _), height in zip(("form", "result"), ends, heights):
                 axis.text(1.03 * place, height, label, color=color, va="center", fontsize=8)
-            axis.set(title=f"{task}: {method}", ylim=(0, 1.03), xlim=(0, 1.25 * seen[-1]))
-            axis.title.set_fontsize(9)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(alpha=0.25)
+            tuned.tidy(axis, f"{task}: {method}")
+            axis.set_xlim(0, 1.25 * seen[-1])
     for axis in axes[-1]:
         axis.set_xlabel("completions")
     for axis in axes[:, 0]:

@@ -1,7 +1,7 @@
 """The methods beside each other, each at the best of its own settings: one task, start and budget.
 
     pip install -r requirements.txt matplotlib
-    python tests/bench/tuned.py             # about 6 hours on 2 cores; goes on where it was stopped
+    python tests/bench/tuned.py             # many hours on 2 cores; goes on where it was stopped
     python tests/bench/tuned.py --time      # 5 minutes, on an idle machine, when all runs are done
     python tests/bench/tuned.py --methods "fine-tuning" "GRPO, one update" --out /tmp/again
 
@@ -468,6 +468,14 @@ def apart(heights, distance):
     return moved
 
 
+def tidy(axis, title):
+    """What all panels have in common."""
+    axis.set_title(title, fontsize=10)
+    axis.set_ylim(0, 1.03)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+
+
 def draw_curves(rows, path):
     """Score against completions at the chosen settings: mean and range of the ten seeds."""
     import matplotlib.pyplot as plt
@@ -492,10 +500,9 @@ def draw_curves(rows, path):
             ends.append((name, curves.mean(axis=0)[-1], COLOR_OF[name]))
         for (name, _, color), height in zip(ends, apart([end[1] for end in ends], 0.05)):
             axis.text(1.02 * BUDGET, height, name, color=color, va="center", fontsize=9)
-        axis.set(title=title, xlabel="completions", xlim=(0, 1.55 * BUDGET), ylim=(0, 1.03))
+        tidy(axis, title)
+        axis.set(xlabel="completions", xlim=(0, 1.55 * BUDGET))
         axis.set_xticks([0, BUDGET // 2, BUDGET], ["0", f"{BUDGET // 2:,}", f"{BUDGET:,}"])
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
     axes[0].set_ylabel("exact match on the test prompts")
     figure.tight_layout()
     figure.savefig(path, dpi=110, facecolor="white")
@@ -527,10 +534,8 @@ def draw_rates(rows, path):
         axis.set_xscale("log", base=2)
         axis.set_xticks(rates, [short(rate) for rate in rates], fontsize=8)
         axis.minorticks_off()
-        axis.set(title=name, ylim=(0, 1.03), xlim=(rates[0] / 1.3, rates[-1] * 4))
-        axis.title.set_fontsize(10)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
+        tidy(axis, name)
+        axis.set_xlim(rates[0] / 1.3, rates[-1] * 4)
     for axis in axes[:, 0]:
         axis.set_ylabel("exact match, validation")
     figure.tight_layout()
