@@ -2,6 +2,7 @@
 and temperatures that are those of the flags in the steps, too.
 """
 
+import collections
 import dataclasses
 import io
 import itertools
@@ -1043,3 +1044,11 @@ def test_without_reward_to_go_there_is_no_baseline_unless_asked_for():
     for flags, baseline in (({}, "loo"), ({"gamma": 0.0}, "none"), ({"gamma": 0.9}, "loo")):
         assert reinforce.resolve(reinforce.Args(**flags)).baseline == baseline
     assert reinforce.resolve(reinforce.Args(gamma=0.0, baseline="loo")).baseline == "loo"
+
+
+@pytest.mark.parametrize("reward, told", [("exact", True), ("none", False)])
+def test_other_lengths_are_no_warning_where_a_teacher_decides_them(reward, told, capsys):
+    args, bad_steps = SimpleNamespace(reward=reward), collections.Counter()
+    for _ in range(3):
+        common.advise({"length / first length": 4.0}, args, bad_steps)
+    assert ("completions are much shorter or longer" in capsys.readouterr().out) == told

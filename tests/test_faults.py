@@ -375,8 +375,12 @@ def test_prompts_that_are_fewer_than_a_step_draws_are_told(script, tmp_path, cap
     for count, told in ((1, True), (2, False)):
         (tmp_path / "data.jsonl").write_text((json.dumps(GOOD[script]) + "\n") * count)
         start(script, tmp_path, steps=1, out=str(tmp_path / f"run{count}"))
-        words = "note: --data: 1 prompts; a step draws 2, so some more than once"
-        assert (words in capsys.readouterr().out) == told
+        said = capsys.readouterr().out
+        assert ("note: --data: 1 prompts; a step draws 2, so some more than once" in said) == told
+        assert ("a step draws" in said) == told
+    data = str(tmp_path / "data.jsonl")
+    start(script, tmp_path, steps=0, data="", eval_data=data, out=str(tmp_path / "scored"))
+    assert "a step draws" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", ALL)
