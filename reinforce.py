@@ -772,7 +772,8 @@ def load_task(args, world):
     else:
         prompts = common.load_prompts(args.data, "--data", tokenizer, args, answer_flag)
     held_out = common.load_prompts(args.eval_data, "--eval_data", tokenizer, args, answer_flag)
-    common.check_answers(reward, held_out if args.demos else prompts + held_out)
+    judged = held_out if args.demos else prompts + held_out
+    common.check_answers(reward, judged)
     longest = max(len(ids) for ids, _ in prompts + held_out)
     args = common.fit_context(args, longest, config, reference_config)
     scored = prompts + held_out
