@@ -130,6 +130,85 @@ def test_the_interval_is_of_seeds_and_of_prompts(tuned):
     assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / math.sqrt(10), rel=0.15)
 
 
+def complete(tuned, prompts=64):
+    """Rows of a comparison in which a method's score is a made-up number of its place."""
+    rows = [{"method": "the start", "variant": "", "rate": 0.0, "seed": 0, "right": "01" * 32}]
+    rows[0] |= {"score": 0.5, "status": 0}
+    rng = np.random.default_rng(0)
+    for place, (name, method) in enumerate(tuned.METHODS.items()):
+        best = ([*method.variants][-1], method.rates[2])
+        level = 0.95 - 0.05 * place
+
+        def score(variant, rate, best=best, level=level):
+            return level - 0.01 * abs(math.log2(rate / best[1])) - 0.1 * (variant != best[0])
+
+        rows += rows_of(tuned, name, score)
+        for seed in tuned.FINAL_SEEDS:
+            right = "".join(map(str, (rng.random(prompts) < level).astype(int)))
+            row = dict(zip(("method", "variant", "rate", "seed"), (name, *best, seed)))
+            row |= {"score": level, "curve": [0.3] * 10 + [level] * 11, "right": right}
+            if method.command.startswith("reward_model.py"):
+                row = {key: row[key] for key in ("method", "variant", "rate", "seed", "score")}
+                row |= {f"best of {n}": level for n in tuned.N_OF_BEST}
+            rows.append(row | {"status": 0})
+        for base, change in tuned.CONTROLS:
+            if base == name:
+                keys = [(f"{name}: {change}", *best, seed) for seed in tuned.GRID_SEEDS]
+                more = [dict(zip(("method", "variant", "rate", "seed"), key)) for key in keys]
+                rows += [row | {"score": level - 0.2, "status": 0} for row in more]
+    return rows
+
+
+def test_a_complete_comparison_leaves_nothing_to_run_and_fills_its_tables(tuned):
+    rows = complete(tuned)
+    assert tuned.jobs_of(rows, list(tuned.METHODS)) == []
+    assert len({tuned.key_of(row) for row in rows}) == len(rows)
+    lines = tuned.table(rows, {"CISPO": 12.3}).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 2 + 1 + len(tuned.METHODS) + 2, "the start, and best-of-N thrice"
+    assert any("| CISPO | 2e-4 | 800 | 0 |" in line and "| 12 |" in line for line in lines)
+    assert any(line.startswith("| GRPO as published | 2e-4 | 200 | 0.04 |") for line in lines)
+    assert any(line.startswith("| fine-tuning | 2e-4 | 800 |  | ") for line in lines)
+    assert "| 25,600 | 400 |" in lines[4 - 1], "fine-tuning: 10 of 20 points, 400 of 800 updates"
+    settings = tuned.settings_table(rows).splitlines()
+    assert len(settings) == 2 + sum(len(method.variants) for method in tuned.METHODS.values())
+    assert sum(line.endswith("| yes |") for line in settings) == len(tuned.METHODS)
+    controls = tuned.controls_table(rows).splitlines()
+    assert len(controls) == 2 + len(tuned.CONTROLS)
+    row = next(line for line in controls if "PPO, shared critic" in line)
+    assert "| four updates, 2e-4 | 32 prompts x 8 | 0.650 (0.650 to 0.650) | 0.450 (" in row
+    differences = tuned.differences_table(rows).splitlines()
+    assert len(differences) == 2 + len(tuned.METHODS) - 1, "best-of-N has no answers to compare"
+    assert differences[2].startswith("| fine-tuning | 0.0")
+
+
+def test_methods_are_compared_on_the_same_prompts(tuned):
+    """One prompt in two is always right: drawn anew, that moves both methods' means alike."""
+    rows = [{"right": "01" * 256}] * 10
+    better = [{"right": "01" * 255 + "11"}] * 10
+    first, second = tuned.resampled(rows, 0), tuned.resampled(better, 1)
+    assert np.ptp(first) > 0.1 and np.ptp(second - first) < 0.02
+    assert first.mean() == pytest.approx(0.5, abs=0.002)
+
+
+def test_a_control_changes_one_thing_of_its_method(tuned):
+    name, variant = "REINFORCE, no baseline", tuned.SMALL
+    for change, flags in (
+        ("one sample a prompt", "--prompts_per_step 64 --samples_per_prompt 1"),
+        ("no bound of the norm", "--max_grad_norm 100"),
+    ):
+        plain = tuned.command_of(name, variant, 1e-4)
+        changed = tuned.command_of(f"{name}: {change}", variant, 1e-4)
+        place = len(plain) - 2  # of --learning_rate
+        assert changed == plain[:place] + flags.split() + plain[place:]
+    critics = []
+    for change in ("", ": critic's rate halved", ": critic's rate doubled"):
+        command = tuned.command_of(f"PPO, shared critic{change}", "one update", 3e-4)
+        critics.append(float(command.pop()))
+        assert command == tuned.command_of("PPO, shared critic", "one update", 3e-4)[:-1]
+    assert critics == [5e-3, 2.5e-3, 1e-2]
+
+
 def test_labels_keep_their_distance(tuned):
     moved = tuned.apart([0.99, 1.0, 0.98, 0.2], 0.05)
     assert max(moved) <= 1 and moved[3] == 0.2
@@ -167,7 +246,8 @@ def test_the_rows_that_are_kept_are_of_these_methods_and_come_once(tuned):
     keys = [tuned.key_of(row) for row in rows]
     assert len(keys) == len(set(keys)) > 30
     for row in rows:
-        assert row["variant"] in tuned.METHODS[row["method"]].variants
+        if row["method"] != tuned.START:
+            assert row["variant"] in tuned.method_of(row["method"]).variants
         assert 0 <= row["score"] <= 1 and (row["status"] == 0 or row["score"] == 0)
 
 

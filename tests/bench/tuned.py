@@ -23,8 +23,12 @@ failure stops this script.
 Best-of-N trains nothing but the reward model by whose scores it takes one of N samples of the
 start, for the 512 prompts of the bundled task.
 
-Writes results.jsonl, a row for each run, and from its rows results.md, results.png and
-results_rates.png. Rows that are there are not run again.
+Controls repeat a chosen setting with one thing changed that differs between the methods beside how
+they learn: how many prompts a rollout has, the bound of the gradient's norm, the critic's rate.
+Seeds 1 to 3 and the validation prompts, as in the grid.
+
+Writes results.jsonl, a row for each run, and from its rows the four tables results*.md and
+the pictures results.png and results_rates.png. Rows that are there are not run again.
 """
 
 import json
@@ -37,7 +41,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -131,6 +135,32 @@ METHODS = {
         f"grpo.py {GROUPS} --lora_rank 8", {ONE: UPDATES[ONE]}, tuple(10 * rate for rate in RATES)
     ),
 }
+START = "the start"
+ALONE, GROUPED = "one sample a prompt", "32 prompts x 8"
+PPO = ("PPO, separate critic", "PPO, shared critic")
+CONTROLS = {
+    ("REINFORCE, no baseline", ALONE): "--prompts_per_step ALL --samples_per_prompt 1",
+    ("REINFORCE, no baseline", "no bound of the norm"): "--max_grad_norm 100",
+    ("REINFORCE, leave one out", "no bound of the norm"): "--max_grad_norm 100",
+    **{(name, GROUPED): GROUPS for name in PPO},
+    **{(name, "critic's rate halved"): "" for name in PPO},
+    **{(name, "critic's rate doubled"): "" for name in PPO},
+}
+"""{(method, what is changed): flags, after those of the method's chosen setting}"""
+TIMES = {"critic's rate halved": 0.5, "critic's rate doubled": 2.0}
+
+
+def method_of(name):
+    """A method, or a control, "its method: what is changed"."""
+    if name in METHODS:
+        return METHODS[name]
+    base, _, change = name.partition(": ")
+    method = METHODS[base]
+    variants = {}
+    for variant, words in method.variants.items():
+        rows = ROLLOUT // 4 if variant == SMALL else ROLLOUT
+        variants[variant] = f"{words} {CONTROLS[base, change]}".replace("ALL", f"{rows}")
+    return replace(method, variants=variants, critic=method.critic * TIMES.get(change, 1))
 
 
 @dataclass
@@ -193,9 +223,19 @@ def jobs_of(rows, methods):
         jobs += [(name, *other, seed) for seed in GRID_SEEDS for other in missing]
         if setting:
             jobs += [(name, *setting, seed) for seed in FINAL_SEEDS]
+            for base, change in CONTROLS:
+                if base == name:
+                    jobs += [(f"{name}: {change}", *setting, seed) for seed in GRID_SEEDS]
+    if set(methods) == set(METHODS):
+        jobs.append((START, "", 0.0, 0))
     done = {key_of(row) for row in rows}
-    order = {name: place for place, name in enumerate(METHODS)}
-    return sorted((job for job in jobs if job not in done), key=lambda j: (j[3], order[j[0]]))
+    order = {name: place for place, name in enumerate((START, *METHODS))}
+
+    def place(job):
+        base = job[0].partition(": ")[0]
+        return job[3], order[base]
+
+    return sorted((job for job in jobs if job not in done), key=place)
 
 
 # -- One run -----------------------------------------------------------------------------------
@@ -203,7 +243,7 @@ def jobs_of(rows, methods):
 
 def command_of(name, variant, rate):
     """The script's name and its flags, as they are typed."""
-    method = METHODS[name]
+    method = method_of(name)
     words = [*method.command.split(), *method.variants[variant].split()]
     words += ["--learning_rate", f"{rate:g}"]
     if method.critic:
@@ -213,12 +253,13 @@ def command_of(name, variant, rate):
 
 def prepare(name, folder):
     """-> the folder of the scripts: the repository, or a copy with the method's patch."""
-    if not METHODS[name].patch:
+    patch = method_of(name).patch
+    if not patch:
         return ROOT
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
     shutil.copytree(TINY, folder / "tests" / "tiny")
-    diff = ROOT / "tests" / "changes" / f"{METHODS[name].patch}.diff"
+    diff = ROOT / "tests" / "changes" / f"{patch}.diff"
     subprocess.run(["patch", "-p1", "--fuzz=0", "-s", "-i", str(diff)], cwd=folder, check=True)
     return folder
 
@@ -251,6 +292,12 @@ def run(job, path):
     """One run from start to score; its row is added to the file `path`. In a process of its own."""
     name, variant, rate, seed = job
     row = dict(zip(("method", "variant", "rate", "seed"), job))
+    row |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    if name == START:
+        with tempfile.TemporaryDirectory() as temporary:
+            row |= {"status": 0, "right": answers(Path(temporary), TINY / "model")}
+        row["score"] = share(row["right"])
+        return add(row, path)
     is_final = seed in FINAL_SEEDS
     with tempfile.TemporaryDirectory() as temporary:
         temporary = Path(temporary)
@@ -267,7 +314,6 @@ def run(job, path):
         command += ["--out", str(temporary / "run")]
         scripts = prepare(name, temporary)
         row["status"] = call_in_child(command, scripts, temporary / "log")
-        row |= {"torch": torch.__version__, "transformers": transformers.__version__}
         lines = numbers(temporary / "run")
         row["score"] = 0.0
         if row["status"]:
@@ -282,19 +328,27 @@ def run(job, path):
             row["curve"] = [round(line["eval/exact"], 4) for line in lines if "eval/exact" in line]
             row["score"] = row["curve"][-1]
         if is_final and "curve" in row:
-            row["right"] = answers(temporary)
-            row["score"] = round(row["right"].count("1") / len(row["right"]), 4)
+            row["right"] = answers(temporary, temporary / "run" / "model")
+            row["score"] = share(row["right"])
+    add(row, path)
+
+
+def add(row, path):
     line = json.dumps(row) + "\n"
     with open(path, "a") as file:
         file.write(line)
-    print(job, row["status"], row["score"], flush=True)
+    print(key_of(row), row["status"], row["score"], flush=True)
 
 
-def answers(folder):
-    """One digit for each of the new prompts, 1 if the trained model's greedy answer is right."""
+def share(right):
+    return round(right.count("1") / len(right), 4)
+
+
+def answers(folder, model):
+    """One digit for each of the new prompts, 1 if the model's greedy answer is right."""
     write_lists(folder / "test.jsonl", 2048, seed=2000)
     prompts = ["--data", str(folder / "test.jsonl"), "--eval_data", str(folder / "test.jsonl")]
-    command = ["grpo.py", "--model", str(folder / "run" / "model"), *prompts, "--steps", "0"]
+    command = ["grpo.py", "--model", str(model), *prompts, "--steps", "0"]
     command += ["--device", "cpu", "--out", str(folder / "test")]
     if call_in_child(command, ROOT, folder / "log"):
         sys.exit((folder / "log").read_text()[-2000:])
@@ -367,19 +421,28 @@ def measure_seconds(rows, turns=3, steps=8):
     return {name: round(statistics.median(values), 1) for name, values in seconds.items()}
 
 
-def interval(rows, score, draws=4000):
-    """The 95 % interval of the mean, by bootstrap: seeds are drawn anew, and test prompts, too."""
-    rng = np.random.default_rng(0)
+def resampled(rows, stream=0, draws=4000):
+    """A bootstrap of a method's mean: its seeds are drawn anew, and the test prompts, too. The
+    prompts drawn are the same for all methods, so that means of two may be subtracted; the seeds
+    have a stream of numbers of their own."""
     known = [row["right"] for row in rows if "right" in row]
-    if known:
-        nothing = "0" * len(known[0])  # of a run that has failed
-        right = np.array([[int(x) for x in row.get("right", nothing)] for row in rows])
-        means = []
-        for _ in range(draws):
-            seeds = rng.integers(len(right), size=len(right))
-            prompts = rng.integers(right.shape[1], size=right.shape[1])
-            means.append(right[seeds][:, prompts].mean())
+    nothing = "0" * len(known[0])  # of a run that has failed
+    right = np.array([[int(x) for x in row.get("right", nothing)] for row in rows])
+
+    def weights(rng, count):
+        return rng.multinomial(count, np.full(count, 1 / count), size=draws) / count
+
+    prompts = weights(np.random.default_rng(0), right.shape[1])  # [draws, prompts]
+    seeds = weights(np.random.default_rng([1, stream]), len(right))  # [draws, seeds]
+    return (prompts @ right.T * seeds).sum(axis=1)
+
+
+def interval(rows, score, draws=4000):
+    """The 95 % interval of the mean."""
+    if any("right" in row for row in rows):
+        means = resampled(rows)
     else:  # of best-of-N the score alone is known: prompts drawn anew are a binomial draw
+        rng = np.random.default_rng(0)
         scores = np.array([row.get(score, 0.0) for row in rows])
         means = scores[rng.integers(len(rows), size=(draws, len(rows)))].mean(axis=1)
         means = rng.binomial(512, means) / 512
@@ -401,16 +464,18 @@ def final_rows(rows, name):
 
 def table(rows, seconds):
     lines = [
-        "| method | learning rate | updates | exact match on the test prompts, mean and 95 % interval "
-        "| lowest seed | completions to 0.8 | updates to 0.8 | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | learning rate | updates | KL penalty | exact match on the test prompts, mean "
+        "and 95 % interval | lowest seed | completions to 0.8 | updates to 0.8 | seconds of "
+        "training |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    start = [row for row in rows if row["method"] == START]
+    lines.append(f"| {START} |  |  |  | {score_cells(start, 'score')} |  |  |  |")
     for name in METHODS:
         mine = final_rows(rows, name)
         variant, rate = mine[0]["variant"], mine[0]["rate"]
-        updates = 4 * STEPS if "four" in variant else STEPS
         times = f"{seconds[name]:.0f}" if name in seconds else ""
-        setting = f"{short(rate)} | {updates}"
+        setting = f"{short(rate)} | {updates_of(variant)} | {penalty_of(name, variant)}"
         if name.startswith("best of N"):
             for n in N_OF_BEST:
                 label = name.replace("N", f"{n}")
@@ -419,13 +484,91 @@ def table(rows, seconds):
             continue
         places = [reached(row) for row in mine]
         middle = statistics.median(places)
-        words = f"{middle:,.0f} | {middle / BUDGET * updates:.0f}"
+        words = f"{middle:,.0f} | {middle / BUDGET * updates_of(variant):.0f}"
         if middle == math.inf:
             count = sum(place < math.inf for place in places)
             words = f"not reached ({count} of {len(places)} seeds) | "
-        special = variant.partition(", ")[2]
-        label = f"{name}, {special}" if special else name
+        label = label_of(name, variant)
         lines.append(f"| {label} | {setting} | {score_cells(mine, 'score')} | {words} | {times} |")
+    return "\n".join(lines) + "\n"
+
+
+def updates_of(variant):
+    return 4 * STEPS if "four" in variant else STEPS
+
+
+def penalty_of(name, variant):
+    """The weight of the KL penalty; nothing for the methods that have none to set."""
+    words = command_of(name, variant, 1.0)
+    if "--beta" in words:
+        return words[len(words) - words[::-1].index("--beta")]  # the last of them counts
+    return {"dpo.py": "0.5", "grpo.py": "0"}.get(words[0] if "--demos" not in words else "", "")
+
+
+def label_of(name, variant):
+    """The method, and what its variant has beside the number of updates."""
+    special = variant.partition(", ")[2]
+    special = SMALL if variant == SMALL else special
+    return f"{name}, {special}" if special else name
+
+
+def settings_table(rows):
+    """The best rate of each variant, of which the best was chosen."""
+    lines = [
+        "| method | variant | learning rate | exact match on the validation prompts, mean "
+        "(lowest to highest seed) | chosen |",
+        "|---|---|---|---|---|",
+    ]
+    for name in METHODS:
+        means, _ = grid_of(rows, name)
+        setting, _ = chosen(rows, name)
+        for variant in METHODS[name].variants:
+            best = max((key for key in means if key[0] == variant), key=means.get)
+            words = f"{short(best[1])} | {spread(rows, name, *best)}"
+            mark = "yes" if best == setting else ""
+            lines.append(f"| {name} | {variant} | {words} | {mark} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(rows, name, variant, rate):
+    keys = [(name, variant, rate, seed) for seed in GRID_SEEDS]
+    scores = [row["score"] for row in rows if key_of(row) in keys]
+    return f"{statistics.mean(scores):.3f} ({min(scores):.3f} to {max(scores):.3f})"
+
+
+def controls_table(rows):
+    lines = [
+        "| method | its variant and rate | changed | exact match on the validation prompts, as "
+        "chosen | changed |",
+        "|---|---|---|---|---|",
+    ]
+    for name, change in CONTROLS:
+        setting, _ = chosen(rows, name)
+        both = f"{spread(rows, name, *setting)} | {spread(rows, f'{name}: {change}', *setting)}"
+        lines.append(f"| {name} | {setting[0]}, {short(setting[1])} | {change} | {both} |")
+    return "\n".join(lines) + "\n"
+
+
+def differences_table(rows):
+    """Which methods ten seeds and 2,048 prompts tell apart: the 95 % interval of the difference."""
+    draws = {}
+    for place, name in enumerate(METHODS):
+        mine = final_rows(rows, name)
+        if any("right" in row for row in mine):
+            draws[name] = resampled(mine, place)
+    order = sorted(draws, key=lambda name: -draws[name].mean())
+    lines = ["| method | better than the next by | not told apart from |", "|---|---|---|"]
+    for name, below in zip(order, [*order[1:], None]):
+        words = ""
+        if below:
+            low, high = np.quantile(draws[name] - draws[below], (0.025, 0.975))
+            words = f"{draws[name].mean() - draws[below].mean():.3f} ({low:.3f} to {high:.3f})"
+        alike = []
+        for other in order:
+            low, high = np.quantile(draws[name] - draws[other], (0.025, 0.975))
+            if other != name and low <= 0 <= high:
+                alike.append(other)
+        lines.append(f"| {name} | {words} | {'; '.join(alike)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -555,6 +698,9 @@ def main(args):
     if set(args.methods) == set(METHODS):
         seconds = json.loads(known.read_text()) if known.exists() else {}
         (out / "results.md").write_text(table(rows, seconds))
+        (out / "results_settings.md").write_text(settings_table(rows))
+        (out / "results_controls.md").write_text(controls_table(rows))
+        (out / "results_differences.md").write_text(differences_table(rows))
         draw_curves(rows, out / "results.png")
         draw_rates(rows, out / "results_rates.png")
         print((out / "results.md").read_text())
