@@ -111,11 +111,12 @@ class Stop(Exception):
 
 
 class Unscored(Stop):
-    """The reward failed, before a step's update or in an evaluation, in all processes."""
+    """The reward failed, and all processes know. No update is half done: what was learnt may be
+    saved."""
 
 
 class Ended(Stop):
-    """A signal asked for the end, and what was done is saved."""
+    """A signal asked for the end, and the steps that were made are saved."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def start(device="auto", dtype="auto", seed=0):
     if device == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(place)
-        # for Float32Head: TF32 holds every bfloat16 number, but not every float32 one
+        # Float32Head multiplies bfloat16 numbers as float32 ones, and TF32 holds those exactly
         torch.set_float32_matmul_precision("high" if dtype == "bfloat16" else "highest")
         # cuDNN's attention is compiled anew for each shape, and most micro-batches have their own
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -171,8 +172,8 @@ ORDER, DRAW, CUT, PASS, EVAL = range(5)
 
 
 def fold(*numbers):
-    """One seed made of several numbers. All random choices are drawn from seeds made of seed,
-    step and rank, so a resumed run has no generator state to restore."""
+    """One seed made of several numbers. The random choices of a step are drawn from seeds made of
+    seed, step and rank, so a resumed run has no generator state to restore."""
     digest = hashlib.sha256(repr(tuple(int(n) for n in numbers)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -261,7 +262,7 @@ def check_flags(args):
 
 
 def conversion(path, kind, flag, change=""):
-    """What writes JSON lines from a file of another kind or a data set of the hub, in Python."""
+    """For an error: the line of Python that makes JSON lines of a file or of the hub's data."""
     source = f'"{kind}", data_files="{path}"' if kind else f'"{path}"'
     split = "train"  # a single file has no other
     if not kind and flag.startswith("--eval"):
@@ -401,7 +402,8 @@ def stop_ids(model, tokenizer):
 
 def own_pad(tokenizer):
     """Gives a classifier's tokenizer a pad token that ends no text: one that it has, or a new
-    one. transformers scores the last id that is not pad: with EOS as pad, the one before EOS."""
+    one. transformers scores the last id that is not pad. If EOS were pad, that would be the token
+    before EOS."""
     end = tokenizer.convert_ids_to_tokens(turn_end(tokenizer))
     taken = (tokenizer.eos_token, tokenizer.bos_token, end, None)
     if tokenizer.pad_token in taken:
@@ -456,7 +458,7 @@ def encode_completion(tokenizer, text, chat=False, prompt=None, system=""):
 
 def written_answer(tokenizer, talk, answer):
     """What the chat template writes after its generation prompt for this answer. In thinking models
-    that begins with an empty thought, which the policy would write itself in sampling."""
+    this text begins with an empty thought: in sampling the policy has to write it, too."""
     before = render(tokenizer, talk, add_generation_prompt=True)
     whole = render(tokenizer, [*talk, {"role": "assistant", "content": answer}])
     if not whole.startswith(before):
@@ -498,7 +500,7 @@ def found(record):
 
 
 def prompts_from(record, path, flag):
-    """For an error: what makes prompts and answers of keys that are often there."""
+    """For an error: how to convert lines of two common forms."""
     if "instruction" in record:
         prompt = 'row["instruction"] + "\\n" + (row.get("input") or "")'
         answer = 'row["output"]'
@@ -586,7 +588,8 @@ def set_noise(config, source=None):
     """Sets every dropout and jitter to 0, or as in another config."""
     for name, value in list(vars(config).items()):
         wanted = getattr(source, name, None)
-        # PhiMoE's router_jitter_noise is a margin that acts in evaluation too (see `prepare`)
+        # PhiMoE's router_jitter_noise is also a threshold, in evaluation too; `prepare` turns
+        # its noise off
         margin = config.model_type == "phimoe" and name == "router_jitter_noise"
         if isinstance(value, PreTrainedConfig):
             set_noise(value, wanted)
@@ -770,7 +773,9 @@ def prepare(model, world, gradient_checkpointing=False):
         enable = getattr(model, "activation_checkpointing_enable", None)
         enable = enable or model.gradient_checkpointing_enable
         settings = {"use_reentrant": False}
-        if hasattr(model, "lora"):  # backward computes again with the adapters of the forward
+        if hasattr(model, "lora"):
+            # one context for the forward and one for its repetition in backward, both with the
+            # adapters that are active now
             settings["context_fn"] = lambda: [Switched(model, model.lora.active) for _ in range(2)]
         enable(settings)
     return shard(model, world)
@@ -791,15 +796,18 @@ def shard(model, world):
     sampler and reference have the same weights: KL and log-ratio start at exactly 0."""
     if not is_sharded(world):
         return model
+    if world.device.type == "cuda" and world.dtype == torch.bfloat16:
+        keep_angles_exact(model)
     mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
     precision = MixedPrecisionPolicy(world.dtype, torch.float32, cast_forward_inputs=False)
     blocks = blocks_of(model)
-    if not blocks:  # FSDP2 notices a backward pass only through blocks inside the root
+    if not blocks:  # without a block inside the root FSDP2 would miss the backward pass
         name = type(model).__name__
         fail(f"{name} names no blocks to shard: it trains in one CPU process in float32 only")
     left_alone = set()
     if world.size == 1 and hasattr(model, "lora"):  # FSDP2 would copy frozen weights at each use
-        left_alone = {p for p in model.to(world.device).parameters() if not p.requires_grad}
+        model.to(world.device)  # fully_shard does not move what it ignores
+        left_alone = {p for p in model.parameters() if not p.requires_grad}
     # inner blocks first, the root last: each takes the weights that no other has taken
     for unit in [*reversed(blocks), model]:
         fully_shard(unit, mesh=mesh, mp_policy=precision, ignored_params=left_alone)
@@ -809,6 +817,19 @@ def shard(model, world):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def keep_angles_exact(model):
+    """Without TF32, which `start` allows, where positions become angles. transformers below 5.24
+    does it by a float32 matrix product, and TF32 cannot hold 2049."""
+
+    def set_precision(name):
+        return lambda *given: torch.set_float32_matmul_precision(name)
+
+    for module in model.modules():
+        if "Rotary" in type(module).__name__:
+            module.register_forward_pre_hook(set_precision("highest"))
+            module.register_forward_hook(set_precision("high"))
 
 
 def blocks_of(model):
@@ -865,7 +886,7 @@ def save_model(model, tokenizer, folder, world, note=None):
         if world.rank == 0:
             write_model(model, tokenizer, Path(folder), state, world.dtype, note)
 
-    stop_together(write_on_the_first, world)()
+    stop_together(write_on_the_first, world)()  # if it fails, all processes stop
 
 
 def write_model(model, tokenizer, folder, state, dtype, note=None):
@@ -962,7 +983,8 @@ def add_critic_adapters(policy, head):
 
 @dataclass(eq=False)
 class Switched:
-    """A model with other adapters, or with none, used like a model of its own or in a `with`."""
+    """A model with other adapters, or with none: called like a model of its own, or used in a
+    `with`. Not to sample from: `decode` calls `forward`, which switches nothing."""
 
     adapted: torch.nn.Module
     active: str | None
@@ -1006,11 +1028,11 @@ def write_adapter(model, folder, state):
 class Reward:
     """A loaded --reward."""
 
-    # from samples and their records (lines of the data) to {"reward": [B]}, lists of floats; a
-    # function that returns a dict adds {"reward/NAME": [B]} for each of its other numbers
+    # (samples, their lines of the data) -> {"reward": B floats}. If the user's function returns a
+    # dict, also {"reward/NAME": B floats} for each of its other numbers.
     function: Callable
     rule: Callable  # decides which held-out completions are right
-    rules: dict  # {name: rule}, what eval/NAME may be
+    rules: dict  # {name: rule}, for eval/NAME
     answer_flag: str = ""  # the flag to name if a line lacks an answer; "": answers are optional
     is_model: bool = False
     seconds: float = 0.0  # that the last `score` took
@@ -1024,7 +1046,8 @@ class Reward:
 
 def load_reward(spec, rules, world, date):
     """--reward: the name of a rule, FILE.py:function, or a reward model. Held-out completions are
-    right by the rule of that name, or else by the first of the rules."""
+    right by the rule of that name, or else by the first of the rules. The share of right ones has
+    the first rule's name in the log, eval/exact, by whichever rule it is judged."""
     first = next(iter(rules))
     if spec in rules:
         rule = rules[spec]
@@ -1046,8 +1069,8 @@ def load_reward(spec, rules, world, date):
 
 
 def rules_that_fit(reward, held_out):
-    """The rules for eval/NAME: those that call every held-out answer right. `number` does if each
-    answer has a number."""
+    """The rules for eval/NAME: those that call every held-out answer right. `number` is one if
+    every answer has a number."""
     fitting = dict(reward.rules)
     for _, record in held_out:
         for name, rule in reward.rules.items():
@@ -1094,7 +1117,7 @@ def checked(function, spec, world):
         if takes_info:
             extra["info"] = types.SimpleNamespace(tokens=tokens, finished=finished)
         try:
-            value = function(completion, dict(row), **extra)  # its own: it may change it
+            value = function(completion, dict(row), **extra)  # a copy: the function may change it
             wrong = f'must return a finite number or a dict of them with "reward" ({wanted}), '
             wrong += f"returned {value!r:.100},"
         except (Exception, SystemExit) as error:
@@ -1156,8 +1179,8 @@ def place_of(error):
 
 
 def stop_together(function, world):
-    """A reward that raises `Stop` in one process stops all of them: the others would wait for
-    it."""
+    """The function, but if it raises `Stop` in one process, it does in all: the others would wait
+    for that one."""
 
     def together(*inputs):
         result = None
@@ -1226,7 +1249,8 @@ class Samples:
     prompt_mask: torch.Tensor  # [B, P] true on the prompt
     ids: torch.Tensor  # [B, C] padded on the right
     mask: torch.Tensor  # [B, C] true on what the policy chose, the stop token included
-    logprobs: torch.Tensor  # [B, C] of softmax(logits / temperature); 0 off the mask
+    # [B, C] of softmax(logits / temperature), at temperature 0 of softmax(logits); 0 off the mask
+    logprobs: torch.Tensor
     finished: torch.Tensor  # [B] false if cut at max_new_tokens, without a stop token
     texts: list  # [B] without stop and special tokens
     rows_per_prompt: int = 1  # consecutive rows that share a prompt, which training computes once
@@ -1290,8 +1314,8 @@ def under_way(parts, world, stop_asked=None):
 
 def scores_if_due(step, args, held_out_scores):
     """What held_out_scores() says before the first step, every --eval_every steps (0: never) and
-    after the last; else {}. A signal or a reward that fails ends the evaluation, without scores:
-    the save comes first."""
+    after the last; else {}. A signal or a reward that fails ends the evaluation, without scores,
+    so that the step can be saved."""
     if not args.eval_every or (step % args.eval_every and step < args.steps):
         return {}
     try:
@@ -1367,7 +1391,7 @@ def whole_weights(model):
     float32 copy once.
 
     FSDP2's hooks on the blocks would free the weights after each token and gather them again: they
-    are put aside. The root keeps its hooks for the prompts' forward: they make its streams then."""
+    are put aside. The root keeps its own: FSDP2 sets itself up in them, in the first forward."""
     units = [m for m in model.modules() if isinstance(m, FSDPModule)]
     blocks = [m for m in units if m is not model]
     hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in blocks]
@@ -1479,7 +1503,7 @@ class RoomyLayer(DynamicLayer):
         if self.captured is not None:
             for buffer, new in zip(self.buffers, (keys, values)):
                 buffer.index_copy_(2, self.captured.column, new)
-            return (buffer[:, :, : self.captured.length] for buffer in self.buffers)
+            return tuple(buffer[:, :, : self.captured.length] for buffer in self.buffers)
         begin = self.filled
         self.filled += keys.shape[2]
         self.buffers[0][:, :, begin : self.filled] = keys
@@ -1529,7 +1553,8 @@ def decode(model, pick, cache, logits, prompt_mask, max_new_tokens, stops):
         left = int(running.sum())
         if left == 0 or t + 1 == max_new_tokens:
             break
-        # a tenth has finished: worth a copy of the others' cache; half: worth a new capture, too
+        # Drops finished rows, which copies the others' cache, when a tenth has finished; when half
+        # have, if a graph must then be captured anew.
         if left <= (0.9 if captured is None else 0.5) * len(rows):
             captured = None
             kept = running.nonzero()[:, 0]
@@ -1577,7 +1602,7 @@ def draw(logits, u, block=256):
     target = u * (1 - 1e-12) * total[:, -1:]
     which = torch.searchsorted(total, target, right=True)  # [B, 1] the block
     which = which.clamp_(max=total.shape[1] - 1)
-    # how far target lies into its block, as a share of the block's mass
+    # how far target lies into its block, as a share of the block's mass; total is at its end
     share = 1 + (target - total.gather(1, which)) / mass.gather(1, which)
     share = share.clamp_(0, 1 - 1e-12)
     inside = p.gather(1, which[:, :, None].expand(-1, -1, block))[:, 0]
@@ -1598,9 +1623,9 @@ NOT_CAPTURED = set()  # classes of models whose capture has failed
 
 
 def can_capture(model, cache):
-    """Whether a mask and positions are all that a forward needs to know of the tokens before. Not
-    so with windows, with states, and without torch's attention. Nor where the forward counts
-    positions itself: in a graph they would stay those of its first token."""
+    """Whether a mask and positions are all that a forward needs to know of the tokens before. They
+    are not with sliding windows, with recurrent states and with other attention than torch's. Where
+    a forward takes no positions, a graph would repeat those with which it was captured."""
     return (
         next(model.parameters()).device.type in CAPTURE_ON
         and type(model) not in NOT_CAPTURED
@@ -1648,8 +1673,8 @@ class CapturedStep:
     them; a replay launches all at once. But a graph has fixed addresses and shapes. So the token
     and its column in the cache are tensors that are written before each replay, attention always
     reads the first `length` columns, and a mask hides those that are not filled yet. When
-    these are full, or rows are dropped, a new step is captured. It ends with the rollout: after an
-    update the weights lie elsewhere."""
+    these are full, or rows are dropped, a new step is captured. None outlives its rollout: after
+    an update the weights lie elsewhere."""
 
     def __init__(self, forward, cache, seen, offset, column):
         columns = CAPTURE_COLUMNS * (column // CAPTURE_COLUMNS + 1)
@@ -1672,8 +1697,8 @@ class CapturedStep:
             # libraries make their workspaces now, which a capture cannot
             with torch.cuda.stream(stream), no_waits():
                 self.compute()
-            # thread_local: NCCL's own thread may go on. This also gives back the memory of graphs
-            # that are gone.
+            # thread_local: NCCL's own thread may go on. Entering torch.cuda.graph also frees the
+            # memory of graphs that are gone.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self.logits = self.compute()
         finally:  # also after a failure: what was queued must not write later
@@ -1756,13 +1781,15 @@ class CutGraph(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, anchor, tensors):
-        # the anchor makes autograd call `backward`: it does not look into lists
+        # autograd does not look into lists; a scalar that requires grad, the anchor, makes it
+        # call `backward`
         ctx.tensors = tensors
         return tuple(tensor.detach() for tensor in tensors)
 
     @staticmethod
     def backward(ctx, *gradients):
-        # unused outputs have gradients of zeros, so FSDP2 sees a backward of every block
+        # autograd gives zeros for outputs that were not used, so FSDP2 sees a backward of
+        # every block
         torch.autograd.backward(ctx.tensors, gradients)
         ctx.tensors = None  # the loss lives on through the next forward and would keep them
         return None, None
@@ -1854,13 +1881,13 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
     samples = made_up_samples(model, world.device)
     rows = [0, 1, 2, 3]
     same = False
-    size = None
+    plain_norm = None  # of the gradient without sharing; None: not even that could be computed
     try:
         states, _, mask = completion_states(model, samples, rows)
         plain = states[mask].float()  # [tokens, width]
         weight = torch.linspace(-1, 1, plain.shape[1], device=world.device)
         (plain * weight).sum().backward()
-        size = gradient_norm(model)
+        plain_norm = gradient_norm(model)
         cached = cache_argument(model) and not is_recurrent(DynamicCache(config=model.config))
         if cached and not gradient_checkpointing and world.device.type != "cuda":
             samples.rows_per_prompt = 2
@@ -1870,24 +1897,23 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
             off = (plain - shared).norm() / plain.norm()
             # in bfloat16 rounding alone makes a difference of some percent
             limit = 1e-3 if world.dtype == torch.float32 else 0.1
-            same = gradient_norm(model) < limit * size and off.item() < limit
+            same = gradient_norm(model) < limit * plain_norm and off.item() < limit
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a family's cache says to this use
         sharded = isinstance(model, FSDPModule)
         # torch below 2.13 cannot take FSDP2 out of the middle of a pass
         can_go_on = hasattr(model, "reset_iter_state") or not sharded
-        if size is None or not can_go_on:
+        if plain_norm is None or not can_go_on:
             dtype = str(world.dtype).removeprefix("torch.")
             why = f"cannot be trained in {dtype} ({first_line(error)})"
             advice = "--dtype float32 or --gradient_checkpointing may work"
             raise Stop(f"the family {model.config.model_type!r} {why}; {advice}") from error
-        model.zero_grad()
         if sharded:  # in the middle of a pass FSDP2 would never reduce a gradient again
             model.reset_iter_state()
     model.zero_grad()
     same = all_sum(world, same)[0] == world.size
-    if not same and not gradient_checkpointing:
+    if not same and not gradient_checkpointing and world.device.type != "cuda":
         say("note: this family's cache cannot be trained through: prompts are computed anew")
     return same
 
@@ -1927,7 +1953,8 @@ def gradient_norm(model):
 def lasting_memory(path, world, learning=1, frozen=0, args=None):
     """A model's parameters, exact from its config alone, and the bytes that a process holds for
     good: for each of `learning` models four float32 numbers a parameter (weight, gradient, two
-    moments), for each of `frozen` ones a weight. Adapters are on one frozen model for all."""
+    moments), for each of `frozen` ones a weight. With adapters, all learning models share one
+    frozen model."""
     model = empty_model(path, args)
     count = sum(p.numel() for p in model.parameters())
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -2150,13 +2177,13 @@ def save_checkpoint(out, world, step, models, optimizers, keep=1):
         dist.barrier()
 
 
-UNSAVED = []  # a function that saves the last step, if that was not due
+UNSAVED = []  # a function that saves the last step made, if --save_every has passed it over
 
 
 def save_if_due(out, args, world, step, models, optimizers, stop_asked):
     """A checkpoint every --save_every steps, after the last step and after a signal. All
-    processes are asked, because a signal may reach only one. If the next step's reward fails,
-    `guarded` makes up for the steps between."""
+    processes are asked, because a signal may reach only one. A step that is not saved here is
+    saved by `guarded` if the next one's reward fails."""
     UNSAVED.clear()
     stopping = all_sum(world, stop_asked())[0] > 0
     last = step == args.steps
@@ -2173,8 +2200,8 @@ BEST = ("eval/reward", "eval/accuracy")  # the first that is logged says which m
 
 
 def scores_so_far(out):
-    """The name by which models are compared, [(step, its value)] as metrics.jsonl has them, and the
-    step and value of best/ in a list, which after a crash may be ahead of the last checkpoint."""
+    """-> the name of the score that compares models, [(step, score)] of metrics.jsonl, and
+    [(step, score)] of best/, one or none. After a crash best/ may be ahead of the checkpoint."""
     rows = read_log(out)
     name = next((name for name in BEST if any(name in row for row in rows)), None)
     scores = [(row["step"], row[name]) for row in rows if name in row]
@@ -2286,17 +2313,18 @@ class Mean(float):
     """The mean of `count` values, a plain number that also has a 95 % interval, `low` to `high`."""
 
     def __new__(cls, total, count, squares):
-        mean = super().__new__(cls, total / count)
-        mean.count = int(count)
         middle = total / count
+        mean = super().__new__(cls, middle)
+        mean.count = int(count)
         variance = max(squares / count - middle**2, 0.0)
         if squares == total:  # of zeros and ones: Wilson's interval, which stays between them
             shrink = 1 + 1.96**2 / count
             middle = (middle + 1.96**2 / (2 * count)) / shrink
             half = 1.96 * math.sqrt(variance / count + (1.96 / (2 * count)) ** 2) / shrink
-        else:  # 1.96 standard errors, which one value does not have
+            mean.low = max(middle - half, 0.0)
+        else:  # 1.96 standard errors; one value alone has none
             half = 1.96 * math.sqrt(variance / (count - 1)) if count > 1 else math.inf
-        mean.low = middle - half if squares != total else max(middle - half, 0.0)
+            mean.low = middle - half
         mean.high = middle + half
         return mean
 
@@ -2415,7 +2443,7 @@ def introduce(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0
             shutil.rmtree(out / "best_adapter", ignore_errors=True)
         writer = Writer(out / "tensorboard", args, purge_step=done_steps + 1 if done_steps else 0)
         charts = {}
-        for title, names in AT_A_GLANCE.items():  # $: without the parts of a reward
+        for title, names in AT_A_GLANCE.items():  # regular expressions: $ leaves out reward/NAME
             charts[title] = ["Multiline", [f"{name}$" for name in names.split()]]
         writer.add_custom_scalars({"the run at a glance": charts})
         writer.add_text("args", f"```\n{json.dumps(vars(args), indent=1)}\n```")
@@ -2435,7 +2463,7 @@ def quiet_threads(hook):
 
 def cut_log(path, step):
     """Drops what a resumed run writes again: the steps after its checkpoint (all if it has
-    none), what follows the last step, and a line that a crash cut short."""
+    none), rows that are written once at the end, and a line that a crash cut short."""
     if not path.is_file():
         return
     kept = []
@@ -2455,8 +2483,8 @@ def read_log(out):
 
 def log(out, writer, step, metrics, texts=()):
     """A step's numbers to metrics.jsonl, TensorBoard and the console, with what `advise` has to
-    say; completions to samples.jsonl, and held-out ones to eval_samples.jsonl: all that this
-    process has before the first step, then eight. Does nothing without a writer."""
+    say; completions to samples.jsonl, and held-out ones to eval_samples.jsonl (at step 0 all of
+    this process, later eight). Does nothing without a writer."""
     if writer is None:
         return
     held_out = metrics.pop("eval_samples", [])
@@ -2488,16 +2516,13 @@ def log(out, writer, step, metrics, texts=()):
         if shown:
             writer.quiet_until = time.monotonic() + 60
             say(f"step {step}: {', '.join(shown)}")
-    if "length" in metrics and "time/reward" in metrics:  # drawn and paid, not given
-        writer.first_length = writer.first_length or first_length(out)
+    if "length" in metrics and "time/reward" in metrics:  # of completions that were drawn
+        if writer.first_length is None:
+            writer.first_length = next(r["length"] for r in read_log(out) if "length" in r)
         watched["length / first length"] = metrics["length"] / writer.first_length
     advise(watched, writer.args, writer.bad_steps)
     if writer.bar is not None:
         show_progress(writer, step, metrics)
-
-
-def first_length(out):
-    return next(row["length"] for row in read_log(out) if "length" in row)
 
 
 def fall_from_best(out, metrics):
@@ -2615,7 +2640,7 @@ def conclude(out, args, writer, bar, use):
         if name.startswith("eval/"):
             step, value = values[-1]
             last = f" -> {value:.3f}" if args.steps else ""
-            if step < args.steps:  # a signal came after it
+            if step < args.steps:  # a signal came after it, or the last evaluation failed
                 last += f" at step {step}"
             mean = writer.held_out.get(name)
             if isinstance(mean, Mean) and mean.high > mean.low and mean.count > 1:

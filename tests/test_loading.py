@@ -1575,3 +1575,50 @@ def test_after_backward_nothing_of_a_prompts_pass_is_held_by_the_loss(folder):
     assert all(p.grad is not None for n, p in model.named_parameters() if "layers" in n), (
         "and the gradient has passed"
     )
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2"])
+def test_positions_become_angles_without_tf32(name, tmp_path, monkeypatch):
+    """On a GPU in bfloat16 TF32 is on, for the head. It cannot hold the position 2049."""
+    model, said = family(name), []
+    rotary = next(m for m in model.modules() if "Rotary" in type(m).__name__)
+    forward = rotary.forward
+
+    def watched(*given, **named):
+        said.append(("angles", torch.get_float32_matmul_precision()))
+        return forward(*given, **named)
+
+    monkeypatch.setattr(rotary, "forward", watched)
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(
+        lambda *given: said.append(("head", torch.get_float32_matmul_precision()))
+    )
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        common.keep_angles_exact(model)
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(said) == {("angles", "highest"), ("head", "high")}
+
+
+def test_a_gpu_in_bfloat16_keeps_angles_exact_and_in_float32_has_no_tf32_to_keep_off(monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def ask(model):
+        raise Asked
+
+    def no_mesh(*given):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(common, "keep_angles_exact", ask)
+    monkeypatch.setattr(common.dist.device_mesh, "init_device_mesh", no_mesh)
+    for device, dtype, error in (
+        ("cuda", torch.bfloat16, Asked),
+        ("cuda", torch.float32, FileNotFoundError),
+        ("cpu", torch.bfloat16, FileNotFoundError),
+    ):
+        with pytest.raises(error):
+            common.shard(family("llama"), World(0, 1, torch.device(device), dtype))
