@@ -11,9 +11,10 @@ reference ref. The second step has a known optimum, pi*. DPO inserts it into the
     (6)  loss = mean over pairs of  -log sigmoid(h)                  `preference_loss`
 
 Z(x) makes the probabilities of pi* sum to 1. (2) is the optimum, because (1) equals
--beta KL(pi || pi*) plus a constant. (3) is (2), solved for r: every policy is the optimum of some
-reward. Insert (3) into (4) for a chosen completion y and a rejected z, and write pi, the policy in
-training, for pi*: Z cancels, and P = sigmoid(h).
+-beta KL(pi || pi*) plus beta E[log Z(x)], which pi cannot change. (3) is (2), solved for r. It
+gives every policy a reward for which that policy is optimal. So instead of fitting r and then pi,
+one may fit pi: insert (3) into (4) for a chosen completion y and a rejected z, and write pi, the
+policy in training, for pi*. Z cancels, and P = sigmoid(h).
 
 So the policy itself is the reward model, and training is a classification of pairs. The gradient
 pulls log pi(y) up and pushes log pi(z) down, both with weight beta sigmoid(-h). Pairs in the wrong
@@ -87,8 +88,8 @@ class Args:
     """folder or hub name of the model to stay near (empty: --model before its first step)"""
     data: str | None = None
     """training pairs: JSON lines with "prompt" (or "question"), "chosen", "rejected"; sides may be
-    lists of messages (None: the bundled pairs, for the bundled model, if --eval_data and
-    --eval_prompts name no file either)"""
+    lists of messages (None: the bundled pairs, if --model is the bundled one and neither
+    --eval_data nor --eval_prompts names a file)"""
     eval_data: str | None = None
     """held-out pairs, as --data (None: those of the bundled task, or none with other data)"""
     eval_prompts: str | None = None
@@ -104,7 +105,8 @@ class Args:
     system: str = ""
     """system message before every prompt that has none of its own"""
     max_tokens: int = 1024
-    """pairs with a longer side, prompt included, are left out, and counted; they are never cut"""
+    """pairs whose prompt and longer side have more tokens together are left out, and counted; they
+    are never cut"""
     max_prompt_tokens: int = 512
     """longer prompts of --eval_prompts are left out, and counted"""
     max_new_tokens: int = 512
@@ -119,7 +121,8 @@ class Args:
     label_smoothing: float = 0.0
     """share of pairs whose labels are thought to be wrong (with --loss sigmoid)"""
     simpo_margin: float = 1.0
-    """the lead that chosen should have, as beta x mean log-probability (with --loss simpo)"""
+    """how far beta x mean log-probability of chosen should be above that of rejected
+    (with --loss simpo)"""
     sft_coef: float = 0.0
     """weight of -log pi(chosen) / length, which keeps the chosen completions likely"""
 
@@ -174,7 +177,8 @@ class Args:
 def resolve(args):
     """Fills in defaults that depend on other flags, and rejects contradictory flags."""
     is_tiny_model = Path(args.model).resolve() == TINY / "model"
-    # an empty --eval_data or --eval_prompts names no file: it only leaves that score out
+    # An empty --eval_data or --eval_prompts names no file, it only leaves that score out; an empty
+    # --data says that there are no training pairs.
     has_files = args.data is not None or args.eval_data or args.eval_prompts
     is_tiny_data = is_tiny_model and not has_files
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
@@ -189,8 +193,8 @@ def resolve(args):
         "tokens_per_micro_batch": 2048 if on_cpu else 8192,
     }
     # with neither training nor --reference, the policy is the reference (simpo has none)
-    compares_with_itself = not (args.steps or args.reference or args.loss == "simpo")
-    if is_tiny_data and not compares_with_itself:
+    can_compare = args.steps or args.reference or args.loss == "simpo"
+    if is_tiny_data and can_compare:
         defaults["eval_data"] = str(TINY / "pairs_test.jsonl")
     unset = {name: value for name, value in defaults.items() if getattr(args, name) is None}
     args = dataclasses.replace(args, **unset)
@@ -206,7 +210,7 @@ def resolve(args):
         fail("--reference: --loss simpo uses no reference")
     if not math.isfinite(args.simpo_margin):
         fail(f"--simpo_margin {args.simpo_margin}: must be finite")
-    if args.eval_data and compares_with_itself:
+    if args.eval_data and not can_compare:
         fail("--steps 0 compares --model with itself; name the --reference that it started from")
     return args
 
@@ -256,15 +260,15 @@ def share_won(chosen, rejected):
 
 def pair_logprobs(model, tokenizer, pairs, share_prompts, world):
     """log pi(y|x), summed over all tokens, the end token too -> [b, 2], chosen and rejected.
-    Rows 2i and 2i + 1 of the forward are the sides of pair i; share_prompts computes their prompt
-    once."""
+    Rows 2i and 2i + 1 are the sides of pair i. With share_prompts the forward computes the prompt
+    of both only once."""
     prompts = []
     sides = []
     for prompt, chosen, rejected in pairs:
         prompts += [prompt, prompt]
         sides += [chosen, rejected]
     rows_per_prompt = 2 if share_prompts else 1  # consecutive rows whose prompt is computed once
-    # nothing is sampled here: the given sides in the form that samples have elsewhere
+    # the container that holds a rollout in the other scripts, here of given completions
     samples = common.as_samples(prompts, sides, tokenizer, world, rows_per_prompt)
     logprobs = side_logprobs(model, samples)  # [2b, C]
     return logprobs.sum(1).view(-1, 2)
@@ -302,8 +306,10 @@ def update_loss(policy, tokenizer, pairs, ref, share_prompts, args, world, meter
     logprobs = pair_logprobs(policy, tokenizer, pairs, share_prompts, world)  # [b, 2]
     ref = ref.to(world.device)
     length = side_lengths(pairs).to(world.device)
+    # .T of [b, 2]: chosen [b] and rejected [b]
     losses = preference_loss(*logprobs.T, *ref.T, *length.T, args)  # [b]
-    # divided by the pairs of all micro-batches and processes, because their gradients add up
+    # divided by the pairs of all micro-batches and processes: gradients are summed over both (over
+    # processes, too, where FSDP would take the mean)
     loss = losses.sum() / args.pairs_per_step
 
     with torch.no_grad():  # the rest is for the log
@@ -332,12 +338,13 @@ def train(args):
     texts = pairs + held_out + [(ids, []) for ids, _ in prompts]
     first_prompt, first_side = texts[0][:2]
     first_text = first_prompt + first_side
-    # Models held at a time, for the memory that `introduce` prints. The reference is gone before
-    # training. With --steps 0, policy and reference are frozen.
+    # Models held at a time, for the memory that `introduce` prints.
     learning_models = int(args.steps > 0)
     frozen_models = int(reward is not None and reward.is_model)
     if not args.steps:
-        frozen_models += 2 if args.reference and held_out else 1
+        frozen_models += 1  # the policy
+        # in a run with training, the reference is gone before the policy has gradients
+        frozen_models += int(bool(args.reference and held_out))
     writer, bar = common.introduce(
         out, args, world, tokenizer, first_text, done_steps, learning_models, frozen_models
     )
@@ -348,8 +355,8 @@ def train(args):
 
     with common.guarded(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
-        # Whether a forward computes a prompt's keys and values once for both sides: faster, and
-        # right if a trial shows it. Without training, a trial is not worth its time.
+        # Whether a forward computes a prompt's keys and values once for both sides. That is faster,
+        # and done if a trial gives the same numbers. Without training no trial is worth its time.
         share_prompts = args.steps > 0 and common.prompts_can_be_shared(
             policy, world, args.gradient_checkpointing
         )
@@ -372,7 +379,7 @@ def train(args):
         if done_steps == 0:
             common.log(out, writer, 0, common.scores_if_due(0, args, held_out_scores))
 
-        warned = set()  # what `warn_if_unlikely` has said: a set, because it adds to it
+        warned = set()  # `warn_if_unlikely` adds to it, so that it warns once
         for step in range(done_steps + 1, args.steps + 1):
             step_began = time.perf_counter()
             meter = common.Meter()
@@ -425,8 +432,8 @@ def train(args):
 
         if args.steps:
             common.save_model(policy, tokenizer, out / "model", world)
-    # The run ends with a line of Python that tries the model. For a chat model, `usage` has its own
-    # prompt.
+    # At the end a line of Python is printed with which one can try the model. For a chat model,
+    # `usage` has its own prompt.
     prompt = "" if tokenizer.chat_template else tokenizer.decode(first_prompt)
     common.conclude(out, args, writer, bar, common.usage(out, tokenizer, prompt, args))
 
@@ -443,20 +450,21 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     together, to save padding.
 
     FSDP needs equally many parts in all processes. A process that has fewer takes a pair from its
-    fullest part and makes it a part of its own. (The fullest part has two pairs or more: all
-    processes have equally many pairs, and none has more parts than pairs.)
+    fullest part and makes it a part of its own. (All processes have equally many pairs. So one with
+    fewer parts than another has fewer parts than pairs, and its fullest part has two or more.)
     """
+    # what a pair takes, in tokens
     copies = 1 if share_prompts else 2
-    prompt_length = [copies * len(prompt) for prompt, _, _ in pairs]
-    sides_length = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
+    of_prompt = [copies * len(prompt) for prompt, _, _ in pairs]
+    of_sides = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
 
     def fits(part):
-        longest_prompt = max(prompt_length[i] for i in part)
-        longest_sides = max(sides_length[i] for i in part)
-        return len(part) * (longest_prompt + longest_sides) <= tokens
+        most_of_prompt = max(of_prompt[i] for i in part)
+        most_of_sides = max(of_sides[i] for i in part)
+        return len(part) * (most_of_prompt + most_of_sides) <= tokens
 
     def size(i):
-        return prompt_length[i] + sides_length[i]
+        return of_prompt[i] + of_sides[i]
 
     parts = []
     for i in sorted(range(len(pairs)), key=size, reverse=True):
@@ -506,7 +514,7 @@ def score_pairs(model, tokenizer, pairs, share_prompts, args, world, stop_asked=
     for part in common.under_way(parts, world, stop_asked):
         few = [mine[i] for i in part]
         logprobs[part] = pair_logprobs(model, tokenizer, few, share_prompts, world).cpu()
-    common.forget_forwards(model)  # FSDP expects a backward after a forward
+    common.forget_forwards(model)  # FSDP expects a backward after a forward; none follows
     return in_order(logprobs, len(pairs), world)
 
 
@@ -517,9 +525,9 @@ def reference_scores(
     [held-out pairs, 2] (None if there are none). For simpo both are zeros. The policy must still
     be as it was at the start.
 
-    The training pairs' are kept in the run's folder. A resumed run computes only what is missing.
-    The micro-batches are not those of training. So in bfloat16, log-ratios that should be 0 in step
-    1 are slightly off.
+    Those of the training pairs are kept in a file of the run's folder. A resumed run computes only
+    what is missing. The micro-batches are not those of training. So in bfloat16, log-ratios that
+    should be 0 in step 1 are slightly off.
     """
     if args.loss == "simpo":
         return torch.zeros(len(pairs), 2), torch.zeros(len(held_out), 2)
@@ -576,7 +584,7 @@ def read_scores(path, mark, args):
         return kept["scores"]
     if common.checkpoints(path.parent):
         fail(f"--resume: {path} has scores of other pairs, or of another model or precision")
-    return None  # without a checkpoint, nothing was learnt from the old scores
+    return None  # no step that was made with the old scores is kept, so new ones may follow
 
 
 def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world, stop_asked=None):
@@ -596,35 +604,35 @@ def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world,
 
 
 def evaluate(policy, tokenizer, prompts, reward, args, world, stop_asked=None):
-    """Scores of greedy completions of held-out prompts.
-    eval/reward is by --reward. eval/exact is the share of right answers (with --reward number
-    judged by `number`, under the same name). Each process takes its share of the prompts."""
+    """Scores of greedy completions of held-out prompts: eval/reward, by --reward, and eval/exact,
+    the share of right answers (by `number` with --reward number, else by `exact`). Each process
+    takes its share of the prompts."""
     mine = prompts[world.rank :: world.size]
     longest = max((len(ids) for ids, _ in prompts), default=0) + args.max_new_tokens
     # the keys and values of 4 micro-batches take less memory than training on one
     wanted_rows = 4 * args.tokens_per_micro_batch // longest
     # at least 1 and at most 256, and equal in all processes
-    size = common.rows_at_once(prompts, args.max_new_tokens, wanted_rows)
+    at_once = common.rows_at_once(prompts, args.max_new_tokens, wanted_rows)
     rules = common.rules_that_fit(reward, prompts) if prompts else {}
     meter = common.Meter()
-    starts = range(0, math.ceil(len(prompts) / world.size), size)
+    starts = range(0, math.ceil(len(prompts) / world.size), at_once)
     for start in common.under_way(starts, world, stop_asked):
         # FSDP: a process with no prompts left must still sample; its results do not count
         is_counted = start < len(mine)
-        part = mine[start : start + size] or prompts[:1]
+        part = mine[start : start + at_once] or prompts[:1]
         ids = [ids for ids, _ in part]
         records = [record for _, record in part]
         samples = common.sample(
             policy, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=0
         )
         scores = reward.score(samples, records)
-        known = torch.tensor([is_counted and common.has_answer(record) for record in records])
-        counted = torch.full_like(known, is_counted)
-        # the third argument: which values count
+        counted = torch.tensor([is_counted] * len(records))
+        answered = torch.tensor([is_counted and common.has_answer(record) for record in records])
         for name, values in scores.items():
-            meter.add(f"eval/{name}", torch.tensor(values), counted)
+            meter.add(f"eval/{name}", torch.tensor(values), mask=counted)
         for name, rule in rules.items():
-            meter.add(f"eval/{name}", count_right(samples.texts, records, rule), known)
+            right = count_right(samples.texts, records, rule)
+            meter.add(f"eval/{name}", right, mask=answered)
         meter.total("held_out/prompts", counted.sum())
         meter.completions += common.examples(samples, scores, records, range(len(part)))
     return meter.result(world)
@@ -724,8 +732,8 @@ def number(completion, row):
 
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
-    $, a final dot, zeros that end a decimal and commas between thousands do not matter: "1,234" is
-    one number, "1,2,3" are three."""
+    Dollar signs, a final dot and commas between thousands do not matter: "1,234" is one number,
+    "1,2,3" are three. Nor do zeros that end a decimal: Decimals compare by value."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
     # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"

@@ -7,7 +7,7 @@ function that PPO has to learn.
     (1)  A_i   = (r_i - mean(r_1 .. r_n)) / (std(r_1 .. r_n) + 1e-4)          `group_advantages`
     (2)  rho_t = pi(a_t | x, a_<t) / pi_old(a_t | x, a_<t)                    `update_loss`
     (3)  l_t   = -min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A)    `clipped_loss`
-    (4)  k_t   = rho_t (exp(-d) - 1 + d),  d = log pi(a_t | ..) - log ref(a_t | ..)   `k3` x rho_t
+    (4)  k_t   = rho_t (exp(-d) - 1 + d),  d = log pi(a_t | ..) - log ref(a_t | ..)      `k3`
     (5)  loss  = sum over tokens of w_t (l_t + beta k_t)                      `token_weights`
 
 pi_old is the policy that drew the completions, ref the policy before training, or --reference. A
@@ -23,8 +23,8 @@ rollout the clip does nothing.
     GRPO as published   --aggregate sequence --beta 0.04 --kl k3
                         (mean over tokens, then completions)
     DAPO                --drop_equal_groups --mask_truncated --clip_high 0.28 --minibatches 4
-                        (without its penalty on length. DAPO makes 16 updates, and draws until
-                        the batch is full; here it is one draw, of twice the prompts)
+                        (three differences: no penalty on length; 4 updates a rollout,
+                        not 16; one draw of twice the prompts, not draws until it is full)
     Dr. GRPO            --scale none --aggregate constant   no divisor depends on the samples
     GSPO                --ratio sequence --minibatches 4    one ratio for a whole completion
 
@@ -38,18 +38,21 @@ the length of the longest completion: of the rollout in [B, C], of the forward i
 
 What is biased:
   * With rewards of 0 and 1 the division by the std multiplies a prompt's gradient by about
-    1 / sqrt(p (1 - p)), p its share of right answers. One right or one wrong answer gives the most,
-    sqrt(n), since the std divides by n - 1. Very easy and very hard prompts count more.
+    1 / sqrt(p (1 - p)), p its share of right answers. Very easy and very hard prompts count more.
+    The most, sqrt(n), is that of a single right or a single wrong answer: its variance, divided by
+    n - 1, is 1 / n.
   * The group's mean contains the sample itself. With --scale none, that multiplies the expected
     gradient by 1 - 1/n.
   * The divisors of --aggregate token and sequence depend on the samples (`token_weights`).
-  * The KL term leaves out how a token changes the KL of later ones.
-    (reinforce.py counts it: there log pi - log ref is in the reward.)
-    Given the text before a token, the expected gradient of (4) is that of
-    KL(pi || ref), for any pi_old. So rho_t is the default. Without it
-    (--kl k3) the gradient is that of KL(ref || pi), and only if pi is
-    pi_old. With --ratio sequence, rho_t is the completion's ratio (in TRL,
-    too), and the gradient is that of neither KL.
+  * The KL term. It counts each token's KL given the text before it, and
+    leaves out how a token changes the KL of later ones. (reinforce.py
+    counts that: there log pi - log ref is in the reward.)
+    Why (4) has rho_t: its gradient is then, on average over tokens from
+    pi_old, E_pi[d grad log pi], which is the gradient of KL(pi || ref).
+    Without rho_t (--kl k3) and with pi_old = pi, it is
+    E_pi[(1 - exp(-d)) grad log pi], the gradient of KL(ref || pi); with
+    another pi_old, of neither. With --ratio sequence, rho_t is the
+    completion's ratio (in TRL, too), and the gradient is that of neither.
   * --keep_max, --mask_truncated and --drop_equal_groups select samples by what came out.
   * With several updates: the clip, and the ratio (2), which corrects a token but not its prefix.
   * log pi_old is computed by the trainer. The sampler's values differ by rounding (`kl/sample`:
@@ -127,7 +130,8 @@ class Args:
     keep_max: bool = False
     """learn only from the best completion of each prompt, and those that tie with it"""
     drop_equal_groups: bool = False
-    """draw twice the prompts, and keep half: first those whose rewards are not all equal"""
+    """draw twice the prompts, and keep half of them: those whose rewards are all equal only if the
+    others are too few"""
     mask_truncated: bool = False
     """give truncated completions no loss (their rewards still count in the group's mean)"""
     ratio: Literal["token", "sequence"] = "token"
@@ -299,13 +303,14 @@ def is_clipped(ratio, advantages, clip_low, clip_high):
 
 def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
-    of p. expm1, because for small d, exp(-d) - 1 + d is mostly rounding error in float32.
+    of p.
 
-    It only measures, except in the KL penalty of grpo.py. That trains p with
-    it, times the ratio: without the ratio its expected gradient is that of
-    KL(other || p). For p near other the two KLs agree.
+    The scripts measure with it. Only the KL penalty of grpo.py trains p with
+    it, by default times the ratio: without the ratio its expected gradient is
+    that of KL(other || p), another KL unless p is near other.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
+    # for small d, exp(-d) - 1 would be mostly rounding error
     return torch.expm1(-d) + d
 
 
@@ -335,8 +340,9 @@ def token_weights(mask, aggregate, limit, world):
 def has_gradient(weights, advantages, beta):
     """Which rows have a gradient: weights [rows, C], advantages [rows] -> [rows].
 
-    Rows with advantage 0 have none, unless the loss has another term (the KL, or an entropy bonus).
-    They need no forward: `token_weights` has counted them, so the gradient stays what it is.
+    Rows with advantage 0 have none, unless the loss has another term: here the KL (if you add an
+    entropy bonus, change this). They need no forward. `token_weights` has counted them, so the
+    gradient stays what it is.
     """
     factors = weights if beta else weights * advantages[:, None]
     return (factors != 0).any(1)
@@ -367,8 +373,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so left out under no_grad. It has no gradient and comes last, so the
-            # second pass through `head`, which checkpoint makes in backward, stops before it.
+            # Only logged, so left out under no_grad. It comes last: the second pass, which
+            # checkpoint makes in backward, ends at the last tensor that backward needs.
             # For an entropy bonus, drop the detach, and train all rows
             # (grpo.py and reinforce.py leave out those with advantage 0).
             constant = logprobs.detach()
@@ -442,10 +448,10 @@ def update_loss(policy, batch, rows, args, meter, is_first):
         if args.kl == "k3_ratio":
             kl = kl * ratio  # not detached: a ratio of 1 has a gradient, too
         loss = loss + args.beta * (kl * w).sum()
-        # KL(pi_old || ref), because pi_old drew the tokens; in nats per completion. The plain
-        # log-ratio, as in ppo.py and reinforce.py: it can be below 0.
-        # The third argument: which values count.
-        meter.add("kl/ref", ((old - ref) * mask).sum(1), mask.any(1))
+        # The KL that is logged is another estimate than that of the penalty: the plain log-ratio,
+        # summed over a completion, as in ppo.py and reinforce.py. It can be below 0. Of pi_old,
+        # which drew the tokens.
+        meter.add("kl/ref", ((old - ref) * mask).sum(1), mask=mask.any(1))
 
     with torch.no_grad():  # the rest is for the log
         low, high = is_clipped(ratio, A, args.clip_low, args.clip_high)
@@ -474,7 +480,7 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    frozen = int(reward.is_model)  # 1 more model, for the memory that `introduce` prints
+    frozen = int(reward.is_model)  # frozen models; `introduce` prints their memory, too
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen, reference=ref_path
     )
@@ -556,7 +562,7 @@ def train(args):
                     is_first = not grad_norms
                     loss = update_loss(policy, batch, rows, args, meter, is_first)
                     loss.backward()
-                    # for the log: a mean over the updates, in which one without rows counts as 0
+                    # for the log: a mean over the updates; one that is skipped counts as 0
                     meter.total("loss", loss.detach() / len(updates))
                 norm = common.clip_gradients(policy, args.max_grad_norm)
                 if not math.isfinite(norm):
@@ -567,8 +573,8 @@ def train(args):
             if args.ref_update_every and step % args.ref_update_every == 0:
                 common.copy_weights(policy, reference)
 
-            # 6. Log. Rewards cover all rows drawn, lengths the rows kept, the metrics of
-            #    `update_loss` the rows trained.
+            # 6. Log. Rewards are of all rows that were drawn, lengths of those that
+            #    --drop_equal_groups kept, the metrics of `update_loss` of those trained.
             step_ended = time.perf_counter()
             metrics = meter.result(world)
             tokens = metrics.pop("tokens")
@@ -654,7 +660,8 @@ def shuffled_epochs(minibatches, args, step):
     """The mini-batches of all epochs, each epoch in an order of its own."""
     updates = []
     for epoch in range(args.epochs):
-        # the seed has no rank: all processes take the mini-batch of the same number
+        # The seed has no rank: all processes must take the same mini-batch. They agreed on its
+        # divisors and its number of parts.
         shuffle = random.Random(common.fold(args.seed, step, epoch, common.PASS))
         updates += shuffle.sample(minibatches, len(minibatches))
     return updates
@@ -665,7 +672,8 @@ def micro_batches(rows, trained, samples, tokens, world):
 
     trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
     (padding included, a shared prompt counted once); a row that is longer is a part of its own.
-    Rows that share a prompt stay together where they fit; groups of like length come together.
+    A group is here the rows that share the forward of a prompt; if none do, each row is one. Groups
+    stay whole where they fit, and those of like length come together.
 
     FSDP needs equally many parts in all processes. A process that has fewer adds parts of one row:
     one that is not trained (its weights are 0), or else one taken from its fullest part.
@@ -693,7 +701,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     for group in sorted(groups.values(), key=size, reverse=True):
         if not parts or not fits(parts[-1] + group):
             parts.append([])
-        for row in group:  # a group that fits no part whole is split
+        for row in group:
+            # only if the group is too large for a whole part
             if parts[-1] and not fits([*parts[-1], row]):
                 parts.append([])
             parts[-1].append(row)
@@ -704,46 +713,46 @@ def micro_batches(rows, trained, samples, tokens, world):
         if spare:
             parts.append([spare.pop()])
         else:
-            # another process has more parts, and no more rows than this
-            # one: so some part here has two rows or more
+            # All rows are in parts by now. Another process has as many
+            # rows and more parts, so some part here has two rows or more.
             parts.append([max(parts, key=len).pop()])
     return parts
 
 
 def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of held-out prompts, of greedy completions: eval/reward, and eval/exact, the share of
-    right answers (with --reward number judged by `number`, under the same name); with
-    --eval_samples eval/pass@K, too. Each process takes its share."""
+    right answers (by `number` with --reward number, else by `exact`); with --eval_samples
+    eval/pass@K, too. Each process takes its share."""
     n = args.eval_samples
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < n]
     if n:
         ks.append(n)
     mine = held_out[world.rank :: world.size]
-    # as many at once as a rollout has, which are known to fit
+    # as many completions at once as a rollout has: if those fit, so do these
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     rows = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
-    size = max(rows // max(n, 1), 1)  # prompts at once, with n completions each
+    prompts_at_once = max(rows // max(n, 1), 1)  # each with n completions
     rules = common.rules_that_fit(reward, held_out)  # {name in the log: function}
     meter = common.Meter()
-    starts = range(0, math.ceil(len(held_out) / world.size), size)
+    starts = range(0, math.ceil(len(held_out) / world.size), prompts_at_once)
     for start in common.under_way(starts, world, stop_asked):
         # FSDP: a process with no prompts left must still sample; its results do not count
         is_counted = start < len(mine)
-        part = mine[start : start + size] or held_out[:1]
+        part = mine[start : start + prompts_at_once] or held_out[:1]
         ids = [ids for ids, _ in part]
         records = [record for _, record in part]
-        known = torch.tensor([is_counted and common.has_answer(record) for record in records])
+        counted = torch.tensor([is_counted] * len(records))
+        answered = torch.tensor([is_counted and common.has_answer(record) for record in records])
 
         samples = common.sample(
             policy, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=0
         )
         scores = reward.score(samples, records)
-        counted = torch.full_like(known, is_counted)
-        # the third argument: which values count
         for name, values in scores.items():
-            meter.add(f"eval/{name}", torch.tensor(values), counted)
+            meter.add(f"eval/{name}", torch.tensor(values), mask=counted)
         for name, rule in rules.items():
-            meter.add(f"eval/{name}", count_right(samples.texts, records, rule), known)
+            right = count_right(samples.texts, records, rule)
+            meter.add(f"eval/{name}", right, mask=answered)
         meter.total("held_out/prompts", counted.sum())
         meter.completions += common.examples(samples, scores, records, range(len(part)))
         if not n:
@@ -760,7 +769,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
         right = count_right(texts, records, reward.rule)
         for k in ks:
             chances = [pass_at_k(n, int(count), k) for count in right]
-            meter.add(f"eval/pass@{k}", torch.tensor(chances), known)
+            meter.add(f"eval/pass@{k}", torch.tensor(chances), mask=answered)
     return meter.result(world)
 
 
@@ -795,8 +804,8 @@ def number(completion, row):
 
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
-    $, a final dot, zeros that end a decimal and commas between thousands do not matter: "1,234" is
-    one number, "1,2,3" are three."""
+    Dollar signs, a final dot and commas between thousands do not matter: "1,234" is one number,
+    "1,2,3" are three. Nor do zeros that end a decimal: Decimals compare by value."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
     # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"

@@ -20,13 +20,14 @@ predicts that reward. A token after which V rises gets credit: delta in (2).
 GAE (2) averages k-step advantages: k rewards as they came, then V for the rest,
     r_t + .. + gamma^(k-1) r_{t+k-1} + gamma^k V(s_{t+k}) - V(s_t), with weight (1 - lam) lam^(k-1).
 The largest k, which reaches the end, gets the weight that is left. lam 0 keeps only k = 1 (the
-actor-critic of textbooks): little variance, all errors of the critic. lam 1 keeps only the largest
-k (Monte Carlo): the critic is just a baseline, like the mean score of a prompt's completions in
-GRPO.
+actor-critic of textbooks): little variance, but the critic's errors enter in full. lam 1 keeps only
+the largest k (Monte Carlo): the critic is just a baseline, like the mean score of a prompt's
+completions in GRPO.
 
-With gamma 1, lam 1, no whitening, beta 0, a separate critic and one update per rollout: V = 0 gives
-the gradient of REINFORCE without a baseline, and V = the group's mean gives that of grpo.py --scale
-none, both up to a factor completions / tokens. Both are tested.
+Take gamma 1, lam 1, no whitening, beta 0 and one update per rollout. Then A is the score minus V.
+The policy's gradient is that of REINFORCE without a baseline if V is 0, and that of
+grpo.py --scale none if V is the mean score of the prompt's completions. (Up to a factor: (6)
+divides by tokens, those by completions.) Both are tested.
 
 TRPO bounded KL(pi_old || pi) in every step, at the cost of many extra forwards and backwards. PPO's
 clip only removes the gain from leaving the range. It does not bound the ratio: a step can go too
@@ -39,16 +40,18 @@ is too large.
     torchrun --nproc_per_node 8 ppo.py --model ... --data ... --reward runs/reward_model/model
 
 Shapes: B completions of this process in a rollout, b of them in one forward. C is the length of the
-longest: of the rollout in [B, C], of the forward in [b, C]. mask is true on a completion's tokens.
+longest completion: of the rollout in [B, C], of the forward in [b, C]. mask is true on a
+completion's tokens. s_t is a text; the `states` of the code are what the transformer makes of it,
+its last hidden states.
 
 What biases the gradient of the expected reward:
   * lam < 1: the critic's errors are in A. gamma < 1: late rewards count for less.
-  * Whitening and the mean over tokens use numbers computed from the same samples.
-  * The clip; and, from a rollout's second update on, the ratio: it corrects a token's probability,
-    not that of the text before it.
-  * With --critic shared, the value loss: it trains the policy's states, too.
-What does not bias it: V(s_t), a baseline, because it does not see a_t. And to treat r_t as a
-constant, although it contains log pi: the gradient left out, -beta E[grad log pi], is 0.
+  * Whitening and the mean over tokens: a mean, a std and a count of tokens of the same samples.
+  * The clip. And the ratio is that of the token only: from a rollout's second update on, the text
+    before it, s_t, is still one that pi_old drew.
+  * With --critic shared, the value loss: it trains the policy's transformer, too.
+V(s_t) does not bias it, because it does not see a_t. Nor does it that r_t is a constant here,
+although log pi is in it (pi_old is pi at first): the gradient left out, -beta E[grad log pi], is 0.
 
 Left out: bootstrapping where a completion was cut, adaptive beta, an entropy bonus, replay of
 earlier rollouts.
@@ -121,8 +124,8 @@ class Args:
     """subtracted from the score of a completion that was cut at --max_new_tokens"""
     critic: Literal["separate", "shared"] = "separate"
     """separate: a second model, started from the reward model if its tokenizer and context fit the
-    policy, else from the policy; with --lora_rank, other adapters on the policy's model. shared: a
-    linear layer on the policy's states"""
+    policy, else from the policy; with --lora_rank, a second set of adapters on the policy's frozen
+    model. shared: a linear layer on the policy's last hidden states"""
     critic_learning_rate: float | None = None
     """of the critic (None: 1e-5, or 5e-4 for the bundled model; x 10 if shared or with adapters)"""
     critic_warmup: int = 0
@@ -139,11 +142,14 @@ class Args:
     clip_high: float = 0.2
     """the clip begins above a ratio of 1 + this"""
     value_clip: float = 0.2
-    """within a rollout, a value that has moved this far (in units of the reward) towards its return
-    gets no gradient (see `value_loss`; 0: no limit). With scores of 5 or more 0.2 is slow"""
+    """within a rollout, a value that has moved this far (in
+    units of the reward) towards its return gets no gradient,
+    if it is not far beyond it (see `value_loss`; 0: no limit).
+    With scores of 5 or more 0.2 is slow"""
     value_coef: float = 0.5
-    """weight of the value loss. A separate critic's AdamW ignores this scale, except through
-    --max_grad_norm"""
+    """weight of the value loss. AdamW does not depend on the
+    scale of a gradient, so for a separate critic it matters
+    only where --max_grad_norm cuts"""
     kl_stop: float = 0.0
     """once KL(pi_old || pi), in nats per completion, is above this, a rollout's remaining updates
     are skipped; 0: never"""
@@ -297,13 +303,14 @@ def is_clipped(ratio, advantages, clip_low, clip_high):
 
 def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
-    of p. expm1, because for small d, exp(-d) - 1 + d is mostly rounding error in float32.
+    of p.
 
-    It only measures, except in the KL penalty of grpo.py. That trains p with
-    it, times the ratio: without the ratio its expected gradient is that of
-    KL(other || p). For p near other the two KLs agree.
+    The scripts measure with it. Only the KL penalty of grpo.py trains p with
+    it, by default times the ratio: without the ratio its expected gradient is
+    that of KL(other || p), another KL unless p is near other.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
+    # for small d, exp(-d) - 1 would be mostly rounding error
     return torch.expm1(-d) + d
 
 
@@ -311,7 +318,7 @@ def value_loss(values, old_values, returns, weights, clip):
     """Equation (5), summed with weights; all [b, C], values with gradient.
 
     The larger error counts. A value that has moved by more than `clip` towards its return has no
-    gradient, as long as it is nearer to its return than V_clip is.
+    gradient, unless it has gone so far beyond it that V_clip is nearer.
     One that has moved away always has a gradient. Like the ratio's clip, this is no bound.
     """
     error = (values - returns) ** 2
@@ -321,12 +328,12 @@ def value_loss(values, old_values, returns, weights, clip):
     return 0.5 * (error * weights).sum()
 
 
-def explained_variance(values, returns, mask, world):
+def explained_variance(values, monte_carlo, mask, world):
     """1 - Var(G - V) / Var(G) over tokens, G the Monte Carlo returns: 1 if V predicts every G up to
-    a constant, 0 for a constant V, None if G hardly differ. R_t of (2) contains V if lam < 1, and
+    a constant, 0 for a constant V, None if Var(G) is near 0. R_t of (2) contains V if lam < 1, and
     would flatter the critic."""
-    _, variance = mean_and_variance(returns, mask, world)
-    _, unexplained = mean_and_variance(returns - values, mask, world)
+    _, variance = mean_and_variance(monte_carlo, mask, world)
+    _, unexplained = mean_and_variance(monte_carlo - values, mask, world)
     return 1 - unexplained / variance if variance > 1e-6 else None
 
 
@@ -355,8 +362,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so left out under no_grad. It has no gradient and comes last, so the
-            # second pass through `head`, which checkpoint makes in backward, stops before it.
+            # Only logged, so left out under no_grad. It comes last: the second pass, which
+            # checkpoint makes in backward, ends at the last tensor that backward needs.
             # For an entropy bonus, drop the detach, and train all rows
             # (grpo.py and reinforce.py leave out those with advantage 0).
             constant = logprobs.detach()
@@ -393,14 +400,15 @@ def rollout_logprobs(model, samples, minibatches, temperature):
 
 
 def make_critic(policy, critic_path, tokenizer, args, world):
-    """-> (critic, trunk, head). The trunk turns a text into states; the head turns the state that
-    predicts a_t into V(s_t). `critic` is what the critic's optimizer trains. critic_path is the
-    folder that a separate critic starts from, and "" for a shared one.
+    """-> (critic, trunk, head). `critic` is what the critic's optimizer trains. The trunk turns a
+    text into states (its own head is not used for that); the head turns the state that predicts
+    a_t into V(s_t). critic_path is the folder that a separate critic starts from, and "" for a
+    shared one.
 
-                              trunk                      head                critic
-        separate              a second transformer       its scalar layer    trunk with its head
-          with --lora_rank    policy, other adapters     a new linear layer  adapters and head
-        shared                the policy                 a new linear layer  head
+                              critic               trunk                          head
+        separate              a second model       the same                       its scalar layer
+          with --lora_rank    adapters and head    policy with other adapters     a new linear layer
+        shared                head                 the policy                     a new linear layer
 
     The head starts at 0. That of a reward model would be far off: it learned on finished texts.
     """
@@ -488,7 +496,7 @@ def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, 
     )
     loss = args.value_coef * v_loss
     if trunk is policy:
-        # through the states, the value loss trains the policy, too
+        # one forward, so one backward; the value loss trains the policy's transformer, too
         loss = loss + policy_loss
     loss.backward()
 
@@ -509,8 +517,9 @@ def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, 
             meter.add("entropy", entropy, mask)
         if is_first:  # should be 0: pi is still pi_old
             meter.maximum("ratio/first", (ratio - 1).abs() * mask)
-    # divided by the completions of this update, those of all processes
-    return kl.sum() * args.minibatches / (args.prompts_per_step * args.samples_per_prompt)
+    # of this update, those of all processes
+    completions = args.prompts_per_step * args.samples_per_prompt / args.minibatches
+    return kl.sum() / completions
 
 
 def take_step(models, optimizers, args, world, step):
@@ -544,7 +553,7 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    learning = 2 if critic_path else 1  # how many, for the memory that `introduce` prints
+    learning = 2 if critic_path else 1  # models; `introduce` prints their memory
     frozen = int(reward.is_model)
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, learning, frozen, ref_path
@@ -553,6 +562,7 @@ def train(args):
     with common.guarded(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
         critic, trunk, head = make_critic(policy, critic_path, tokenizer, args, world)
+        # whether the completions of a prompt share one forward of it, in training
         share_prompts = common.can_share_prompts([policy, trunk], args, world)
         reference = common.load_reference(ref_path, world, policy) if ref_path else None
         models = {"policy": policy, "critic": critic}
@@ -601,17 +611,15 @@ def train(args):
                 meter.add("kl/ref", kl.sum(1))  # in nats per completion
                 meter.add("kl/penalty", args.beta * kl.sum(1))
 
-            # 4. Advantages and returns, equations (1) and (2). Returns are not whitened: the critic
-            #    learns them in units of the reward.
+            # 4. Advantages and returns, equations (1) and (2). Returns stay in the reward's units.
             penalized = scores - args.missing_eos_penalty * ~samples.finished  # [B]
             rewards_of_tokens = token_rewards(penalized, kl, mask, args.beta)  # [B, C]
             advantages, returns = gae(rewards_of_tokens, values, mask, args.gamma, args.lam)
             if args.whiten:
                 advantages = whiten(advantages, mask, world)
             meter.add("returns", returns, mask)
-            # With lam 1, the returns are the rewards that came; V cancels.
-            _, monte_carlo_returns = gae(rewards_of_tokens, values, mask, args.gamma, lam=1.0)
-            explained = explained_variance(values, monte_carlo_returns, mask, world)
+            _, monte_carlo = gae(rewards_of_tokens, values, mask, args.gamma, lam=1.0)  # V cancels
+            explained = explained_variance(values, monte_carlo, mask, world)
 
             # 5. Update, equations (3) to (6). --kl_stop may end it early.
             batch = Batch(samples, weights, old, values, advantages, returns)
@@ -620,12 +628,13 @@ def train(args):
             critic_norms = []
             tried_updates = 0
             for parts in shuffled_epochs(minibatches, args, step):
+                is_first = not grad_norms  # no update of this rollout was made: pi is pi_old
                 moved = 0.0  # sums up to KL(pi_old || pi) of this mini-batch, before its update
                 for rows in parts:
-                    flags = {"policy_learns": policy_learns, "is_first": not grad_norms}
+                    flags = {"policy_learns": policy_learns, "is_first": is_first}
                     moved += add_gradients(policy, trunk, head, batch, rows, args, meter, **flags)
                 tried_updates += 1
-                if args.kl_stop and grad_norms and common.all_sum(world, moved)[0] > args.kl_stop:
+                if args.kl_stop and not is_first and common.all_sum(world, moved)[0] > args.kl_stop:
                     policy.zero_grad()
                     critic.zero_grad()
                     break
@@ -709,7 +718,8 @@ def shuffled_epochs(minibatches, args, step):
     """The mini-batches of all epochs, each epoch in an order of its own."""
     updates = []
     for epoch in range(args.epochs):
-        # the seed has no rank: all processes take the mini-batch of the same number
+        # The seed has no rank: all processes must take the same mini-batch. They agreed on its
+        # divisors and its number of parts.
         shuffle = random.Random(common.fold(args.seed, step, epoch, common.PASS))
         updates += shuffle.sample(minibatches, len(minibatches))
     return updates
@@ -720,7 +730,8 @@ def micro_batches(rows, trained, samples, tokens, world):
 
     trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
     (padding included, a shared prompt counted once); a row that is longer is a part of its own.
-    Rows that share a prompt stay together where they fit; groups of like length come together.
+    A group is here the rows that share the forward of a prompt; if none do, each row is one. Groups
+    stay whole where they fit, and those of like length come together.
 
     FSDP needs equally many parts in all processes. A process that has fewer adds parts of one row:
     one that is not trained (its weights are 0), or else one taken from its fullest part.
@@ -748,7 +759,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     for group in sorted(groups.values(), key=size, reverse=True):
         if not parts or not fits(parts[-1] + group):
             parts.append([])
-        for row in group:  # a group that fits no part whole is split
+        for row in group:
+            # only if the group is too large for a whole part
             if parts[-1] and not fits([*parts[-1], row]):
                 parts.append([])
             parts[-1].append(row)
@@ -759,8 +771,8 @@ def micro_batches(rows, trained, samples, tokens, world):
         if spare:
             parts.append([spare.pop()])
         else:
-            # another process has more parts, and no more rows than this
-            # one: so some part here has two rows or more
+            # All rows are in parts by now. Another process has as many
+            # rows and more parts, so some part here has two rows or more.
             parts.append([max(parts, key=len).pop()])
     return parts
 
@@ -781,29 +793,29 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, eval/exact. Each process
     takes its share."""
     mine = held_out[world.rank :: world.size]
-    # as many at once as a rollout has, which are known to fit
+    # as many at once as a rollout has: if those fit, so do these
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
-    size = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
+    at_once = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     rules = common.rules_that_fit(reward, held_out)  # {name in the log: function}
     meter = common.Meter()
-    starts = range(0, math.ceil(len(held_out) / world.size), size)
+    starts = range(0, math.ceil(len(held_out) / world.size), at_once)
     for start in common.under_way(starts, world, stop_asked):
         # FSDP: a process with no prompts left must still sample; its results do not count
         is_counted = start < len(mine)
-        part = mine[start : start + size] or held_out[:1]
+        part = mine[start : start + at_once] or held_out[:1]
         ids = [ids for ids, _ in part]
         records = [record for _, record in part]
-        known = torch.tensor([is_counted and common.has_answer(record) for record in records])
+        counted = torch.tensor([is_counted] * len(records))
+        answered = torch.tensor([is_counted and common.has_answer(record) for record in records])
         samples = common.sample(
             policy, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=0
         )
         scores = reward.score(samples, records)
-        counted = torch.full_like(known, is_counted)
-        # the third argument: which values count
         for name, values in scores.items():
-            meter.add(f"eval/{name}", torch.tensor(values), counted)
+            meter.add(f"eval/{name}", torch.tensor(values), mask=counted)
         for name, rule in rules.items():
-            meter.add(f"eval/{name}", count_right(samples.texts, records, rule), known)
+            right = count_right(samples.texts, records, rule)
+            meter.add(f"eval/{name}", right, mask=answered)
         meter.total("held_out/prompts", counted.sum())
         meter.completions += common.examples(samples, scores, records, range(len(part)))
     return meter.result(world)
@@ -834,8 +846,8 @@ def number(completion, row):
 
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
-    $, a final dot, zeros that end a decimal and commas between thousands do not matter: "1,234" is
-    one number, "1,2,3" are three."""
+    Dollar signs, a final dot and commas between thousands do not matter: "1,234" is one number,
+    "1,2,3" are three. Nor do zeros that end a decimal: Decimals compare by value."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
     # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"

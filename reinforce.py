@@ -344,13 +344,14 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, N):
 
 def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
-    of p. expm1, because for small d, exp(-d) - 1 + d is mostly rounding error in float32.
+    of p.
 
-    It only measures, except in the KL penalty of grpo.py. That trains p with
-    it, times the ratio: without the ratio its expected gradient is that of
-    KL(other || p). For p near other the two KLs agree.
+    The scripts measure with it. Only the KL penalty of grpo.py trains p with
+    it, by default times the ratio: without the ratio its expected gradient is
+    that of KL(other || p), another KL unless p is near other.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
+    # for small d, exp(-d) - 1 would be mostly rounding error
     return torch.expm1(-d) + d
 
 
@@ -379,8 +380,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so left out under no_grad. It has no gradient and comes last, so the
-            # second pass through `head`, which checkpoint makes in backward, stops before it.
+            # Only logged, so left out under no_grad. It comes last: the second pass, which
+            # checkpoint makes in backward, ends at the last tensor that backward needs.
             # For an entropy bonus, drop the detach, and train all rows
             # (grpo.py and reinforce.py leave out those with advantage 0).
             constant = logprobs.detach()
@@ -625,7 +626,8 @@ def shuffled_epochs(minibatches, args, step):
     """The mini-batches of all epochs, each epoch in an order of its own."""
     updates = []
     for epoch in range(args.epochs):
-        # the seed has no rank: all processes take the mini-batch of the same number
+        # The seed has no rank: all processes must take the same mini-batch. They agreed on its
+        # divisors and its number of parts.
         shuffle = random.Random(common.fold(args.seed, step, epoch, common.PASS))
         updates += shuffle.sample(minibatches, len(minibatches))
     return updates
@@ -636,7 +638,8 @@ def micro_batches(rows, trained, samples, tokens, world):
 
     trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
     (padding included, a shared prompt counted once); a row that is longer is a part of its own.
-    Rows that share a prompt stay together where they fit; groups of like length come together.
+    A group is here the rows that share the forward of a prompt; if none do, each row is one. Groups
+    stay whole where they fit, and those of like length come together.
 
     FSDP needs equally many parts in all processes. A process that has fewer adds parts of one row:
     one that is not trained (its weights are 0), or else one taken from its fullest part.
@@ -664,7 +667,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     for group in sorted(groups.values(), key=size, reverse=True):
         if not parts or not fits(parts[-1] + group):
             parts.append([])
-        for row in group:  # a group that fits no part whole is split
+        for row in group:
+            # only if the group is too large for a whole part
             if parts[-1] and not fits([*parts[-1], row]):
                 parts.append([])
             parts[-1].append(row)
@@ -675,8 +679,8 @@ def micro_batches(rows, trained, samples, tokens, world):
         if spare:
             parts.append([spare.pop()])
         else:
-            # another process has more parts, and no more rows than this
-            # one: so some part here has two rows or more
+            # All rows are in parts by now. Another process has as many
+            # rows and more parts, so some part here has two rows or more.
             parts.append([max(parts, key=len).pop()])
     return parts
 
@@ -685,29 +689,29 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, eval/exact. Each process
     takes its share."""
     mine = held_out[world.rank :: world.size]
-    # as many at once as a rollout has, which are known to fit
+    # as many at once as a rollout has: if those fit, so do these
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
-    size = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
+    at_once = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     rules = common.rules_that_fit(reward, held_out)  # {name in the log: function}
     meter = common.Meter()
-    starts = range(0, math.ceil(len(held_out) / world.size), size)
+    starts = range(0, math.ceil(len(held_out) / world.size), at_once)
     for start in common.under_way(starts, world, stop_asked):
         # FSDP: a process with no prompts left must still sample; its results do not count
         is_counted = start < len(mine)
-        part = mine[start : start + size] or held_out[:1]
+        part = mine[start : start + at_once] or held_out[:1]
         ids = [ids for ids, _ in part]
         records = [record for _, record in part]
-        known = torch.tensor([is_counted and common.has_answer(record) for record in records])
+        counted = torch.tensor([is_counted] * len(records))
+        answered = torch.tensor([is_counted and common.has_answer(record) for record in records])
         samples = common.sample(
             policy, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=0
         )
         scores = reward.score(samples, records)
-        counted = torch.full_like(known, is_counted)
-        # the third argument: which values count
         for name, values in scores.items():
-            meter.add(f"eval/{name}", torch.tensor(values), counted)
+            meter.add(f"eval/{name}", torch.tensor(values), mask=counted)
         for name, rule in rules.items():
-            meter.add(f"eval/{name}", count_right(samples.texts, records, rule), known)
+            right = count_right(samples.texts, records, rule)
+            meter.add(f"eval/{name}", right, mask=answered)
         meter.total("held_out/prompts", counted.sum())
         meter.completions += common.examples(samples, scores, records, range(len(part)))
     return meter.result(world)
@@ -738,8 +742,8 @@ def number(completion, row):
 
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
-    $, a final dot, zeros that end a decimal and commas between thousands do not matter: "1,234" is
-    one number, "1,2,3" are three."""
+    Dollar signs, a final dot and commas between thousands do not matter: "1,234" is one number,
+    "1,2,3" are three. Nor do zeros that end a decimal: Decimals compare by value."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
     # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"

@@ -441,20 +441,21 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     together, to save padding.
 
     FSDP needs equally many parts in all processes. A process that has fewer takes a pair from its
-    fullest part and makes it a part of its own. (The fullest part has two pairs or more: all
-    processes have equally many pairs, and none has more parts than pairs.)
+    fullest part and makes it a part of its own. (All processes have equally many pairs. So one with
+    fewer parts than another has fewer parts than pairs, and its fullest part has two or more.)
     """
+    # what a pair takes, in tokens
     copies = 1 if share_prompts else 2
-    prompt_length = [copies * len(prompt) for prompt, _, _ in pairs]
-    sides_length = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
+    of_prompt = [copies * len(prompt) for prompt, _, _ in pairs]
+    of_sides = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
 
     def fits(part):
-        longest_prompt = max(prompt_length[i] for i in part)
-        longest_sides = max(sides_length[i] for i in part)
-        return len(part) * (longest_prompt + longest_sides) <= tokens
+        most_of_prompt = max(of_prompt[i] for i in part)
+        most_of_sides = max(of_sides[i] for i in part)
+        return len(part) * (most_of_prompt + most_of_sides) <= tokens
 
     def size(i):
-        return prompt_length[i] + sides_length[i]
+        return of_prompt[i] + of_sides[i]
 
     parts = []
     for i in sorted(range(len(pairs)), key=size, reverse=True):
@@ -706,8 +707,8 @@ def number(completion, row):
 
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
-    $, a final dot, zeros that end a decimal and commas between thousands do not matter: "1,234" is
-    one number, "1,2,3" are three."""
+    Dollar signs, a final dot and commas between thousands do not matter: "1,234" is one number,
+    "1,2,3" are three. Nor do zeros that end a decimal: Decimals compare by value."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
     # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"
