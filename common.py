@@ -820,8 +820,8 @@ def shard(model, world):
 
 
 def keep_angles_exact(model):
-    """Without TF32, which `start` allows, where positions become angles. transformers below 5.24
-    does it by a float32 matrix product, and TF32 cannot hold 2049."""
+    """Without TF32, which `start` allows, where positions become angles. Some families do it by a
+    float32 matrix product (most of them in transformers 5.17), and TF32 cannot hold 2049."""
 
     def set_precision(name):
         return lambda *given: torch.set_float32_matmul_precision(name)
