@@ -111,8 +111,8 @@ class Stop(Exception):
 
 
 class Unscored(Stop):
-    """The reward failed, and all processes know. No update is half done: what was learnt may be
-    saved."""
+    """The reward failed, or a model could not be written, and all processes know. No update is
+    half done: what was learnt may be saved."""
 
 
 class Ended(Stop):
@@ -141,7 +141,8 @@ def start(device="auto", dtype="auto", seed=0):
     if device == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(place)
-        # Float32Head multiplies bfloat16 numbers as float32 ones, and TF32 holds those exactly
+        # for Float32Head, whose numbers are bfloat16: TF32 holds all of these, but not every
+        # float32 one
         torch.set_float32_matmul_precision("high" if dtype == "bfloat16" else "highest")
         # cuDNN's attention is compiled anew for each shape, and most micro-batches have their own
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -173,7 +174,7 @@ ORDER, DRAW, CUT, PASS, EVAL = range(5)
 
 def fold(*numbers):
     """One seed made of several numbers. The random choices of a step are drawn from seeds made of
-    seed, step and rank, so a resumed run has no generator state to restore."""
+    numbers such as --seed, step and rank, so a resumed run has no generator state to restore."""
     digest = hashlib.sha256(repr(tuple(int(n) for n in numbers)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -262,7 +263,7 @@ def check_flags(args):
 
 
 def conversion(path, kind, flag, change=""):
-    """For an error: the line of Python that makes JSON lines of a file or of the hub's data."""
+    """For an error: a line of Python that converts a file, or a data set of the hub."""
     source = f'"{kind}", data_files="{path}"' if kind else f'"{path}"'
     split = "train"  # a single file has no other
     if not kind and flag.startswith("--eval"):
@@ -458,7 +459,7 @@ def encode_completion(tokenizer, text, chat=False, prompt=None, system=""):
 
 def written_answer(tokenizer, talk, answer):
     """What the chat template writes after its generation prompt for this answer. In thinking models
-    this text begins with an empty thought: in sampling the policy has to write it, too."""
+    this text begins with an empty thought; in sampling the policy writes its own."""
     before = render(tokenizer, talk, add_generation_prompt=True)
     whole = render(tokenizer, [*talk, {"role": "assistant", "content": answer}])
     if not whole.startswith(before):
@@ -588,8 +589,8 @@ def set_noise(config, source=None):
     """Sets every dropout and jitter to 0, or as in another config."""
     for name, value in list(vars(config).items()):
         wanted = getattr(source, name, None)
-        # PhiMoE's router_jitter_noise is also a threshold, in evaluation too; `prepare` turns
-        # its noise off
+        # PhiMoE's router_jitter_noise is no noise but a threshold, in evaluation too (its
+        # router's random draw: see `prepare`)
         margin = config.model_type == "phimoe" and name == "router_jitter_noise"
         if isinstance(value, PreTrainedConfig):
             set_noise(value, wanted)
@@ -774,8 +775,8 @@ def prepare(model, world, gradient_checkpointing=False):
         enable = enable or model.gradient_checkpointing_enable
         settings = {"use_reentrant": False}
         if hasattr(model, "lora"):
-            # one context for the forward and one for its repetition in backward, both with the
-            # adapters that are active now
+            # for each forward two contexts, one for itself and one for its repetition in backward,
+            # both with the adapters that are active at that forward
             settings["context_fn"] = lambda: [Switched(model, model.lora.active) for _ in range(2)]
         enable(settings)
     return shard(model, world)
@@ -820,8 +821,9 @@ def shard(model, world):
 
 
 def keep_angles_exact(model):
-    """Without TF32, which `start` allows, where positions become angles. Some families do it by a
-    float32 matrix product (most of them in transformers 5.17), and TF32 cannot hold 2049."""
+    """Turns TF32, which `start` allows, off where positions become angles. In transformers 5.17
+    most families do this by a float32 matrix product. TF32 would round both factors: the
+    frequencies, and positions above 2048."""
 
     def set_precision(name):
         return lambda *given: torch.set_float32_matmul_precision(name)
@@ -886,7 +888,7 @@ def save_model(model, tokenizer, folder, world, note=None):
         if world.rank == 0:
             write_model(model, tokenizer, Path(folder), state, world.dtype, note)
 
-    stop_together(write_on_the_first, world)()  # if it fails, all processes stop
+    stop_together(write_on_the_first, world)()  # if it fails, all processes raise
 
 
 def write_model(model, tokenizer, folder, state, dtype, note=None):
@@ -1046,8 +1048,8 @@ class Reward:
 
 def load_reward(spec, rules, world, date):
     """--reward: the name of a rule, FILE.py:function, or a reward model. Held-out completions are
-    right by the rule of that name, or else by the first of the rules. The share of right ones has
-    the first rule's name in the log, eval/exact, by whichever rule it is judged."""
+    right by the rule of that name, or else by the first of the rules. If --reward is a rule,
+    eval/exact is judged by it; otherwise each rule has an eval/NAME."""
     first = next(iter(rules))
     if spec in rules:
         rule = rules[spec]
@@ -1179,8 +1181,8 @@ def place_of(error):
 
 
 def stop_together(function, world):
-    """The function, but if it raises `Stop` in one process, it does in all: the others would wait
-    for that one."""
+    """The function; a `Stop` in one process is raised in all: otherwise they would wait for that
+    one."""
 
     def together(*inputs):
         result = None
@@ -1553,8 +1555,8 @@ def decode(model, pick, cache, logits, prompt_mask, max_new_tokens, stops):
         left = int(running.sum())
         if left == 0 or t + 1 == max_new_tokens:
             break
-        # Drops finished rows, which copies the others' cache, when a tenth has finished; when half
-        # have, if a graph must then be captured anew.
+        # Dropping finished rows copies the others' cache. Done when a tenth has finished, or half
+        # if it also costs a new capture.
         if left <= (0.9 if captured is None else 0.5) * len(rows):
             captured = None
             kept = running.nonzero()[:, 0]
@@ -1602,7 +1604,8 @@ def draw(logits, u, block=256):
     target = u * (1 - 1e-12) * total[:, -1:]
     which = torch.searchsorted(total, target, right=True)  # [B, 1] the block
     which = which.clamp_(max=total.shape[1] - 1)
-    # how far target lies into its block, as a share of the block's mass; total is at its end
+    # how far target lies into its block, as a share of the block's mass (total is the sum up to
+    # the block's end)
     share = 1 + (target - total.gather(1, which)) / mass.gather(1, which)
     share = share.clamp_(0, 1 - 1e-12)
     inside = p.gather(1, which[:, :, None].expand(-1, -1, block))[:, 0]
@@ -1624,8 +1627,8 @@ NOT_CAPTURED = set()  # classes of models whose capture has failed
 
 def can_capture(model, cache):
     """Whether a mask and positions are all that a forward needs to know of the tokens before. They
-    are not with sliding windows, with recurrent states and with other attention than torch's. Where
-    a forward takes no positions, a graph would repeat those with which it was captured."""
+    are not with sliding windows, recurrent states or other attention than torch's. Where a forward
+    takes no positions, a graph would repeat those with which it was captured."""
     return (
         next(model.parameters()).device.type in CAPTURE_ON
         and type(model) not in NOT_CAPTURED
@@ -1909,6 +1912,7 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
             why = f"cannot be trained in {dtype} ({first_line(error)})"
             advice = "--dtype float32 or --gradient_checkpointing may work"
             raise Stop(f"the family {model.config.model_type!r} {why}; {advice}") from error
+        model.zero_grad()  # before the reset, which leaves the gradients of whole weights
         if sharded:  # in the middle of a pass FSDP2 would never reduce a gradient again
             model.reset_iter_state()
     model.zero_grad()
@@ -2484,7 +2488,7 @@ def read_log(out):
 def log(out, writer, step, metrics, texts=()):
     """A step's numbers to metrics.jsonl, TensorBoard and the console, with what `advise` has to
     say; completions to samples.jsonl, and held-out ones to eval_samples.jsonl (at step 0 all of
-    this process, later eight). Does nothing without a writer."""
+    this process's, later eight). Does nothing without a writer."""
     if writer is None:
         return
     held_out = metrics.pop("eval_samples", [])

@@ -105,7 +105,7 @@ class Args:
     system: str = ""
     """system message before every prompt that has none of its own"""
     max_tokens: int = 1024
-    """pairs whose prompt and longer side have more tokens together are left out, and counted; they
+    """pairs whose prompt and longer side together have more tokens are left out, and counted; they
     are never cut"""
     max_prompt_tokens: int = 512
     """longer prompts of --eval_prompts are left out, and counted"""
@@ -177,8 +177,8 @@ class Args:
 def resolve(args):
     """Fills in defaults that depend on other flags, and rejects contradictory flags."""
     is_tiny_model = Path(args.model).resolve() == TINY / "model"
-    # An empty --eval_data or --eval_prompts names no file, it only leaves that score out; an empty
-    # --data says that there are no training pairs.
+    # An empty --eval_data or --eval_prompts names no file: it only leaves that score out. With an
+    # empty --data no bundled file is used.
     has_files = args.data is not None or args.eval_data or args.eval_prompts
     is_tiny_data = is_tiny_model and not has_files
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
@@ -260,15 +260,15 @@ def share_won(chosen, rejected):
 
 def pair_logprobs(model, tokenizer, pairs, share_prompts, world):
     """log pi(y|x), summed over all tokens, the end token too -> [b, 2], chosen and rejected.
-    Rows 2i and 2i + 1 are the sides of pair i. With share_prompts the forward computes the prompt
-    of both only once."""
+    Rows 2i and 2i + 1 of the forward are the sides of pair i. With share_prompts their prompt is
+    computed only once."""
     prompts = []
     sides = []
     for prompt, chosen, rejected in pairs:
         prompts += [prompt, prompt]
         sides += [chosen, rejected]
     rows_per_prompt = 2 if share_prompts else 1  # consecutive rows whose prompt is computed once
-    # the container that holds a rollout in the other scripts, here of given completions
+    # `Samples` holds a rollout in the other scripts, here given completions
     samples = common.as_samples(prompts, sides, tokenizer, world, rows_per_prompt)
     logprobs = side_logprobs(model, samples)  # [2b, C]
     return logprobs.sum(1).view(-1, 2)
@@ -308,8 +308,8 @@ def update_loss(policy, tokenizer, pairs, ref, share_prompts, args, world, meter
     length = side_lengths(pairs).to(world.device)
     # .T of [b, 2]: chosen [b] and rejected [b]
     losses = preference_loss(*logprobs.T, *ref.T, *length.T, args)  # [b]
-    # divided by the pairs of all micro-batches and processes: gradients are summed over both (over
-    # processes, too, where FSDP would take the mean)
+    # divided by the pairs of all micro-batches and processes: gradients are summed over both
+    # (common.py makes FSDP sum, not average)
     loss = losses.sum() / args.pairs_per_step
 
     with torch.no_grad():  # the rest is for the log
@@ -355,8 +355,8 @@ def train(args):
 
     with common.guarded(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
-        # Whether a forward computes a prompt's keys and values once for both sides. That is faster,
-        # and done if a trial gives the same numbers. Without training no trial is worth its time.
+        # Whether a forward computes a prompt's keys and values once for both sides. Faster on a
+        # CPU, and done there if a trial gives the same numbers. Not worth a trial without training.
         share_prompts = args.steps > 0 and common.prompts_can_be_shared(
             policy, world, args.gradient_checkpointing
         )
@@ -432,8 +432,8 @@ def train(args):
 
         if args.steps:
             common.save_model(policy, tokenizer, out / "model", world)
-    # At the end a line of Python is printed with which one can try the model. For a chat model,
-    # `usage` has its own prompt.
+    # The run ends by printing a line of Python that tries the model. For a chat model, `usage` has
+    # its own prompt.
     prompt = "" if tokenizer.chat_template else tokenizer.decode(first_prompt)
     common.conclude(out, args, writer, bar, common.usage(out, tokenizer, prompt, args))
 
@@ -459,9 +459,9 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     of_sides = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
 
     def fits(part):
-        most_of_prompt = max(of_prompt[i] for i in part)
-        most_of_sides = max(of_sides[i] for i in part)
-        return len(part) * (most_of_prompt + most_of_sides) <= tokens
+        longest_prompt = max(of_prompt[i] for i in part)
+        longest_sides = max(of_sides[i] for i in part)
+        return len(part) * (longest_prompt + longest_sides) <= tokens
 
     def size(i):
         return of_prompt[i] + of_sides[i]
@@ -584,7 +584,7 @@ def read_scores(path, mark, args):
         return kept["scores"]
     if common.checkpoints(path.parent):
         fail(f"--resume: {path} has scores of other pairs, or of another model or precision")
-    return None  # no step that was made with the old scores is kept, so new ones may follow
+    return None  # no checkpoint rests on the old scores: they are computed anew
 
 
 def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world, stop_asked=None):

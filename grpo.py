@@ -7,7 +7,7 @@ function that PPO has to learn.
     (1)  A_i   = (r_i - mean(r_1 .. r_n)) / (std(r_1 .. r_n) + 1e-4)          `group_advantages`
     (2)  rho_t = pi(a_t | x, a_<t) / pi_old(a_t | x, a_<t)                    `update_loss`
     (3)  l_t   = -min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A)    `clipped_loss`
-    (4)  k_t   = rho_t (exp(-d) - 1 + d),  d = log pi(a_t | ..) - log ref(a_t | ..)      `k3`
+    (4)  k_t   = rho_t (exp(-d) - 1 + d),  d = log pi(a_t | ..) - log ref(a_t | ..)   `k3` x rho_t
     (5)  loss  = sum over tokens of w_t (l_t + beta k_t)                      `token_weights`
 
 pi_old is the policy that drew the completions, ref the policy before training, or --reference. A
@@ -23,8 +23,8 @@ rollout the clip does nothing.
     GRPO as published   --aggregate sequence --beta 0.04 --kl k3
                         (mean over tokens, then completions)
     DAPO                --drop_equal_groups --mask_truncated --clip_high 0.28 --minibatches 4
-                        (three differences: no penalty on length; 4 updates a rollout,
-                        not 16; one draw of twice the prompts, not draws until it is full)
+                        (unlike DAPO: no penalty on length; 4 updates a rollout, not 16; one
+                        draw of twice the prompts, not as many draws as fill the batch)
     Dr. GRPO            --scale none --aggregate constant   no divisor depends on the samples
     GSPO                --ratio sequence --minibatches 4    one ratio for a whole completion
 
@@ -39,8 +39,8 @@ the length of the longest completion: of the rollout in [B, C], of the forward i
 What is biased:
   * With rewards of 0 and 1 the division by the std multiplies a prompt's gradient by about
     1 / sqrt(p (1 - p)), p its share of right answers. Very easy and very hard prompts count more.
-    The most, sqrt(n), is that of a single right or a single wrong answer: its variance, divided by
-    n - 1, is 1 / n.
+    The largest factor is sqrt(n), for a single right or a single wrong answer: the variance, with
+    the divisor n - 1, is then 1 / n.
   * The group's mean contains the sample itself. With --scale none, that multiplies the expected
     gradient by 1 - 1/n.
   * The divisors of --aggregate token and sequence depend on the samples (`token_weights`).
@@ -50,9 +50,9 @@ What is biased:
     Why (4) has rho_t: its gradient is then, on average over tokens from
     pi_old, E_pi[d grad log pi], which is the gradient of KL(pi || ref).
     Without rho_t (--kl k3) and with pi_old = pi, it is
-    E_pi[(1 - exp(-d)) grad log pi], the gradient of KL(ref || pi); with
-    another pi_old, of neither. With --ratio sequence, rho_t is the
-    completion's ratio (in TRL, too), and the gradient is that of neither.
+    E_pi[(1 - exp(-d)) grad log pi], the gradient of KL(ref || pi). With
+    another pi_old it is the gradient of neither; nor is it with
+    --ratio sequence, where rho_t is the completion's ratio (as in TRL).
   * --keep_max, --mask_truncated and --drop_equal_groups select samples by what came out.
   * With several updates: the clip, and the ratio (2), which corrects a token but not its prefix.
   * log pi_old is computed by the trainer. The sampler's values differ by rounding (`kl/sample`:
@@ -130,8 +130,7 @@ class Args:
     keep_max: bool = False
     """learn only from the best completion of each prompt, and those that tie with it"""
     drop_equal_groups: bool = False
-    """draw twice the prompts, and keep half of them: those whose rewards are all equal only if the
-    others are too few"""
+    """draw twice the prompts and keep half, first those whose rewards differ"""
     mask_truncated: bool = False
     """give truncated completions no loss (their rewards still count in the group's mean)"""
     ratio: Literal["token", "sequence"] = "token"
@@ -307,10 +306,10 @@ def k3(logprobs, other_logprobs):
 
     The scripts measure with it. Only the KL penalty of grpo.py trains p with
     it, by default times the ratio: without the ratio its expected gradient is
-    that of KL(other || p), another KL unless p is near other.
+    that of KL(other || p). The two agree only where p is near other.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
-    # for small d, exp(-d) - 1 would be mostly rounding error
+    # expm1: the sum is about d^2 / 2, for small d less than exp(-d) is rounded by
     return torch.expm1(-d) + d
 
 
@@ -373,8 +372,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so left out under no_grad. It comes last: the second pass, which
-            # checkpoint makes in backward, ends at the last tensor that backward needs.
+            # Only logged, so left out under no_grad. It has no gradient and comes last: the second
+            # pass, which checkpoint makes in backward, ends before it.
             # For an entropy bonus, drop the detach, and train all rows
             # (grpo.py and reinforce.py leave out those with advantage 0).
             constant = logprobs.detach()
@@ -448,9 +447,9 @@ def update_loss(policy, batch, rows, args, meter, is_first):
         if args.kl == "k3_ratio":
             kl = kl * ratio  # not detached: a ratio of 1 has a gradient, too
         loss = loss + args.beta * (kl * w).sum()
-        # The KL that is logged is another estimate than that of the penalty: the plain log-ratio,
-        # summed over a completion, as in ppo.py and reinforce.py. It can be below 0. Of pi_old,
-        # which drew the tokens.
+        # KL(pi_old || ref), because pi_old drew the tokens; in nats per completion. Not the
+        # penalty's estimate but the plain log-ratio, as in ppo.py and reinforce.py: it can be
+        # below 0.
         meter.add("kl/ref", ((old - ref) * mask).sum(1), mask=mask.any(1))
 
     with torch.no_grad():  # the rest is for the log
@@ -480,7 +479,7 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    frozen = int(reward.is_model)  # frozen models; `introduce` prints their memory, too
+    frozen = int(reward.is_model)  # a reward model; `introduce` counts its memory
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen, reference=ref_path
     )
@@ -573,8 +572,8 @@ def train(args):
             if args.ref_update_every and step % args.ref_update_every == 0:
                 common.copy_weights(policy, reference)
 
-            # 6. Log. Rewards are of all rows that were drawn, lengths of those that
-            #    --drop_equal_groups kept, the metrics of `update_loss` of those trained.
+            # 6. Log. Rewards cover all rows drawn, lengths those that --drop_equal_groups
+            #    kept, and the metrics of `update_loss` those trained.
             step_ended = time.perf_counter()
             metrics = meter.result(world)
             tokens = metrics.pop("tokens")
@@ -672,7 +671,7 @@ def micro_batches(rows, trained, samples, tokens, world):
 
     trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
     (padding included, a shared prompt counted once); a row that is longer is a part of its own.
-    A group is here the rows that share the forward of a prompt; if none do, each row is one. Groups
+    Here a group is the rows that share the forward of a prompt; if none do, each row is one. Groups
     stay whole where they fit, and those of like length come together.
 
     FSDP needs equally many parts in all processes. A process that has fewer adds parts of one row:
@@ -702,7 +701,7 @@ def micro_batches(rows, trained, samples, tokens, world):
         if not parts or not fits(parts[-1] + group):
             parts.append([])
         for row in group:
-            # only if the group is too large for a whole part
+            # only if the group is too large for one part
             if parts[-1] and not fits([*parts[-1], row]):
                 parts.append([])
             parts[-1].append(row)
@@ -728,7 +727,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     if n:
         ks.append(n)
     mine = held_out[world.rank :: world.size]
-    # as many completions at once as a rollout has: if those fit, so do these
+    # as many completions at once as a rollout has, or as make 8192 tokens; at most 256
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     rows = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     prompts_at_once = max(rows // max(n, 1), 1)  # each with n completions

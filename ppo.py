@@ -24,10 +24,10 @@ actor-critic of textbooks): little variance, but the critic's errors enter in fu
 the largest k (Monte Carlo): the critic is just a baseline, like the mean score of a prompt's
 completions in GRPO.
 
-Take gamma 1, lam 1, no whitening, beta 0 and one update per rollout. Then A is the score minus V.
-The policy's gradient is that of REINFORCE without a baseline if V is 0, and that of
-grpo.py --scale none if V is the mean score of the prompt's completions. (Up to a factor: (6)
-divides by tokens, those by completions.) Both are tested.
+Take gamma 1, lam 1, no whitening, beta 0, a separate critic and one update per rollout. Then A is
+the score minus V. The policy's gradient is that of grpo.py --scale none if V is the mean score of
+the prompt's completions, and that of REINFORCE without a baseline if V is 0 (up to a factor:
+reinforce.py divides by completions, (6) by tokens). Both are tested.
 
 TRPO bounded KL(pi_old || pi) in every step, at the cost of many extra forwards and backwards. PPO's
 clip only removes the gain from leaving the range. It does not bound the ratio: a step can go too
@@ -46,12 +46,13 @@ its last hidden states.
 
 What biases the gradient of the expected reward:
   * lam < 1: the critic's errors are in A. gamma < 1: late rewards count for less.
-  * Whitening and the mean over tokens: a mean, a std and a count of tokens of the same samples.
+  * Whitening and the mean over tokens use a mean, a std and a token count of the same samples.
   * The clip. And the ratio is that of the token only: from a rollout's second update on, the text
     before it, s_t, is still one that pi_old drew.
   * With --critic shared, the value loss: it trains the policy's transformer, too.
-V(s_t) does not bias it, because it does not see a_t. Nor does it that r_t is a constant here,
-although log pi is in it (pi_old is pi at first): the gradient left out, -beta E[grad log pi], is 0.
+What does not bias it: the baseline V(s_t), because it does not see a_t; and to take r_t as a
+constant, although log pi is in it (pi_old is pi at first): the gradient that this leaves out,
+-beta E[grad log pi], is 0.
 
 Left out: bootstrapping where a completion was cut, adaptive beta, an entropy bonus, replay of
 earlier rollouts.
@@ -123,9 +124,11 @@ class Args:
     missing_eos_penalty: float = 0.0
     """subtracted from the score of a completion that was cut at --max_new_tokens"""
     critic: Literal["separate", "shared"] = "separate"
-    """separate: a second model, started from the reward model if its tokenizer and context fit the
-    policy, else from the policy; with --lora_rank, a second set of adapters on the policy's frozen
-    model. shared: a linear layer on the policy's last hidden states"""
+    """separate: a second model, started from the reward model
+    if its tokenizer and context fit the policy, else from the
+    policy; with --lora_rank, a second set of adapters on the
+    policy's frozen model.
+    shared: a linear layer on the policy's last hidden states"""
     critic_learning_rate: float | None = None
     """of the critic (None: 1e-5, or 5e-4 for the bundled model; x 10 if shared or with adapters)"""
     critic_warmup: int = 0
@@ -144,7 +147,7 @@ class Args:
     value_clip: float = 0.2
     """within a rollout, a value that has moved this far (in
     units of the reward) towards its return gets no gradient,
-    if it is not far beyond it (see `value_loss`; 0: no limit).
+    unless it is far beyond it (see `value_loss`; 0: no limit).
     With scores of 5 or more 0.2 is slow"""
     value_coef: float = 0.5
     """weight of the value loss. AdamW does not depend on the
@@ -307,10 +310,10 @@ def k3(logprobs, other_logprobs):
 
     The scripts measure with it. Only the KL penalty of grpo.py trains p with
     it, by default times the ratio: without the ratio its expected gradient is
-    that of KL(other || p), another KL unless p is near other.
+    that of KL(other || p). The two agree only where p is near other.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
-    # for small d, exp(-d) - 1 would be mostly rounding error
+    # expm1: the sum is about d^2 / 2, for small d less than exp(-d) is rounded by
     return torch.expm1(-d) + d
 
 
@@ -362,8 +365,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so left out under no_grad. It comes last: the second pass, which
-            # checkpoint makes in backward, ends at the last tensor that backward needs.
+            # Only logged, so left out under no_grad. It has no gradient and comes last: the second
+            # pass, which checkpoint makes in backward, ends before it.
             # For an entropy bonus, drop the detach, and train all rows
             # (grpo.py and reinforce.py leave out those with advantage 0).
             constant = logprobs.detach()
@@ -401,9 +404,8 @@ def rollout_logprobs(model, samples, minibatches, temperature):
 
 def make_critic(policy, critic_path, tokenizer, args, world):
     """-> (critic, trunk, head). `critic` is what the critic's optimizer trains. The trunk turns a
-    text into states (its own head is not used for that); the head turns the state that predicts
-    a_t into V(s_t). critic_path is the folder that a separate critic starts from, and "" for a
-    shared one.
+    text into states; the head turns the state that predicts a_t into V(s_t). critic_path is the
+    folder that a separate critic starts from, and "" for a shared one.
 
                               critic               trunk                          head
         separate              a second model       the same                       its scalar layer
@@ -517,7 +519,7 @@ def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, 
             meter.add("entropy", entropy, mask)
         if is_first:  # should be 0: pi is still pi_old
             meter.maximum("ratio/first", (ratio - 1).abs() * mask)
-    # of this update, those of all processes
+    # completions of this update, in all processes
     completions = args.prompts_per_step * args.samples_per_prompt / args.minibatches
     return kl.sum() / completions
 
@@ -553,7 +555,7 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    learning = 2 if critic_path else 1  # models; `introduce` prints their memory
+    learning = 2 if critic_path else 1  # learning models; `introduce` counts their memory
     frozen = int(reward.is_model)
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, learning, frozen, ref_path
@@ -628,7 +630,7 @@ def train(args):
             critic_norms = []
             tried_updates = 0
             for parts in shuffled_epochs(minibatches, args, step):
-                is_first = not grad_norms  # no update of this rollout was made: pi is pi_old
+                is_first = not grad_norms  # no update of this rollout yet: pi is pi_old
                 moved = 0.0  # sums up to KL(pi_old || pi) of this mini-batch, before its update
                 for rows in parts:
                     flags = {"policy_learns": policy_learns, "is_first": is_first}
@@ -730,7 +732,7 @@ def micro_batches(rows, trained, samples, tokens, world):
 
     trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
     (padding included, a shared prompt counted once); a row that is longer is a part of its own.
-    A group is here the rows that share the forward of a prompt; if none do, each row is one. Groups
+    Here a group is the rows that share the forward of a prompt; if none do, each row is one. Groups
     stay whole where they fit, and those of like length come together.
 
     FSDP needs equally many parts in all processes. A process that has fewer adds parts of one row:
@@ -760,7 +762,7 @@ def micro_batches(rows, trained, samples, tokens, world):
         if not parts or not fits(parts[-1] + group):
             parts.append([])
         for row in group:
-            # only if the group is too large for a whole part
+            # only if the group is too large for one part
             if parts[-1] and not fits([*parts[-1], row]):
                 parts.append([])
             parts[-1].append(row)
@@ -793,7 +795,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, eval/exact. Each process
     takes its share."""
     mine = held_out[world.rank :: world.size]
-    # as many at once as a rollout has: if those fit, so do these
+    # as many at once as a rollout has, or as make 8192 tokens; at most 256
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     at_once = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     rules = common.rules_that_fit(reward, held_out)  # {name in the log: function}

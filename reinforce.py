@@ -348,10 +348,10 @@ def k3(logprobs, other_logprobs):
 
     The scripts measure with it. Only the KL penalty of grpo.py trains p with
     it, by default times the ratio: without the ratio its expected gradient is
-    that of KL(other || p), another KL unless p is near other.
+    that of KL(other || p). The two agree only where p is near other.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
-    # for small d, exp(-d) - 1 would be mostly rounding error
+    # expm1: the sum is about d^2 / 2, for small d less than exp(-d) is rounded by
     return torch.expm1(-d) + d
 
 
@@ -380,8 +380,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so left out under no_grad. It comes last: the second pass, which
-            # checkpoint makes in backward, ends at the last tensor that backward needs.
+            # Only logged, so left out under no_grad. It has no gradient and comes last: the second
+            # pass, which checkpoint makes in backward, ends before it.
             # For an entropy bonus, drop the detach, and train all rows
             # (grpo.py and reinforce.py leave out those with advantage 0).
             constant = logprobs.detach()
@@ -468,7 +468,7 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    frozen = int(reward.is_model)  # 1 more model, for the memory that `introduce` prints
+    frozen = int(reward.is_model)  # a reward model; `introduce` counts its memory
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen, reference=ref_path
     )
@@ -638,7 +638,7 @@ def micro_batches(rows, trained, samples, tokens, world):
 
     trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
     (padding included, a shared prompt counted once); a row that is longer is a part of its own.
-    A group is here the rows that share the forward of a prompt; if none do, each row is one. Groups
+    Here a group is the rows that share the forward of a prompt; if none do, each row is one. Groups
     stay whole where they fit, and those of like length come together.
 
     FSDP needs equally many parts in all processes. A process that has fewer adds parts of one row:
@@ -668,7 +668,7 @@ def micro_batches(rows, trained, samples, tokens, world):
         if not parts or not fits(parts[-1] + group):
             parts.append([])
         for row in group:
-            # only if the group is too large for a whole part
+            # only if the group is too large for one part
             if parts[-1] and not fits([*parts[-1], row]):
                 parts.append([])
             parts[-1].append(row)
@@ -689,7 +689,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, eval/exact. Each process
     takes its share."""
     mine = held_out[world.rank :: world.size]
-    # as many at once as a rollout has: if those fit, so do these
+    # as many at once as a rollout has, or as make 8192 tokens; at most 256
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     at_once = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     rules = common.rules_that_fit(reward, held_out)  # {name in the log: function}

@@ -450,9 +450,9 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     of_sides = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
 
     def fits(part):
-        most_of_prompt = max(of_prompt[i] for i in part)
-        most_of_sides = max(of_sides[i] for i in part)
-        return len(part) * (most_of_prompt + most_of_sides) <= tokens
+        longest_prompt = max(of_prompt[i] for i in part)
+        longest_sides = max(of_sides[i] for i in part)
+        return len(part) * (longest_prompt + longest_sides) <= tokens
 
     def size(i):
         return of_prompt[i] + of_sides[i]
