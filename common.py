@@ -4,7 +4,7 @@ LOADING
     Processes and seeds    say, fail, Stop, World, start, fold, all_sum, all_gather
     The user's input       read_flags, check_flags, read_json, run_date
     Text to token ids      load_tokenizer, encode_prompt, encode_completion, load_prompts
-    Configs                read_config, context_of, fit_context, fit_reward_model
+    Configs                read_config, context_of, limit_to_context, limit_to_reward_model
     Models                 load_policy, load_reference, load_scalar, shard, save_model
     Adapters (LoRA)        add_adapters, add_critic_adapters, Switched, write_adapter
     Rewards                load_reward, rules_that_fit, check_answers, load_function, load_scorer
@@ -631,7 +631,7 @@ def context_of(*configs):
     return min(getattr(text, "max_position_embeddings", None) or 2**31 for text in texts)
 
 
-def fit_context(args, longest, *configs):
+def limit_to_context(args, longest, *configs):
     """The flags, with --max_new_tokens lowered to what fits after the longest prompt, and one
     place left for the EOS that a reward model reads after a completion that was cut."""
     context = context_of(*configs)
@@ -639,7 +639,7 @@ def fit_context(args, longest, *configs):
     return lower_max_new_tokens(args, context - longest - 1, why)
 
 
-def fit_reward_model(args, tokenizer, prompts):
+def limit_to_reward_model(args, tokenizer, prompts):
     """Lowers --max_new_tokens further, to the reward model's context, if both have the same tokens.
     With other tokens an answer's length is not known before; `score_ids` cuts what is too long."""
     reader = load_tokenizer(args.reward)
@@ -2664,7 +2664,7 @@ def conclude(out, args, writer, bar, use):
         print(f"\nto use the model, in Python:\n\n  from transformers import pipeline\n  {use}")
 
 
-def usage(out, tokenizer, prompt, args):
+def line_to_try(out, tokenizer, prompt, args):
     """The line of Python that samples from the model that a run has made."""
     prompt = prompt if prompt and len(str(prompt)) < 200 else "your prompt"
     if tokenizer.chat_template and args.chat:

@@ -11,17 +11,17 @@ reference ref. The second step has a known optimum, pi*. DPO inserts it into the
     (6)  loss = mean over pairs of  -log sigmoid(h)                  `preference_loss`
 
 Z(x) makes the probabilities of pi* sum to 1. (2) is the optimum, because (1) equals
--beta KL(pi || pi*) plus beta E[log Z(x)], which pi cannot change. (3) is (2), solved for r. It
-gives every policy a reward for which that policy is optimal. So instead of fitting r and then pi,
-one may fit pi: insert (3) into (4) for a chosen completion y and a rejected z, and write pi, the
-policy in training, for pi*. Z cancels, and P = sigmoid(h).
+-beta KL(pi || pi*) + beta E[log Z(x)], and pi cannot change the second term. (3) is (2), solved for
+r. By (3), every policy is optimal for some reward. So instead of fitting r and then pi, one may fit
+pi: insert (3) into (4) for a chosen completion y and a rejected z, and write pi, the policy in
+training, for pi*. Z cancels, and P = sigmoid(h).
 
 So the policy itself is the reward model, and training is a classification of pairs. The gradient
 pulls log pi(y) up and pushes log pi(z) down, both with weight beta sigmoid(-h). Pairs in the wrong
 order count most.
 
-Losses (`--loss`). n is a completion's length in tokens, with its end token. d is
-log(pi / ref) / n of the chosen completion, minus that of the rejected one.
+Losses (`--loss`). n_y and n_z are the lengths in tokens, end tokens included, and
+d = log(pi(y) / ref(y)) / n_y - log(pi(z) / ref(z)) / n_z.
 
     sigmoid  (6), the default. With --label_smoothing e, the share of labels thought to be wrong:
              -(1 - e) log sigmoid(h) - e log sigmoid(-h)
@@ -160,7 +160,7 @@ class Args:
     """auto takes the GPU if there is one"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """compute type (auto: bfloat16 on a GPU, float32 on a CPU); trained weights stay float32.
-    On a CPU bfloat16 saves memory, and time where /proc/cpuinfo lists avx512_bf16 or amx"""
+    On a CPU bfloat16 saves memory. It is faster, too, if /proc/cpuinfo lists avx512_bf16 or amx"""
     eval_every: int = 50
     """steps between scores on --eval_data and --eval_prompts; 0: never"""
     eval_rows: int = 0
@@ -177,8 +177,8 @@ class Args:
 def resolve(args):
     """Fills in defaults that depend on other flags, and rejects contradictory flags."""
     is_tiny_model = Path(args.model).resolve() == TINY / "model"
-    # An empty --eval_data or --eval_prompts names no file: it only leaves that score out. With an
-    # empty --data no bundled file is used.
+    # An empty --eval_data or --eval_prompts leaves that score out; the other bundled files stay.
+    # With an empty --data no bundled file is used.
     has_files = args.data is not None or args.eval_data or args.eval_prompts
     is_tiny_data = is_tiny_model and not has_files
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
@@ -192,7 +192,8 @@ def resolve(args):
         "learning_rate": faster * (3e-4 if is_tiny_model else 5e-7),
         "tokens_per_micro_batch": 2048 if on_cpu else 8192,
     }
-    # with neither training nor --reference, the policy is the reference (simpo has none)
+    # Without training and without --reference, the policy is the reference, and every margin 0.
+    # simpo has no reference, so its margins say something.
     can_compare = args.steps or args.reference or args.loss == "simpo"
     if is_tiny_data and can_compare:
         defaults["eval_data"] = str(TINY / "pairs_test.jsonl")
@@ -268,7 +269,7 @@ def pair_logprobs(model, tokenizer, pairs, share_prompts, world):
         prompts += [prompt, prompt]
         sides += [chosen, rejected]
     rows_per_prompt = 2 if share_prompts else 1  # consecutive rows whose prompt is computed once
-    # `Samples` holds a rollout in the other scripts, here given completions
+    # `Samples` holds a rollout in the other scripts, here completions from the data
     samples = common.as_samples(prompts, sides, tokenizer, world, rows_per_prompt)
     logprobs = side_logprobs(model, samples)  # [2b, C]
     return logprobs.sum(1).view(-1, 2)
@@ -321,7 +322,7 @@ def update_loss(policy, tokenizer, pairs, ref, share_prompts, args, world, meter
         meter.add("logprobs/chosen", logprobs[:, 0])
         meter.add("logprobs/rejected", logprobs[:, 1])
         lost = (ref - logprobs) / length  # the fall below the reference, in nats a token
-        meter.add("lost", lost[:, 0])
+        meter.add("lost", lost[:, 0])  # of chosen
     return loss
 
 
@@ -334,17 +335,18 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
-    # the first text of the run, which `introduce` shows
+    # the first text of the run, which `introduce` shows: prompt and chosen side of a pair, or else
+    # a prompt
     texts = pairs + held_out + [(ids, []) for ids, _ in prompts]
     first_prompt, first_side = texts[0][:2]
     first_text = first_prompt + first_side
-    # Models held at a time, for the memory that `introduce` prints.
+    # Models held at a time, for the memory that `introduce` prints. With --steps 0 the policy is
+    # frozen, and --reference is beside it if there are pairs to score. With training, the reference
+    # is gone before the policy has gradients.
     learning_models = int(args.steps > 0)
     frozen_models = int(reward is not None and reward.is_model)
     if not args.steps:
-        frozen_models += 1  # the policy
-        # in a run with training, the reference is gone before the policy has gradients
-        frozen_models += int(bool(args.reference and held_out))
+        frozen_models += 2 if args.reference and held_out else 1
     writer, bar = common.introduce(
         out, args, world, tokenizer, first_text, done_steps, learning_models, frozen_models
     )
@@ -355,8 +357,8 @@ def train(args):
 
     with common.guarded(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
-        # Whether a forward computes a prompt's keys and values once for both sides. Faster on a
-        # CPU, and done there if a trial gives the same numbers. Not worth a trial without training.
+        # True if a forward may compute a prompt once for both sides. That is faster on a CPU. It is
+        # tried there, and kept if the numbers agree. Without training the trial is not worth it.
         share_prompts = args.steps > 0 and common.prompts_can_be_shared(
             policy, world, args.gradient_checkpointing
         )
@@ -432,10 +434,10 @@ def train(args):
 
         if args.steps:
             common.save_model(policy, tokenizer, out / "model", world)
-    # The run ends by printing a line of Python that tries the model. For a chat model, `usage` has
-    # its own prompt.
+    # The run ends by printing a line of Python that tries the model, on the first prompt or, for a
+    # chat model, on one that `line_to_try` has.
     prompt = "" if tokenizer.chat_template else tokenizer.decode(first_prompt)
-    common.conclude(out, args, writer, bar, common.usage(out, tokenizer, prompt, args))
+    common.conclude(out, args, writer, bar, common.line_to_try(out, tokenizer, prompt, args))
 
 
 # -- A first reading may end here: batches, the reference, held-out scores, pairs, rewards -------
@@ -450,8 +452,8 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     together, to save padding.
 
     FSDP needs equally many parts in all processes. A process that has fewer takes a pair from its
-    fullest part and makes it a part of its own. (All processes have equally many pairs. So one with
-    fewer parts than another has fewer parts than pairs, and its fullest part has two or more.)
+    fullest part and makes it a part of its own. (Every process has N pairs and at most N parts. One
+    with fewer parts than another has fewer than N, so one of its parts has two pairs.)
     """
     # what a pair takes, in tokens
     copies = 1 if share_prompts else 2
@@ -459,6 +461,7 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     of_sides = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
 
     def fits(part):
+        # prompts and sides are padded apart
         longest_prompt = max(of_prompt[i] for i in part)
         longest_sides = max(of_sides[i] for i in part)
         return len(part) * (longest_prompt + longest_sides) <= tokens
@@ -480,8 +483,8 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
 
 
 def share_of_process(pairs, world):
-    """Every world.size-th pair. All processes get equally many: some of the first pairs come again,
-    and `in_order` drops their later results."""
+    """Every world.size-th pair. So that all processes get equally many, some of the first pairs are
+    repeated at the end, and `in_order` drops the repetitions."""
     count = math.ceil(len(pairs) / world.size)
     return [pairs[(world.rank + i * world.size) % len(pairs)] for i in range(count)]
 
@@ -490,7 +493,7 @@ def in_order(results, count, world):
     """results [.., 2] for the pairs that `share_of_process` gave each process -> those of all
     `count` pairs in their order, [count, 2] on the CPU, in every process."""
     everyone = common.all_gather(world, results.to(world.device)).cpu()
-    by_process = everyone.view(world.size, -1, 2)
+    by_process = everyone.view(world.size, -1, 2)  # [rank, i]: pair i * world.size + rank
     return by_process.transpose(0, 1).reshape(-1, 2)[:count]
 
 
@@ -526,14 +529,14 @@ def reference_scores(
     be as it was at the start.
 
     Those of the training pairs are kept in a file of the run's folder. A resumed run computes only
-    what is missing. The micro-batches are not those of training. So in bfloat16, log-ratios that
-    should be 0 in step 1 are slightly off.
+    what is missing. The micro-batches are not those of training, and in bfloat16 others round
+    differently: log-ratios in step 1 are near 0, not exactly 0.
     """
     if args.loss == "simpo":
         return torch.zeros(len(pairs), 2), torch.zeros(len(held_out), 2)
     path = out / "reference.pt"
-    asked = repr((args.reference or args.model, pairs))
-    mark = f"{world.dtype} {hashlib.sha256(asked.encode()).hexdigest()}"
+    what = repr((args.reference or args.model, pairs))
+    mark = f"{world.dtype} {hashlib.sha256(what.encode()).hexdigest()}"
     scores = read_scores(path, mark, args)
     if scores is None:
         scores = torch.full((len(pairs), 2), math.nan)
@@ -547,7 +550,7 @@ def reference_scores(
     reference = policy
     if args.reference and (missing or held_out):
         reference = common.load_reference(args.reference, world)
-        common.check_head(reference)
+        common.check_head(reference)  # its logits here are those of its own forward
         share_prompts = False  # the trial was made with the policy only
     for start in range(0, len(missing), 1024):
         part = missing[start : start + 1024]
@@ -559,8 +562,8 @@ def reference_scores(
         done = len(visited) - len(missing) + start + len(part)
         common.say(f"the reference has scored {done} of {len(visited)} pairs")
         if common.all_sum(world, stop_asked())[0]:
-            what = "stopped by a signal while the reference scored pairs"
-            raise common.Ended(f"{what}; what it has scored is kept")
+            why = "stopped by a signal while the reference scored pairs"
+            raise common.Ended(f"{why}; what it has scored is kept")
     held_out_ref = None
     if held_out:
         held_out_ref = score_pairs(
@@ -584,7 +587,7 @@ def read_scores(path, mark, args):
         return kept["scores"]
     if common.checkpoints(path.parent):
         fail(f"--resume: {path} has scores of other pairs, or of another model or precision")
-    return None  # no checkpoint rests on the old scores: they are computed anew
+    return None  # no checkpoint has used the old scores: they are computed anew
 
 
 def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world, stop_asked=None):
@@ -605,14 +608,15 @@ def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world,
 
 def evaluate(policy, tokenizer, prompts, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, by --reward, and eval/exact,
-    the share of right answers (by `number` with --reward number, else by `exact`). Each process
-    takes its share of the prompts."""
+    the share of right answers (with --reward number the name stays, and `number` judges). Each
+    process takes its share of the prompts."""
     mine = prompts[world.rank :: world.size]
     longest = max((len(ids) for ids, _ in prompts), default=0) + args.max_new_tokens
-    # the keys and values of 4 micro-batches take less memory than training on one
+    # 4 micro-batches at once: their keys and values take less memory than training on one
     wanted_rows = 4 * args.tokens_per_micro_batch // longest
     # at least 1 and at most 256, and equal in all processes
     at_once = common.rows_at_once(prompts, args.max_new_tokens, wanted_rows)
+    # {name in the log: rule}; with --reward number, {"exact": number}
     rules = common.rules_that_fit(reward, prompts) if prompts else {}
     meter = common.Meter()
     starts = range(0, math.ceil(len(prompts) / world.size), at_once)
@@ -640,7 +644,8 @@ def evaluate(policy, tokenizer, prompts, reward, args, world, stop_asked=None):
 
 def count_right(texts, records, rule):
     """How many texts of each record are right by `rule`; 0 for records without
-    an answer. Every record has one text, or more with grpo.py's --eval_samples."""
+    an answer. The texts come record by record, one for each or (grpo.py's
+    --eval_samples) several."""
     n = len(texts) // len(records)
     right = torch.zeros(len(records))
     for i, text in enumerate(texts):
@@ -733,8 +738,8 @@ def number(completion, row):
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
     Dollar signs, a final dot and commas between thousands do not matter: "1,234" is one number,
-    "1,2,3" are three. Nor do zeros that end a decimal: Decimals compare by value."""
-    whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+    "1,2,3" are three. Zeros that end a decimal do not matter either: 1.50 equals 1.5."""
+    whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # 1,234 or 1234
     # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"
     found = re.findall(pattern, str(text).replace("$", ""))
@@ -778,9 +783,9 @@ def load_task(args, world):
             args.eval_prompts, "--eval_prompts", tokenizer, args, reward.answer_flag
         )
         common.check_answers(reward, prompts)
-        args = common.fit_context(args, max(len(ids) for ids, _ in prompts), config)
+        args = common.limit_to_context(args, max(len(ids) for ids, _ in prompts), config)
         if reward.is_model:
-            args = common.fit_reward_model(args, tokenizer, prompts)
+            args = common.limit_to_reward_model(args, tokenizer, prompts)
     return args, tokenizer, reward, pairs, held_out, prompts
 
 

@@ -17,8 +17,8 @@ direction that A pushes. With one update per rollout, the default, every ratio i
 gradient is that of REINFORCE with (1) as the weight. The value of the loss then says nothing about
 learning. Watch the reward.
 
-Variants are flags. Those of the clip need --minibatches or --epochs: with one update per
-rollout the clip does nothing.
+Variants are flags. DAPO and GSPO change the clip, and need --minibatches or --epochs: with one
+update per rollout the clip does nothing.
 
     GRPO as published   --aggregate sequence --beta 0.04 --kl k3
                         (mean over tokens, then completions)
@@ -33,32 +33,31 @@ rollout the clip does nothing.
         --data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl
     torchrun --nproc_per_node 8 grpo.py --model ... --data ... --reward my_reward.py:score
 
-Shapes: B completions of this process in a rollout, n of each prompt, b of them in one forward. C is
-the length of the longest completion: of the rollout in [B, C], of the forward in [b, C].
+Shapes: B completions of this process in a rollout (n for each prompt), b of those in one forward.
+[B, C] is as wide as the longest completion of the rollout, [b, C] as the longest of the forward.
 
 What is biased:
   * With rewards of 0 and 1 the division by the std multiplies a prompt's gradient by about
-    1 / sqrt(p (1 - p)), p its share of right answers. Very easy and very hard prompts count more.
-    The largest factor is sqrt(n), for a single right or a single wrong answer: the variance, with
-    the divisor n - 1, is then 1 / n.
+    1 / sqrt(p (1 - p)), where p is the prompt's share of right answers. Very easy and very hard
+    prompts count more. With one right or one wrong answer the std is 1 / sqrt(n), and the factor,
+    sqrt(n), is the largest.
   * The group's mean contains the sample itself. With --scale none, that multiplies the expected
     gradient by 1 - 1/n.
   * The divisors of --aggregate token and sequence depend on the samples (`token_weights`).
-  * The KL term. It counts each token's KL given the text before it, and
-    leaves out how a token changes the KL of later ones. (reinforce.py
-    counts that: there log pi - log ref is in the reward.)
-    Why (4) has rho_t: its gradient is then, on average over tokens from
-    pi_old, E_pi[d grad log pi], which is the gradient of KL(pi || ref).
-    Without rho_t (--kl k3) and with pi_old = pi, it is
-    E_pi[(1 - exp(-d)) grad log pi], the gradient of KL(ref || pi). With
-    another pi_old it is the gradient of neither; nor is it with
-    --ratio sequence, where rho_t is the completion's ratio (as in TRL).
+  * The KL term is each token's KL given the text before it. How a token
+    changes the KL of later ones gets no gradient. (reinforce.py counts
+    that: there log pi - log ref is in the reward.) The gradient is that of
+        KL(pi || ref)   as it stands in (4), which is the default, for any
+                        pi_old; but of no KL with --ratio sequence
+        KL(ref || pi)   without rho_t, --kl k3, and only while pi is pi_old
   * --keep_max, --mask_truncated and --drop_equal_groups select samples by what came out.
-  * With several updates: the clip, and the ratio (2), which corrects a token but not its prefix.
-  * log pi_old is computed by the trainer. The sampler's values differ by rounding (`kl/sample`:
-    their mean distance).
+  * With several updates: the clip. And the ratio (2) corrects for the token only: the text before
+    it is still one that pi_old drew.
+  * log pi_old is computed as in training. In sampling, the same model gave slightly different
+    values, by rounding (`kl/sample`: their mean distance).
 
-Left out: a critic and per-token credit (ppo.py), process rewards, asynchronous sampling.
+Left out: a critic and per-token credit (ppo.py), rewards for steps of reasoning, asynchronous
+sampling.
 
 Papers: Shao et al. 2024 (GRPO), Schulman et al. 2017 (the clip), Liu et al. 2025 (Dr. GRPO), Yu et
 al. 2025 (DAPO), Zheng et al. 2025 (GSPO), DeepSeek-AI 2025 (V3.2: the ratio in (4)),
@@ -99,8 +98,8 @@ class Args:
     """training prompts: JSON lines with "prompt" (or "question") and usually "answer" (None: the
     bundled task, if --model is the bundled model)"""
     eval_data: str | None = None
-    """held-out prompts, as --data (not given: those of the bundled task; with other --data, nothing
-    is held out)"""
+    """held-out prompts, as --data (None: the bundled ones
+    if --data is the bundled task, else none)"""
     eval_samples: int = 0
     """completions drawn for each held-out prompt, for eval/pass@K: the chance that at least one of
     K is right (judged by `number` with --reward number, else by `exact`)"""
@@ -122,15 +121,15 @@ class Args:
     samples_per_prompt: int = 8
     """completions drawn for each prompt: the group"""
     max_new_tokens: int = 512
-    """a completion is cut here; at most what the model's context has room for"""
+    """most tokens of a completion; lowered to what the model's context has room for"""
     temperature: float = 1.0
     """of sampling, and of every log-probability: the policy is softmax(logits / temperature)"""
     scale: Literal["group", "batch", "none"] = "group"
     """divide advantages by the std of the group's rewards, of the rollout's, or do not divide"""
     keep_max: bool = False
-    """learn only from the best completion of each prompt, and those that tie with it"""
+    """only the best completion of each prompt, and those that tie with it, have an advantage"""
     drop_equal_groups: bool = False
-    """draw twice the prompts and keep half, first those whose rewards differ"""
+    """draw twice the prompts and keep half, first those whose completions' rewards differ"""
     mask_truncated: bool = False
     """give truncated completions no loss (their rewards still count in the group's mean)"""
     ratio: Literal["token", "sequence"] = "token"
@@ -140,9 +139,12 @@ class Args:
     clip_high: float | None = None
     """the clip begins above a ratio of 1 + this (None: 0.2, and 4e-4 with --ratio sequence)"""
     aggregate: Literal["sequence", "token", "constant"] | None = None
-    """divisor of a token's loss. sequence: its completion's length x the number of completions;
-    token: the number of tokens (both without what --mask_truncated leaves out); constant: the
-    number of completions x --max_new_tokens (None: token, and sequence with --ratio sequence)"""
+    """divisor of a token's loss.
+    sequence: its completion's length x the number of completions;
+    token: the number of tokens;
+    constant: the number of completions x --max_new_tokens.
+    Only constant counts what --mask_truncated leaves out
+    (None: token; with --ratio sequence: sequence)"""
     beta: float = 0.0
     """weight of the KL penalty in the loss; at 0 no reference model is loaded"""
     kl: Literal["k3_ratio", "k3"] = "k3_ratio"
@@ -184,12 +186,14 @@ class Args:
     resume: bool = False
     """go on with the run in --out; flags that are not given are those of the run"""
     seed: int = 1
-    """decides the order of prompts and what is drawn"""
+    """decides every random choice"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """compute type (auto: bfloat16 on a GPU, float32 on a CPU); trained weights stay float32.
-    On a CPU bfloat16 saves memory, and time where /proc/cpuinfo lists avx512_bf16 or amx"""
+    """compute type (auto: bfloat16 on a GPU, float32 on a
+    CPU); trained weights stay float32. On a CPU bfloat16 saves
+    memory. It is faster, too, if /proc/cpuinfo lists
+    avx512_bf16 or amx"""
     eval_every: int = 50
     """steps between scores on --eval_data; 0: never"""
     eval_rows: int = 0
@@ -246,8 +250,8 @@ def group_advantages(rewards, all_rewards, n, scale, keep_max):
     """Equation (1): rewards [B], n for each prompt -> advantages [B].
 
     all_rewards are those of all processes, for --scale batch. The std divides by n - 1, as torch's.
-    Groups of equal rewards get exactly 0. The rounding of their mean could leave a remainder, which
-    Adam may scale up.
+    Groups of equal rewards are set to exactly 0: otherwise r - mean could be a rounding error,
+    which Adam may scale up.
     """
     groups = rewards.view(-1, n)
     A = groups - groups.mean(1, keepdim=True)
@@ -279,7 +283,7 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
     """Equation (3), summed with weights: ratio [b, C] with gradient, advantages [b, C] or [b, 1].
 
     The minimum takes the clipped, constant term only where the ratio has already gone too far in
-    the direction that A pushes. The gradient is that of ratio * A times this factor:
+    the direction that A pushes. Its gradient is that of ratio * A times this factor:
 
                  ratio < 1 - low    between    ratio > 1 + high
         A > 0           1              1              0          (0: a good token, already likelier)
@@ -304,12 +308,11 @@ def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
     of p.
 
-    The scripts measure with it. Only the KL penalty of grpo.py trains p with
-    it, by default times the ratio: without the ratio its expected gradient is
-    that of KL(other || p). The two agree only where p is near other.
+    It is only logged, except in the KL penalty of grpo.py, which trains p
+    with it (`update_loss` there says which KL has that gradient).
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
-    # expm1: the sum is about d^2 / 2, for small d less than exp(-d) is rounded by
+    # expm1: for small d the result, about d^2 / 2, is below the rounding error of exp(-d)
     return torch.expm1(-d) + d
 
 
@@ -320,8 +323,8 @@ def token_weights(mask, aggregate, limit, world):
         sequence   1 / (K |y|)      K: completions with a token on the mask, also those with A = 0.
                                     Each counts the same (as published).
         token      1 / sum of |y|   Each token counts the same (DAPO).
-        constant   1 / (N limit)    N: all completions, limit: --max_new_tokens. The only unbiased
-                                    one (Dr. GRPO, with --scale none), up to a factor.
+        constant   1 / (N limit)    N: all completions, limit: --max_new_tokens. With --scale none
+                                    (Dr. GRPO) unbiased, up to a constant factor.
 
     `sequence` favours short answers where A > 0 and long ones where A < 0: wrong answers may grow
     longer for this reason alone. The counts are of all processes and of the whole update, so
@@ -339,9 +342,9 @@ def token_weights(mask, aggregate, limit, world):
 def has_gradient(weights, advantages, beta):
     """Which rows have a gradient: weights [rows, C], advantages [rows] -> [rows].
 
-    Rows with advantage 0 have none, unless the loss has another term: here the KL (if you add an
-    entropy bonus, change this). They need no forward. `token_weights` has counted them, so the
-    gradient stays what it is.
+    Rows with advantage 0 have none, unless the loss has another term: here the KL. (If you add an
+    entropy bonus, change this.) Rows without a gradient need no forward. Leaving them out changes
+    nothing, because `token_weights` has counted them.
     """
     factors = weights if beta else weights * advantages[:, None]
     return (factors != 0).any(1)
@@ -372,8 +375,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so left out under no_grad. It has no gradient and comes last: the second
-            # pass, which checkpoint makes in backward, ends before it.
+            # Only logged, so left out under no_grad. Detached and last, so it is computed once: in
+            # backward, checkpoint computes again only up to the last tensor that is needed.
             # For an entropy bonus, drop the detach, and train all rows
             # (grpo.py and reinforce.py leave out those with advantage 0).
             constant = logprobs.detach()
@@ -397,8 +400,8 @@ def rollout_logprobs(model, samples, minibatches, temperature):
     """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
 
     A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
-    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. Cut
-    differently, the KL to the reference would not be 0 in step 1, nor the first ratio 1.
+    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. With
+    others, rounding alone would keep the first KL from 0 and the first ratio from 1.
     """
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
@@ -445,7 +448,11 @@ def update_loss(policy, batch, rows, args, meter, is_first):
         ref = batch.ref_logprobs[rows, :C]
         kl = k3(logprobs, ref)
         if args.kl == "k3_ratio":
-            kl = kl * ratio  # not detached: a ratio of 1 has a gradient, too
+            # On average over tokens from pi_old, the gradient is now
+            # E_pi[d grad log pi], that of KL(pi || ref). Without the ratio,
+            # and while pi is pi_old, it would be
+            # E_pi[(1 - exp(-d)) grad log pi], that of KL(ref || pi).
+            kl = kl * ratio  # not detached: its gradient counts even where it is 1
         loss = loss + args.beta * (kl * w).sum()
         # KL(pi_old || ref), because pi_old drew the tokens; in nats per completion. Not the
         # penalty's estimate but the plain log-ratio, as in ppo.py and reinforce.py: it can be
@@ -479,7 +486,7 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    frozen = int(reward.is_model)  # a reward model; `introduce` counts its memory
+    frozen = int(reward.is_model)  # beside the reference; for the memory that is printed
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen, reference=ref_path
     )
@@ -518,9 +525,9 @@ def train(args):
             all_rewards = common.all_gather(world, rewards)
             advantages = group_advantages(rewards, all_rewards, n, args.scale, args.keep_max)
 
-            # 3. Mini-batches (an optimizer update each) of micro-batches (a forward each), cut once
-            #    for all epochs: a row's old and new log-probabilities come from forwards of one
-            #    shape.
+            # 3. Mini-batches (an optimizer update each) of micro-batches (a forward each). Cut once
+            #    for all epochs, so that a row's old and new log-probabilities come from forwards of
+            #    the same shape.
             counted = samples.mask
             if args.mask_truncated:
                 counted = counted & samples.finished[:, None]  # finished: ended by a stop token
@@ -555,7 +562,7 @@ def train(args):
             meter.total("loss", torch.zeros(()))  # logged even if no row has a gradient
             for parts in updates:
                 if not parts:
-                    continue  # no row of this mini-batch has a gradient, on any process
+                    continue  # in all processes at once: none of its rows has a gradient
                 for rows in parts:
                     # no optimizer step with this rollout yet
                     is_first = not grad_norms
@@ -594,7 +601,7 @@ def train(args):
 
         if args.steps:
             common.save_model(policy, tokenizer, out / "model", world)
-    example = common.usage(out, tokenizer, prompts[0][1]["prompt"], args)
+    example = common.line_to_try(out, tokenizer, prompts[0][1]["prompt"], args)
     common.conclude(out, args, writer, bar, example)
 
 
@@ -659,8 +666,8 @@ def shuffled_epochs(minibatches, args, step):
     """The mini-batches of all epochs, each epoch in an order of its own."""
     updates = []
     for epoch in range(args.epochs):
-        # The seed has no rank: all processes must take the same mini-batch. They agreed on its
-        # divisors and its number of parts.
+        # No rank in the seed: all processes take the k-th mini-batch together, because its number
+        # of parts, and what its loss is divided by, are common to all.
         shuffle = random.Random(common.fold(args.seed, step, epoch, common.PASS))
         updates += shuffle.sample(minibatches, len(minibatches))
     return updates
@@ -671,11 +678,11 @@ def micro_batches(rows, trained, samples, tokens, world):
 
     trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
     (padding included, a shared prompt counted once); a row that is longer is a part of its own.
-    Here a group is the rows that share the forward of a prompt; if none do, each row is one. Groups
-    stay whole where they fit, and those of like length come together.
+    Here a group is the rows that share one forward of their prompt; without sharing, a single row.
+    Groups stay whole where they fit, and those of like length come together.
 
     FSDP needs equally many parts in all processes. A process that has fewer adds parts of one row:
-    one that is not trained (its weights are 0), or else one taken from its fullest part.
+    a row that is not trained (its weights are 0), or else one moved from its fullest part.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -720,18 +727,18 @@ def micro_batches(rows, trained, samples, tokens, world):
 
 def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of held-out prompts, of greedy completions: eval/reward, and eval/exact, the share of
-    right answers (by `number` with --reward number, else by `exact`); with --eval_samples
+    right answers (with --reward number the name stays, and `number` judges); with --eval_samples
     eval/pass@K, too. Each process takes its share."""
     n = args.eval_samples
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < n]
     if n:
         ks.append(n)
     mine = held_out[world.rank :: world.size]
-    # as many completions at once as a rollout has, or as make 8192 tokens; at most 256
+    # completions at once: a rollout's, or those of 8192 tokens if that is more; at most 256
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     rows = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     prompts_at_once = max(rows // max(n, 1), 1)  # each with n completions
-    rules = common.rules_that_fit(reward, held_out)  # {name in the log: function}
+    rules = common.rules_that_fit(reward, held_out)  # {name in the log: rule}
     meter = common.Meter()
     starts = range(0, math.ceil(len(held_out) / world.size), prompts_at_once)
     for start in common.under_way(starts, world, stop_asked):
@@ -774,7 +781,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
 
 def count_right(texts, records, rule):
     """How many texts of each record are right by `rule`; 0 for records without
-    an answer. Every record has one text, or more with grpo.py's --eval_samples."""
+    an answer. The texts come record by record, one for each or (grpo.py's
+    --eval_samples) several."""
     n = len(texts) // len(records)
     right = torch.zeros(len(records))
     for i, text in enumerate(texts):
@@ -804,8 +812,8 @@ def number(completion, row):
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
     Dollar signs, a final dot and commas between thousands do not matter: "1,234" is one number,
-    "1,2,3" are three. Nor do zeros that end a decimal: Decimals compare by value."""
-    whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+    "1,2,3" are three. Zeros that end a decimal do not matter either: 1.50 equals 1.5."""
+    whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # 1,234 or 1234
     # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"
     found = re.findall(pattern, str(text).replace("$", ""))
@@ -831,16 +839,16 @@ def load_task(args, world):
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)
     reference_config = common.reference_config(args, tokenizer)
     reward = common.load_reward(args.reward, RULES, world, date)
-    answer_flag = reward.answer_flag  # the flag that makes "answer" obligatory, or ""
+    answer_flag = reward.answer_flag  # the flag that needs an "answer", for the error; or ""
     prompts = common.load_prompts(args.data, "--data", tokenizer, args, answer_flag)
     if args.eval_samples and not answer_flag:
         answer_flag = "--eval_samples"
     held_out = common.load_prompts(args.eval_data, "--eval_data", tokenizer, args, answer_flag)
     common.check_answers(reward, prompts + held_out)
     longest = max(len(ids) for ids, _ in prompts + held_out)
-    args = common.fit_context(args, longest, config, reference_config)
+    args = common.limit_to_context(args, longest, config, reference_config)
     if reward.is_model:
-        args = common.fit_reward_model(args, tokenizer, prompts + held_out)
+        args = common.limit_to_reward_model(args, tokenizer, prompts + held_out)
     # with --steps 0 and no --data, the held-out prompts stand in
     return args, tokenizer, reward, prompts or held_out, held_out
 

@@ -4,13 +4,14 @@ REINFORCE gives every token all the reward that comes after it. PPO also trains 
 predicts that reward. A token after which V rises gets credit: delta in (2).
 
     (1)  r_t = -beta (log pi_old(a_t | s_t) - log ref(a_t | s_t))             `token_rewards`
-         and the score is added at the last token;  s_t = (x, a_<t), x the prompt
+         s_t = (x, a_<t), x the prompt;  ref is pi before training, or --reference
+         at the last token plus the score, the reward of the whole completion
     (2)  A_t = sum over j of (gamma lam)^j delta_{t+j}                        `gae`
          delta_t = r_t + gamma V_old(s_{t+1}) - V_old(s_t);  V_old after the end is 0
          R_t = A_t + V_old(s_t);  A_t is then whitened, R_t is not            `whiten`
          V_old is V before the rollout's first update
     (3)  l_t = -min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t)  `clipped_loss`
-         rho_t = pi(a_t | s_t) / pi_old(a_t | s_t);  pi_old is pi before the first update
+         rho_t = pi(a_t | s_t) / pi_old(a_t | s_t);  pi_old is pi before that update
     (4)  k_t = rho_t - 1 - log rho_t                                          `k3`
          its sum over a completion estimates KL(pi_old || pi), for --kl_stop
     (5)  v_t = max((V - R_t)^2, (V_clip - R_t)^2) / 2                         `value_loss`
@@ -39,20 +40,21 @@ is too large.
         --data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl
     torchrun --nproc_per_node 8 ppo.py --model ... --data ... --reward runs/reward_model/model
 
-Shapes: B completions of this process in a rollout, b of them in one forward. C is the length of the
-longest completion: of the rollout in [B, C], of the forward in [b, C]. mask is true on a
+Shapes: B completions of this process in a rollout, b of those in one forward. [B, C] is as wide as
+the longest completion of the rollout, [b, C] as the longest of the forward. mask is true on a
 completion's tokens. s_t is a text; the `states` of the code are what the transformer makes of it,
 its last hidden states.
 
 What biases the gradient of the expected reward:
   * lam < 1: the critic's errors are in A. gamma < 1: late rewards count for less.
-  * Whitening and the mean over tokens use a mean, a std and a token count of the same samples.
-  * The clip. And the ratio is that of the token only: from a rollout's second update on, the text
+  * Whitening and the mean over tokens: mean, std and number of tokens depend on the very samples
+    that they scale.
+  * The clip. And the ratio corrects for a_t only: from a rollout's second update on, the text
     before it, s_t, is still one that pi_old drew.
   * With --critic shared, the value loss: it trains the policy's transformer, too.
-What does not bias it: the baseline V(s_t), because it does not see a_t; and to take r_t as a
-constant, although log pi is in it (pi_old is pi at first): the gradient that this leaves out,
--beta E[grad log pi], is 0.
+What does not bias it: the baseline V(s_t), because it does not see a_t. Nor that r_t is treated as
+a constant. In the first update its log pi_old is log pi, but the gradient left out is
+-beta E[grad log pi] = 0.
 
 Left out: bootstrapping where a completion was cut, adaptive beta, an entropy bonus, replay of
 earlier rollouts.
@@ -96,8 +98,8 @@ class Args:
     """training prompts: JSON lines with "prompt" (or "question") and usually "answer" (None: the
     bundled task, if --model is the bundled model)"""
     eval_data: str | None = None
-    """held-out prompts, as --data (not given: those of the bundled task; with other --data, nothing
-    is held out)"""
+    """held-out prompts, as --data (None: the bundled ones
+    if --data is the bundled task, else none)"""
     reward: str = "exact"
     """exact | number | none (the KL penalty alone) | FILE.py:function(completion, row) -> float |
     a reward model's folder"""
@@ -116,7 +118,7 @@ class Args:
     samples_per_prompt: int = 1
     """completions drawn for each prompt"""
     max_new_tokens: int = 512
-    """a completion is cut here; at most what the model's context has room for"""
+    """most tokens of a completion; lowered to what the model's context has room for"""
     temperature: float = 1.0
     """of sampling, and of every log-probability: the policy is softmax(logits / temperature)"""
     beta: float = 0.05
@@ -146,9 +148,9 @@ class Args:
     """the clip begins above a ratio of 1 + this"""
     value_clip: float = 0.2
     """within a rollout, a value that has moved this far (in
-    units of the reward) towards its return gets no gradient,
-    unless it is far beyond it (see `value_loss`; 0: no limit).
-    With scores of 5 or more 0.2 is slow"""
+    units of the reward) towards its return gets no gradient
+    (with an exception, see `value_loss`; 0: no limit). If
+    scores reach 5, the critic follows only slowly with 0.2"""
     value_coef: float = 0.5
     """weight of the value loss. AdamW does not depend on the
     scale of a gradient, so for a separate critic it matters
@@ -188,12 +190,14 @@ class Args:
     resume: bool = False
     """go on with the run in --out; flags that are not given are those of the run"""
     seed: int = 1
-    """decides the order of prompts and what is drawn"""
+    """decides every random choice"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """compute type (auto: bfloat16 on a GPU, float32 on a CPU); trained weights stay float32.
-    On a CPU bfloat16 saves memory, and time where /proc/cpuinfo lists avx512_bf16 or amx"""
+    """compute type (auto: bfloat16 on a GPU, float32 on a
+    CPU); trained weights stay float32. On a CPU bfloat16 saves
+    memory. It is faster, too, if /proc/cpuinfo lists
+    avx512_bf16 or amx"""
     eval_every: int = 50
     """steps between scores on --eval_data; 0: never"""
     eval_rows: int = 0
@@ -273,8 +277,8 @@ def mean_and_variance(x, mask, world):
 
 
 def whiten(x, mask, world):
-    """x [B, C] with mean 0 and std 1. If all x are equal, the 1e-4 keeps their rounding
-    errors small."""
+    """x [B, C] with mean 0 and std 1. If all x are equal, x - mean is a rounding error: the
+    1e-4 keeps the division from making it large."""
     mean, variance = mean_and_variance(x, mask, world)
     return (x - mean) / (math.sqrt(variance) + 1e-4) * mask
 
@@ -283,7 +287,7 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
     """Equation (3), summed with weights: ratio [b, C] with gradient, advantages [b, C] or [b, 1].
 
     The minimum takes the clipped, constant term only where the ratio has already gone too far in
-    the direction that A pushes. The gradient is that of ratio * A times this factor:
+    the direction that A pushes. Its gradient is that of ratio * A times this factor:
 
                  ratio < 1 - low    between    ratio > 1 + high
         A > 0           1              1              0          (0: a good token, already likelier)
@@ -308,12 +312,11 @@ def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
     of p.
 
-    The scripts measure with it. Only the KL penalty of grpo.py trains p with
-    it, by default times the ratio: without the ratio its expected gradient is
-    that of KL(other || p). The two agree only where p is near other.
+    It is only logged, except in the KL penalty of grpo.py, which trains p
+    with it (`update_loss` there says which KL has that gradient).
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
-    # expm1: the sum is about d^2 / 2, for small d less than exp(-d) is rounded by
+    # expm1: for small d the result, about d^2 / 2, is below the rounding error of exp(-d)
     return torch.expm1(-d) + d
 
 
@@ -365,8 +368,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so left out under no_grad. It has no gradient and comes last: the second
-            # pass, which checkpoint makes in backward, ends before it.
+            # Only logged, so left out under no_grad. Detached and last, so it is computed once: in
+            # backward, checkpoint computes again only up to the last tensor that is needed.
             # For an entropy bonus, drop the detach, and train all rows
             # (grpo.py and reinforce.py leave out those with advantage 0).
             constant = logprobs.detach()
@@ -390,8 +393,8 @@ def rollout_logprobs(model, samples, minibatches, temperature):
     """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
 
     A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
-    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. Cut
-    differently, the KL to the reference would not be 0 in step 1, nor the first ratio 1.
+    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. With
+    others, rounding alone would keep the first KL from 0 and the first ratio from 1.
     """
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
@@ -403,16 +406,16 @@ def rollout_logprobs(model, samples, minibatches, temperature):
 
 
 def make_critic(policy, critic_path, tokenizer, args, world):
-    """-> (critic, trunk, head). `critic` is what the critic's optimizer trains. The trunk turns a
-    text into states; the head turns the state that predicts a_t into V(s_t). critic_path is the
-    folder that a separate critic starts from, and "" for a shared one.
+    """-> (critic, trunk, head). V = head(trunk(text)), and `critic` is the part of these that the
+    critic's optimizer trains. The state that predicts a_t gives V(s_t). critic_path is the folder
+    that a separate critic starts from, and "" for a shared one (and with --steps 0).
 
                               critic               trunk                          head
-        separate              a second model       the same                       its scalar layer
+        separate              a second model       that model                     its scalar layer
           with --lora_rank    adapters and head    policy with other adapters     a new linear layer
         shared                head                 the policy                     a new linear layer
 
-    The head starts at 0. That of a reward model would be far off: it learned on finished texts.
+    The head starts at 0. A reward model's head would be far off: it has only seen finished texts.
     """
     if critic_path and not args.lora_rank:
         common.say(f"critic: separate, from {critic_path}")
@@ -530,7 +533,8 @@ def take_step(models, optimizers, args, world, step):
     policy = models["policy"]
     critic = models["critic"]
     if (args.critic == "shared" or args.lora_rank) and world.size > 1:
-        # such a critic (a head, or adapters) is outside of what FSDP sums over the processes
+        # Such a critic (a head, or adapters) is no part of a model that FSDP has, so FSDP does not
+        # sum its gradients.
         common.sum_gradients(critic)
     norm = common.clip_gradients(policy, args.max_grad_norm)
     critic_norm = common.clip_gradients(critic, args.max_grad_norm)
@@ -564,7 +568,7 @@ def train(args):
     with common.guarded(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
         critic, trunk, head = make_critic(policy, critic_path, tokenizer, args, world)
-        # whether the completions of a prompt share one forward of it, in training
+        # in training, may a prompt be computed once for all its completions?
         share_prompts = common.can_share_prompts([policy, trunk], args, world)
         reference = common.load_reference(ref_path, world, policy) if ref_path else None
         models = {"policy": policy, "critic": critic}
@@ -592,8 +596,8 @@ def train(args):
             )
             sampling_ended = time.perf_counter()
 
-            # 2. Mini-batches (an optimizer update each) of micro-batches (a forward each), cut once
-            #    for all epochs: a row's old and new log-probabilities come from equal forwards.
+            # 2. Mini-batches (an optimizer update each) of micro-batches (a forward each). Cut
+            #    once: so a row's old and new log-probabilities come from forwards of one shape.
             mask = samples.mask
             weights = torch.zeros_like(samples.logprobs)  # [B, C]
             minibatches = []
@@ -631,7 +635,7 @@ def train(args):
             tried_updates = 0
             for parts in shuffled_epochs(minibatches, args, step):
                 is_first = not grad_norms  # no update of this rollout yet: pi is pi_old
-                moved = 0.0  # sums up to KL(pi_old || pi) of this mini-batch, before its update
+                moved = 0.0  # becomes KL(pi_old || pi) on this mini-batch, before its update
                 for rows in parts:
                     flags = {"policy_learns": policy_learns, "is_first": is_first}
                     moved += add_gradients(policy, trunk, head, batch, rows, args, meter, **flags)
@@ -672,7 +676,7 @@ def train(args):
 
         if args.steps:
             common.save_model(policy, tokenizer, out / "model", world)
-    example = common.usage(out, tokenizer, prompts[0][1]["prompt"], args)
+    example = common.line_to_try(out, tokenizer, prompts[0][1]["prompt"], args)
     common.conclude(out, args, writer, bar, example)
 
 
@@ -720,8 +724,8 @@ def shuffled_epochs(minibatches, args, step):
     """The mini-batches of all epochs, each epoch in an order of its own."""
     updates = []
     for epoch in range(args.epochs):
-        # The seed has no rank: all processes must take the same mini-batch. They agreed on its
-        # divisors and its number of parts.
+        # No rank in the seed: all processes take the k-th mini-batch together, because its number
+        # of parts, and what its loss is divided by, are common to all.
         shuffle = random.Random(common.fold(args.seed, step, epoch, common.PASS))
         updates += shuffle.sample(minibatches, len(minibatches))
     return updates
@@ -732,11 +736,11 @@ def micro_batches(rows, trained, samples, tokens, world):
 
     trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
     (padding included, a shared prompt counted once); a row that is longer is a part of its own.
-    Here a group is the rows that share the forward of a prompt; if none do, each row is one. Groups
-    stay whole where they fit, and those of like length come together.
+    Here a group is the rows that share one forward of their prompt; without sharing, a single row.
+    Groups stay whole where they fit, and those of like length come together.
 
     FSDP needs equally many parts in all processes. A process that has fewer adds parts of one row:
-    one that is not trained (its weights are 0), or else one taken from its fullest part.
+    a row that is not trained (its weights are 0), or else one moved from its fullest part.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -795,10 +799,10 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, eval/exact. Each process
     takes its share."""
     mine = held_out[world.rank :: world.size]
-    # as many at once as a rollout has, or as make 8192 tokens; at most 256
+    # a rollout's number, or that of 8192 tokens if that is more; at most 256
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     at_once = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
-    rules = common.rules_that_fit(reward, held_out)  # {name in the log: function}
+    rules = common.rules_that_fit(reward, held_out)  # {name in the log: rule}
     meter = common.Meter()
     starts = range(0, math.ceil(len(held_out) / world.size), at_once)
     for start in common.under_way(starts, world, stop_asked):
@@ -825,7 +829,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
 
 def count_right(texts, records, rule):
     """How many texts of each record are right by `rule`; 0 for records without
-    an answer. Every record has one text, or more with grpo.py's --eval_samples."""
+    an answer. The texts come record by record, one for each or (grpo.py's
+    --eval_samples) several."""
     n = len(texts) // len(records)
     right = torch.zeros(len(records))
     for i, text in enumerate(texts):
@@ -849,8 +854,8 @@ def number(completion, row):
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
     Dollar signs, a final dot and commas between thousands do not matter: "1,234" is one number,
-    "1,2,3" are three. Nor do zeros that end a decimal: Decimals compare by value."""
-    whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+    "1,2,3" are three. Zeros that end a decimal do not matter either: 1.50 equals 1.5."""
+    whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # 1,234 or 1234
     # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"
     found = re.findall(pattern, str(text).replace("$", ""))
@@ -876,14 +881,14 @@ def load_task(args, world):
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)
     reference_config = common.reference_config(args, tokenizer)
     reward = common.load_reward(args.reward, RULES, world, date)
-    answer_flag = reward.answer_flag  # the flag that makes "answer" obligatory, or ""
+    answer_flag = reward.answer_flag  # the flag that needs an "answer", for the error; or ""
     prompts = common.load_prompts(args.data, "--data", tokenizer, args, answer_flag)
     held_out = common.load_prompts(args.eval_data, "--eval_data", tokenizer, args, answer_flag)
     common.check_answers(reward, prompts + held_out)
     longest = max(len(ids) for ids, _ in prompts + held_out)
-    args = common.fit_context(args, longest, config, reference_config)
+    args = common.limit_to_context(args, longest, config, reference_config)
     if reward.is_model:
-        args = common.fit_reward_model(args, tokenizer, prompts + held_out)
+        args = common.limit_to_reward_model(args, tokenizer, prompts + held_out)
     critic_path = ""
     if args.critic == "separate" and args.steps:
         critic_path = critic_folder(args, config, tokenizer, longest, reward.is_model)

@@ -112,8 +112,8 @@ class Args:
     """training prompts: JSON lines with "prompt" (or "question") and usually "answer" (None: the
     bundled task, if --model is the bundled model)"""
     eval_data: str | None = None
-    """held-out prompts, as --data (not given: those of the bundled task; with other --data, nothing
-    is held out)"""
+    """held-out prompts, as --data (None: the bundled ones
+    if --data is the bundled task, else none)"""
     reward: str = "exact"
     """exact | number | none (the KL penalty alone) | FILE.py:function(completion, row) -> float |
     a reward model's folder"""
@@ -134,7 +134,7 @@ class Args:
     samples_per_prompt: int | None = None
     """completions drawn for each prompt (None: 8, and 1 with --demos)"""
     max_new_tokens: int = 512
-    """a completion is cut here; at most what the model's context has room for"""
+    """most tokens of a completion; lowered to what the model's context has room for"""
     temperature: float = 1.0
     """of sampling, and of every log-probability: the policy is softmax(logits / temperature)"""
     baseline: Literal["none", "batch", "prompt", "loo"] | None = None
@@ -182,12 +182,14 @@ class Args:
     resume: bool = False
     """go on with the run in --out; flags that are not given are those of the run"""
     seed: int = 1
-    """decides the order of prompts and what is drawn"""
+    """decides every random choice"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """compute type (auto: bfloat16 on a GPU, float32 on a CPU); trained weights stay float32.
-    On a CPU bfloat16 saves memory, and time where /proc/cpuinfo lists avx512_bf16 or amx"""
+    """compute type (auto: bfloat16 on a GPU, float32 on a
+    CPU); trained weights stay float32. On a CPU bfloat16 saves
+    memory. It is faster, too, if /proc/cpuinfo lists
+    avx512_bf16 or amx"""
     eval_every: int = 50
     """steps between scores on --eval_data; 0: never"""
     eval_rows: int = 0
@@ -346,12 +348,11 @@ def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
     of p.
 
-    The scripts measure with it. Only the KL penalty of grpo.py trains p with
-    it, by default times the ratio: without the ratio its expected gradient is
-    that of KL(other || p). The two agree only where p is near other.
+    It is only logged, except in the KL penalty of grpo.py, which trains p
+    with it (`update_loss` there says which KL has that gradient).
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
-    # expm1: the sum is about d^2 / 2, for small d less than exp(-d) is rounded by
+    # expm1: for small d the result, about d^2 / 2, is below the rounding error of exp(-d)
     return torch.expm1(-d) + d
 
 
@@ -380,8 +381,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so left out under no_grad. It has no gradient and comes last: the second
-            # pass, which checkpoint makes in backward, ends before it.
+            # Only logged, so left out under no_grad. Detached and last, so it is computed once: in
+            # backward, checkpoint computes again only up to the last tensor that is needed.
             # For an entropy bonus, drop the detach, and train all rows
             # (grpo.py and reinforce.py leave out those with advantage 0).
             constant = logprobs.detach()
@@ -405,8 +406,8 @@ def rollout_logprobs(model, samples, minibatches, temperature):
     """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
 
     A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
-    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. Cut
-    differently, the KL to the reference would not be 0 in step 1, nor the first ratio 1.
+    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. With
+    others, rounding alone would keep the first KL from 0 and the first ratio from 1.
     """
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
@@ -468,7 +469,7 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    frozen = int(reward.is_model)  # a reward model; `introduce` counts its memory
+    frozen = int(reward.is_model)  # beside the reference; for the memory that is printed
     writer, bar = common.introduce(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen, reference=ref_path
     )
@@ -501,8 +502,8 @@ def train(args):
             )
             sampling_ended = time.perf_counter()
 
-            # 2. Mini-batches (an optimizer update each) of micro-batches (a forward each), cut once
-            #    for all epochs: a row's old and new log-probabilities come from equal forwards.
+            # 2. Mini-batches (an optimizer update each) of micro-batches (a forward each). Cut
+            #    once: so a row's old and new log-probabilities come from forwards of one shape.
             trained = rows_to_train(scores, samples.mask, args, world)  # [B]
             size = args.tokens_per_micro_batch
             minibatches = []
@@ -572,7 +573,7 @@ def train(args):
 
         if args.steps:
             common.save_model(policy, tokenizer, out / "model", world)
-    example = common.usage(out, tokenizer, prompts[0][1]["prompt"], args)
+    example = common.line_to_try(out, tokenizer, prompts[0][1]["prompt"], args)
     common.conclude(out, args, writer, bar, example)
 
 
@@ -626,8 +627,8 @@ def shuffled_epochs(minibatches, args, step):
     """The mini-batches of all epochs, each epoch in an order of its own."""
     updates = []
     for epoch in range(args.epochs):
-        # The seed has no rank: all processes must take the same mini-batch. They agreed on its
-        # divisors and its number of parts.
+        # No rank in the seed: all processes take the k-th mini-batch together, because its number
+        # of parts, and what its loss is divided by, are common to all.
         shuffle = random.Random(common.fold(args.seed, step, epoch, common.PASS))
         updates += shuffle.sample(minibatches, len(minibatches))
     return updates
@@ -638,11 +639,11 @@ def micro_batches(rows, trained, samples, tokens, world):
 
     trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
     (padding included, a shared prompt counted once); a row that is longer is a part of its own.
-    Here a group is the rows that share the forward of a prompt; if none do, each row is one. Groups
-    stay whole where they fit, and those of like length come together.
+    Here a group is the rows that share one forward of their prompt; without sharing, a single row.
+    Groups stay whole where they fit, and those of like length come together.
 
     FSDP needs equally many parts in all processes. A process that has fewer adds parts of one row:
-    one that is not trained (its weights are 0), or else one taken from its fullest part.
+    a row that is not trained (its weights are 0), or else one moved from its fullest part.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -689,10 +690,10 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, eval/exact. Each process
     takes its share."""
     mine = held_out[world.rank :: world.size]
-    # as many at once as a rollout has, or as make 8192 tokens; at most 256
+    # a rollout's number, or that of 8192 tokens if that is more; at most 256
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     at_once = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
-    rules = common.rules_that_fit(reward, held_out)  # {name in the log: function}
+    rules = common.rules_that_fit(reward, held_out)  # {name in the log: rule}
     meter = common.Meter()
     starts = range(0, math.ceil(len(held_out) / world.size), at_once)
     for start in common.under_way(starts, world, stop_asked):
@@ -719,7 +720,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
 
 def count_right(texts, records, rule):
     """How many texts of each record are right by `rule`; 0 for records without
-    an answer. Every record has one text, or more with grpo.py's --eval_samples."""
+    an answer. The texts come record by record, one for each or (grpo.py's
+    --eval_samples) several."""
     n = len(texts) // len(records)
     right = torch.zeros(len(records))
     for i, text in enumerate(texts):
@@ -743,8 +745,8 @@ def number(completion, row):
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
     Dollar signs, a final dot and commas between thousands do not matter: "1,234" is one number,
-    "1,2,3" are three. Nor do zeros that end a decimal: Decimals compare by value."""
-    whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+    "1,2,3" are three. Zeros that end a decimal do not matter either: 1.50 equals 1.5."""
+    whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # 1,234 or 1234
     # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"
     found = re.findall(pattern, str(text).replace("$", ""))
@@ -770,7 +772,7 @@ def load_task(args, world):
     tokenizer = common.load_tokenizer(args.model, args.template_args, date)
     reference_config = common.reference_config(args, tokenizer)
     reward = common.load_reward(args.reward, RULES, world, date)
-    answer_flag = reward.answer_flag  # the flag that makes "answer" obligatory, or ""
+    answer_flag = reward.answer_flag  # the flag that needs an "answer", for the error; or ""
     if args.demos:
         prompts = common.load_prompts(args.demos, "--demos", tokenizer, args, "a demonstration")
     else:
@@ -779,13 +781,13 @@ def load_task(args, world):
     judged = held_out if args.demos else prompts + held_out
     common.check_answers(reward, judged)
     longest = max(len(ids) for ids, _ in prompts + held_out)
-    args = common.fit_context(args, longest, config, reference_config)
+    args = common.limit_to_context(args, longest, config, reference_config)
     scored = prompts + held_out
     if args.demos:
         prompts = encode_answers(prompts, tokenizer, args)
         scored = held_out
     if reward.is_model and scored:
-        args = common.fit_reward_model(args, tokenizer, scored)
+        args = common.limit_to_reward_model(args, tokenizer, scored)
     # with --steps 0 and no --data, the held-out prompts stand in
     return args, tokenizer, reward, prompts or held_out, held_out
 

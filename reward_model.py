@@ -150,7 +150,7 @@ class Args:
     """auto takes the GPU if there is one"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """compute type (auto: bfloat16 on a GPU, float32 on a CPU); trained weights stay float32.
-    On a CPU bfloat16 saves memory, and time where /proc/cpuinfo lists avx512_bf16 or amx"""
+    On a CPU bfloat16 saves memory. It is faster, too, if /proc/cpuinfo lists avx512_bf16 or amx"""
     eval_every: int = 75
     """steps between scores on --eval_data; 0: never"""
     eval_rows: int = 0
@@ -426,7 +426,7 @@ def train(args):
             )
         if metrics:
             common.log(out, writer, args.steps, metrics)
-    common.conclude(out, args, writer, bar, usage(out, reader, first_text))
+    common.conclude(out, args, writer, bar, line_to_try(out, reader, first_text))
 
 
 # -- A first reading may end here: batches, held-out scores, unit scale, best-of-N, pairs, rewards
@@ -441,8 +441,8 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     together, to save padding.
 
     FSDP needs equally many parts in all processes. A process that has fewer takes a pair from its
-    fullest part and makes it a part of its own. (All processes have equally many pairs. So one with
-    fewer parts than another has fewer parts than pairs, and its fullest part has two or more.)
+    fullest part and makes it a part of its own. (Every process has N pairs and at most N parts. One
+    with fewer parts than another has fewer than N, so one of its parts has two pairs.)
     """
     # what a pair takes, in tokens
     copies = 1 if share_prompts else 2
@@ -450,6 +450,7 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     of_sides = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
 
     def fits(part):
+        # prompts and sides are padded apart
         longest_prompt = max(of_prompt[i] for i in part)
         longest_sides = max(of_sides[i] for i in part)
         return len(part) * (longest_prompt + longest_sides) <= tokens
@@ -471,8 +472,8 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
 
 
 def share_of_process(pairs, world):
-    """Every world.size-th pair. All processes get equally many: some of the first pairs come again,
-    and `in_order` drops their later results."""
+    """Every world.size-th pair. So that all processes get equally many, some of the first pairs are
+    repeated at the end, and `in_order` drops the repetitions."""
     count = math.ceil(len(pairs) / world.size)
     return [pairs[(world.rank + i * world.size) % len(pairs)] for i in range(count)]
 
@@ -481,7 +482,7 @@ def in_order(results, count, world):
     """results [.., 2] for the pairs that `share_of_process` gave each process -> those of all
     `count` pairs in their order, [count, 2] on the CPU, in every process."""
     everyone = common.all_gather(world, results.to(world.device)).cpu()
-    by_process = everyone.view(world.size, -1, 2)
+    by_process = everyone.view(world.size, -1, 2)  # [rank, i]: pair i * world.size + rank
     return by_process.transpose(0, 1).reshape(-1, 2)[:count]
 
 
@@ -612,7 +613,7 @@ def print_best_of(metrics, args, world):
         print(*cells)
 
 
-def usage(out, tokenizer, first_text):
+def line_to_try(out, tokenizer, first_text):
     """The line of Python that scores a text with the trained model."""
     text = "prompt and answer as the first text above"
     if len(first_text) < 100:
@@ -708,8 +709,8 @@ def number(completion, row):
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
     Dollar signs, a final dot and commas between thousands do not matter: "1,234" is one number,
-    "1,2,3" are three. Nor do zeros that end a decimal: Decimals compare by value."""
-    whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+    "1,2,3" are three. Zeros that end a decimal do not matter either: 1.50 equals 1.5."""
+    whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # 1,234 or 1234
     # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"
     found = re.findall(pattern, str(text).replace("$", ""))
@@ -791,14 +792,14 @@ def load_best_of(args, tokenizer, world):
         # as the reward model reads it, without the end
         read = len(common.encode_answer(tokenizer, record["prompt"], "")) - 1
         longest = max(longest, read, len(ids))
-    args = common.fit_context(args, longest, common.scalar_config(args.model), config)
+    args = common.limit_to_context(args, longest, common.scalar_config(args.model), config)
 
     lacking = [record["prompt"] for _, record in prompts if not common.has_answer(record)]
     reward = None
     if args.reward not in ("exact", "number") or not lacking:
         reward = common.load_reward(args.reward, RULES, world, date)
         if reward.is_model:
-            args = common.fit_reward_model(args, policy_tokenizer, prompts)
+            args = common.limit_to_reward_model(args, policy_tokenizer, prompts)
     elif len(lacking) < len(prompts):
         without = f"the one with prompt {lacking[0]!r:.100}"
         fail(f'--eval_prompts: some rows have an "answer", but not {without}')
