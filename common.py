@@ -1,7 +1,7 @@
 """What the five scripts share: loading, sampling, and a run's bookkeeping. No algorithm lives here.
 
 LOADING
-    Processes and seeds    say, fail, Stop, World, start, fold, all_sum, all_gather
+    Processes and seeds    say, fail, Stop, World, start, seed_from, all_sum, all_gather
     The user's input       read_flags, check_flags, read_json, run_date
     Text to token ids      load_tokenizer, encode_prompt, encode_completion, load_prompts
     Configs                read_config, context_of, limit_to_context, limit_to_reward_model
@@ -10,7 +10,7 @@ LOADING
     Rewards                load_reward, rules_that_fit, check_answers, load_function, load_scorer
 SAMPLING
     Completions            Samples, sample, as_samples
-    Evaluation             rows_at_once, under_way, scores_if_due
+    Evaluation             rows_at_once, until_stopped, scores_if_due
     One token on a GPU     CapturedStep
     States and logits      completion_states, hidden_states, logits_of, can_share_prompts
 A RUN
@@ -18,8 +18,8 @@ A RUN
     Folder                 open_run
     Checkpoints            save_if_due, save_best, take_up, load_checkpoint
     The order of the data  rows_of_step
-    Log and console        introduce, Mean, Meter, log, conclude
-    The end                guarded, catch_signals
+    Log and console        begin_log, Mean, Meter, log, conclude
+    The end                short_errors, catch_signals
 
 Shapes: B rows, P prompt columns, C completion columns, V vocabulary. Prompts are padded on the
 left, so all completions start in the same column; completions are padded on the right.
@@ -172,7 +172,7 @@ def is_sharded(world):
 ORDER, DRAW, CUT, PASS, EVAL = range(5)
 
 
-def fold(*numbers):
+def seed_from(*numbers):
     """One seed made of several numbers. The random choices of a step are drawn from seeds made of
     numbers such as --seed, step and rank, so a resumed run has no generator state to restore."""
     digest = hashlib.sha256(repr(tuple(int(n) for n in numbers)).encode()).digest()
@@ -1299,8 +1299,8 @@ def rows_at_once(held_out, max_new_tokens, rows=1):
     return max(1, min(256, max(rows, 8192 // longest)))
 
 
-def under_way(parts, world, stop_asked=None):
-    """Yields the parts of an evaluation under a progress bar. After a signal it raises `Ended`.
+def until_stopped(parts, world, stop_asked=None):
+    """Yields the parts of an evaluation, under a progress bar. After a signal it raises `Ended`.
     Every process must have equally many parts: they ask each other around each one."""
 
     def end_if_asked():
@@ -2187,7 +2187,7 @@ UNSAVED = []  # a function that saves the last step made, if --save_every has pa
 def save_if_due(out, args, world, step, models, optimizers, stop_asked):
     """A checkpoint every --save_every steps, after the last step and after a signal. All
     processes are asked, because a signal may reach only one. A step that is not saved here is
-    saved by `guarded` if the next one's reward fails."""
+    saved by `short_errors` if the next one's reward fails."""
     UNSAVED.clear()
     stopping = all_sum(world, stop_asked())[0] > 0
     last = step == args.steps
@@ -2302,7 +2302,7 @@ def rows_of_step(count, step, rows, world, seed):
 
 def nth_row(count, i, seed):
     """Element i of the endless sequence of shuffled copies of range(count)."""
-    return shuffled(count, fold(seed, i // count, ORDER))[i % count]
+    return shuffled(count, seed_from(seed, i // count, ORDER))[i % count]
 
 
 @functools.lru_cache(maxsize=2)
@@ -2411,7 +2411,7 @@ AT_A_GLANCE = {  # TensorBoard's tab "Custom Scalars"
 }
 
 
-def introduce(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0, reference=""):
+def begin_log(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0, reference=""):
     """Prints the model, its memory and the first text before a model is loaded -> (writer, bar) on
     the first process, (None, None) on the others. reference: the path of one that stays loaded."""
     if world.rank > 0:
@@ -2677,7 +2677,7 @@ def line_to_try(out, tokenizer, prompt, args):
 
 
 @contextlib.contextmanager
-def guarded(out, args, bar):
+def short_errors(out, args, bar):
     """A run that cannot go on ends with a sentence and the command that resumes it, exit
     status 1. The last checkpoint is whole: only a finished one replaces it."""
     try:

@@ -335,19 +335,19 @@ def train(args):
     stop_asked = common.catch_signals(args.steps)
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
-    # the first text of the run, which `introduce` shows: prompt and chosen side of a pair, or else
+    # the first text of the run, which `begin_log` shows: prompt and chosen side of a pair, or else
     # a prompt
     texts = pairs + held_out + [(ids, []) for ids, _ in prompts]
     first_prompt, first_side = texts[0][:2]
     first_text = first_prompt + first_side
-    # Models held at a time, for the memory that `introduce` prints. With --steps 0 the policy is
+    # Models held at a time, for the memory that `begin_log` prints. With --steps 0 the policy is
     # frozen, and --reference is beside it if there are pairs to score. With training, the reference
     # is gone before the policy has gradients.
     learning_models = int(args.steps > 0)
     frozen_models = int(reward is not None and reward.is_model)
     if not args.steps:
         frozen_models += 2 if args.reference and held_out else 1
-    writer, bar = common.introduce(
+    writer, bar = common.begin_log(
         out, args, world, tokenizer, first_text, done_steps, learning_models, frozen_models
     )
     if pairs:
@@ -355,7 +355,7 @@ def train(args):
         passes = drawn / len(pairs)
         common.say(f"{drawn} pairs will be drawn from {len(pairs)}, {passes:.1f} passes")
 
-    with common.guarded(out, args, bar):
+    with common.short_errors(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
         # True if a forward may compute a prompt once for both sides. That is faster on a CPU. It is
         # tried there, and kept if the numbers agree. Without training the trial is not worth it.
@@ -514,7 +514,7 @@ def score_pairs(model, tokenizer, pairs, share_prompts, args, world, stop_asked=
     mine = share_of_process(pairs, world)
     logprobs = torch.zeros(len(mine), 2)
     parts = micro_batches_of_pairs(mine, share_prompts, args.tokens_per_micro_batch, world)
-    for part in common.under_way(parts, world, stop_asked):
+    for part in common.until_stopped(parts, world, stop_asked):
         few = [mine[i] for i in part]
         logprobs[part] = pair_logprobs(model, tokenizer, few, share_prompts, world).cpu()
     common.forget_forwards(model)  # FSDP expects a backward after a forward; none follows
@@ -608,8 +608,8 @@ def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world,
 
 def evaluate(policy, tokenizer, prompts, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, by --reward, and eval/exact,
-    the share of right answers (with --reward number the name stays, and `number` judges). Each
-    process takes its share of the prompts."""
+    the share of right answers (also if `number` judges them, with --reward number). Each process
+    takes its share of the prompts."""
     mine = prompts[world.rank :: world.size]
     longest = max((len(ids) for ids, _ in prompts), default=0) + args.max_new_tokens
     # 4 micro-batches at once: their keys and values take less memory than training on one
@@ -620,7 +620,7 @@ def evaluate(policy, tokenizer, prompts, reward, args, world, stop_asked=None):
     rules = common.rules_that_fit(reward, prompts) if prompts else {}
     meter = common.Meter()
     starts = range(0, math.ceil(len(prompts) / world.size), at_once)
-    for start in common.under_way(starts, world, stop_asked):
+    for start in common.until_stopped(starts, world, stop_asked):
         # FSDP: a process with no prompts left must still sample; its results do not count
         is_counted = start < len(mine)
         part = mine[start : start + at_once] or prompts[:1]

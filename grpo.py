@@ -23,8 +23,8 @@ update per rollout the clip does nothing.
     GRPO as published   --aggregate sequence --beta 0.04 --kl k3
                         (mean over tokens, then completions)
     DAPO                --drop_equal_groups --mask_truncated --clip_high 0.28 --minibatches 4
-                        (unlike DAPO: no penalty on length; 4 updates a rollout, not 16; one
-                        draw of twice the prompts, not as many draws as fill the batch)
+                        (DAPO also has a penalty on length, makes 16 updates a rollout, and
+                        draws until the batch is full; here twice the prompts are drawn, once)
     Dr. GRPO            --scale none --aggregate constant   no divisor depends on the samples
     GSPO                --ratio sequence --minibatches 4    one ratio for a whole completion
 
@@ -46,10 +46,11 @@ What is biased:
   * The divisors of --aggregate token and sequence depend on the samples (`token_weights`).
   * The KL term is each token's KL given the text before it. How a token
     changes the KL of later ones gets no gradient. (reinforce.py counts
-    that: there log pi - log ref is in the reward.) The gradient is that of
-        KL(pi || ref)   as it stands in (4), which is the default, for any
-                        pi_old; but of no KL with --ratio sequence
-        KL(ref || pi)   without rho_t, --kl k3, and only while pi is pi_old
+    that: there log pi - log ref is in the reward.) Its gradient is
+      - with --kl k3_ratio, the default, that of KL(pi || ref), for any
+        pi_old; with --ratio sequence, that of no KL;
+      - with --kl k3, which is (4) without rho_t, that of KL(ref || pi),
+        and only while pi is pi_old.
   * --keep_max, --mask_truncated and --drop_equal_groups select samples by what came out.
   * With several updates: the clip. And the ratio (2) corrects for the token only: the text before
     it is still one that pi_old drew.
@@ -143,7 +144,8 @@ class Args:
     sequence: its completion's length x the number of completions;
     token: the number of tokens;
     constant: the number of completions x --max_new_tokens.
-    Only constant counts what --mask_truncated leaves out
+    Completions that --mask_truncated leaves out are counted
+    by constant alone.
     (None: token; with --ratio sequence: sequence)"""
     beta: float = 0.0
     """weight of the KL penalty in the loss; at 0 no reference model is loaded"""
@@ -308,8 +310,8 @@ def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
     of p.
 
-    It is only logged, except in the KL penalty of grpo.py, which trains p
-    with it (`update_loss` there says which KL has that gradient).
+    ppo.py and reinforce.py only log it. grpo.py also trains p with it: its
+    `update_loss` says which KL has that gradient.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     # expm1: for small d the result, about d^2 / 2, is below the rounding error of exp(-d)
@@ -343,8 +345,8 @@ def has_gradient(weights, advantages, beta):
     """Which rows have a gradient: weights [rows, C], advantages [rows] -> [rows].
 
     Rows with advantage 0 have none, unless the loss has another term: here the KL. (If you add an
-    entropy bonus, change this.) Rows without a gradient need no forward. Leaving them out changes
-    nothing, because `token_weights` has counted them.
+    entropy bonus, change this.) Rows without a gradient need no forward. Leaving them out does not
+    change the gradient, because `token_weights` has counted them.
     """
     factors = weights if beta else weights * advantages[:, None]
     return (factors != 0).any(1)
@@ -400,8 +402,8 @@ def rollout_logprobs(model, samples, minibatches, temperature):
     """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
 
     A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
-    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. With
-    others, rounding alone would keep the first KL from 0 and the first ratio from 1.
+    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. In
+    others, rounding alone would make a rollout's first ratio differ from 1, and step 1's KL from 0.
     """
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
@@ -486,12 +488,12 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    frozen = int(reward.is_model)  # beside the reference; for the memory that is printed
-    writer, bar = common.introduce(
+    frozen = int(reward.is_model)  # frozen models beside the reference, for the memory
+    writer, bar = common.begin_log(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen, reference=ref_path
     )
 
-    with common.guarded(out, args, bar):
+    with common.short_errors(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
         # training computes a prompt once for its n completions, if the model's cache allows it
         share_prompts = common.can_share_prompts([policy], args, world)
@@ -623,7 +625,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
         n=n,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
-        seed=common.fold(args.seed, step, world.rank, common.DRAW),
+        seed=common.seed_from(args.seed, step, world.rank, common.DRAW),
     )
     records = [prompts[indices[i // n]][1] for i in range(len(samples.texts))]
     scores = reward.score(samples, records)  # the reward and its parts
@@ -656,7 +658,9 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
 def shuffled_groups(args, world, step):
     """The rows of each mini-batch: whole groups (the completions of a prompt) in random order."""
     n = args.samples_per_prompt
-    generator = torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
+    generator = torch.Generator().manual_seed(
+        common.seed_from(args.seed, step, world.rank, common.CUT)
+    )
     groups = torch.randperm(args.prompts_per_step // world.size, generator=generator)
     for part in groups.view(args.minibatches, -1):
         yield (part[:, None] * n + torch.arange(n)).flatten().tolist()
@@ -668,7 +672,7 @@ def shuffled_epochs(minibatches, args, step):
     for epoch in range(args.epochs):
         # No rank in the seed: all processes take the k-th mini-batch together, because its number
         # of parts, and what its loss is divided by, are common to all.
-        shuffle = random.Random(common.fold(args.seed, step, epoch, common.PASS))
+        shuffle = random.Random(common.seed_from(args.seed, step, epoch, common.PASS))
         updates += shuffle.sample(minibatches, len(minibatches))
     return updates
 
@@ -727,21 +731,21 @@ def micro_batches(rows, trained, samples, tokens, world):
 
 def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of held-out prompts, of greedy completions: eval/reward, and eval/exact, the share of
-    right answers (with --reward number the name stays, and `number` judges); with --eval_samples
+    right answers (also if `number` judges them, with --reward number); with --eval_samples
     eval/pass@K, too. Each process takes its share."""
     n = args.eval_samples
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < n]
     if n:
         ks.append(n)
     mine = held_out[world.rank :: world.size]
-    # completions at once: a rollout's, or those of 8192 tokens if that is more; at most 256
+    # completions at once: as many as in a rollout or in 8192 tokens, the larger; at most 256
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     rows = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     prompts_at_once = max(rows // max(n, 1), 1)  # each with n completions
     rules = common.rules_that_fit(reward, held_out)  # {name in the log: rule}
     meter = common.Meter()
     starts = range(0, math.ceil(len(held_out) / world.size), prompts_at_once)
-    for start in common.under_way(starts, world, stop_asked):
+    for start in common.until_stopped(starts, world, stop_asked):
         # FSDP: a process with no prompts left must still sample; its results do not count
         is_counted = start < len(mine)
         part = mine[start : start + prompts_at_once] or held_out[:1]
@@ -770,7 +774,9 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
             n=n,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
-            seed=common.fold(args.seed, start, world.rank, common.EVAL),  # the same in every step
+            seed=common.seed_from(
+                args.seed, start, world.rank, common.EVAL
+            ),  # the same in every step
         ).texts
         right = count_right(texts, records, reward.rule)
         for k in ks:

@@ -348,8 +348,8 @@ def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
     of p.
 
-    It is only logged, except in the KL penalty of grpo.py, which trains p
-    with it (`update_loss` there says which KL has that gradient).
+    ppo.py and reinforce.py only log it. grpo.py also trains p with it: its
+    `update_loss` says which KL has that gradient.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     # expm1: for small d the result, about d^2 / 2, is below the rounding error of exp(-d)
@@ -406,8 +406,8 @@ def rollout_logprobs(model, samples, minibatches, temperature):
     """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
 
     A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
-    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. With
-    others, rounding alone would keep the first KL from 0 and the first ratio from 1.
+    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. In
+    others, rounding alone would make a rollout's first ratio differ from 1, and step 1's KL from 0.
     """
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
@@ -469,12 +469,12 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    frozen = int(reward.is_model)  # beside the reference; for the memory that is printed
-    writer, bar = common.introduce(
+    frozen = int(reward.is_model)  # frozen models beside the reference, for the memory
+    writer, bar = common.begin_log(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen, reference=ref_path
     )
 
-    with common.guarded(out, args, bar):
+    with common.short_errors(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
         # training computes a prompt once for its n completions, if the model's cache allows it
         share_prompts = common.can_share_prompts([policy], args, world)
@@ -599,7 +599,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
             n=n,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
-            seed=common.fold(args.seed, step, world.rank, common.DRAW),
+            seed=common.seed_from(args.seed, step, world.rank, common.DRAW),
         )
         # in training, this many consecutive rows share one forward of their prompt
         samples.rows_per_prompt = n if share_prompts else 1
@@ -617,7 +617,9 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
 def shuffled_groups(args, world, step):
     """The rows of each mini-batch: whole groups (the completions of a prompt) in random order."""
     n = args.samples_per_prompt
-    generator = torch.Generator().manual_seed(common.fold(args.seed, step, world.rank, common.CUT))
+    generator = torch.Generator().manual_seed(
+        common.seed_from(args.seed, step, world.rank, common.CUT)
+    )
     groups = torch.randperm(args.prompts_per_step // world.size, generator=generator)
     for part in groups.view(args.minibatches, -1):
         yield (part[:, None] * n + torch.arange(n)).flatten().tolist()
@@ -629,7 +631,7 @@ def shuffled_epochs(minibatches, args, step):
     for epoch in range(args.epochs):
         # No rank in the seed: all processes take the k-th mini-batch together, because its number
         # of parts, and what its loss is divided by, are common to all.
-        shuffle = random.Random(common.fold(args.seed, step, epoch, common.PASS))
+        shuffle = random.Random(common.seed_from(args.seed, step, epoch, common.PASS))
         updates += shuffle.sample(minibatches, len(minibatches))
     return updates
 
@@ -690,13 +692,13 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, eval/exact. Each process
     takes its share."""
     mine = held_out[world.rank :: world.size]
-    # a rollout's number, or that of 8192 tokens if that is more; at most 256
+    # as many as in a rollout or in 8192 tokens, the larger; at most 256
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     at_once = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     rules = common.rules_that_fit(reward, held_out)  # {name in the log: rule}
     meter = common.Meter()
     starts = range(0, math.ceil(len(held_out) / world.size), at_once)
-    for start in common.under_way(starts, world, stop_asked):
+    for start in common.until_stopped(starts, world, stop_asked):
         # FSDP: a process with no prompts left must still sample; its results do not count
         is_counted = start < len(mine)
         part = mine[start : start + at_once] or held_out[:1]

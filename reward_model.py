@@ -326,7 +326,7 @@ def train(args):
     if reward is not None:
         frozen += int(reward.is_model)
     # says what the run is, with its first text
-    writer, bar = common.introduce(
+    writer, bar = common.begin_log(
         out, args, world, reader, first_text, done_steps, learning, frozen
     )
     head_std = new_head_std(args)
@@ -336,7 +336,7 @@ def train(args):
         head = "new" if head_std else "the folder's"
         common.say(f"{drawn} pairs will be drawn from {len(pairs)}, {passes}; the head is {head}")
 
-    with common.guarded(out, args, bar):
+    with common.short_errors(out, args, bar):
         model = common.load_scalar(
             args.model,
             world,
@@ -508,7 +508,7 @@ def score_all(model, tokenizer, pairs, share_prompts, args, world, stop_asked=No
     scores = torch.zeros(len(mine), 2, dtype=torch.float64)
     if args.steps:
         parts = micro_batches_of_pairs(mine, share_prompts, args.tokens_per_micro_batch, world)
-        for part in common.under_way(parts, world, stop_asked):
+        for part in common.until_stopped(parts, world, stop_asked):
             few = [mine[i] for i in part]
             scores[part] = pair_scores(model, tokenizer, few, share_prompts, world).double().cpu()
         common.forget_forwards(model)  # FSDP expects a backward after a forward
@@ -577,7 +577,7 @@ def report_best_of(model, tokenizer, policy_tokenizer, prompts, reward, args, wo
             n=M,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
-            seed=common.fold(args.seed, start, world.rank, common.DRAW),
+            seed=common.seed_from(args.seed, start, world.rank, common.DRAW),
         )
         records = [part[i // M][1] for i in range(len(samples.texts))]
         scores = common.score_texts(model, tokenizer, samples.texts, records, world)

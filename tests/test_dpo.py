@@ -382,14 +382,14 @@ def test_without_steps_a_model_is_held_against_the_reference_that_it_started_fro
     data = few_pairs(tmp_path, 16)
     flags = {"eval_data": data, "beta": 0.5}
     trained = run(tmp_path, steps=6, data=data, learning_rate=3e-4, warmup=0, **flags)[-1]
-    introduce = common.introduce
+    begin_log = common.begin_log
     counts = []
 
     def noted(*given, **named):
         counts.append(given[-2:])
-        return introduce(*given, **named)
+        return begin_log(*given, **named)
 
-    monkeypatch.setattr(common, "introduce", noted)
+    monkeypatch.setattr(common, "begin_log", noted)
     flags |= {"steps": 0, "model": str(tmp_path / "run" / "model"), "reference": dpo.Args.model}
     found = run(tmp_path, "evaluated", **flags)[-1]
     for name in ("eval/loss", "eval/margin", "eval/accuracy"):

@@ -419,16 +419,16 @@ def test_a_signal_in_an_evaluation_saves_at_once_and_leaves_it_out(
     """It comes while the first part of step 2's evaluation is computed."""
     asked = []
     inside = [0]
-    honest = common.under_way
+    honest = common.until_stopped
 
-    def under_way(parts, world, stop_asked=None):
+    def until_stopped(parts, world, stop_asked=None):
         inside[0] += 1
         for number, part in enumerate(honest(parts, world, stop_asked), 1):
             if (tmp_path / "run" / "checkpoint" / "000001.pt").exists():
                 asked.append(number)
             yield part
 
-    monkeypatch.setattr(common, "under_way", under_way)
+    monkeypatch.setattr(common, "until_stopped", until_stopped)
     monkeypatch.setattr(common, "catch_signals", lambda steps: lambda: bool(asked))
     monkeypatch.setattr(common, "rows_at_once", lambda *given: 4)
     name = "pairs_test.jsonl" if script in (dpo, reward_model) else "sort_test.jsonl"
@@ -478,7 +478,7 @@ def test_a_signal_in_the_last_part_of_an_evaluation_ends_it_too():
     """It would begin a step otherwise, which may take minutes."""
     seen = []
     with pytest.raises(common.Ended):
-        for part in common.under_way([1, 2], CPU, lambda: len(seen) == 2):
+        for part in common.until_stopped([1, 2], CPU, lambda: len(seen) == 2):
             seen.append(part)
     assert seen == [1, 2]
 
@@ -503,7 +503,7 @@ def test_an_evaluation_shows_its_progress_on_the_first_process_only(monkeypatch)
     monkeypatch.setattr(common, "tqdm", bar)
     for rank in (0, 1):
         world = World(rank, 1, torch.device("cpu"), torch.float32)
-        assert list(common.under_way([1, 2], world)) == [1, 2]
+        assert list(common.until_stopped([1, 2], world)) == [1, 2]
     assert shown == [None, True], "None: in a terminal"
 
 

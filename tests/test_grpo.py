@@ -566,7 +566,7 @@ def plain_greedy(model, prompt, longest, eos):
 
 def plain_pick(count, place, seed):
     """Element `place` of one shuffled copy of range(count) after another."""
-    copy_seed = common.fold(seed, place // count, common.ORDER)
+    copy_seed = common.seed_from(seed, place // count, common.ORDER)
     return random.Random(copy_seed).sample(range(count), count)[place % count]
 
 
@@ -665,7 +665,7 @@ def rollout_written_out(step, f, calls, encoded, rows, pays):
     which must be these and no others."""
 
     def drawn(places, step):
-        seed = common.fold(f.seed, step, 0, common.DRAW)
+        seed = common.seed_from(f.seed, step, 0, common.DRAW)
         wanted = {"prompts": [encoded[i] for i in places], "n": f.samples_per_prompt}
         wanted |= {"max_new_tokens": f.max_new_tokens, "temperature": f.temperature, "seed": seed}
         settings, samples = calls.pop(0)
@@ -697,11 +697,11 @@ def step_written_out(step, f, policy, reference, batch, everything):
         old = [plain_logprobs(policy, c.prompt, c.ids, T)[0] for c in batch]
         ref = [plain_logprobs(reference, c.prompt, c.ids, T)[0] for c in batch]
 
-    generator = torch.Generator().manual_seed(common.fold(f.seed, step, 0, common.CUT))
+    generator = torch.Generator().manual_seed(common.seed_from(f.seed, step, 0, common.CUT))
     cut = torch.randperm(P, generator=generator).view(f.minibatches, -1).tolist()
     updates = []
     for epoch in range(f.epochs):
-        shuffle = random.Random(common.fold(f.seed, step, epoch, common.PASS))
+        shuffle = random.Random(common.seed_from(f.seed, step, epoch, common.PASS))
         updates += shuffle.sample(cut, f.minibatches)
 
     rate = f.learning_rate * SHARES[f.schedule, f.warmup][step - 1]

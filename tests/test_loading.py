@@ -736,7 +736,7 @@ def introduced(folder, tmp_path, **changes):
     args = Namespace(model=str(folder), steps=3, resume=False, out="x")
     args.learning_rate = 1e-6
     args.warmup = 0
-    writer, bar = common.introduce(tmp_path, args, CPU, make_tokenizer(), [5, 6], 0, **changes)
+    writer, bar = common.begin_log(tmp_path, args, CPU, make_tokenizer(), [5, 6], 0, **changes)
     writer.close()
     bar.close()
 
@@ -766,7 +766,7 @@ def test_running_out_of_memory_names_the_flags_that_help(tmp_path):
         ({"max_new_tokens": 9, "sample_rows": 2}, "lower --sample_rows or --max_new_tokens"),
     ):
         args = Namespace(steps=0, out="o", **flags)
-        with pytest.raises(SystemExit) as stopped, common.guarded(tmp_path, args, None):
+        with pytest.raises(SystemExit) as stopped, common.short_errors(tmp_path, args, None):
             raise torch.OutOfMemoryError("no more")
         assert "--tokens_per_micro_batch" in str(stopped.value.code) and words in str(
             stopped.value.code
@@ -1047,7 +1047,7 @@ everywhere = {
     "tensorboard": (common, "log", lambda: largest("tensorboard/*") + 10, second),
     "model": (common, "save_model", lambda: 100_000),
     "tokenizer": (transformers.PreTrainedTokenizerBase, "save_pretrained", lambda: 10),
-    "start": (common, "introduce", lambda: 10),
+    "start": (common, "begin_log", lambda: 10),
 }
 for where, how in everywhere.items():
     os.write(2, f"== {where}\\n".encode())
@@ -1165,7 +1165,7 @@ def test_only_a_run_with_steps_is_told_how_to_go_on(steps, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--beta", "0.1"])
     with (
         pytest.raises(SystemExit) as stopped,
-        common.guarded(tmp_path, types.SimpleNamespace(steps=steps, out="o"), None),
+        common.short_errors(tmp_path, types.SimpleNamespace(steps=steps, out="o"), None),
     ):
         raise common.Stop("no more")
     assert str(stopped.value.code).startswith("error: no more") and (
@@ -1179,7 +1179,7 @@ def test_where_there_are_no_steps_to_finish_the_first_signal_ends_the_run(tmp_pa
         common.catch_signals(0)
         with (
             pytest.raises(SystemExit, match="^stopped at once$"),
-            common.guarded(tmp_path, Namespace(steps=0, out="x"), None),
+            common.short_errors(tmp_path, Namespace(steps=0, out="x"), None),
         ):
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
@@ -1280,7 +1280,7 @@ def test_a_folder_in_which_another_process_works_is_left_alone_until_it_ends(tmp
         other.wait()
     out = common.open_run(Flags(out=str(tmp_path / "run")), "x", CPU)
     assert out in common.HELD
-    with pytest.raises(SystemExit), common.guarded(out, Namespace(steps=1, out="x"), None):
+    with pytest.raises(SystemExit), common.short_errors(out, Namespace(steps=1, out="x"), None):
         raise common.Stop("its end")
     assert out not in common.HELD
 
@@ -1499,9 +1499,11 @@ def test_sharing_is_tried_once_a_model_and_only_where_rows_to_train_have_a_promp
 
 
 def test_folded_seeds_differ_and_repeat():
-    seeds = {common.fold(a, b, c) for a in range(10) for b in range(10) for c in range(10)}
+    seeds = {common.seed_from(a, b, c) for a in range(10) for b in range(10) for c in range(10)}
     assert (
-        len(seeds) == 1000 and common.fold(1, 2, 3) in seeds and all(0 <= s < 2**63 for s in seeds)
+        len(seeds) == 1000
+        and common.seed_from(1, 2, 3) in seeds
+        and all(0 <= s < 2**63 for s in seeds)
     )
 
 
@@ -1544,7 +1546,7 @@ def test_on_gpus_each_process_takes_its_own_and_computes_in_bfloat16(size, monke
 def test_memory_that_runs_out_in_the_self_check_is_no_reason_to_compute_prompts_anew(
     call, folder, monkeypatch
 ):
-    """The plain forward, the prompts' or the completions': `guarded` says which flags help."""
+    """The plain forward, the prompts' or the completions': `short_errors` says which flags help."""
     model, calls, honest = load_policy(folder, CPU), [], common.hidden_states
 
     def full(*a):

@@ -543,12 +543,12 @@ def test_one_step_of_the_script_is_the_step_written_out(kind, whiten, named, tmp
         A = [[(a - mean) / (spread + 1e-4) for a in row] for row in A]
 
     order = torch.randperm(
-        8, generator=torch.Generator().manual_seed(common.fold(1, 1, 0, common.CUT))
+        8, generator=torch.Generator().manual_seed(common.seed_from(1, 1, 0, common.CUT))
     ).view(2, 4)
     sums = collections.Counter()
     norms = {"policy": [], "critic": []}
     for epoch in range(2):
-        for m in random.Random(common.fold(1, 1, epoch, common.PASS)).sample(range(2), 2):
+        for m in random.Random(common.seed_from(1, 1, epoch, common.PASS)).sample(range(2), 2):
             mine, loss, v_loss = order[m].tolist(), 0.0, 0.0
             tokens = sum(len(rows[i][1]) for i in mine)
             for i in mine:

@@ -1109,7 +1109,7 @@ def asked_by_hand(count, step, f):
     """The row numbers of a step: the data is shuffled anew each time that it is used up."""
     numbers = []
     for k in range((step - 1) * f.prompts_per_step, step * f.prompts_per_step):
-        order = random.Random(common.fold(f.seed, k // count, common.ORDER))
+        order = random.Random(common.seed_from(f.seed, k // count, common.ORDER))
         numbers.append(order.sample(range(count), count)[k % count])
     return numbers
 
@@ -1151,7 +1151,7 @@ def step_by_hand(step, policy, reference, f, rows, score, tokenizer, norms):
     if f.demos:
         completions = [[*tokenizer(row["answer"]).input_ids, end] for row in rows]
     else:
-        seed = common.fold(f.seed, step, 0, common.DRAW)
+        seed = common.seed_from(f.seed, step, 0, common.DRAW)
         completions = drawn_by_hand(policy, prompts, f.max_new_tokens, temperature, seed, end)
     texts = [tokenizer.decode([t for t in c if t != end]) for c in completions]
     scores = [1.0 if f.demos else score(text, row) for text, row in zip(texts, rows)]
@@ -1167,12 +1167,12 @@ def step_by_hand(step, policy, reference, f, rows, score, tokenizer, norms):
     # without a KL penalty, rows that teach nothing are not computed and not in what the update logs
     trained = [i for i in range(N) if any(A[i]) or f.beta]
 
-    cut = torch.Generator().manual_seed(common.fold(f.seed, step, 0, common.CUT))
+    cut = torch.Generator().manual_seed(common.seed_from(f.seed, step, 0, common.CUT))
     minibatches = torch.randperm(N // n, generator=cut).view(f.minibatches, -1).tolist()
     losses, first, seen = [], [], {"entropy": [], "ratio": [], "moved": [], "sampler": []}
     begun = len(norms)
     for epoch in range(f.epochs):
-        shuffle = random.Random(common.fold(f.seed, step, epoch, common.PASS))
+        shuffle = random.Random(common.seed_from(f.seed, step, epoch, common.PASS))
         for groups in shuffle.sample(minibatches, f.minibatches):
             loss = torch.zeros(1, dtype=torch.float64)
             for i in [g * n + j for g in groups for j in range(n)]:

@@ -950,7 +950,7 @@ def pairs_by_hand(pairs, step, f):
     """The pairs of a step: the data is shuffled anew each time that it is used up."""
     found = []
     for k in range((step - 1) * f.pairs_per_step, step * f.pairs_per_step):
-        order = random.Random(common.fold(f.seed, k // len(pairs), common.ORDER))
+        order = random.Random(common.seed_from(f.seed, k // len(pairs), common.ORDER))
         found.append(pairs[order.sample(range(len(pairs)), len(pairs))[k % len(pairs)]])
     return found
 
@@ -1017,7 +1017,7 @@ def best_by_hand(model, policy, tokenizer, f, asked):
     size = f.sample_rows // M
     for begin in range(0, len(asked), size):
         rows = [row for row in asked[begin : begin + size] for _ in range(M)]
-        generator = torch.Generator().manual_seed(common.fold(f.seed, begin, 0, common.DRAW))
+        generator = torch.Generator().manual_seed(common.seed_from(f.seed, begin, 0, common.DRAW))
         drawn = [[] for _ in rows]
         for _ in range(f.max_new_tokens):
             u = torch.rand(len(rows), dtype=torch.float64, generator=generator)
