@@ -236,6 +236,15 @@ def test_what_the_pages_say_of_a_gpu_was_measured():
     assert f"{speed[32768] / speed[8192]:.1f} times the speed of 8192" in readme
     assert f"at step {last['grpo.py']} of 400" in readme and "ppo.py" not in last
     assert f"in {memory[32768]:.0f} GiB instead of {memory[8192]:.0f}" in readme
+    running = " ".join((ROOT / "tests/docs/running.md").read_text().split())
+    steps = [row for row in rows if row["piece"] == "train" and row["case"]["model"] == "1.5B"]
+    got = next(
+        row["got"]
+        for row in steps
+        if row["case"]["tokens in a micro-batch"] == 8192 and not row["case"]["shared"]
+    )
+    assert f"took {got['peak, GiB']:.0f} GiB in micro-batches of 8192 tokens" in running
+    assert f"the script says {got['said, GiB']:.0f} GiB" in running
     finished = {"reinforce.py": 250, "dpo.py": 300, "reward_model.py": 375}
     assert {name: last[name] for name in finished} == finished
     runs = json.loads((BENCH / "learning.json").read_text())["runs"]

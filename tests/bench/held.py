@@ -1,6 +1,6 @@
 """What each method holds in memory besides activations, from a model's config alone: weights, gradients, Adam's moments.
 
-python tests/bench/held.py                       # the 8 B example of tests/docs/running.md; writes held.md, seconds
+python tests/bench/held.py                       # the tables of tests/docs/running.md; writes held.md, held_sizes.md; seconds
 python tests/bench/held.py --model FOLDER        # another model's
 
 Two counts. The usual one on slides: everything in 16 bits, Adam's two moments for what learns, no gradients. And this project's:
@@ -48,6 +48,32 @@ def llama_8b():
     )  # fmt: skip
 
 
+SIZES = {  # shapes of Qwen2.5
+    "0.5 B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+    "1.5 B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+    "3 B": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16},
+    "7 B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
+}
+
+
+def qwen(size):
+    large = size == "7 B"
+    return transformers.Qwen2Config(
+        vocab_size=152064 if large else 151936, num_key_value_heads=4 if large else 2, tie_word_embeddings=not large, **SIZES[size]
+    )  # fmt: skip
+
+
+def table_of_sizes(rank):
+    """The columns "here" and "here, adapters" of some methods, for models of several sizes."""
+    shown = ("GRPO without (beta 0)", "GRPO with its KL", "PPO with its KL, a separate critic", "DPO, reference scored before")
+    lines = [f"| model | parameters | {' | '.join(shown)} |", "|---|---|" + "---|" * len(shown)]
+    for size in SIZES:
+        count, rows = held(qwen(size), rank)
+        cells = [f"{rows[name][1] / 1e9:.0f} GB, {rows[name][2] / 1e9:.1f} GB" for name in shown]
+        lines.append(f"| {size} | {count / 1e9:.2f} B | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def held(config, rank):
     """{method: bytes (in 16 bits without gradients, here, here with adapters; the first two with a reward model that
     scores the samples)}."""
@@ -87,6 +113,8 @@ def main(args):
     print("\n".join(lines))
     if not args.model:
         (HERE / "held.md").write_text("\n".join(lines) + "\n")
+        (HERE / "held_sizes.md").write_text(table_of_sizes(args.rank))
+        print("\n" + table_of_sizes(args.rank))
 
 
 if __name__ == "__main__":
