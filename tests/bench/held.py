@@ -48,24 +48,36 @@ def llama_8b():
     )  # fmt: skip
 
 
-SIZES = {  # shapes of Qwen2.5
-    "0.5 B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
-    "1.5 B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
-    "3 B": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16},
-    "7 B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
+SIZES = {  # shapes of Qwen2.5: width, of the MLP, layers, heads
+    "0.5 B": (896, 4864, 24, 14),
+    "1.5 B": (1536, 8960, 28, 12),
+    "3 B": (2048, 11008, 36, 16),
+    "7 B": (3584, 18944, 28, 28),
 }
 
 
 def qwen(size):
+    width, inner, layers, heads = SIZES[size]
     large = size == "7 B"
     return transformers.Qwen2Config(
-        vocab_size=152064 if large else 151936, num_key_value_heads=4 if large else 2, tie_word_embeddings=not large, **SIZES[size]
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=4 if large else 2,
+        vocab_size=152064 if large else 151936,
+        tie_word_embeddings=not large,
+    )
 
 
 def table_of_sizes(rank):
     """The columns "here" and "here, adapters" of some methods, for models of several sizes."""
-    shown = ("GRPO without (beta 0)", "GRPO with its KL", "PPO with its KL, a separate critic", "DPO, reference scored before")
+    shown = (
+        "GRPO without (beta 0)",
+        "GRPO with its KL",
+        "PPO with its KL, a separate critic",
+        "DPO, reference scored before",
+    )
     lines = [f"| model | parameters | {' | '.join(shown)} |", "|---|---|" + "---|" * len(shown)]
     for size in SIZES:
         count, rows = held(qwen(size), rank)
