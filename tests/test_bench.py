@@ -48,27 +48,50 @@ def test_the_best_mean_chooses_and_ten_new_seeds_follow(tuned):
         return 0.9 if (variant, rate) == best else 0.5 - 0.01 * abs(math.log2(rate / 2e-4))
 
     rows = rows_of(tuned, name, score)
-    assert tuned.chosen(rows, name) == (best, [])
+    assert tuned.chosen(rows, name) == (best, [], [])
     jobs = tuned.jobs_of(rows, [name])
     assert jobs == [(name, *best, seed) for seed in range(11, 21)]
     lucky = next(row for row in rows if row["rate"] == 1e-4 and row["variant"] != best[0])
     lucky["score"] = 1.0  # one lucky seed is not the best mean
-    assert tuned.chosen(rows, name) == (best, [])
+    assert tuned.chosen(rows, name) == (best, [], [])
     done = rows + [{**rows[0], "variant": best[0], "rate": best[1], "seed": 11, "score": 1.0}]
     assert len(tuned.jobs_of(done, [name])) == 9
-    assert tuned.chosen(done, name) == (best, []), "test scores choose nothing"
+    assert tuned.chosen(done, name) == (best, [], []), "test scores choose nothing"
 
 
 @pytest.mark.parametrize("slope, wider", [(1, 1.6e-3), (-1, 2.5e-5)])
 def test_a_best_rate_at_the_edge_widens_the_grid_by_one(tuned, slope, wider):
     name = "CISPO"
     rows = rows_of(tuned, name, lambda variant, rate: 0.5 + 0.01 * slope * math.log2(rate))
-    setting, missing = tuned.chosen(rows, name)
-    assert setting is None and missing == [("four updates", pytest.approx(wider))]
-    assert {job[2] for job in tuned.jobs_of(rows, [name])} == {missing[0][1]}
-    more = [{**rows[0], "rate": missing[0][1], "seed": seed, "score": 0.1} for seed in (1, 2, 3)]
-    setting, missing = tuned.chosen(rows + more, name)
-    assert setting == ("four updates", 8e-4 if slope > 0 else 5e-5) and missing == []
+    setting, needed, later = tuned.chosen(rows, name)
+    assert setting is None and needed == [("four updates", pytest.approx(wider), 1)] and not later
+    assert {job[2] for job in tuned.jobs_of(rows, [name])} == {needed[0][1]}
+    more = [{**rows[0], "rate": needed[0][1], "seed": seed, "score": 0.1} for seed in (1, 2, 3)]
+    setting, needed, later = tuned.chosen(rows + more, name)
+    assert setting == ("four updates", 8e-4 if slope > 0 else 5e-5) and needed == later == []
+
+
+def test_rates_that_are_far_behind_with_the_first_seed_get_their_other_seeds_last(tuned):
+    name = "CISPO"
+    scores = {5e-5: 0.75, 1e-4: 0.84, 2e-4: 0.9, 4e-4: 0.81, 8e-4: 0.2}
+    rows = rows_of(tuned, name, lambda variant, rate: scores[rate])
+    firsts = [row for row in rows if row["seed"] == 1]
+    setting, needed, later = tuned.chosen(firsts, name)
+    near = {(rate, seed) for rate in (1e-4, 2e-4, 4e-4) for seed in (2, 3)}
+    assert setting is None and {run[1:] for run in needed} == near
+    assert {run[1:] for run in later} == {(rate, seed) for rate in (5e-5, 8e-4) for seed in (2, 3)}
+    jobs = tuned.jobs_of(firsts, [name])
+    assert {job[2:] for job in jobs[:6]} == near and len(jobs) == 10
+    most = [row for row in rows if row["seed"] == 1 or scores[row["rate"]] > 0.8]
+    setting, needed, later = tuned.chosen(most, name)
+    assert setting == ("four updates", 2e-4) and needed == [] and len(later) == 4
+    jobs = tuned.jobs_of(most, [name])
+    assert [job[3] for job in jobs[:10]] == list(range(11, 21)) and len(jobs) == 14
+    lucky = [
+        {**row, "score": 1.0} if row["rate"] == 5e-5 and row["seed"] > 1 else row for row in rows
+    ]
+    setting, needed, _ = tuned.chosen(lucky, name)  # 0.92 in the mean, and at the edge
+    assert setting is None and needed == [("four updates", 2.5e-5, 1)]
 
 
 def test_a_variant_that_is_not_the_best_is_widened_too(tuned):
@@ -78,8 +101,8 @@ def test_a_variant_that_is_not_the_best_is_widened_too(tuned):
     def score(variant, rate):
         return 0.9 - abs(rate - 2e-4) if variant == "four updates" else 0.1 + rate
 
-    setting, missing = tuned.chosen(rows_of(tuned, name, score), name)
-    assert setting is None and missing == [("one update", 1.6e-3)]
+    setting, needed, _ = tuned.chosen(rows_of(tuned, name, score), name)
+    assert setting is None and needed == [("one update", 1.6e-3, 1)]
 
 
 def test_of_equal_settings_the_better_curve_decides(tuned):
@@ -87,7 +110,7 @@ def test_of_equal_settings_the_better_curve_decides(tuned):
     rows = rows_of(tuned, name, lambda variant, rate: 1.0 if 5e-5 < rate < 8e-4 else 0.5)
     for row in rows:
         row["curve"] = [0.3, 0.9 if row["rate"] == 2e-4 else 0.8, row["score"]]
-    assert tuned.chosen(rows, name) == (("four updates", 2e-4), [])
+    assert tuned.chosen(rows, name) == (("four updates", 2e-4), [], [])
 
 
 def test_validation_and_test_prompts_are_new_and_not_the_same(tuned, tmp_path):

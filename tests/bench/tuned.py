@@ -15,7 +15,8 @@ KL penalty but where a method has it by definition (DPO, GRPO as published).
 A grid of learning rates, a factor of 2 apart, is run with seeds 1 to 3 and scored on 512 prompts
 that are neither training nor test prompts. The best mean chooses a method's setting (of equal ones
 that with the better curve). If the best rate of a variant is at the edge of its grid, the grid is
-widened by one rate, until it is not. The chosen setting is run with seeds 11 to 20, and the model
+widened by one rate, until it is not. (Rates far below the best with seed 1 get their other seeds
+last of all. The choice is made again when they have them.) The chosen setting is run with seeds 11 to 20, and the model
 at the end answers 2,048 new prompts greedily. PPO's critic has a learning rate in a fixed ratio to
 the policy's. A run that ends because of a gradient that is not finite has a score of 0; any other
 failure stops this script.
@@ -64,6 +65,7 @@ STEPS = BUDGET // ROLLOUT
 REACHED = 0.8
 GRID_SEEDS = (1, 2, 3)
 FINAL_SEEDS = tuple(range(11, 21))
+MARGIN = 0.1
 VALIDATION = 1000  # the seed of the validation prompts
 RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 N_OF_BEST = (1, 4, 16)
@@ -181,8 +183,7 @@ def key_of(row):
 
 
 def grid_of(rows, name):
-    """{(variant, rate): (mean validation score, mean of the curve)}, and the pairs whose three seeds
-    are not all in."""
+    """{(variant, rate): {seed: (validation score, mean of the curve)}} of the runs so far."""
     method = METHODS[name]
     found = {(variant, rate): {} for variant in method.variants for rate in method.rates}
     for row in rows:
@@ -190,52 +191,73 @@ def grid_of(rows, name):
             curve = row.get("curve", [row["score"]])
             setting = (row["variant"], row["rate"])
             found.setdefault(setting, {})[row["seed"]] = (row["score"], statistics.mean(curve))
-    missing = [setting for setting, seeds in found.items() if len(seeds) < len(GRID_SEEDS)]
-    means = {}
-    for setting, seeds in found.items():
-        if seeds:
-            means[setting] = tuple(map(statistics.mean, zip(*seeds.values())))
-    return means, missing
+    return found
+
+
+def means_of(rows, name):
+    """{(variant, rate): (mean validation score, mean of the curves)} of the seeds so far."""
+    grid = grid_of(rows, name)
+    return {
+        s: tuple(map(statistics.mean, zip(*seeds.values()))) for s, seeds in grid.items() if seeds
+    }
 
 
 def chosen(rows, name):
-    """The (variant, rate) of the best mean, once the grid is complete and wide enough, else the
-    settings that are still to be run."""
-    means, missing = grid_of(rows, name)
-    if missing:
-        return None, missing
-    wider = []
+    """The (variant, rate) of the best mean, or None while runs that it depends on are missing; those
+    runs, (variant, rate, seed); and runs of the grid that can wait, since they can hardly change
+    the choice: rates more than MARGIN below the best of their variant with seed 1."""
+    grid = grid_of(rows, name)
+    means = {s: mean for s, mean in means_of(rows, name).items() if len(grid[s]) == len(GRID_SEEDS)}
+    needed = []
     for variant in METHODS[name].variants:
-        rates = sorted(rate for v, rate in means if v == variant)
-        best = max(rates, key=lambda rate: means[variant, rate])
-        if best == rates[-1]:
-            wider.append((variant, 2 * best))
-        if best == rates[0]:
-            wider.append((variant, best / 2))
-    return (None, wider) if wider else (max(means, key=means.get), [])
+        mine = {setting: seeds for setting, seeds in grid.items() if setting[0] == variant}
+        firsts = {setting: seeds.get(GRID_SEEDS[0]) for setting, seeds in mine.items()}
+        if None in firsts.values():
+            needed += [(*setting, GRID_SEEDS[0]) for setting in mine if firsts[setting] is None]
+            continue
+        best = max(firsts.values())[0]
+        missing = []
+        for setting, seeds in mine.items():
+            if firsts[setting][0] >= best - MARGIN:
+                missing += [(*setting, seed) for seed in GRID_SEEDS if seed not in seeds]
+        needed += missing
+        if missing:
+            continue
+        rates = sorted(rate for _, rate in mine)
+        _, best_rate = max((setting for setting in mine if setting in means), key=means.get)
+        if best_rate == rates[-1]:
+            needed.append((variant, 2 * best_rate, GRID_SEEDS[0]))
+        if best_rate == rates[0]:
+            needed.append((variant, best_rate / 2, GRID_SEEDS[0]))
+    later = []
+    for setting, seeds in grid.items():
+        runs = [(*setting, seed) for seed in GRID_SEEDS if seed not in seeds]
+        later += [run for run in runs if run not in needed]
+    return None if needed else max(means, key=means.get), needed, later
 
 
 def jobs_of(rows, methods):
     """Runs that are still to be made, (method, variant, rate, seed), in the order to make them."""
-    jobs = []
+    first, then, last = [], [], []
     for name in methods:
-        setting, missing = chosen(rows, name)
-        jobs += [(name, *other, seed) for seed in GRID_SEEDS for other in missing]
+        setting, needed, later = chosen(rows, name)
+        first += [(name, *run) for run in needed]
+        last += [(name, *run) for run in later]
         if setting:
-            jobs += [(name, *setting, seed) for seed in FINAL_SEEDS]
+            then += [(name, *setting, seed) for seed in FINAL_SEEDS]
             for base, change in CONTROLS:
                 if base == name:
-                    jobs += [(f"{name}: {change}", *setting, seed) for seed in GRID_SEEDS]
+                    then += [(f"{name}: {change}", *setting, seed) for seed in GRID_SEEDS]
     if set(methods) == set(METHODS):
-        jobs.append((START, "", 0.0, 0))
+        then.append((START, "", 0.0, 0))
     done = {key_of(row) for row in rows}
     order = {name: place for place, name in enumerate((START, *METHODS))}
 
     def place(job):
-        base = job[0].partition(": ")[0]
-        return job[3], order[base]
+        return job[3], order[job[0].partition(": ")[0]]
 
-    return sorted((job for job in jobs if job not in done), key=place)
+    jobs = [job for part in (first, then, last) for job in sorted(part, key=place)]
+    return [job for job in jobs if job not in done]
 
 
 # -- One run -----------------------------------------------------------------------------------
@@ -404,7 +426,7 @@ def measure_seconds(rows, turns=3, steps=8):
     seconds = {}
     for _ in range(turns):
         for name in METHODS:
-            setting, _ = chosen(rows, name)
+            setting, *_ = chosen(rows, name)
             command = command_of(name, *setting)
             count = int(command[command.index("--steps") + 1])
             with tempfile.TemporaryDirectory() as folder:
@@ -457,7 +479,7 @@ def reached(row):
 
 
 def final_rows(rows, name):
-    setting, _ = chosen(rows, name)
+    setting, *_ = chosen(rows, name)
     found = [r for r in rows if r["method"] == name and (r["variant"], r["rate"]) == setting]
     return [row for row in found if row["seed"] in FINAL_SEEDS]
 
@@ -520,8 +542,8 @@ def settings_table(rows):
         "|---|---|---|---|---|",
     ]
     for name in METHODS:
-        means, _ = grid_of(rows, name)
-        setting, _ = chosen(rows, name)
+        means = means_of(rows, name)
+        setting, *_ = chosen(rows, name)
         for variant in METHODS[name].variants:
             best = max((key for key in means if key[0] == variant), key=means.get)
             words = f"{short(best[1])} | {spread(rows, name, *best)}"
@@ -543,7 +565,7 @@ def controls_table(rows):
         "|---|---|---|---|---|",
     ]
     for name, change in CONTROLS:
-        setting, _ = chosen(rows, name)
+        setting, *_ = chosen(rows, name)
         both = f"{spread(rows, name, *setting)} | {spread(rows, f'{name}: {change}', *setting)}"
         lines.append(f"| {name} | {setting[0]}, {short(setting[1])} | {change} | {both} |")
     return "\n".join(lines) + "\n"
@@ -661,7 +683,7 @@ def draw_rates(rows, path):
     for axis in axes.flat[len(METHODS) :]:
         axis.set_visible(False)
     for axis, name in zip(axes.flat, METHODS):
-        means, _ = grid_of(rows, name)
+        means = means_of(rows, name)
         ends = []
         for style, variant in zip(("-", "--", ":", "-."), METHODS[name].variants):
             rates = sorted(rate for v, rate in means if v == variant)
@@ -670,7 +692,7 @@ def draw_rates(rows, path):
             ends.append((variant.replace("four updates, ", ""), rates[-1], scores[-1]))
         for (label, place, _), height in zip(ends, apart([end[2] for end in ends], 0.08)):
             axis.text(place * 1.15, height, label, fontsize=8, va="center")
-        (variant, rate), _ = chosen(rows, name)
+        (variant, rate), *_ = chosen(rows, name)
         axis.plot(
             rate, means[variant, rate][0], "o", markersize=11, fillstyle="none", color="#000000"
         )
