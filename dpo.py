@@ -446,8 +446,8 @@ def train(args):
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     """Cuts pairs into parts, one forward each -> lists of pair numbers.
 
-    A pair is (prompt, chosen, rejected), as token ids. (The same function is in reward_model.py,
-    where "prompt" is the beginning that both texts share.) A part has at most `tokens` tokens
+    A pair is (prompt, chosen, rejected), as token ids. (In reward_model.py "prompt" is the
+    beginning that both texts share.) A part has at most `tokens` tokens
     (padding included, a shared prompt counted once) or one pair. Pairs of like length come
     together, to save padding.
 

@@ -5,7 +5,7 @@ want a high score from a policy near `ref`, the model that training starts from 
 
     (1)  maximise  J = E[r(x, y)] - beta KL(pi || ref)
 
-y is drawn, so its score has no gradient in the weights. Its probability has one. Because
+The score of a drawn y has no gradient in the weights, but pi(y | x) has one. Because
 grad pi = pi grad log pi, the gradient of a mean is again a mean, which samples can estimate:
 
     (2)  grad E[r] = sum over y of r(x, y) grad pi(y | x) = E[r(x, y) grad log pi(y | x)]
@@ -22,22 +22,24 @@ right on average, but very noisy. The rest adds the KL and removes noise.
     (7)  loss = -1/N sum over completions and tokens of w_t A_t log pi(a_t)   `policy_loss`
 
 (3) KL(pi || ref) is the mean of d_1 + .. + d_T. This estimate is called k1. So J is the mean of
-    r(x, y) - beta (d_1 + .. + d_T), a score like any other, and (2) gives its gradient. That d_t
-    depends on the weights adds nothing to it, because E[grad log pi] = 0. So d_t is a constant,
-    computed before the update. For the same reason k1 does nothing as a term of the loss: the mean
-    of its gradient is 0.
+    r(x, y) - beta (d_1 + .. + d_T), a score like any other, and (2) gives its gradient. d_t depends
+    on the weights, too, but this adds -beta E[grad d_t] = -beta E[grad log pi] = 0. So d_t is a
+    constant, computed before the update. For the same reason k1 must be in the reward: as a term of
+    the loss, the mean of its gradient would be 0.
 (4) k3 measures KL(pi_old || pi), logged as kl/old; pi_old drew the samples. Its mean is that of e,
-    mostly with less noise, and it is never negative. (kl/ref is k1, and may be negative.)
+    since E[exp(-e)] = 1, mostly with less noise, and it is never negative. (kl/ref is k1, and may
+    be negative.)
 (5) A token did not cause the rewards before it, so in its weight they would only be noise. With
     gamma 1 and beta 0, every G_t is the score. That is (2).
 (6) E[baseline grad log pi] = 0 if the baseline does not depend on y, so it may be subtracted. If
-    all scores are near 100, every sample says "more of this". With it, about half say "less".
+    all scores are near 100, every sample says "more of this". With the mean subtracted, those below
+    it say "less". Baselines are means of G_1 over samples.
 (7) N is the completions of an optimizer update. w_t = 1 for fresh samples. If a rollout serves
     several updates, w_t is pi(a_t) / pi_old(a_t).
 
-With scores 0 and 1, no baseline and beta 0, (7) is the negative log-likelihood of the right
-completions, over N: rejection fine-tuning. On completions from a file (--demos), each with score 1,
-it is supervised fine-tuning.
+With scores 0 and 1, no baseline, beta 0, gamma 1 and one update per rollout, (7) is the negative
+log-likelihood of the right completions, over N: rejection fine-tuning. On completions from a file
+(--demos), each with score 1, it is supervised fine-tuning.
 
 With score 0 (--reward none) and a teacher as ref (--reference),
 (7) distils the teacher into pi, on pi's own completions.
@@ -46,7 +48,8 @@ On average (7) then has, at beta 1, the gradient of
     gamma 0   the sum over t of
               KL(pi(. | x, a_<t) || ref(. | x, a_<t)),
               with the text a_<t fixed. By default no
-              baseline: G_1 is of the first token alone.
+              baseline, because G_1 is then the reward of
+              the first token alone.
     gamma 1   KL(pi(y | x) || ref(y | x)):
               a token is also judged by those after it.
 
@@ -65,13 +68,15 @@ tokens in the longest completion, V in the vocabulary.
 
 What is biased:
   * --baseline prompt and batch shrink the gradient (see `baselines`).
-    --normalize, --keep_max and a --gamma below 1 change what is maximised.
-  * w_t corrects a token, but not the text before it, nor the text after it that G_t comes from.
+    --normalize, --keep_max and a --gamma below 1 follow another direction than grad J.
+  * w_t corrects a token. The text before it, and the text after it that G_t comes from, are still
+    drawn from pi_old.
   * pi_old comes from the trainer's forward. The sampler's log-probabilities
     differ from it by rounding (`kl/sample`).
 
 Left out: the clip (ppo.py, grpo.py), without which more than one or two updates per rollout are
-unsafe; a critic (ppo.py); a mean over each completion's tokens: that maximises E[A / length].
+unsafe; a critic (ppo.py); dividing each completion's loss by its length, which would maximise
+E[A / length].
 
 Papers: Williams 1992 (REINFORCE), Sutton et al. 1999 (policy gradients), Kool et al. 2019 (leave
 one out), Ahmadian et al. 2024 (the same for language models),
@@ -112,8 +117,8 @@ class Args:
     """training prompts: JSON lines with "prompt" (or "question") and usually "answer" (None: the
     bundled task, if --model is the bundled model)"""
     eval_data: str | None = None
-    """held-out prompts, as --data (None: the bundled ones
-    if --data is the bundled task, else none)"""
+    """held-out prompts, as --data (None: the bundled ones if
+    --demos or --data is of the bundled task, else none)"""
     reward: str = "exact"
     """exact | number | none (the KL penalty alone) | FILE.py:function(completion, row) -> float |
     a reward model's folder"""
@@ -267,11 +272,12 @@ def baselines(totals, all_totals, n, baseline):
         none    0                                         unbiased
         loo     mean of the prompt's other n - 1 samples  unbiased: does not depend on this sample
         prompt  mean of the prompt's n samples            contains this sample: gradient * (1 - 1/n)
-        batch   mean of all samples of the step           the same, with their number for n, and
+        batch   mean of all samples of the step           gradient * (1 - 1 / samples), and
                                                           blind to how hard a prompt is
 
-    A shrunk gradient keeps its direction (with gamma 1). If totals are equal, each is its own
-    baseline: the mean of eight 0.1 is not exactly 0.1, and Adam makes a full step of any rest.
+    A shrunk gradient keeps its direction (with gamma 1). Where all totals are equal, each is its
+    own baseline, and A_1 exactly 0. The mean of eight 0.1 is not exactly 0.1, and what is left
+    Adam would scale up to a full step.
     """
     if baseline == "none":
         return torch.zeros_like(totals)
@@ -292,11 +298,11 @@ def equal_groups(rewards, n):
 
 
 def spread(scores, all_scores, n, baseline):
-    """What --normalize divides by, [B]: the std of the scores that the baseline compares, or 1 if
-    they are equal. Rare successes then count more.
+    """What --normalize divides by, [B]: the std of the scores of the prompt (--baseline prompt,
+    loo) or of the batch, or 1 if they are equal. Rare successes, and rare failures, count more.
 
-    The std is without the KL: it would give equal scores advantages of size 1 from the KL alone.
-    But the KL in A_t is divided too.
+    It is the std of scores alone: with the KL in it, equal scores would get advantages of size 1
+    from their KLs. But the KL in A_t is divided too.
     """
     peers = scores.view(-1, n)  # [B / n, n]
     if baseline in ("none", "batch"):
@@ -324,8 +330,8 @@ def token_advantages(scores, kl, mask, args, world):
 
 
 def rows_to_train(scores, mask, args, world):
-    """Which rows need a forward, [B]. With a KL penalty all do: the KL is known only after it.
-    Without one, rows whose advantages are all 0 have no gradient. N of (7) counts them too."""
+    """Which rows need a forward, [B]. With a KL penalty all do, since only a forward gives their
+    KL. Without one, rows whose advantages are all 0 have no gradient; N of (7) counts them too."""
     if args.beta:
         return torch.ones_like(scores, dtype=torch.bool)
     no_kl = torch.zeros_like(mask, dtype=scores.dtype)
@@ -445,7 +451,7 @@ def update_loss(policy, batch, rows, args, meter, is_first):
     loss, ratio = policy_loss(logprobs, old, A, mask, N)
 
     with torch.no_grad():  # the rest is for the log
-        meter.add("kl/old", (k3(old, logprobs) * mask).sum(1), mask.any(1))  # KL(pi_old || pi)
+        meter.add("kl/old", (k3(old, logprobs) * mask).sum(1), mask=mask.any(1))  # KL(pi_old || pi)
         meter.add("ratio/mean", ratio, mask)
         meter.add("entropy", entropy, mask)
         if not args.demos:  # no policy drew the demonstrations
@@ -780,14 +786,12 @@ def load_task(args, world):
     else:
         prompts = common.load_prompts(args.data, "--data", tokenizer, args, answer_flag)
     held_out = common.load_prompts(args.eval_data, "--eval_data", tokenizer, args, answer_flag)
-    judged = held_out if args.demos else prompts + held_out
-    common.check_answers(reward, judged)
+    scored = held_out if args.demos else prompts + held_out
+    common.check_answers(reward, scored)
     longest = max(len(ids) for ids, _ in prompts + held_out)
     args = common.limit_to_context(args, longest, config, reference_config)
-    scored = prompts + held_out
     if args.demos:
         prompts = encode_answers(prompts, tokenizer, args)
-        scored = held_out
     if reward.is_model and scored:
         args = common.limit_to_reward_model(args, tokenizer, scored)
     # with --steps 0 and no --data, the held-out prompts stand in

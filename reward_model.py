@@ -11,14 +11,14 @@ With margin 0 the loss is log 2 where the model cannot tell, and falls as the di
 score is a linear head on the state at the text's last token, which has seen the whole text.
 
 Best-of-N draws N completions of a prompt and keeps the one with the highest score. RL is worth its
-price only if it beats that. One set of M samples gives an unbiased estimate for each N <= M, the
-mean over all choices of N of them:
+price only if it beats that. M samples give an unbiased estimate of the best of N for every N <= M,
+the mean over all choices of N of them:
 
     (3)  value of the best of N ~ sum over i of v_(i) C(i - 1, N - 1) / C(M, N)        `best_of`
     (4)  KL(best-of-N || policy) <= log N - (N - 1) / N
 
-v_(i) is the value of the sample with the i-th smallest score. If the value is the score itself, (3)
-rises with N even for a useless model. So watch the true reward beside it.
+v_(i) is the value of the sample with the i-th smallest score: its true reward, or the score itself.
+With the latter, (3) rises with N even for a useless model. So watch the true reward beside it.
 
     python reward_model.py               # the bundled model and pairs; needs no download
     python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct \
@@ -35,9 +35,9 @@ What is biased:
   * Only differences are learnt: r + f(x) has the same loss for any f. --center keeps the level
     near 0.
   * The scale of the scores depends on how consistent the labels are. At the end the scores are
-    divided by their spread on training pairs (`fold_scale`): unit scale over all prompts, but not
-    within one. Then (1) needs the difference times the spread; --steps 0 does not undo it, so the
-    eval/loss and eval/calibration of a saved model are off.
+    divided by their spread on training pairs (`fold_scale`). That spread is over all prompts; the
+    scores of one prompt differ less. For a saved model (1) needs the difference times the spread,
+    which --steps 0 leaves out: its eval/loss and eval/calibration are off.
   * Labels may favour long answers. A model that has learnt only that has a low
     eval/accuracy_shorter: the accuracy on pairs whose chosen side is the shorter one.
 
@@ -195,7 +195,8 @@ def resolve(args):
 
 def pair_loss(chosen, rejected, margin, pairs, center):
     """Equation (2), plus `center` times the mean of (chosen + rejected)^2: chosen, rejected, margin
-    [b]. `pairs` counts the pairs of all micro-batches and processes, so the cut does not matter.
+    [b]. `pairs` counts the pairs of all micro-batches and processes, so it does not matter how the
+    update is cut into micro-batches.
     """
     loss = -F.logsigmoid(chosen - rejected - margin) + center * (chosen + rejected) ** 2
     return loss.sum() / pairs
@@ -209,9 +210,10 @@ def best_of(scores, values, n):
     the chances of their places.
     """
     M = scores.shape[1]
-    chance = [math.comb(i, n - 1) / math.comb(M, n) for i in range(M)]  # i are below this place
-    chance = torch.tensor(chance, dtype=torch.float64).cumsum(0)
-    up_to = torch.cat([torch.zeros(1, dtype=torch.float64), chance])  # [M + 1]
+    # of the place with i scores below it, which is place i + 1 of (3)
+    chance = [math.comb(i, n - 1) / math.comb(M, n) for i in range(M)]
+    # up_to[i]: the chance that the best one is on the lowest i places, [M + 1]
+    up_to = torch.tensor([0.0, *chance], dtype=torch.float64).cumsum(0)
     below = (scores[:, None, :] < scores[:, :, None]).sum(2)  # [prompts, M]
     equal = (scores[:, None, :] == scores[:, :, None]).sum(2)  # counts the score itself too
     share = (up_to[below + equal] - up_to[below]) / equal
@@ -226,9 +228,9 @@ def share_won(chosen, rejected):
 def pair_metrics(chosen, rejected, longer_by):
     """Metrics of held-out scores [pairs] -> dict. longer_by: how much longer chosen is, in tokens.
 
-    Calibration: the predicted chance that the side with the higher score wins, against the share
-    that does. The mean distance over ten bins of that chance, each weighted by its pairs. The
-    margin of equation (2) and --center are not in these numbers.
+    Calibration: pairs come into ten bins by the predicted chance that the side with the higher
+    score wins. In each bin that chance is compared with the share that does win; the distances are
+    averaged, weighted by pairs. The margin of equation (2) and --center are not in these numbers.
     """
     gap = chosen - rejected
     won = share_won(chosen, rejected).double()
@@ -321,6 +323,7 @@ def train(args):
     else:
         first_text = prompts[0][0]
         reader = policy_tokenizer
+    # how many models learn, and how many are only read
     learning = int(args.steps > 0)
     frozen = 1 - learning + int(bool(args.policy))
     if reward is not None:
@@ -435,8 +438,8 @@ def train(args):
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     """Cuts pairs into parts, one forward each -> lists of pair numbers.
 
-    A pair is (prompt, chosen, rejected), as token ids. (The same function is in reward_model.py,
-    where "prompt" is the beginning that both texts share.) A part has at most `tokens` tokens
+    A pair is (prompt, chosen, rejected), as token ids. (In reward_model.py "prompt" is the
+    beginning that both texts share.) A part has at most `tokens` tokens
     (padding included, a shared prompt counted once) or one pair. Pairs of like length come
     together, to save padding.
 
@@ -501,8 +504,8 @@ def count_tokens(pairs):
 def score_all(model, tokenizer, pairs, share_prompts, args, world, stop_asked=None):
     """The scores of many pairs -> [pairs, 2] in float64, in every process. Each scores its share.
 
-    With --steps 0 the model may be from elsewhere. Then it is read as --reward and transformers'
-    pipeline read it.
+    With --steps 0 the model may be from elsewhere. It then scores by its own forward, as --reward
+    and transformers' pipeline do: at the last token that is no pad token.
     """
     mine = share_of_process(pairs, world)
     scores = torch.zeros(len(mine), 2, dtype=torch.float64)
@@ -534,9 +537,8 @@ def evaluate(model, tokenizer, held_out, share_prompts, args, world, stop_asked=
 
 @torch.no_grad()
 def fold_scale(model, tokenizer, pairs, share_prompts, args, world):
-    """Subtracts the mean score of at most 2048 training pairs (no more than the run has drawn) from
-    the head's bias, if it has one (heads of decoders have none), and divides the head by their
-    spread."""
+    """Divides the head by the spread of its scores on at most 2048 of the training pairs that the
+    run has drawn. A bias, which the heads of decoders do not have, first loses the mean score."""
     count = min(len(pairs), 2048, args.steps * args.pairs_per_step)
     sample = [pairs[common.nth_row(len(pairs), i, args.seed)] for i in range(count)]
     scores = score_all(model, tokenizer, sample, share_prompts, args, world)
@@ -789,12 +791,13 @@ def load_best_of(args, tokenizer, world):
     prompts = common.load_prompts(args.eval_prompts, "--eval_prompts", policy_tokenizer, args, "")
     longest = 0
     for ids, record in prompts:
-        # as the reward model reads it, without the end
+        # tokens of the prompt alone as the reward model reads it; 1 less for the end token
         read = len(common.encode_answer(tokenizer, record["prompt"], "")) - 1
         longest = max(longest, read, len(ids))
     args = common.limit_to_context(args, longest, common.scalar_config(args.model), config)
 
     lacking = [record["prompt"] for _, record in prompts if not common.has_answer(record)]
+    # rules need an answer in every row; with answers in none, there is no true reward
     reward = None
     if args.reward not in ("exact", "number") or not lacking:
         reward = common.load_reward(args.reward, RULES, world, date)
