@@ -116,7 +116,7 @@ class Unscored(Stop):
 
 
 class Ended(Stop):
-    """A signal asked for the end, and the steps that were made are saved."""
+    """A signal asked for the end. What was done is saved, or `scores_if_due` sees to it."""
 
 
 @dataclass(frozen=True)
@@ -1049,7 +1049,7 @@ class Reward:
 def load_reward(spec, rules, world, date):
     """--reward: the name of a rule, FILE.py:function, or a reward model. Held-out completions are
     right by the rule of that name, or else by the first of the rules. If --reward is a rule,
-    eval/exact is judged by it; otherwise each rule has an eval/NAME."""
+    eval/exact is judged by it; otherwise each rule that fits has an eval/NAME."""
     first = next(iter(rules))
     if spec in rules:
         rule = rules[spec]
@@ -1181,8 +1181,7 @@ def place_of(error):
 
 
 def stop_together(function, world):
-    """The function; a `Stop` in one process is raised in all: otherwise they would wait for that
-    one."""
+    """The function, but a `Stop` in one process is raised in all: the others would wait for it."""
 
     def together(*inputs):
         result = None
@@ -1627,7 +1626,7 @@ NOT_CAPTURED = set()  # classes of models whose capture has failed
 
 def can_capture(model, cache):
     """Whether a mask and positions are all that a forward needs to know of the tokens before. They
-    are not with sliding windows, recurrent states or other attention than torch's. Where a forward
+    are not with sliding windows, recurrent states or attention other than torch's. Where a forward
     takes no positions, a graph would repeat those with which it was captured."""
     return (
         next(model.parameters()).device.type in CAPTURE_ON

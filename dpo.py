@@ -357,8 +357,9 @@ def train(args):
 
     with common.short_errors(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
-        # True if a forward may compute a prompt once for both sides. That is faster on a CPU. It is
-        # tried there, and kept if the numbers agree. Without training the trial is not worth it.
+        # True if a forward may compute a prompt once for both sides. On a CPU that is faster, and
+        # done if a trial gives the same numbers; on a GPU it is slower, and not done. Without
+        # training the trial is not worth its time.
         share_prompts = args.steps > 0 and common.prompts_can_be_shared(
             policy, world, args.gradient_checkpointing
         )
@@ -435,7 +436,7 @@ def train(args):
         if args.steps:
             common.save_model(policy, tokenizer, out / "model", world)
     # The run ends by printing a line of Python that tries the model, on the first prompt or, for a
-    # chat model, on one that `line_to_try` has.
+    # chat model, on a placeholder.
     prompt = "" if tokenizer.chat_template else tokenizer.decode(first_prompt)
     common.conclude(out, args, writer, bar, common.line_to_try(out, tokenizer, prompt, args))
 
@@ -455,19 +456,19 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     fullest part and makes it a part of its own. (Every process has N pairs and at most N parts. One
     with fewer parts than another has fewer than N, so one of its parts has two pairs.)
     """
-    # what a pair takes, in tokens
+    # what a pair takes in a forward
     copies = 1 if share_prompts else 2
-    of_prompt = [copies * len(prompt) for prompt, _, _ in pairs]
-    of_sides = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
+    prompt_tokens = [copies * len(prompt) for prompt, _, _ in pairs]
+    sides_tokens = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
 
     def fits(part):
-        # prompts and sides are padded apart
-        longest_prompt = max(of_prompt[i] for i in part)
-        longest_sides = max(of_sides[i] for i in part)
+        # an upper bound: exact where prompts and sides are padded apart
+        longest_prompt = max(prompt_tokens[i] for i in part)
+        longest_sides = max(sides_tokens[i] for i in part)
         return len(part) * (longest_prompt + longest_sides) <= tokens
 
     def size(i):
-        return of_prompt[i] + of_sides[i]
+        return prompt_tokens[i] + sides_tokens[i]
 
     parts = []
     for i in sorted(range(len(pairs)), key=size, reverse=True):
@@ -529,8 +530,8 @@ def reference_scores(
     be as it was at the start.
 
     Those of the training pairs are kept in a file of the run's folder. A resumed run computes only
-    what is missing. The micro-batches are not those of training, and in bfloat16 others round
-    differently: log-ratios in step 1 are near 0, not exactly 0.
+    what is missing. The micro-batches are not those of training, and in bfloat16 other ones
+    round differently: the log-ratios of step 1 are near 0.
     """
     if args.loss == "simpo":
         return torch.zeros(len(pairs), 2), torch.zeros(len(held_out), 2)
@@ -550,7 +551,7 @@ def reference_scores(
     reference = policy
     if args.reference and (missing or held_out):
         reference = common.load_reference(args.reference, world)
-        common.check_head(reference)  # its logits here are those of its own forward
+        common.check_head(reference)  # stops if these logits are not its own
         share_prompts = False  # the trial was made with the policy only
     for start in range(0, len(missing), 1024):
         part = missing[start : start + 1024]

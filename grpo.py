@@ -46,9 +46,9 @@ What is biased:
   * The divisors of --aggregate token and sequence depend on the samples (`token_weights`).
   * The KL term is each token's KL given the text before it. How a token
     changes the KL of later ones gets no gradient. (reinforce.py counts
-    that: there log pi - log ref is in the reward.) Its gradient is
+    that: there log pi - log ref is in the reward.) The term's gradient is
       - with --kl k3_ratio, the default, that of KL(pi || ref), for any
-        pi_old; with --ratio sequence, that of no KL;
+        pi_old; with --ratio sequence, that of neither KL;
       - with --kl k3, which is (4) without rho_t, that of KL(ref || pi),
         and only while pi is pi_old.
   * --keep_max, --mask_truncated and --drop_equal_groups select samples by what came out.
@@ -188,7 +188,7 @@ class Args:
     resume: bool = False
     """go on with the run in --out; flags that are not given are those of the run"""
     seed: int = 1
-    """decides every random choice"""
+    """decides every random choice, except that of --eval_rows"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -310,8 +310,8 @@ def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
     of p.
 
-    ppo.py and reinforce.py only log it. grpo.py also trains p with it: its
-    `update_loss` says which KL has that gradient.
+    It is logged, and --kl_stop of ppo.py looks at it. grpo.py also trains p
+    with it: its `update_loss` says which KL has that gradient.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     # expm1: for small d the result, about d^2 / 2, is below the rounding error of exp(-d)
@@ -402,8 +402,8 @@ def rollout_logprobs(model, samples, minibatches, temperature):
     """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
 
     A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
-    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. In
-    others, rounding alone would make a rollout's first ratio differ from 1, and step 1's KL from 0.
+    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. Cut
+    otherwise, rounding alone would move a rollout's first ratio from 1, and step 1's KL from 0.
     """
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
@@ -488,7 +488,7 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    frozen = int(reward.is_model)  # frozen models beside the reference, for the memory
+    frozen = int(reward.is_model)  # models beside the reference, for the memory shown
     writer, bar = common.begin_log(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen, reference=ref_path
     )

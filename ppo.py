@@ -3,9 +3,9 @@
 REINFORCE gives every token all the reward that comes after it. PPO also trains a critic V, which
 predicts that reward. A token after which V rises gets credit: delta in (2).
 
-    (1)  r_t = -beta (log pi_old(a_t | s_t) - log ref(a_t | s_t))             `token_rewards`
+    (1)  r_t = -beta (log pi_old(a_t | s_t) - log ref(a_t | s_t)), and at the `token_rewards`
+         last token plus the score, the reward of the whole completion
          s_t = (x, a_<t), x the prompt;  ref is pi before training, or --reference
-         at the last token plus the score, the reward of the whole completion
     (2)  A_t = sum over j of (gamma lam)^j delta_{t+j}                        `gae`
          delta_t = r_t + gamma V_old(s_{t+1}) - V_old(s_t);  V_old after the end is 0
          R_t = A_t + V_old(s_t);  A_t is then whitened, R_t is not            `whiten`
@@ -52,8 +52,8 @@ What biases the gradient of the expected reward:
   * The clip. And the ratio corrects for a_t only: from a rollout's second update on, the text
     before it, s_t, is still one that pi_old drew.
   * With --critic shared, the value loss: it trains the policy's transformer, too.
-What does not bias it: the baseline V(s_t), because it does not see a_t. Nor that r_t is treated as
-a constant. In the first update its log pi_old is log pi, but the gradient left out is
+Two things do not bias it: the baseline V(s_t), because it does not see a_t, and that r_t is treated
+as a constant. In the first update its log pi_old is log pi, but the gradient left out is
 -beta E[grad log pi] = 0.
 
 Left out: bootstrapping where a completion was cut, adaptive beta, an entropy bonus, replay of
@@ -190,7 +190,7 @@ class Args:
     resume: bool = False
     """go on with the run in --out; flags that are not given are those of the run"""
     seed: int = 1
-    """decides every random choice"""
+    """decides every random choice, except that of --eval_rows"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -312,8 +312,8 @@ def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
     of p.
 
-    ppo.py and reinforce.py only log it. grpo.py also trains p with it: its
-    `update_loss` says which KL has that gradient.
+    It is logged, and --kl_stop of ppo.py looks at it. grpo.py also trains p
+    with it: its `update_loss` says which KL has that gradient.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     # expm1: for small d the result, about d^2 / 2, is below the rounding error of exp(-d)
@@ -393,8 +393,8 @@ def rollout_logprobs(model, samples, minibatches, temperature):
     """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
 
     A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
-    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. In
-    others, rounding alone would make a rollout's first ratio differ from 1, and step 1's KL from 0.
+    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. Cut
+    otherwise, rounding alone would move a rollout's first ratio from 1, and step 1's KL from 0.
     """
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
@@ -801,7 +801,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, eval/exact. Each process
     takes its share."""
     mine = held_out[world.rank :: world.size]
-    # as many as in a rollout or in 8192 tokens, the larger; at most 256
+    # completions at once: as many as in a rollout or in 8192 tokens, the larger; at most 256
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     at_once = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     rules = common.rules_that_fit(reward, held_out)  # {name in the log: rule}

@@ -118,7 +118,7 @@ class Args:
     bundled task, if --model is the bundled model)"""
     eval_data: str | None = None
     """held-out prompts, as --data (None: the bundled ones if
-    --demos or --data is of the bundled task, else none)"""
+    --demos, or else --data, is of the bundled task)"""
     reward: str = "exact"
     """exact | number | none (the KL penalty alone) | FILE.py:function(completion, row) -> float |
     a reward model's folder"""
@@ -187,7 +187,7 @@ class Args:
     resume: bool = False
     """go on with the run in --out; flags that are not given are those of the run"""
     seed: int = 1
-    """decides every random choice"""
+    """decides every random choice, except that of --eval_rows"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -354,8 +354,8 @@ def k3(logprobs, other_logprobs):
     """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
     of p.
 
-    ppo.py and reinforce.py only log it. grpo.py also trains p with it: its
-    `update_loss` says which KL has that gradient.
+    It is logged, and --kl_stop of ppo.py looks at it. grpo.py also trains p
+    with it: its `update_loss` says which KL has that gradient.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     # expm1: for small d the result, about d^2 / 2, is below the rounding error of exp(-d)
@@ -412,8 +412,8 @@ def rollout_logprobs(model, samples, minibatches, temperature):
     """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
 
     A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
-    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. In
-    others, rounding alone would make a rollout's first ratio differ from 1, and step 1's KL from 0.
+    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. Cut
+    otherwise, rounding alone would move a rollout's first ratio from 1, and step 1's KL from 0.
     """
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
@@ -475,7 +475,7 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    frozen = int(reward.is_model)  # frozen models beside the reference, for the memory
+    frozen = int(reward.is_model)  # models beside the reference, for the memory shown
     writer, bar = common.begin_log(
         out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen, reference=ref_path
     )
@@ -698,7 +698,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, eval/exact. Each process
     takes its share."""
     mine = held_out[world.rank :: world.size]
-    # as many as in a rollout or in 8192 tokens, the larger; at most 256
+    # completions at once: as many as in a rollout or in 8192 tokens, the larger; at most 256
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     at_once = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     rules = common.rules_that_fit(reward, held_out)  # {name in the log: rule}

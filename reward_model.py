@@ -447,19 +447,19 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     fullest part and makes it a part of its own. (Every process has N pairs and at most N parts. One
     with fewer parts than another has fewer than N, so one of its parts has two pairs.)
     """
-    # what a pair takes, in tokens
+    # what a pair takes in a forward
     copies = 1 if share_prompts else 2
-    of_prompt = [copies * len(prompt) for prompt, _, _ in pairs]
-    of_sides = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
+    prompt_tokens = [copies * len(prompt) for prompt, _, _ in pairs]
+    sides_tokens = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
 
     def fits(part):
-        # prompts and sides are padded apart
-        longest_prompt = max(of_prompt[i] for i in part)
-        longest_sides = max(of_sides[i] for i in part)
+        # an upper bound: exact where prompts and sides are padded apart
+        longest_prompt = max(prompt_tokens[i] for i in part)
+        longest_sides = max(sides_tokens[i] for i in part)
         return len(part) * (longest_prompt + longest_sides) <= tokens
 
     def size(i):
-        return of_prompt[i] + of_sides[i]
+        return prompt_tokens[i] + sides_tokens[i]
 
     parts = []
     for i in sorted(range(len(pairs)), key=size, reverse=True):

@@ -36,8 +36,12 @@ def test_the_grid_has_five_rates_and_three_seeds_and_is_run_before_the_new_seeds
         rates = np.array(method.rates)
         assert len(rates) >= 5 and np.allclose(rates[1:] / rates[:-1], 2)
         jobs = tuned.jobs_of([], [name])
-        assert len(jobs) == len(set(jobs)) == 3 * len(rates) * len(method.variants)
-        assert {job[3] for job in jobs} == {1, 2, 3}
+        assert len(jobs) == len(set(jobs)) == len(rates) * len(method.variants)
+        assert {job[3] for job in jobs} == {1}
+        rows = rows_of(tuned, name, lambda variant, rate: 0.5)
+        jobs = tuned.jobs_of([row for row in rows if row["seed"] == 1], [name])
+        assert len(jobs) == len(set(jobs)) == 2 * len(rates) * len(method.variants)
+        assert {job[3] for job in jobs} == {2, 3}
 
 
 def test_the_best_mean_chooses_and_ten_new_seeds_follow(tuned):
@@ -92,6 +96,9 @@ def test_rates_that_are_far_behind_with_the_first_seed_get_their_other_seeds_las
     ]
     setting, needed, _ = tuned.chosen(lucky, name)  # 0.92 in the mean, and at the edge
     assert setting is None and needed == [("four updates", 2.5e-5, 1)]
+    fallen = [{**row, "score": 0.6} if row["seed"] > 1 else row for row in most]
+    setting, needed, _ = tuned.chosen(fallen, name)  # the best mean is 0.7: 0.75 is near it
+    assert setting is None and needed == [("four updates", 5e-5, 2), ("four updates", 5e-5, 3)]
 
 
 def test_a_variant_that_is_not_the_best_is_widened_too(tuned):

@@ -69,6 +69,14 @@ def test_git_apply_takes_a_patch_as_the_page_says(name):
     assert subprocess.run(command, cwd=ROOT).returncode == 0
 
 
+@pytest.mark.skipif(not shutil.which("patch"), reason="needs patch")
+@pytest.mark.parametrize("name", DIFFS)
+def test_patch_takes_a_patch_too(name):
+    """It is stricter about a hunk whose context is longer on one side."""
+    command = ["patch", "-p1", "--fuzz=0", "--dry-run", "-s", "-i", f"tests/changes/{name}.diff"]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+
+
 def test_a_patch_that_does_not_fit_is_noticed(tmp_path):
     """In a folder of a repository, `git apply` would leave the file out and say nothing."""
     (tmp_path / "grpo.py").write_text((ROOT / "grpo.py").read_text().replace("clipped_loss", "x"))

@@ -1,6 +1,6 @@
 """What each method holds in memory besides activations, from a model's config alone: weights, gradients, Adam's moments.
 
-python tests/bench/held.py                       # the tables of tests/docs/running.md; writes held.md, held_sizes.md; seconds
+python tests/bench/held.py                       # the tables of tests/docs/running.md; writes held.md, held_sizes.md; takes seconds
 python tests/bench/held.py --model FOLDER        # another model's
 
 Two counts. The usual one on slides: everything in 16 bits, Adam's two moments for what learns, no gradients. And this project's:
@@ -48,7 +48,7 @@ def llama_8b():
     )  # fmt: skip
 
 
-SIZES = {  # shapes of Qwen2.5: width, of the MLP, layers, heads
+SIZES = {  # shapes of Qwen2.5: width, the MLP's width, layers, heads
     "0.5 B": (896, 4864, 24, 14),
     "1.5 B": (1536, 8960, 28, 12),
     "3 B": (2048, 11008, 36, 16),

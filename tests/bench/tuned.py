@@ -24,8 +24,8 @@ failure stops this script.
 Best-of-N trains nothing but the reward model by whose scores it takes one of N samples of the
 start, for the 512 prompts of the bundled task.
 
-Controls repeat a chosen setting with one thing changed that differs between the methods beside how
-they learn: how many prompts a rollout has, the bound of the gradient's norm, the critic's rate.
+Controls repeat a chosen setting with one thing changed that could explain a difference: how many
+prompts a rollout has, the bound of the gradient's norm, the critic's rate.
 Seeds 1 to 3 and the validation prompts, as in the grid.
 
 Writes results.jsonl, a row for each run, and from its rows the four tables results*.md and
@@ -173,6 +173,8 @@ class Args:
     out: str = str(HERE)
     time: bool = False
     """measure the seconds of a step at the chosen settings, on all cores, instead"""
+    tables: bool = False
+    """make tables and pictures of the rows so far, instead"""
 
 
 # -- What is to be run -------------------------------------------------------------------------
@@ -194,46 +196,52 @@ def grid_of(rows, name):
     return found
 
 
-def means_of(rows, name):
-    """{(variant, rate): (mean validation score, mean of the curves)} of the seeds so far."""
-    grid = grid_of(rows, name)
-    return {
-        s: tuple(map(statistics.mean, zip(*seeds.values()))) for s, seeds in grid.items() if seeds
-    }
+def means_of(rows, name, complete=False):
+    """{(variant, rate): (mean validation score, mean of the curves)} of the seeds so far, or of the
+    settings that have all seeds."""
+    least = len(GRID_SEEDS) if complete else 1
+    grid = grid_of(rows, name).items()
+    kept = {setting: seeds.values() for setting, seeds in grid if len(seeds) >= least}
+    return {setting: tuple(map(statistics.mean, zip(*runs))) for setting, runs in kept.items()}
 
 
 def chosen(rows, name):
-    """The (variant, rate) of the best mean, or None while runs that it depends on are missing; those
-    runs, (variant, rate, seed); and runs of the grid that can wait, since they can hardly change
-    the choice: rates more than MARGIN below the best of their variant with seed 1."""
+    """-> (the variant and rate of the best mean, or None if it is not known yet; the runs of the
+    grid that are needed before it is, (variant, rate, seed); runs that can wait).
+
+    Those of rates can wait which with seed 1 are more than MARGIN below the best of their variant:
+    the best with seed 1, and then the best mean.
+    """
     grid = grid_of(rows, name)
-    means = {s: mean for s, mean in means_of(rows, name).items() if len(grid[s]) == len(GRID_SEEDS)}
+    means = means_of(rows, name, complete=True)
     needed = []
+    later = []
     for variant in METHODS[name].variants:
         mine = {setting: seeds for setting, seeds in grid.items() if setting[0] == variant}
-        firsts = {setting: seeds.get(GRID_SEEDS[0]) for setting, seeds in mine.items()}
-        if None in firsts.values():
-            needed += [(*setting, GRID_SEEDS[0]) for setting in mine if firsts[setting] is None]
+        first = {s: seeds[1][0] for s, seeds in mine.items() if 1 in seeds}
+        if len(first) < len(mine):
+            needed += [(*setting, 1) for setting in mine if setting not in first]
             continue
-        best = max(firsts.values())[0]
         missing = []
         for setting, seeds in mine.items():
-            if firsts[setting][0] >= best - MARGIN:
-                missing += [(*setting, seed) for seed in GRID_SEEDS if seed not in seeds]
-        needed += missing
-        if missing:
-            continue
-        rates = sorted(rate for _, rate in mine)
-        _, best_rate = max((setting for setting in mine if setting in means), key=means.get)
-        if best_rate == rates[-1]:
-            needed.append((variant, 2 * best_rate, GRID_SEEDS[0]))
-        if best_rate == rates[0]:
-            needed.append((variant, best_rate / 2, GRID_SEEDS[0]))
-    later = []
-    for setting, seeds in grid.items():
-        runs = [(*setting, seed) for seed in GRID_SEEDS if seed not in seeds]
-        later += [run for run in runs if run not in needed]
+            missing += [(*setting, seed) for seed in GRID_SEEDS if seed not in seeds]
+        near = near_best(missing, first, max(first.values()))
+        if not near:
+            best = max((s for s in mine if s in means), key=means.get)
+            near = near_best(missing, first, means[best][0])
+        later += [run for run in missing if run not in near]
+        needed += near
+        if not near:
+            rates = [rate for _, rate in mine]
+            if best[1] == max(rates):
+                needed.append((variant, 2 * best[1], 1))
+            if best[1] == min(rates):
+                needed.append((variant, best[1] / 2, 1))
     return None if needed else max(means, key=means.get), needed, later
+
+
+def near_best(runs, first, best):
+    return [run for run in runs if first[run[:2]] >= best - MARGIN]
 
 
 def jobs_of(rows, methods):
@@ -462,7 +470,7 @@ def resampled(rows, stream=0, draws=4000):
 def interval(rows, score, draws=4000):
     """The 95 % interval of the mean."""
     if any("right" in row for row in rows):
-        means = resampled(rows)
+        means = resampled(rows, draws=draws)
     else:  # of best-of-N the score alone is known: prompts drawn anew are a binomial draw
         rng = np.random.default_rng(0)
         scores = np.array([row.get(score, 0.0) for row in rows])
@@ -542,7 +550,7 @@ def settings_table(rows):
         "|---|---|---|---|---|",
     ]
     for name in METHODS:
-        means = means_of(rows, name)
+        means = means_of(rows, name, complete=True)
         setting, *_ = chosen(rows, name)
         for variant in METHODS[name].variants:
             best = max((key for key in means if key[0] == variant), key=means.get)
@@ -713,7 +721,7 @@ def main(args):
     known = out / "results_seconds.json"
     if args.time:
         known.write_text(json.dumps(measure_seconds(read(out / "results.jsonl")), indent=1) + "\n")
-    else:
+    elif not args.tables:
         path = out / "results.jsonl"
         run_all(lambda rows: jobs_of(rows, args.methods), run, path, args.jobs)
     rows = read(out / "results.jsonl")
