@@ -28,6 +28,9 @@ Controls repeat a chosen setting with one thing changed that could explain a dif
 prompts a rollout has, the bound of the gradient's norm, the critic's rate.
 Seeds 1 to 3 and the validation prompts, as in the grid.
 
+The same run on the same kind of processor gives the same row, to the last digit. Others round
+differently, and single scores then differ by some hundredths: rows say which one it was.
+
 Writes results.jsonl, a row for each run, and from its rows the four tables results*.md and
 the pictures results.png and results_rates.png. Rows that are there are not run again.
 """
@@ -36,6 +39,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import runpy
 import shutil
 import statistics
@@ -323,6 +327,7 @@ def run(job, path):
     name, variant, rate, seed = job
     row = dict(zip(("method", "variant", "rate", "seed"), job))
     row |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    row["processor"] = processor()
     if name == START:
         with tempfile.TemporaryDirectory() as temporary:
             row |= {"status": 0, "right": answers(Path(temporary), TINY / "model")}
@@ -368,6 +373,14 @@ def add(row, path):
     with open(path, "a") as file:
         file.write(line)
     print(key_of(row), row["status"], row["score"], flush=True)
+
+
+def processor():
+    """Its name and model, "" where there is no /proc."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    found = dict(re.findall(r"^(cpu family|model|model name)\s*: (.*)$", text, re.M))
+    return ", ".join(found[key] for key in ("model name", "cpu family", "model") if key in found)
 
 
 def share(right):
