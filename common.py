@@ -111,12 +111,12 @@ class Stop(Exception):
 
 
 class Unscored(Stop):
-    """The reward failed, or a model could not be written, and all processes know. No update is
-    half done: what was learnt may be saved."""
+    """The reward failed, and all processes know. No update is half done: what was learnt may be
+    saved."""
 
 
 class Ended(Stop):
-    """A signal asked for the end. What was done is saved, or `scores_if_due` sees to it."""
+    """A signal asked for the end. It ends the run only after a save, or before the first step."""
 
 
 @dataclass(frozen=True)
@@ -1062,7 +1062,7 @@ def load_reward(spec, rules, world, date):
     if "/" not in spec and not Path(spec).exists():  # no hub name and no folder
         names = ", ".join([*rules, "none"])
         fail(f"--reward {spec}: choose {names}, FILE.py:function, or a reward model's folder")
-    scorer = stop_together(load_scorer(spec, world, date), world)
+    scorer = stop_together(load_scorer(spec, world, date), world, Unscored)
 
     def score(samples, records):
         return {"reward": scorer(samples.texts, records)}
@@ -1136,7 +1136,7 @@ def checked(function, spec, world):
         drawn = (samples.texts, rows, samples.mask.sum(1).tolist(), samples.finished.tolist())
         return [score(*one) for one in zip(*drawn, strict=True)]
 
-    together = stop_together(score_all, world)
+    together = stop_together(score_all, world, Unscored)
 
     def score_as_lists(samples, rows):
         scores = together(samples, rows)
@@ -1180,8 +1180,9 @@ def place_of(error):
     return f" in {Path(entry.tb_frame.f_code.co_filename).name}, line {entry.tb_lineno}"
 
 
-def stop_together(function, world):
-    """The function, but a `Stop` in one process is raised in all: the others would wait for it."""
+def stop_together(function, world, kind=Stop):
+    """The function, but a `Stop` in one process is raised in all, as a `kind`: the others would
+    wait for it."""
 
     def together(*inputs):
         result = None
@@ -1192,7 +1193,7 @@ def stop_together(function, world):
             problem = str(error)
         for words in gather_objects(world, problem):
             if words is not None:
-                raise Unscored(words)
+                raise kind(words)
         return result
 
     return together

@@ -402,8 +402,9 @@ def rollout_logprobs(model, samples, minibatches, temperature):
     """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
 
     A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
-    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. Cut
-    otherwise, rounding alone would move a rollout's first ratio from 1, and step 1's KL from 0.
+    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. With
+    other micro-batches, rounding alone would move a rollout's first ratio from 1, and the KL to the
+    reference from 0 in step 1.
     """
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
@@ -774,9 +775,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
             n=n,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
-            seed=common.seed_from(
-                args.seed, start, world.rank, common.EVAL
-            ),  # the same in every step
+            # the same seed in every step
+            seed=common.seed_from(args.seed, start, world.rank, common.EVAL),
         ).texts
         right = count_right(texts, records, reward.rule)
         for k in ks:

@@ -168,8 +168,9 @@ def test_a_forward_that_waits_for_the_gpu_is_not_captured(tmp_path, monkeypatch)
     torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-3, rtol=0)
 
 
-def test_prompts_are_not_shared_on_a_gpu_where_it_is_slower(tmp_path):
+def test_prompts_are_not_shared_on_a_gpu_where_it_is_slower(tmp_path, capsys):
     world = common.start("cuda")
     family("llama").save_pretrained(tmp_path)
     model = common.load_policy(tmp_path, world)
     assert not common.prompts_can_be_shared(model, world, False)
+    assert "cannot be trained through" not in capsys.readouterr().out, "it was not tried"
