@@ -61,6 +61,9 @@ def test_the_best_mean_chooses_and_ten_new_seeds_follow(tuned):
     done = rows + [{**rows[0], "variant": best[0], "rate": best[1], "seed": 11, "score": 1.0}]
     assert len(tuned.jobs_of(done, [name])) == 9
     assert tuned.chosen(done, name) == (best, [], []), "test scores choose nothing"
+    other = {**rows[0], "variant": best[0], "rate": 1e-4, "score": 1.0}
+    tested = rows + [{**other, "seed": seed} for seed in range(11, 31)]
+    assert tuned.chosen(tested, name) == (best, [], []), "the mean of 1e-4 would be above 0.9"
 
 
 @pytest.mark.parametrize("slope, wider", [(1, 1.6e-3), (-1, 2.5e-5)])

@@ -715,3 +715,12 @@ def test_a_run_with_a_dated_thinking_template_goes_on_the_next_day(tmp_path, mon
     run(tmp_path, "off", steps=1, template_args='{"off": true}', **flags)
     asked, chosen, rejected = [11, 5, 1], [think, 6, 1], [think, 7, 1]
     assert seen == [(asked, chosen, rejected)] * 2 + [([12, 5, 1, think], [6, 1], [7, 1])]
+
+
+def test_the_bundled_model_alone_is_only_sampled_from():
+    """With --steps 0 and no reference every margin is 0, so no pairs are held out; simpo needs none."""
+    alone = args(steps=0)
+    assert alone.eval_data == "" and alone.eval_prompts.endswith("sort_test.jsonl")
+    for flags in ({"loss": "simpo"}, {"reference": "another"}):
+        assert args(steps=0, **flags).eval_data.endswith("pairs_test.jsonl")
+    assert args().eval_data.endswith("pairs_test.jsonl")

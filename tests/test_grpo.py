@@ -1210,3 +1210,23 @@ def test_with_dropped_groups_the_completions_of_the_first_kept_one_are_shown(mon
     prompts = [([7], {"prompt": "p"})] * 2
     *_, shown = grpo.rollout(None, None, prompts, reward, False, args, CPU, 1, common.Meter())
     assert [line["reward"] for line in shown] == [0.0, 1.0]
+
+
+def test_a_row_that_only_fills_a_part_counts_in_no_logged_mean(monkeypatch):
+    """FSDP needs equally many parts everywhere: a process that has fewer takes a row without weight."""
+    logprobs = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]).requires_grad_()
+    old = torch.tensor([[-1.5, -2.0], [-9.0, -9.0]])
+    ref = torch.tensor([[-2.0, -3.0], [-1.0, -1.0]])
+    monkeypatch.setattr(grpo, "token_logprobs", lambda *a: (logprobs, torch.ones(2, 2)))
+    weights = torch.tensor([[0.5, 0.5], [0.0, 0.0]])
+    samples = SimpleNamespace(logprobs=old + 0.25)
+    batch = grpo.Batch(samples, torch.ones(2), weights, old, ref)
+    meter = common.Meter()
+    args = grpo.resolve(grpo.Args(beta=0.1, minibatches=2))
+    grpo.update_loss(None, batch, [0, 1], args, meter, True)
+    found = meter.result(CPU)
+    assert found["kl/ref"] == pytest.approx((2 - 1.5) + (3 - 2)) and found["kl/ref"].count == 1
+    assert found["kl/old"] == pytest.approx(math.exp(0.5) - 1 - 0.5) and found["kl/old"].count == 1
+    assert found["kl/sample"] == pytest.approx(0.25) and found["kl/sample"].count == 2
+    assert found["ratio/first"] == pytest.approx(math.exp(0.5) - 1)
+    assert found["ratio/mean"] == pytest.approx((math.exp(0.5) + 1) / 2)

@@ -1488,3 +1488,20 @@ def test_a_mistake_is_one_line_and_leaves_the_disk_as_it_was(
     assert {
         p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "__pycache__" not in str(p)
     } == before
+
+
+def test_a_row_that_only_fills_a_part_counts_in_no_logged_mean(monkeypatch):
+    """As in test_grpo.py: a row without a token that is trained."""
+    logprobs = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]).requires_grad_()
+    old = torch.tensor([[-1.5, -2.0], [-9.0, -9.0]])
+    monkeypatch.setattr(reinforce, "token_logprobs", lambda *a: (logprobs, torch.ones(2, 2)))
+    mask = torch.tensor([[True, True], [False, False]])
+    samples = types.SimpleNamespace(logprobs=old + 0.25)
+    batch = reinforce.Batch(samples, torch.ones(2, 2), mask, old)
+    meter = common.Meter()
+    args = reinforce.resolve(reinforce.Args(minibatches=2))
+    reinforce.update_loss(None, batch, [0, 1], args, meter, True)
+    found = meter.result(CPU)
+    assert found["kl/old"] == pytest.approx(math.exp(0.5) - 1 - 0.5) and found["kl/old"].count == 1
+    assert found["kl/sample"] == pytest.approx(0.25) and found["kl/sample"].count == 2
+    assert found["ratio/first"] == pytest.approx(math.exp(0.5) - 1)
