@@ -15,119 +15,119 @@ MODULES = ("common", "reinforce", "ppo", "grpo", "dpo", "reward_model")
 
 
 @pytest.fixture
-def tuned(monkeypatch):
+def results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
-    return importlib.import_module("tuned")
+    return importlib.import_module("results")
 
 
-def rows_of(tuned, name, score):
+def rows_of(results, name, score):
     """A complete grid; score(variant, rate) is the validation score of every seed."""
-    method = tuned.METHODS[name]
+    method = results.METHODS[name]
     return [
         {"method": name, "variant": v, "rate": rate, "seed": seed, "score": score(v, rate)}
         for v in method.variants
         for rate in method.rates
-        for seed in tuned.GRID_SEEDS
+        for seed in results.GRID_SEEDS
     ]
 
 
-def test_the_grid_has_five_rates_and_three_seeds_and_is_run_before_the_new_seeds(tuned):
-    for name, method in tuned.METHODS.items():
+def test_the_grid_has_five_rates_and_three_seeds_and_is_run_before_the_new_seeds(results):
+    for name, method in results.METHODS.items():
         rates = np.array(method.rates)
         assert len(rates) >= 5 and np.allclose(rates[1:] / rates[:-1], 2)
-        jobs = tuned.jobs_of([], [name])
+        jobs = results.jobs_of([], [name])
         assert len(jobs) == len(set(jobs)) == len(rates) * len(method.variants)
         assert {job[3] for job in jobs} == {1}
-        rows = rows_of(tuned, name, lambda variant, rate: 0.5)
-        jobs = tuned.jobs_of([row for row in rows if row["seed"] == 1], [name])
+        rows = rows_of(results, name, lambda variant, rate: 0.5)
+        jobs = results.jobs_of([row for row in rows if row["seed"] == 1], [name])
         assert len(jobs) == len(set(jobs)) == 2 * len(rates) * len(method.variants)
         assert {job[3] for job in jobs} == {2, 3}
 
 
-def test_the_best_mean_chooses_and_ten_new_seeds_follow(tuned):
+def test_the_best_mean_chooses_and_ten_new_seeds_follow(results):
     name = "Dr. GRPO"
     best = ("four updates", 2e-4)
 
     def score(variant, rate):
         return 0.9 if (variant, rate) == best else 0.5 - 0.01 * abs(math.log2(rate / 2e-4))
 
-    rows = rows_of(tuned, name, score)
-    assert tuned.chosen(rows, name) == (best, [], [])
-    jobs = tuned.jobs_of(rows, [name])
+    rows = rows_of(results, name, score)
+    assert results.chosen(rows, name) == (best, [], [])
+    jobs = results.jobs_of(rows, [name])
     assert jobs == [(name, *best, seed) for seed in range(11, 21)]
     lucky = next(row for row in rows if row["rate"] == 1e-4 and row["variant"] != best[0])
     lucky["score"] = 1.0  # one lucky seed is not the best mean
-    assert tuned.chosen(rows, name) == (best, [], [])
+    assert results.chosen(rows, name) == (best, [], [])
     done = rows + [{**rows[0], "variant": best[0], "rate": best[1], "seed": 11, "score": 1.0}]
-    assert len(tuned.jobs_of(done, [name])) == 9
-    assert tuned.chosen(done, name) == (best, [], []), "test scores choose nothing"
+    assert len(results.jobs_of(done, [name])) == 9
+    assert results.chosen(done, name) == (best, [], []), "test scores choose nothing"
     other = {**rows[0], "variant": best[0], "rate": 1e-4, "score": 1.0}
     tested = rows + [{**other, "seed": seed} for seed in range(11, 31)]
-    assert tuned.chosen(tested, name) == (best, [], []), "the mean of 1e-4 would be above 0.9"
+    assert results.chosen(tested, name) == (best, [], []), "the mean of 1e-4 would be above 0.9"
 
 
 @pytest.mark.parametrize("slope, wider", [(1, 1.6e-3), (-1, 2.5e-5)])
-def test_a_best_rate_at_the_edge_widens_the_grid_by_one(tuned, slope, wider):
+def test_a_best_rate_at_the_edge_widens_the_grid_by_one(results, slope, wider):
     name = "CISPO"
-    rows = rows_of(tuned, name, lambda variant, rate: 0.5 + 0.01 * slope * math.log2(rate))
-    setting, needed, later = tuned.chosen(rows, name)
+    rows = rows_of(results, name, lambda variant, rate: 0.5 + 0.01 * slope * math.log2(rate))
+    setting, needed, later = results.chosen(rows, name)
     assert setting is None and needed == [("four updates", pytest.approx(wider), 1)] and not later
-    assert {job[2] for job in tuned.jobs_of(rows, [name])} == {needed[0][1]}
+    assert {job[2] for job in results.jobs_of(rows, [name])} == {needed[0][1]}
     more = [{**rows[0], "rate": needed[0][1], "seed": seed, "score": 0.1} for seed in (1, 2, 3)]
-    setting, needed, later = tuned.chosen(rows + more, name)
+    setting, needed, later = results.chosen(rows + more, name)
     assert setting == ("four updates", 8e-4 if slope > 0 else 5e-5) and needed == later == []
 
 
-def test_rates_that_are_far_behind_with_the_first_seed_get_their_other_seeds_last(tuned):
+def test_rates_that_are_far_behind_with_the_first_seed_get_their_other_seeds_last(results):
     name = "CISPO"
     scores = {5e-5: 0.75, 1e-4: 0.84, 2e-4: 0.9, 4e-4: 0.81, 8e-4: 0.2}
-    rows = rows_of(tuned, name, lambda variant, rate: scores[rate])
+    rows = rows_of(results, name, lambda variant, rate: scores[rate])
     firsts = [row for row in rows if row["seed"] == 1]
-    setting, needed, later = tuned.chosen(firsts, name)
+    setting, needed, later = results.chosen(firsts, name)
     near = {(rate, seed) for rate in (1e-4, 2e-4, 4e-4) for seed in (2, 3)}
     assert setting is None and {run[1:] for run in needed} == near
     assert {run[1:] for run in later} == {(rate, seed) for rate in (5e-5, 8e-4) for seed in (2, 3)}
-    jobs = tuned.jobs_of(firsts, [name])
+    jobs = results.jobs_of(firsts, [name])
     assert {job[2:] for job in jobs[:6]} == near and len(jobs) == 10
     most = [row for row in rows if row["seed"] == 1 or scores[row["rate"]] > 0.8]
-    setting, needed, later = tuned.chosen(most, name)
+    setting, needed, later = results.chosen(most, name)
     assert setting == ("four updates", 2e-4) and needed == [] and len(later) == 4
-    jobs = tuned.jobs_of(most, [name])
+    jobs = results.jobs_of(most, [name])
     assert [job[3] for job in jobs[:10]] == list(range(11, 21)) and len(jobs) == 14
     lucky = [
         {**row, "score": 1.0} if row["rate"] == 5e-5 and row["seed"] > 1 else row for row in rows
     ]
-    setting, needed, _ = tuned.chosen(lucky, name)  # 0.92 in the mean, and at the edge
+    setting, needed, _ = results.chosen(lucky, name)  # 0.92 in the mean, and at the edge
     assert setting is None and needed == [("four updates", 2.5e-5, 1)]
     fallen = [{**row, "score": 0.6} if row["seed"] > 1 else row for row in most]
-    setting, needed, _ = tuned.chosen(fallen, name)  # the best mean is 0.7: 0.75 is near it
+    setting, needed, _ = results.chosen(fallen, name)  # the best mean is 0.7: 0.75 is near it
     assert setting is None and needed == [("four updates", 5e-5, 2), ("four updates", 5e-5, 3)]
 
 
-def test_a_variant_that_is_not_the_best_is_widened_too(tuned):
+def test_a_variant_that_is_not_the_best_is_widened_too(results):
     """A rate above its grid might make it the best."""
     name = "Dr. GRPO"
 
     def score(variant, rate):
         return 0.9 - abs(rate - 2e-4) if variant == "four updates" else 0.1 + rate
 
-    setting, needed, _ = tuned.chosen(rows_of(tuned, name, score), name)
+    setting, needed, _ = results.chosen(rows_of(results, name, score), name)
     assert setting is None and needed == [("one update", 1.6e-3, 1)]
 
 
-def test_of_equal_settings_the_better_curve_decides(tuned):
+def test_of_equal_settings_the_better_curve_decides(results):
     name = "CISPO"
-    rows = rows_of(tuned, name, lambda variant, rate: 1.0 if 5e-5 < rate < 8e-4 else 0.5)
+    rows = rows_of(results, name, lambda variant, rate: 1.0 if 5e-5 < rate < 8e-4 else 0.5)
     for row in rows:
         row["curve"] = [0.3, 0.9 if row["rate"] == 2e-4 else 0.8, row["score"]]
-    assert tuned.chosen(rows, name) == (("four updates", 2e-4), [], [])
+    assert results.chosen(rows, name) == (("four updates", 2e-4), [], [])
 
 
-def test_validation_and_test_prompts_are_new_and_not_the_same(tuned, tmp_path):
-    tuned.write_lists(tmp_path / "validation.jsonl", 512, tuned.VALIDATION)
-    tuned.write_lists(tmp_path / "test.jsonl", 2048, 2000)
+def test_validation_and_test_prompts_are_new_and_not_the_same(results, tmp_path):
+    results.write_lists(tmp_path / "validation.jsonl", 512, results.VALIDATION)
+    results.write_lists(tmp_path / "test.jsonl", 2048, 2000)
     prompts = {}
-    for path in (*tuned.TINY.glob("*.jsonl"), *tmp_path.glob("*.jsonl")):
+    for path in (*results.TINY.glob("*.jsonl"), *tmp_path.glob("*.jsonl")):
         lines = path.read_text().splitlines()
         prompts[path.stem] = {json.loads(line)["prompt"] for line in lines}
     assert len(prompts["validation"]) == 512 and len(prompts["test"]) == 2048
@@ -136,19 +136,19 @@ def test_validation_and_test_prompts_are_new_and_not_the_same(tuned, tmp_path):
         assert not prompts[name] & others, name
 
 
-def test_rates_are_written_as_people_write_them(tuned):
-    shown = [tuned.short(rate) for rate in (1.25e-4, 2.5e-4, 2e-4, 1e-3, 1.6e-3)]
+def test_rates_are_written_as_people_write_them(results):
+    shown = [results.short(rate) for rate in (1.25e-4, 2.5e-4, 2e-4, 1e-3, 1.6e-3)]
     assert shown == ["1.25e-4", "2.5e-4", "2e-4", "1e-3", "1.6e-3"]
 
 
-def test_completions_to_a_score_are_those_of_the_first_two_points_that_have_it(tuned):
+def test_completions_to_a_score_are_those_of_the_first_two_points_that_have_it(results):
     curve = [0.3] * 7 + [0.8, 0.7, 0.8, 0.9] + [0.9] * 10
-    assert len(curve) == 21 and tuned.reached({"curve": curve}) == 9 * 2560
-    assert tuned.reached({"curve": [0.3, 0.79]}) == math.inf
-    assert tuned.reached({"status": 1, "score": 0.0}) == math.inf, "a failed run reaches nothing"
+    assert len(curve) == 21 and results.reached({"curve": curve}) == 9 * 2560
+    assert results.reached({"curve": [0.3, 0.79]}) == math.inf
+    assert results.reached({"status": 1, "score": 0.0}) == math.inf, "a failed run reaches nothing"
 
 
-def test_the_interval_is_of_seeds_and_of_prompts(tuned):
+def test_the_interval_is_of_seeds_and_of_prompts(results):
     rng = np.random.default_rng(0)
 
     def rows(seeds, share):
@@ -156,104 +156,104 @@ def test_the_interval_is_of_seeds_and_of_prompts(tuned):
         return [{"right": "".join(map(str, row.astype(int)))} for row in right]
 
     alike = [rows(1, 0.8)[0]] * 10  # all seeds equal: the prompts alone, binomial
-    low, high = tuned.interval(alike, "score")
+    low, high = results.interval(alike, "score")
     assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(0.8 * 0.2 / 512), rel=0.15)
     apart = [{"right": "1" * 512}] * 5 + [{"status": 1}] * 5  # the seeds alone; five have failed
-    low, high = tuned.interval(apart, "score")
+    low, high = results.interval(apart, "score")
     assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / math.sqrt(10), rel=0.15)
 
 
-def complete(tuned, prompts=64):
+def complete(results, prompts=64):
     """Rows of a comparison in which a method's score is a made-up number of its place."""
     rows = [{"method": "the start", "variant": "", "rate": 0.0, "seed": 0, "right": "01" * 32}]
     rows[0] |= {"score": 0.5, "status": 0}
     rng = np.random.default_rng(0)
-    for place, (name, method) in enumerate(tuned.METHODS.items()):
+    for place, (name, method) in enumerate(results.METHODS.items()):
         best = ([*method.variants][-1], method.rates[2])
         level = 0.95 - 0.05 * place
 
         def score(variant, rate, best=best, level=level):
             return level - 0.01 * abs(math.log2(rate / best[1])) - 0.1 * (variant != best[0])
 
-        rows += rows_of(tuned, name, score)
-        for seed in tuned.FINAL_SEEDS:
+        rows += rows_of(results, name, score)
+        for seed in results.FINAL_SEEDS:
             right = "".join(map(str, (rng.random(prompts) < level).astype(int)))
             row = dict(zip(("method", "variant", "rate", "seed"), (name, *best, seed)))
             row |= {"score": level, "curve": [0.3] * 10 + [level] * 11, "right": right}
             if method.command.startswith("reward_model.py"):
                 row = {key: row[key] for key in ("method", "variant", "rate", "seed", "score")}
-                row |= {f"best of {n}": level for n in tuned.N_OF_BEST}
+                row |= {f"best of {n}": level for n in results.N_OF_BEST}
             rows.append(row | {"status": 0})
-        for base, change in tuned.CONTROLS:
+        for base, change in results.CONTROLS:
             if base == name:
-                keys = [(f"{name}: {change}", *best, seed) for seed in tuned.GRID_SEEDS]
+                keys = [(f"{name}: {change}", *best, seed) for seed in results.GRID_SEEDS]
                 more = [dict(zip(("method", "variant", "rate", "seed"), key)) for key in keys]
                 rows += [row | {"score": level - 0.2, "status": 0} for row in more]
     return rows
 
 
-def test_a_complete_comparison_leaves_nothing_to_run_and_fills_its_tables(tuned):
-    rows = complete(tuned)
-    assert tuned.jobs_of(rows, list(tuned.METHODS)) == []
-    assert len({tuned.key_of(row) for row in rows}) == len(rows)
-    lines = tuned.table(rows, {"CISPO": 12.3}).splitlines()
+def test_a_complete_comparison_leaves_nothing_to_run_and_fills_its_tables(results):
+    rows = complete(results)
+    assert results.jobs_of(rows, list(results.METHODS)) == []
+    assert len({results.key_of(row) for row in rows}) == len(rows)
+    lines = results.table(rows, {"CISPO": 12.3}).splitlines()
     assert len({line.count("|") for line in lines}) == 1
-    assert len(lines) == 2 + 1 + len(tuned.METHODS) + 2, "the start, and best-of-N thrice"
+    assert len(lines) == 2 + 1 + len(results.METHODS) + 2, "the start, and best-of-N thrice"
     assert any("| CISPO | 2e-4 | 800 | 0 |" in line and "| 12 |" in line for line in lines)
     assert any(line.startswith("| GRPO as published | 2e-4 | 200 | 0.04 |") for line in lines)
     assert any(line.startswith("| fine-tuning | 2e-4 | 800 |  | ") for line in lines)
     assert "| 25,600 | 400 |" in lines[4 - 1], "fine-tuning: 10 of 20 points, 400 of 800 updates"
-    settings = tuned.settings_table(rows).splitlines()
-    assert len(settings) == 2 + sum(len(method.variants) for method in tuned.METHODS.values())
-    assert sum(line.endswith("| yes |") for line in settings) == len(tuned.METHODS)
-    controls = tuned.controls_table(rows).splitlines()
-    assert len(controls) == 2 + len(tuned.CONTROLS)
+    settings = results.settings_table(rows).splitlines()
+    assert len(settings) == 2 + sum(len(method.variants) for method in results.METHODS.values())
+    assert sum(line.endswith("| yes |") for line in settings) == len(results.METHODS)
+    controls = results.controls_table(rows).splitlines()
+    assert len(controls) == 2 + len(results.CONTROLS)
     row = next(line for line in controls if "PPO, shared critic" in line)
     assert "| four updates, 2e-4 | 32 prompts x 8 | 0.650 (0.650 to 0.650) | 0.450 (" in row
-    differences = tuned.differences_table(rows).splitlines()
-    assert len(differences) == 2 + len(tuned.METHODS) - 1, "best-of-N has no answers to compare"
+    differences = results.differences_table(rows).splitlines()
+    assert len(differences) == 2 + len(results.METHODS) - 1, "best-of-N has no answers to compare"
     assert differences[2].startswith("| fine-tuning | 0.0")
 
 
-def test_methods_are_compared_on_the_same_prompts(tuned):
+def test_methods_are_compared_on_the_same_prompts(results):
     """One prompt in two is always right: drawn anew, that moves both methods' means alike."""
     rows = [{"right": "01" * 256}] * 10
     better = [{"right": "01" * 255 + "11"}] * 10
-    first, second = tuned.resampled(rows, 0), tuned.resampled(better, 1)
+    first, second = results.resampled(rows, 0), results.resampled(better, 1)
     assert np.ptp(first) > 0.1 and np.ptp(second - first) < 0.02
     assert first.mean() == pytest.approx(0.5, abs=0.002)
 
 
-def test_a_control_changes_one_thing_of_its_method(tuned):
-    name, variant = "REINFORCE, no baseline", tuned.SMALL
+def test_a_control_changes_one_thing_of_its_method(results):
+    name, variant = "REINFORCE, no baseline", results.SMALL
     for change, flags in (
         ("one sample a prompt", "--prompts_per_step 64 --samples_per_prompt 1"),
         ("no bound of the norm", "--max_grad_norm 100"),
     ):
-        plain = tuned.command_of(name, variant, 1e-4)
-        changed = tuned.command_of(f"{name}: {change}", variant, 1e-4)
+        plain = results.command_of(name, variant, 1e-4)
+        changed = results.command_of(f"{name}: {change}", variant, 1e-4)
         place = len(plain) - 2  # of --learning_rate
         assert changed == plain[:place] + flags.split() + plain[place:]
     critics = []
     for change in ("", ": critic's rate halved", ": critic's rate doubled"):
-        command = tuned.command_of(f"PPO, shared critic{change}", "one update", 3e-4)
+        command = results.command_of(f"PPO, shared critic{change}", "one update", 3e-4)
         critics.append(float(command.pop()))
-        assert command == tuned.command_of("PPO, shared critic", "one update", 3e-4)[:-1]
+        assert command == results.command_of("PPO, shared critic", "one update", 3e-4)[:-1]
     assert critics == [5e-3, 2.5e-3, 1e-2]
 
 
-def test_labels_keep_their_distance(tuned):
-    moved = tuned.apart([0.99, 1.0, 0.98, 0.2], 0.05)
+def test_labels_keep_their_distance(results):
+    moved = results.apart([0.99, 1.0, 0.98, 0.2], 0.05)
     assert max(moved) <= 1 and moved[3] == 0.2
     assert moved[1] > moved[0] > moved[2]
     gaps = np.diff(sorted(moved))
     assert gaps.min() > 0.049
 
 
-def test_every_run_has_the_same_budget_and_200_or_800_updates(tuned):
-    for name, method in tuned.METHODS.items():
+def test_every_run_has_the_same_budget_and_200_or_800_updates(results):
+    for name, method in results.METHODS.items():
         for variant in method.variants:
-            script, *words = tuned.command_of(name, variant, 1e-3)
+            script, *words = results.command_of(name, variant, 1e-3)
             if script == "reward_model.py":
                 words += ["--eval_prompts", "prompts.jsonl"]
             module = importlib.import_module(script.removesuffix(".py"))
@@ -274,13 +274,13 @@ def test_every_run_has_the_same_budget_and_200_or_800_updates(tuned):
                 assert args.critic_learning_rate == pytest.approx(1e-3 * ratio, rel=1e-2)
 
 
-def test_the_rows_that_are_kept_are_of_these_methods_and_come_once(tuned):
-    rows = tuned.read(ROOT / "tests" / "bench" / "results.jsonl")
-    keys = [tuned.key_of(row) for row in rows]
+def test_the_rows_that_are_kept_are_of_these_methods_and_come_once(results):
+    rows = results.read(ROOT / "tests" / "bench" / "results.jsonl")
+    keys = [results.key_of(row) for row in rows]
     assert len(keys) == len(set(keys)) > 30
     for row in rows:
-        if row["method"] != tuned.START:
-            assert row["variant"] in tuned.method_of(row["method"]).variants
+        if row["method"] != results.START:
+            assert row["variant"] in results.method_of(row["method"]).variants
         assert 0 <= row["score"] <= 1 and (row["status"] == 0 or row["score"] == 0)
 
 

@@ -27,7 +27,7 @@ import tyro
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-import tuned
+import results
 
 TINY = HERE.parent / "tiny"
 RATES = (1e-5, 2e-5, 4e-5)
@@ -114,11 +114,11 @@ def run(job, path, args):
         command += ["--data", str(train), "--eval_data", str(test), "--eval_every", "10"]
         command += ["--eval_rows", "128", "--save_every", "1000", "--no-keep_best"]
         command += ["--out", str(folder / "run")]
-        row["status"] = tuned.call_in_child(command, tuned.ROOT, folder / "log")
+        row["status"] = results.call_in_child(command, results.ROOT, folder / "log")
         if row["status"]:
             print((folder / "log").read_text()[-2000:], flush=True)
         row["curve"] = []
-        for line in tuned.numbers(folder / "run"):
+        for line in results.numbers(folder / "run"):
             if "eval/reward" in line:
                 scores = {part: line.get(f"eval/reward/{part}") for part in PARTS[1:]}
                 scores |= {"step": line["step"], "reward": line["eval/reward"]}
@@ -148,7 +148,7 @@ def table(rows):
             mine = final_rows(rows, task, method)
             if not mine:
                 continue
-            cells = [task, method, tuned.short(mine[0]["rate"]), f"{64 * steps:,}", f"{steps}"]
+            cells = [task, method, results.short(mine[0]["rate"]), f"{64 * steps:,}", f"{steps}"]
             for part in PARTS:
                 before = statistics.mean(row["curve"][0][part] for row in mine)
                 after = statistics.mean(row["curve"][-1][part] for row in mine)
@@ -167,7 +167,7 @@ def draw(rows, path):
 
     figure, axes = plt.subplots(len(TASKS), len(METHODS), figsize=(13, 5.6), sharey=True)
     for line, task in zip(axes, TASKS):
-        for axis, (method, color) in zip(line, zip(METHODS, tuned.COLORS)):
+        for axis, (method, color) in zip(line, zip(METHODS, results.COLORS)):
             ends = []
             for style, part in (("--", "form"), ("-", "right")):
                 curves = [r["curve"] for r in final_rows(rows, task, method)]
@@ -175,10 +175,10 @@ def draw(rows, path):
                     seen = [64 * scores["step"] for scores in curve]
                     axis.plot(seen, [scores[part] for scores in curve], style, color=color, lw=1.3)
                 ends.append((seen[-1], statistics.mean(curve[-1][part] for curve in curves)))
-            heights = tuned.apart([height for _, height in ends], 0.1)
+            heights = results.apart([height for _, height in ends], 0.1)
             for label, (place, _), height in zip(("form", "result"), ends, heights):
                 axis.text(1.03 * place, height, label, color=color, va="center", fontsize=8)
-            tuned.tidy(axis, f"{task}: {method}")
+            results.tidy(axis, f"{task}: {method}")
             axis.set_xlim(0, 1.25 * seen[-1])
     for axis in axes[-1]:
         axis.set_xlabel("completions")
@@ -193,8 +193,8 @@ def main(args):
     out.mkdir(parents=True, exist_ok=True)
     path = out / "real.jsonl"
     run_one = functools.partial(run, args=args)
-    tuned.run_all(lambda rows: jobs_of(rows, args), run_one, path, args.jobs)
-    rows = tuned.read(path)
+    results.run_all(lambda rows: jobs_of(rows, args), run_one, path, args.jobs)
+    rows = results.read(path)
     if all(final_rows(rows, task, method) for task in TASKS for method in METHODS):
         (out / "real.md").write_text(table(rows))
         draw(rows, out / "real.png")

@@ -1,225 +1,757 @@
-"""The methods beside each other: the sorting task, one start, as many completions for each, five seeds.
+"""The methods beside each other, each at the best of its own settings: one task, start and budget.
 
     pip install -r requirements.txt matplotlib
-    python tests/bench/results.py                      # about four hours on 2 cores, one run on each; goes on where it was stopped
-    python tests/bench/results.py --time               # two minutes, on a quiet machine, before or after
-    python tests/bench/results.py --seeds 1 --methods "GRPO" "PPO, separate critic" --completions 2560 --out /tmp/few
+    python tests/bench/results.py             # many hours on 2 cores; goes on where it was stopped
+    python tests/bench/results.py --time      # 5 minutes, on an idle machine, when all runs are done
+    python tests/bench/results.py --methods "fine-tuning" "GRPO, one update" --out /tmp/again
 
-Each online method draws 51,200 completions of training prompts; fine-tuning sees as many demonstrations, DPO as many sides of
-pairs. Every other flag is the script's default, and the schedule fits the number of steps. A seed that fails or collapses counts. Best-of-N
-draws from the start, by the score of a reward model trained on the bundled pairs. Seconds are steps times the median seconds of a
-step, measured apart (--time: a few steps of each method, in turns, alone on all cores), because the runs keep each other company.
-Writes results.json, results.md, results.png.
+Every method draws 51,200 completions of training prompts of the sorting task, 256 in each of 200
+rollouts, and trains on each of them once: in one update or, a quarter at a time, in four. REINFORCE
+has rollouts of 64 in place of four updates. Fine-tuning sees as many right answers, DPO and the
+reward model as many sides of pairs; they have fewer, and see each about six times. So a run has
+200 or 800 updates. GRPO as its paper has it and the adapters have one update a rollout. There is no
+KL penalty but where a method has it by definition (DPO, GRPO as published).
+
+A grid of learning rates, a factor of 2 apart, is run with seeds 1 to 3 and scored on 512 prompts
+that are neither training nor test prompts. The best mean chooses a method's setting (of equal ones
+that with the better curve). If the best rate of a variant is at the edge of its grid, the grid is
+widened by one rate, until it is not. (Rates far below the best with seed 1 get their other seeds
+last of all. The choice is made again when they have them.) The chosen setting is run with seeds 11 to 20, and the model
+at the end answers 2,048 new prompts greedily. PPO's critic has a learning rate in a fixed ratio to
+the policy's. A run that ends because of a gradient that is not finite has a score of 0; any other
+failure stops this script.
+
+Best-of-N trains nothing but the reward model by whose scores it takes one of N samples of the
+start, for the 512 prompts of the bundled task.
+
+Controls repeat a chosen setting with one thing changed that could explain a difference: how many
+prompts a rollout has, the bound of the gradient's norm, the critic's rate.
+Seeds 1 to 3 and the validation prompts, as in the grid.
+
+The same run on the same kind of processor gives the same row, to the last digit. Others round
+differently, and single scores then differ by some hundredths: rows say which one it was.
+
+Writes results.jsonl, a row for each run, and from its rows the four tables results*.md and
+the pictures results.png and results_rates.png. Rows that are there are not run again.
 """
 
 import json
 import math
+import multiprocessing
 import os
+import re
+import runpy
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 import tyro
+from torch.utils.tensorboard import SummaryWriter  # noqa: F401  imported once for all runs
+from transformers import LlamaForCausalLM  # noqa: F401
 
 HERE = Path(__file__).resolve().parent
-TINY = HERE.parent / "tiny"
-METHODS = {
-    "fine-tuning on right answers": (
-        "reinforce.py",
-        256,
-        "--demos",
-        str(TINY / "sort_train.jsonl"),
-        "--prompts_per_step",
-        "256",
-    ),
-    "DPO": ("dpo.py", 128),
-    "REINFORCE, no baseline": ("reinforce.py", 256, "--baseline", "none"),
-    "REINFORCE, leave one out": ("reinforce.py", 256),
-    "PPO, separate critic": ("ppo.py", 128),
-    "PPO, shared critic": ("ppo.py", 128, "--critic", "shared"),
-    "GRPO": ("grpo.py", 256),
-    "GRPO as published": (
-        "grpo.py",
-        256,
-        "--aggregate",
-        "sequence",
-        "--beta",
-        "0.04",
-        "--kl",
-        "k3",
-    ),
-    "Dr. GRPO": ("grpo.py", 256, "--scale", "none", "--aggregate", "constant"),
-    "reward model": ("reward_model.py", None),  # for best-of-N
-}
+ROOT = HERE.parents[1]
+TINY = ROOT / "tests" / "tiny"
+sys.path.insert(0, str(TINY))
+import sort
+
+BUDGET = 51_200
+ROLLOUT = 256
+STEPS = BUDGET // ROLLOUT
 REACHED = 0.8
+GRID_SEEDS = (1, 2, 3)
+FINAL_SEEDS = tuple(range(11, 21))
+MARGIN = 0.1
+VALIDATION = 1000  # the seed of the validation prompts
+RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
+N_OF_BEST = (1, 4, 16)
+
+
+@dataclass
+class Method:
+    command: str
+    """the script, and flags of all its runs"""
+    variants: dict
+    """{name: flags}. The grid of rates is run with each of them"""
+    rates: tuple = RATES
+    critic: float = 0.0
+    """the critic's learning rate, times the policy's"""
+    patch: str = ""
+    """a file of tests/changes, applied to a copy of the script"""
+
+
+ONE, FOUR = "one update", "four updates"
+SMALL = "four times as many rollouts"
+UPDATES = {
+    ONE: "--steps 200 --epochs 1 --minibatches 1",
+    FOUR: "--steps 200 --epochs 1 --minibatches 4",
+}
+PAIRS = {
+    ONE: "--steps 200 --pairs_per_step 128",
+    FOUR: "--steps 800 --pairs_per_step 32 --warmup 40",
+}
+DEMOS = {
+    ONE: "--steps 200 --prompts_per_step 256",
+    FOUR: "--steps 800 --prompts_per_step 64 --warmup 40",
+}
+PAIR_DATA = f"--data {TINY / 'pairs_train.jsonl'} --eval_data {TINY / 'pairs_test.jsonl'}"
+BETAS = {name + ", beta 0.1": f"{flags} --beta 0.1" for name, flags in PAIRS.items()}
+GROUPS = "--prompts_per_step 32 --samples_per_prompt 8"
+ON_POLICY = {
+    ONE: UPDATES[ONE],
+    SMALL: "--steps 800 --prompts_per_step 8 --warmup 40 --epochs 1 --minibatches 1",
+}
+SINGLE = "--prompts_per_step 256 --samples_per_prompt 1 --beta 0"
+METHODS = {
+    "fine-tuning": Method(f"reinforce.py --demos {TINY / 'sort_train.jsonl'}", DEMOS),
+    "DPO": Method(f"dpo.py {PAIR_DATA}", PAIRS | BETAS),
+    "best of N, by a reward model": Method(
+        f"reward_model.py {PAIR_DATA} --schedule linear --policy {TINY / 'model'} --best_of 1 4 16",
+        PAIRS,
+        (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+    ),
+    "REINFORCE, no baseline": Method(f"reinforce.py {GROUPS} --beta 0 --baseline none", ON_POLICY),
+    "REINFORCE, leave one out": Method(f"reinforce.py {GROUPS} --beta 0", ON_POLICY),
+    "PPO, separate critic": Method(f"ppo.py {SINGLE}", UPDATES, critic=5 / 3),
+    "PPO, shared critic": Method(f"ppo.py {SINGLE} --critic shared", UPDATES, critic=50 / 3),
+    "GRPO, one update": Method(f"grpo.py {GROUPS}", {ONE: UPDATES[ONE]}),
+    "GRPO, four updates": Method(f"grpo.py {GROUPS}", {FOUR: UPDATES[FOUR]}),
+    "GRPO as published": Method(
+        f"grpo.py {GROUPS} --aggregate sequence --beta 0.04 --kl k3", {ONE: UPDATES[ONE]}
+    ),
+    "Dr. GRPO": Method(f"grpo.py {GROUPS} --scale none --aggregate constant", UPDATES),
+    # With one update the ratios of the next two are 1, and they are GRPO.
+    "GSPO": Method(
+        f"grpo.py {GROUPS} --ratio sequence",
+        {
+            "four updates, its clip": UPDATES[FOUR],
+            "four updates, clip 0.05": f"{UPDATES[FOUR]} --clip_low 0.05 --clip_high 0.05",
+        },
+    ),
+    "CISPO": Method(f"grpo.py {GROUPS} --clip_high 4", {FOUR: UPDATES[FOUR]}, patch="cispo"),
+    "GRPO with adapters": Method(
+        f"grpo.py {GROUPS} --lora_rank 8", {ONE: UPDATES[ONE]}, tuple(10 * rate for rate in RATES)
+    ),
+}
+START = "the start"
+ALONE, GROUPED = "one sample a prompt", "32 prompts x 8"
+PPO = ("PPO, separate critic", "PPO, shared critic")
+CONTROLS = {
+    ("REINFORCE, no baseline", ALONE): "--prompts_per_step ALL --samples_per_prompt 1",
+    ("REINFORCE, no baseline", "no bound of the norm"): "--max_grad_norm 100",
+    ("REINFORCE, leave one out", "no bound of the norm"): "--max_grad_norm 100",
+    **{(name, GROUPED): GROUPS for name in PPO},
+    **{(name, "critic's rate halved"): "" for name in PPO},
+    **{(name, "critic's rate doubled"): "" for name in PPO},
+}
+"""{(method, what is changed): flags, after those of the method's chosen setting}"""
+TIMES = {"critic's rate halved": 0.5, "critic's rate doubled": 2.0}
+
+
+def method_of(name):
+    """A method, or a control, "its method: what is changed"."""
+    if name in METHODS:
+        return METHODS[name]
+    base, _, change = name.partition(": ")
+    method = METHODS[base]
+    variants = {}
+    for variant, words in method.variants.items():
+        rows = ROLLOUT // 4 if variant == SMALL else ROLLOUT
+        variants[variant] = f"{words} {CONTROLS[base, change]}".replace("ALL", f"{rows}")
+    return replace(method, variants=variants, critic=method.critic * TIMES.get(change, 1))
 
 
 @dataclass
 class Args:
     methods: tuple[str, ...] = tuple(METHODS)
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     jobs: int = 2
     """runs at once, each on one thread"""
-    completions: int = 51_200
     out: str = str(HERE)
     time: bool = False
+    """measure the seconds of a step at the chosen settings, on all cores, instead"""
+    tables: bool = False
+    """make tables and pictures of the rows so far, instead"""
 
 
-def call(method, seed, steps, out, threads, *more):
-    """-> (the lines of a run's metrics.jsonl, its exit status)."""
-    script, _, *flags = METHODS[method]
-    flags += ["--steps", str(steps), "--save_every", str(steps)] if steps else []
-    command = [sys.executable, str(HERE.parents[1] / script), *flags, *more]
-    command += ["--seed", str(seed), "--out", out, "--device", "cpu"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
-    )
-    return [
-        json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()
-    ], done.returncode
+# -- What is to be run -------------------------------------------------------------------------
 
 
-def one(method, seed, completions):
-    drawn = METHODS[method][1]
-    steps = completions // drawn if drawn else 0
-    with tempfile.TemporaryDirectory() as out:
-        lines, status = call(
-            method,
-            seed,
-            steps,
-            out,
-            1,
-            *(["--eval_every", str(max(steps // 20, 1))] if drawn else []),
-        )
-    row = {"method": method, "seed": seed, "status": status}
-    row["memory_gib"] = round(max(m.get("memory_gib", 0.0) for m in lines), 2)
-    row["curve"] = [(m["step"] * (drawn or 0), m["eval/exact"]) for m in lines if "eval/exact" in m]
-    return row | {k: v for k, v in lines[-1].items() if k.startswith("best_of/")}
+def key_of(row):
+    return row["method"], row["variant"], row["rate"], row["seed"]
 
 
-def seconds_of_steps(turns=2, steps=12):
-    """{method: median seconds of a step, the first two of a run left out}."""
-    found = {method: [] for method in METHODS if METHODS[method][1]}
+def grid_of(rows, name):
+    """{(variant, rate): {seed: (validation score, mean of the curve)}} of the runs so far."""
+    method = METHODS[name]
+    found = {(variant, rate): {} for variant in method.variants for rate in method.rates}
+    for row in rows:
+        if row["method"] == name and row["seed"] in GRID_SEEDS:
+            curve = row.get("curve", [row["score"]])
+            setting = (row["variant"], row["rate"])
+            found.setdefault(setting, {})[row["seed"]] = (row["score"], statistics.mean(curve))
+    return found
+
+
+def means_of(rows, name, complete=False):
+    """{(variant, rate): (mean validation score, mean of the curves)} of the seeds so far, or of the
+    settings that have all seeds."""
+    least = len(GRID_SEEDS) if complete else 1
+    grid = grid_of(rows, name).items()
+    kept = {setting: seeds.values() for setting, seeds in grid if len(seeds) >= least}
+    return {setting: tuple(map(statistics.mean, zip(*runs))) for setting, runs in kept.items()}
+
+
+def chosen(rows, name):
+    """-> (the variant and rate of the best mean, or None if it is not known yet; the runs of the
+    grid that are needed before it is, (variant, rate, seed); runs that can wait).
+
+    Those of rates can wait which with seed 1 are more than MARGIN below the best of their variant:
+    the best with seed 1, and then the best mean.
+    """
+    grid = grid_of(rows, name)
+    means = means_of(rows, name, complete=True)
+    needed = []
+    later = []
+    for variant in METHODS[name].variants:
+        mine = {setting: seeds for setting, seeds in grid.items() if setting[0] == variant}
+        first = {s: seeds[1][0] for s, seeds in mine.items() if 1 in seeds}
+        if len(first) < len(mine):
+            needed += [(*setting, 1) for setting in mine if setting not in first]
+            continue
+        missing = []
+        for setting, seeds in mine.items():
+            missing += [(*setting, seed) for seed in GRID_SEEDS if seed not in seeds]
+        near = near_best(missing, first, max(first.values()))
+        if not near:
+            best = max((s for s in mine if s in means), key=means.get)
+            near = near_best(missing, first, means[best][0])
+        later += [run for run in missing if run not in near]
+        needed += near
+        if not near:
+            rates = [rate for _, rate in mine]
+            if best[1] == max(rates):
+                needed.append((variant, 2 * best[1], 1))
+            if best[1] == min(rates):
+                needed.append((variant, best[1] / 2, 1))
+    return None if needed else max(means, key=means.get), needed, later
+
+
+def near_best(runs, first, best):
+    return [run for run in runs if first[run[:2]] >= best - MARGIN]
+
+
+def jobs_of(rows, methods):
+    """Runs that are still to be made, (method, variant, rate, seed), in the order to make them."""
+    grid, finals, controls, last = [], [], [], []
+    for name in methods:
+        setting, needed, later = chosen(rows, name)
+        grid += [(name, *run) for run in needed]
+        last += [(name, *run) for run in later]
+        if setting:
+            finals += [(name, *setting, seed) for seed in FINAL_SEEDS]
+            for base, change in CONTROLS:
+                if base == name:
+                    controls += [(f"{name}: {change}", *setting, seed) for seed in GRID_SEEDS]
+    if set(methods) == set(METHODS):
+        finals.append((START, "", 0.0, 0))
+    done = {key_of(row) for row in rows}
+    order = {name: place for place, name in enumerate((START, *METHODS))}
+
+    def place(job):
+        return job[3], order[job[0].partition(": ")[0]]
+
+    jobs = []
+    for part in (grid, finals, controls, last):
+        jobs += sorted(part, key=place)
+    return [job for job in jobs if job not in done]
+
+
+# -- One run -----------------------------------------------------------------------------------
+
+
+def command_of(name, variant, rate):
+    """The script's name and its flags, as they are typed."""
+    method = method_of(name)
+    words = [*method.command.split(), *method.variants[variant].split()]
+    words += ["--learning_rate", f"{rate:g}"]
+    if method.critic:
+        words += ["--critic_learning_rate", f"{rate * method.critic:.3g}"]
+    return words
+
+
+def prepare(name, folder):
+    """-> the folder of the scripts: the repository, or a copy with the method's patch."""
+    patch = method_of(name).patch
+    if not patch:
+        return ROOT
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    shutil.copytree(TINY, folder / "tests" / "tiny")
+    diff = ROOT / "tests" / "changes" / f"{patch}.diff"
+    subprocess.run(["patch", "-p1", "--fuzz=0", "-s", "-i", str(diff)], cwd=folder, check=True)
+    return folder
+
+
+def call(command, scripts, log, threads=1):
+    """Runs a script in this process, which was made for it, as if it had been started alone."""
+    torch.set_num_threads(threads)  # here and not before: a pool of threads does not survive a fork
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [str(scripts / command[0]), *command[1:]]
+    sys.path.insert(0, str(scripts))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def call_in_child(*given):
+    """A child copies this process and with it the imports, which take as long as many steps."""
+    child = multiprocessing.get_context("fork").Process(target=call, args=given)
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+def numbers(folder):
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run(job, path):
+    """One run from start to score; its row is added to the file `path`. In a process of its own."""
+    name, variant, rate, seed = job
+    row = dict(zip(("method", "variant", "rate", "seed"), job))
+    row |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    row["processor"] = processor()
+    if name == START:
+        with tempfile.TemporaryDirectory() as temporary:
+            row |= {"status": 0, "right": answers(Path(temporary), TINY / "model")}
+        row["score"] = share(row["right"])
+        return add(row, path)
+    is_final = seed in FINAL_SEEDS
+    with tempfile.TemporaryDirectory() as temporary:
+        temporary = Path(temporary)
+        held_out = TINY / "sort_test.jsonl"
+        if not is_final:
+            held_out = temporary / "validation.jsonl"
+            write_lists(held_out, 512, VALIDATION)
+        command = command_of(name, variant, rate)
+        steps = int(command[command.index("--steps") + 1])
+        every = steps // (20 if is_final else 4)
+        command += ["--seed", f"{seed}", "--device", "cpu", "--eval_every", f"{every}"]
+        prompts = "--eval_prompts" if "--eval_data" in command else "--eval_data"
+        command += [prompts, str(held_out), "--save_every", f"{steps}", "--no-keep_best"]
+        command += ["--out", str(temporary / "run")]
+        scripts = prepare(name, temporary)
+        row["status"] = call_in_child(command, scripts, temporary / "log")
+        lines = numbers(temporary / "run")
+        row["score"] = 0.0
+        if row["status"]:
+            words = (temporary / "log").read_text()
+            print(words[-2000:], flush=True)
+            if "gradient is" not in words:
+                sys.exit(1)  # no room, no memory, a signal: this says nothing about the method
+        elif command[0] == "reward_model.py":
+            row |= {f"best of {n}": round(lines[-1][f"best_of/true@{n}"], 4) for n in N_OF_BEST}
+            row["score"] = row[f"best of {N_OF_BEST[-1]}"]
+        else:
+            row["curve"] = [round(line["eval/exact"], 4) for line in lines if "eval/exact" in line]
+            row["score"] = row["curve"][-1]
+        if is_final and "curve" in row:
+            row["right"] = answers(temporary, temporary / "run" / "model")
+            row["score"] = share(row["right"])
+    add(row, path)
+
+
+def add(row, path):
+    line = json.dumps(row) + "\n"
+    with open(path, "a") as file:
+        file.write(line)
+    print(key_of(row), row["status"], row["score"], flush=True)
+
+
+def processor():
+    """Its name and model, "" where there is no /proc."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    found = dict(re.findall(r"^(cpu family|model|model name)\s*: (.*)$", text, re.M))
+    return ", ".join(found[key] for key in ("model name", "cpu family", "model") if key in found)
+
+
+def share(right):
+    return round(right.count("1") / len(right), 4)
+
+
+def answers(folder, model):
+    """One digit for each of the new prompts, 1 if the model's greedy answer is right."""
+    write_lists(folder / "test.jsonl", 2048, seed=2000)
+    prompts = ["--data", str(folder / "test.jsonl"), "--eval_data", str(folder / "test.jsonl")]
+    command = ["grpo.py", "--model", str(model), *prompts, "--steps", "0"]
+    command += ["--device", "cpu", "--out", str(folder / "test")]
+    if call_in_child(command, ROOT, folder / "log"):
+        sys.exit((folder / "log").read_text()[-2000:])
+    rows = (folder / "test" / "eval_samples.jsonl").read_text().splitlines()
+    return "".join(f"{json.loads(row)['reward']:.0f}" for row in rows)
+
+
+def write_lists(path, count, seed):
+    """New lists to sort: none is in the files of tests/tiny, nor with another seed among these."""
+    known = set()
+    for name in ("sort_train", "sort_test", "pairs_train", "pairs_test"):
+        for line in (TINY / f"{name}.jsonl").read_text().splitlines():
+            known.add(json.loads(line)["prompt"])
+    if seed != VALIDATION:
+        known |= {row["prompt"] for row in sort.lists(512, seed=VALIDATION, without=known)}
+    rows = sort.lists(count, seed, without=known)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# -- The runs ----------------------------------------------------------------------------------
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run_all(jobs_of_rows, run_one, path, at_once):
+    """Starts the next run whenever one has ended, since what is next depends on the rows so far.
+    Each run has a process of its own."""
+    context = multiprocessing.get_context("fork")
+    running = {}
+    while True:
+        jobs = [job for job in jobs_of_rows(read(path)) if job not in running.values()]
+        while jobs and len(running) < at_once:
+            child = context.Process(target=run_one, args=(jobs[0], path))
+            child.start()
+            running[child] = jobs.pop(0)
+        if not running:
+            return
+        wait([child.sentinel for child in running])
+        for child in [child for child in running if not child.is_alive()]:
+            if child.exitcode:
+                sys.exit(f"{running[child]} ended with status {child.exitcode}")
+            del running[child]
+
+
+# -- Seconds, table, pictures ------------------------------------------------------------------
+
+
+def measure_seconds(rows, turns=3, steps=8):
+    """{method: seconds of a whole run at its chosen setting}: the median step, without the first
+    two of a run, times the number of steps. The methods take turns, each alone on all cores."""
+    seconds = {}
     for _ in range(turns):
-        for method, seconds in found.items():
-            with tempfile.TemporaryDirectory() as out:
-                lines, _ = call(
-                    method, 1, steps, out, os.cpu_count(), "--eval_data", "", "--warmup", "0"
-                )
-            seconds += [m.get("time/sample", 0.0) + m["time/train"] for m in lines if m["step"] > 2]
-    return {method: statistics.median(seconds) for method, seconds in found.items()}
+        for name in METHODS:
+            setting, *_ = chosen(rows, name)
+            command = command_of(name, *setting)
+            count = int(command[command.index("--steps") + 1])
+            with tempfile.TemporaryDirectory() as folder:
+                folder = Path(folder)
+                command += ["--steps", f"{steps}", "--warmup", "0", "--eval_data", ""]
+                command += ["--device", "cpu", "--out", str(folder / "run")]
+                if command[0] == "reward_model.py":
+                    command += ["--policy", "", "--eval_prompts", ""]
+                call_in_child(command, prepare(name, folder), folder / "log", os.cpu_count())
+                for line in numbers(folder / "run"):
+                    if line["step"] > 2:
+                        step = line.get("time/sample", 0.0) + line["time/train"]
+                        seconds.setdefault(name, []).append(step * count)
+    return {name: round(statistics.median(values), 1) for name, values in seconds.items()}
 
 
-def interval(values):
-    """Mean and half of its 95 % interval, by Student's t."""
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), math.nan)
-    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values)) if len(
-        values
-    ) > 1 else math.nan
+def resampled(rows, stream=0, draws=4000):
+    """A bootstrap of a method's mean: its seeds are drawn anew, and the test prompts, too. The
+    prompts drawn are the same for all methods, so that means of two may be subtracted; the seeds
+    have a stream of numbers of their own."""
+    known = [row["right"] for row in rows if "right" in row]
+    nothing = "0" * len(known[0])  # of a run that has failed
+    right = np.array([[int(x) for x in row.get("right", nothing)] for row in rows])
+
+    def weights(rng, count):
+        return rng.multinomial(count, np.full(count, 1 / count), size=draws) / count
+
+    prompts = weights(np.random.default_rng(0), right.shape[1])  # [draws, prompts]
+    seeds = weights(np.random.default_rng([1, stream]), len(right))  # [draws, seeds]
+    return (prompts @ right.T * seeds).sum(axis=1)
 
 
-def table(runs, seconds):
+def interval(rows, score, draws=4000):
+    """The 95 % interval of the mean."""
+    if any("right" in row for row in rows):
+        means = resampled(rows, draws=draws)
+    else:  # of best-of-N the score alone is known: prompts drawn anew are a binomial draw
+        rng = np.random.default_rng(0)
+        scores = np.array([row.get(score, 0.0) for row in rows])
+        means = scores[rng.integers(len(rows), size=(draws, len(rows)))].mean(axis=1)
+        means = rng.binomial(512, means) / 512
+    return np.quantile(means, (0.025, 0.975))
+
+
+def reached(row):
+    """Completions to the first of two scores of 0.8 in a row; infinite if there were none."""
+    curve = row.get("curve", [])
+    places = [i for i in range(len(curve) - 1) if min(curve[i : i + 2]) >= REACHED]
+    return places[0] * BUDGET // (len(curve) - 1) if places else math.inf
+
+
+def final_rows(rows, name):
+    setting, *_ = chosen(rows, name)
+    found = [r for r in rows if r["method"] == name and (r["variant"], r["rate"]) == setting]
+    return [row for row in found if row["seed"] in FINAL_SEEDS]
+
+
+def table(rows, seconds):
     lines = [
-        "| method | seeds | exact match, mean and 95 % interval | lowest | completions to 0.8 | seconds to 0.8 | peak memory |",
-        "|---|---|---|---|---|---|---|",
+        "| method | learning rate | updates | KL penalty | exact match on the test prompts, mean "
+        "and 95 % interval | lowest seed | completions to 0.8 | updates to 0.8 | seconds of "
+        "training |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for method in METHODS:
-        mine = [r for r in runs if r["method"] == method]
-        if not mine:
+    start = [row for row in rows if row["method"] == START]
+    lines.append(f"| {START} |  |  |  | {score_cells(start, 'score')} |  |  |  |")
+    for name in METHODS:
+        mine = final_rows(rows, name)
+        variant, rate = mine[0]["variant"], mine[0]["rate"]
+        times = f"{seconds[name]:.0f}" if name in seconds else ""
+        setting = f"{short(rate)} | {updates_of(variant)} | {penalty_of(name, variant)}"
+        if name.startswith("best of N"):
+            for n in N_OF_BEST:
+                label = name.replace("N", f"{n}")
+                cells = score_cells(mine, f"best of {n}")
+                lines.append(f"| {label} | {setting} | {cells} |  |  | {times} |")
             continue
-        if method == "reward model":
-            for n in (1, 4, 16):
-                mean, half = interval([r[f"best_of/true@{n}"] for r in mine])
-                lowest = min(r[f"best_of/true@{n}"] for r in mine)
-                lines.append(
-                    f"| best of {n} samples of the start, by a reward model | {len(mine)} | {mean:.3f} ± {half:.3f} | {lowest:.3f} | | | |"
-                )
-            continue
-        mean, half = interval([r["curve"][-1][1] for r in mine])
-        reached = [next((x for x, y in r["curve"] if y >= REACHED), None) for r in mine]
-        times = [x for x in reached if x]
-        words = ["", ""]
-        if times:
-            some = "" if len(times) == len(mine) else f" ({len(times)} of {len(mine)} seeds)"
-            words = [f"{statistics.median(times):,.0f}{some}", ""]
-            if method in seconds:
-                words[1] = f"{statistics.median(times) / METHODS[method][1] * seconds[method]:.0f}"
-        lowest, memory = min(r["curve"][-1][1] for r in mine), max(r["memory_gib"] for r in mine)
-        score = f"{mean:.3f} ± {half:.3f} | {lowest:.3f}"
-        lines.append(
-            f"| {method} | {len(mine)} | {score} | {words[0]} | {words[1]} | {memory:.2f} GiB |"
-        )
+        places = [reached(row) for row in mine]
+        middle = statistics.median(places)
+        words = f"{middle:,.0f} | {middle / BUDGET * updates_of(variant):.0f}"
+        if middle == math.inf:
+            count = sum(place < math.inf for place in places)
+            words = f"not reached ({count} of {len(places)} seeds) | "
+        label = label_of(name, variant)
+        lines.append(f"| {label} | {setting} | {score_cells(mine, 'score')} | {words} | {times} |")
     return "\n".join(lines) + "\n"
 
 
-def picture(runs, path):
-    import matplotlib
+def updates_of(variant):
+    return 4 * STEPS if "four" in variant else STEPS
 
-    matplotlib.use("agg")
+
+def penalty_of(name, variant):
+    """The weight of the KL penalty; nothing for the methods that have none to set."""
+    words = command_of(name, variant, 1.0)
+    if "--beta" in words:
+        return words[len(words) - words[::-1].index("--beta")]  # the last of them counts
+    return {"dpo.py": "0.5", "grpo.py": "0"}.get(words[0] if "--demos" not in words else "", "")
+
+
+def label_of(name, variant):
+    """The method, and what its variant has beside the number of updates."""
+    special = variant.partition(", ")[2]
+    special = SMALL if variant == SMALL else special
+    return f"{name}, {special}" if special else name
+
+
+def settings_table(rows):
+    """The best rate of each variant, of which the best was chosen."""
+    lines = [
+        "| method | variant | learning rate | exact match on the validation prompts, mean "
+        "(lowest to highest seed) | chosen |",
+        "|---|---|---|---|---|",
+    ]
+    for name in METHODS:
+        means = means_of(rows, name, complete=True)
+        setting, *_ = chosen(rows, name)
+        for variant in METHODS[name].variants:
+            best = max((key for key in means if key[0] == variant), key=means.get)
+            words = f"{short(best[1])} | {spread(rows, name, *best)}"
+            mark = "yes" if best == setting else ""
+            lines.append(f"| {name} | {variant} | {words} | {mark} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(rows, name, variant, rate):
+    keys = [(name, variant, rate, seed) for seed in GRID_SEEDS]
+    scores = [row["score"] for row in rows if key_of(row) in keys]
+    return f"{statistics.mean(scores):.3f} ({min(scores):.3f} to {max(scores):.3f})"
+
+
+def controls_table(rows):
+    lines = [
+        "| method | its variant and rate | changed | exact match on the validation prompts, as "
+        "chosen | changed |",
+        "|---|---|---|---|---|",
+    ]
+    for name, change in CONTROLS:
+        setting, *_ = chosen(rows, name)
+        both = f"{spread(rows, name, *setting)} | {spread(rows, f'{name}: {change}', *setting)}"
+        lines.append(f"| {name} | {setting[0]}, {short(setting[1])} | {change} | {both} |")
+    return "\n".join(lines) + "\n"
+
+
+def differences_table(rows):
+    """Which methods ten seeds and 2,048 prompts tell apart: the 95 % interval of the difference."""
+    draws = {}
+    for place, name in enumerate(METHODS):
+        mine = final_rows(rows, name)
+        if any("right" in row for row in mine):
+            draws[name] = resampled(mine, place)
+    order = sorted(draws, key=lambda name: -draws[name].mean())
+    lines = ["| method | better than the next by | not told apart from |", "|---|---|---|"]
+    for name, below in zip(order, [*order[1:], None]):
+        words = ""
+        if below:
+            low, high = np.quantile(draws[name] - draws[below], (0.025, 0.975))
+            words = f"{draws[name].mean() - draws[below].mean():.3f} ({low:.3f} to {high:.3f})"
+        alike = []
+        for other in order:
+            low, high = np.quantile(draws[name] - draws[other], (0.025, 0.975))
+            if other != name and low <= 0 <= high:
+                alike.append(other)
+        lines.append(f"| {name} | {words} | {'; '.join(alike)} |")
+    return "\n".join(lines) + "\n"
+
+
+def short(rate):
+    """1.25e-4, and 2e-4 without a dot."""
+    digits, _, power = f"{rate:.2e}".partition("e-0")
+    return f"{float(digits):g}e-{power}"
+
+
+def score_cells(rows, score):
+    scores = [row.get(score, 0.0) for row in rows]
+    low, high = interval(rows, score)
+    return f"{statistics.mean(scores):.3f} ({low:.3f} to {high:.3f}) | {min(scores):.3f}"
+
+
+# Colours that colour-blind readers tell apart (Okabe and Ito). Lines have their names beside them.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+PANELS = {
+    "Right answers and pairs": ("fine-tuning", "DPO", "best of N, by a reward model"),
+    "REINFORCE and PPO": tuple(m for m in METHODS if m.startswith(("REINFORCE", "PPO"))),
+    "GRPO and its variants": (
+        *(m for m in METHODS if "GRPO" in m),
+        *("GSPO", "CISPO"),
+    ),
+}
+COLOR_OF = {name: color for names in PANELS.values() for name, color in zip(names, COLORS)}
+
+
+def apart(heights, distance):
+    """The heights of labels, moved so that neighbours keep a distance and none is above 1."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    moved = list(heights)
+    for _ in range(200):
+        moved[order[-1]] = min(moved[order[-1]], 1.0)
+        for low, high in zip(order, order[1:]):
+            missing = distance - (moved[high] - moved[low])
+            if missing > 0:
+                moved[low] -= missing / 2
+                moved[high] += missing / 2
+    return moved
+
+
+def tidy(axis, title):
+    """What all panels have in common."""
+    axis.set_title(title, fontsize=10)
+    axis.set_ylim(0, 1.03)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+
+
+def draw_curves(rows, path):
+    """Score against completions at the chosen settings: mean and range of the ten seeds."""
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(7.5, 4.5), facecolor="white")
-    for color, method in zip(
-        plt.get_cmap("tab10").colors, [m for m in METHODS if m != "reward model"]
-    ):
-        curves = [r["curve"] for r in runs if r["method"] == method]
-        if curves:
-            values = torch.tensor([[y for _, y in c] for c in curves])
-            drawn = [x for x, _ in curves[0]]
-            ax.plot(drawn, values.mean(0), color=color, label=method)
-            ax.fill_between(drawn, values.amin(0), values.amax(0), color=color, alpha=0.12)
-    ax.set(
-        xlabel="completions seen",
-        ylabel="held-out exact match, greedy",
-        ylim=(0, 1),
-        title="Sorting: mean and range of the seeds",
-    )
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
-    fig.savefig(path, dpi=120, bbox_inches="tight")
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(14, 4.6), sharey=True)
+    for axis, (title, names) in zip(axes, PANELS.items()):
+        ends = []
+        for name in names:
+            mine = final_rows(rows, name)
+            if name.startswith("best of N"):
+                best = f"best of {N_OF_BEST[-1]}"
+                mean = statistics.mean(row.get(best, 0.0) for row in mine)
+                axis.axhline(mean, color=COLOR_OF[name], linestyle=":", linewidth=1.5)
+                ends.append((best, mean, COLOR_OF[name]))
+                continue
+            length = max(len(row.get("curve", [])) for row in mine)
+            curves = np.array([row.get("curve", [0.0] * length) for row in mine])  # 0: failed
+            seen = np.linspace(0, BUDGET, curves.shape[1])
+            axis.plot(seen, curves.mean(axis=0), color=COLOR_OF[name], linewidth=1.8)
+            low, high = curves.min(axis=0), curves.max(axis=0)
+            axis.fill_between(seen, low, high, color=COLOR_OF[name], alpha=0.13, linewidth=0)
+            ends.append((name, curves.mean(axis=0)[-1], COLOR_OF[name]))
+        for (name, _, color), height in zip(ends, apart([end[1] for end in ends], 0.05)):
+            axis.text(1.02 * BUDGET, height, name, color=color, va="center", fontsize=9)
+        tidy(axis, title)
+        axis.set(xlabel="completions", xlim=(0, 1.55 * BUDGET))
+        axis.set_xticks([0, BUDGET // 2, BUDGET], ["0", f"{BUDGET // 2:,}", f"{BUDGET:,}"])
+    axes[0].set_ylabel("exact match on the test prompts")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, facecolor="white")
+
+
+def draw_rates(rows, path):
+    """Validation score against learning rate: a panel for each method, a line for each variant."""
+    import matplotlib.pyplot as plt
+
+    columns = 5
+    lines = math.ceil(len(METHODS) / columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(14, 3 * lines), sharey=True)
+    for axis in axes.flat[len(METHODS) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes.flat, METHODS):
+        means = means_of(rows, name)
+        ends = []
+        for style, variant in zip(("-", "--", ":", "-."), METHODS[name].variants):
+            rates = sorted(rate for v, rate in means if v == variant)
+            scores = [means[variant, rate][0] for rate in rates]
+            axis.plot(rates, scores, style, marker="o", markersize=4, color=COLOR_OF[name])
+            ends.append((variant.replace("four updates, ", ""), rates[-1], scores[-1]))
+        for (label, place, _), height in zip(ends, apart([end[2] for end in ends], 0.08)):
+            axis.text(place * 1.15, height, label, fontsize=8, va="center")
+        (variant, rate), *_ = chosen(rows, name)
+        axis.plot(
+            rate, means[variant, rate][0], "o", markersize=11, fillstyle="none", color="#000000"
+        )
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(rates, [short(rate) for rate in rates], fontsize=8)
+        axis.minorticks_off()
+        tidy(axis, name)
+        axis.set_xlim(rates[0] / 1.3, rates[-1] * 4)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("exact match, validation")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, facecolor="white")
 
 
 def main(args):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    known = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "completions": args.completions,
-        "runs": [],
-    }
-    if (out / "results.json").exists():
-        known = json.loads((out / "results.json").read_text())
-        if known["completions"] != args.completions:
-            sys.exit(f"{out / 'results.json'} is of {known['completions']} completions")
-    runs = known["runs"]
-
-    def save():
-        runs.sort(key=lambda r: (list(METHODS).index(r["method"]), r["seed"]))
-        (out / "results.json").write_text(json.dumps(known, indent=1) + "\n")
-
+    known = out / "results_seconds.json"
     if args.time:
-        known["seconds_a_step"] = seconds_of_steps()
-        save()
-    done = {(r["method"], r["seed"]) for r in runs}
-    todo = [
-        (m, s) for s in args.seeds for m in args.methods if (m, s) not in done and not args.time
-    ]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for ended in as_completed([pool.submit(one, *job, args.completions) for job in todo]):
-            row = ended.result()
-            print({k: v for k, v in row.items() if k != "curve"}, row["curve"][-1:], flush=True)
-            runs.append(row)
-            save()
-    (out / "results.md").write_text(table(runs, known.get("seconds_a_step", {})))
-    picture(runs, out / "results.png")
-    print((out / "results.md").read_text())
+        known.write_text(json.dumps(measure_seconds(read(out / "results.jsonl")), indent=1) + "\n")
+    elif not args.tables:
+        path = out / "results.jsonl"
+        run_all(lambda rows: jobs_of(rows, args.methods), run, path, args.jobs)
+    rows = read(out / "results.jsonl")
+    if set(args.methods) == set(METHODS):
+        seconds = json.loads(known.read_text()) if known.exists() else {}
+        (out / "results.md").write_text(table(rows, seconds))
+        (out / "results_settings.md").write_text(settings_table(rows))
+        (out / "results_controls.md").write_text(controls_table(rows))
+        (out / "results_differences.md").write_text(differences_table(rows))
+        draw_curves(rows, out / "results.png")
+        draw_rates(rows, out / "results_rates.png")
+        print((out / "results.md").read_text())
+        left = len(jobs_of(rows, args.methods))
+        if left:
+            print(f"incomplete: {left} runs are left")
 
 
 if __name__ == "__main__":
