@@ -160,7 +160,12 @@ def test_the_interval_is_of_seeds_and_of_prompts(results):
     assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(0.8 * 0.2 / 512), rel=0.15)
     apart = [{"right": "1" * 512}] * 5 + [{"status": 1}] * 5  # the seeds alone; five have failed
     low, high = results.interval(apart, "score")
-    assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / math.sqrt(10), rel=0.15)
+    spread = np.std([1] * 5 + [0] * 5, ddof=1)
+    assert (high - low) / 2 == pytest.approx(2.262 * spread / math.sqrt(10), rel=0.1), "Student's t"
+    best_of = [{"best of 4": 0.3 + 0.04 * (i % 2)} for i in range(10)]  # and 2,048 prompts
+    low, high = results.interval(best_of, "best of 4")
+    variance = np.var([0.3, 0.34] * 5, ddof=1) / 10 * 2.262**2 + 0.32 * 0.68 / 2048 * 1.96**2
+    assert (high - low) / 2 == pytest.approx(math.sqrt(variance), rel=0.1)
 
 
 def complete(results, prompts=64):
@@ -180,15 +185,18 @@ def complete(results, prompts=64):
             right = "".join(map(str, (rng.random(prompts) < level).astype(int)))
             row = dict(zip(("method", "variant", "rate", "seed"), (name, *best, seed)))
             row |= {"score": level, "curve": [0.3] * 10 + [level] * 11, "right": right}
+            row["seconds"] = 12.3
             if method.command.startswith("reward_model.py"):
-                row = {key: row[key] for key in ("method", "variant", "rate", "seed", "score")}
+                del row["curve"], row["right"]
                 row |= {f"best of {n}": level for n in results.N_OF_BEST}
             rows.append(row | {"status": 0})
         for base, change in results.CONTROLS:
             if base == name:
-                keys = [(f"{name}: {change}", *best, seed) for seed in results.GRID_SEEDS]
-                more = [dict(zip(("method", "variant", "rate", "seed"), key)) for key in keys]
-                rows += [row | {"score": level - 0.2, "status": 0} for row in more]
+                for seed in results.CONTROL_SEEDS:
+                    right = "".join(map(str, (rng.random(prompts) < level - 0.2).astype(int)))
+                    key = (f"{name}: {change}", *best, seed)
+                    row = dict(zip(("method", "variant", "rate", "seed"), key))
+                    rows.append(row | {"score": level - 0.2, "right": right, "status": 0})
     return rows
 
 
@@ -196,23 +204,57 @@ def test_a_complete_comparison_leaves_nothing_to_run_and_fills_its_tables(result
     rows = complete(results)
     assert results.jobs_of(rows, list(results.METHODS)) == []
     assert len({results.key_of(row) for row in rows}) == len(rows)
-    lines = results.table(rows, {"CISPO": 12.3}).splitlines()
+    lines = results.table(rows).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert len(lines) == 2 + 1 + len(results.METHODS) + 2, "the start, and best-of-N thrice"
     assert any("| CISPO | 2e-4 | 800 | 0 |" in line and "| 12 |" in line for line in lines)
+    assert any(line.startswith("| GRPO, small rollouts | 2e-4 | 800 | 0 |") for line in lines)
     assert any(line.startswith("| GRPO as published | 2e-4 | 200 | 0.04 |") for line in lines)
     assert any(line.startswith("| fine-tuning | 2e-4 | 800 |  | ") for line in lines)
-    assert "| 25,600 | 400 |" in lines[4 - 1], "fine-tuning: 10 of 20 points, 400 of 800 updates"
+    assert "| 25,600 (25,600 to 25,600) | 400 |" in lines[4 - 1], (
+        "fine-tuning: 10 of 20 points, 400 of 800 updates"
+    )
     settings = results.settings_table(rows).splitlines()
     assert len(settings) == 2 + sum(len(method.variants) for method in results.METHODS.values())
     assert sum(line.endswith("| yes |") for line in settings) == len(results.METHODS)
     controls = results.controls_table(rows).splitlines()
     assert len(controls) == 2 + len(results.CONTROLS)
     row = next(line for line in controls if "PPO, shared critic" in line)
-    assert "| four updates, 2e-4 | 32 prompts x 8 | 0.650 (0.650 to 0.650) | 0.450 (" in row
+    assert "| four updates, 2e-4 | 32 prompts x 8 | 0.650 | 0.450 | -0." in row
     differences = results.differences_table(rows).splitlines()
     assert len(differences) == 2 + len(results.METHODS) - 1, "best-of-N has no answers to compare"
-    assert differences[2].startswith("| fine-tuning | 0.0")
+    assert differences[2].startswith("| fine-tuning | 0.9")
+
+
+def test_tables_of_some_of_the_rows_say_how_many_seeds_they_have(results):
+    rows = [
+        row for row in complete(results) if row["method"] != "GSPO" and row["seed"] not in (20,)
+    ]
+    lines = results.table(rows).splitlines()
+    assert sum("(9 seeds so far)" in line for line in lines) == len(results.METHODS) - 1 + 2
+    assert not any("GSPO" in line for line in lines)
+    assert "GSPO" not in results.settings_table(rows) + results.differences_table(rows)
+    few = [row for row in rows if ": " not in row["method"]]
+    assert len(results.controls_table(few).splitlines()) == 2
+    assert results.table([]).count("\n") == 2
+
+
+def test_two_methods_are_told_apart_only_beyond_the_bound_of_all_pairs(results):
+    """Equal methods: of 78 pairs, about eight would be told apart at 95 % for each."""
+    rng = np.random.default_rng(1)
+    rows = complete(results)
+    for row in rows:
+        if "right" in row and row["seed"] in results.FINAL_SEEDS:
+            level = 0.8 + 0.03 * rng.standard_normal()
+            row["right"] = "".join(map(str, (rng.random(64) < level).astype(int)))
+    lines = results.differences_table(rows).splitlines()[2:]
+    others = len(results.METHODS) - 2
+    assert all(line.count(";") == others - 1 for line in lines)
+    for row in rows:
+        if row["method"] == "GSPO" and "right" in row:
+            row["right"] = "0" * 64
+    lines = results.differences_table(rows).splitlines()[2:]
+    assert lines[-1] == "| GSPO | 0.000 |  |"
 
 
 def test_methods_are_compared_on_the_same_prompts(results):

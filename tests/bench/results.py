@@ -2,39 +2,41 @@
 
     pip install -r requirements.txt matplotlib
     python tests/bench/results.py             # many hours on 2 cores; goes on where it was stopped
-    python tests/bench/results.py --time      # 5 minutes, on an idle machine, when all runs are done
+    python tests/bench/results.py --tables    # tables and pictures of the rows so far
     python tests/bench/results.py --methods "fine-tuning" "GRPO, one update" --out /tmp/again
 
 Every method draws 51,200 completions of training prompts of the sorting task, 256 in each of 200
-rollouts, and trains on each of them once: in one update or, a quarter at a time, in four. REINFORCE
-has rollouts of 64 in place of four updates. Fine-tuning sees as many right answers, DPO and the
-reward model as many sides of pairs; they have fewer, and see each about six times. So a run has
-200 or 800 updates. GRPO as its paper has it and the adapters have one update a rollout. There is no
-KL penalty but where a method has it by definition (DPO, GRPO as published).
+rollouts, and trains on each of them at most once: in one update or, a quarter at a time, in four.
+(Rows whose gradient is 0 are skipped.) REINFORCE and "GRPO, small rollouts" have rollouts of 64 in
+place of four updates. Fine-tuning sees as many right answers, DPO and the reward model as many
+sides of pairs; they have fewer, and see each about six times. So a run has 200 or 800 updates. GRPO
+as its paper has it and the adapters have one update a rollout. There is no KL penalty but where a
+method has it by definition (DPO, GRPO as published).
 
 A grid of learning rates, a factor of 2 apart, is run with seeds 1 to 3 and scored on 512 prompts
 that are neither training nor test prompts. The best mean chooses a method's setting (of equal ones
 that with the better curve). If the best rate of a variant is at the edge of its grid, the grid is
 widened by one rate, until it is not. (Rates far below the best with seed 1 get their other seeds
-last of all. The choice is made again when they have them.) The chosen setting is run with seeds 11 to 20, and the model
-at the end answers 2,048 new prompts greedily. PPO's critic has a learning rate in a fixed ratio to
-the policy's. A run that ends because of a gradient that is not finite has a score of 0; any other
-failure stops this script.
+last of all. The choice is made again when they have them.) PPO's critic has a learning rate in a
+fixed ratio to the policy's. A run that ends because of a gradient that is not finite has a score of
+0; any other failure stops this script.
 
-Best-of-N trains nothing but the reward model by whose scores it takes one of N samples of the
-start, for the 512 prompts of the bundled task.
+The chosen setting is run with seeds 11 to 20, and the model at the end answers 2,048 new prompts
+greedily. Best-of-N trains nothing but the reward model by whose scores it takes one of N samples of
+the start for each of these prompts. Curves are of the bundled 512 held-out prompts.
 
-Controls repeat a chosen setting with one thing changed that could explain a difference: how many
-prompts a rollout has, the bound of the gradient's norm, the critic's rate.
-Seeds 1 to 3 and the validation prompts, as in the grid.
+Controls repeat a chosen setting with one thing changed that could explain a difference, with seeds
+11 to 15 and the same 2,048 prompts.
 
 The same run on the same kind of processor gives the same row, to the last digit. Others round
-differently, and single scores then differ by some hundredths: rows say which one it was.
+differently, and single scores then differ by some hundredths. Later rows say which processor, which
+code and which flags they are of.
 
 Writes results.jsonl, a row for each run, and from its rows the four tables results*.md and
 the pictures results.png and results_rates.png. Rows that are there are not run again.
 """
 
+import hashlib
 import json
 import math
 import multiprocessing
@@ -69,8 +71,10 @@ STEPS = BUDGET // ROLLOUT
 REACHED = 0.8
 GRID_SEEDS = (1, 2, 3)
 FINAL_SEEDS = tuple(range(11, 21))
+CONTROL_SEEDS = FINAL_SEEDS[:5]
 MARGIN = 0.1
 VALIDATION = 1000  # the seed of the validation prompts
+TEST = (2048, 2000)  # the number of test prompts, and their seed
 RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 N_OF_BEST = (1, 4, 16)
 
@@ -124,6 +128,7 @@ METHODS = {
     "PPO, shared critic": Method(f"ppo.py {SINGLE} --critic shared", UPDATES, critic=50 / 3),
     "GRPO, one update": Method(f"grpo.py {GROUPS}", {ONE: UPDATES[ONE]}),
     "GRPO, four updates": Method(f"grpo.py {GROUPS}", {FOUR: UPDATES[FOUR]}),
+    "GRPO, small rollouts": Method(f"grpo.py {GROUPS}", {SMALL: ON_POLICY[SMALL]}),
     "GRPO as published": Method(
         f"grpo.py {GROUPS} --aggregate sequence --beta 0.04 --kl k3", {ONE: UPDATES[ONE]}
     ),
@@ -144,13 +149,19 @@ METHODS = {
 START = "the start"
 ALONE, GROUPED = "one sample a prompt", "32 prompts x 8"
 PPO = ("PPO, separate critic", "PPO, shared critic")
+UNBOUND = ("no bound of the norm", "--max_grad_norm 100")
 CONTROLS = {
     ("REINFORCE, no baseline", ALONE): "--prompts_per_step ALL --samples_per_prompt 1",
-    ("REINFORCE, no baseline", "no bound of the norm"): "--max_grad_norm 100",
-    ("REINFORCE, leave one out", "no bound of the norm"): "--max_grad_norm 100",
+    ("REINFORCE, no baseline", UNBOUND[0]): UNBOUND[1],
+    ("REINFORCE, leave one out", UNBOUND[0]): UNBOUND[1],
     **{(name, GROUPED): GROUPS for name in PPO},
     **{(name, "critic's rate halved"): "" for name in PPO},
     **{(name, "critic's rate doubled"): "" for name in PPO},
+    ("PPO, separate critic", UNBOUND[0]): UNBOUND[1],
+    ("GRPO, four updates", UNBOUND[0]): UNBOUND[1],
+    ("GRPO, four updates", "128 prompts x 2"): "--prompts_per_step 128 --samples_per_prompt 2",
+    ("GRPO, four updates", "mean over each sequence"): "--aggregate sequence",
+    ("GRPO as published", "no KL penalty"): "--beta 0",
 }
 """{(method, what is changed): flags, after those of the method's chosen setting}"""
 TIMES = {"critic's rate halved": 0.5, "critic's rate doubled": 2.0}
@@ -175,8 +186,6 @@ class Args:
     jobs: int = 2
     """runs at once, each on one thread"""
     out: str = str(HERE)
-    time: bool = False
-    """measure the seconds of a step at the chosen settings, on all cores, instead"""
     tables: bool = False
     """make tables and pictures of the rows so far, instead"""
 
@@ -259,7 +268,7 @@ def jobs_of(rows, methods):
             finals += [(name, *setting, seed) for seed in FINAL_SEEDS]
             for base, change in CONTROLS:
                 if base == name:
-                    controls += [(f"{name}: {change}", *setting, seed) for seed in GRID_SEEDS]
+                    controls += [(f"{name}: {change}", *setting, seed) for seed in CONTROL_SEEDS]
     if set(methods) == set(METHODS):
         finals.append((START, "", 0.0, 0))
     done = {key_of(row) for row in rows}
@@ -338,11 +347,16 @@ def run(job, path):
     is_final = seed in FINAL_SEEDS
     with tempfile.TemporaryDirectory() as temporary:
         temporary = Path(temporary)
+        command = command_of(name, variant, rate)
         held_out = TINY / "sort_test.jsonl"
         if not is_final:
             held_out = temporary / "validation.jsonl"
             write_lists(held_out, 512, VALIDATION)
-        command = command_of(name, variant, rate)
+        elif command[0] == "reward_model.py":
+            held_out = temporary / "test.jsonl"
+            write_lists(held_out, *TEST)
+        row["flags"] = " ".join(command).replace(str(TINY), "tests/tiny")
+        row["code"] = code_of(command[0])
         steps = int(command[command.index("--steps") + 1])
         every = steps // (20 if is_final else 4)
         command += ["--seed", f"{seed}", "--device", "cpu", "--eval_every", f"{every}"]
@@ -352,7 +366,8 @@ def run(job, path):
         scripts = prepare(name, temporary)
         row["status"] = call_in_child(command, scripts, temporary / "log")
         lines = numbers(temporary / "run")
-        row["score"] = 0.0
+        spent = sum(line.get("time/sample", 0) + line.get("time/train", 0) for line in lines)
+        row |= {"score": 0.0, "seconds": round(spent, 1)}
         if row["status"]:
             words = (temporary / "log").read_text()
             print(words[-2000:], flush=True)
@@ -385,13 +400,19 @@ def processor():
     return ", ".join(found[key] for key in ("model name", "cpu family", "model") if key in found)
 
 
+def code_of(script):
+    """A few digits that change with the code of a run, and with its comments."""
+    text = (ROOT / script).read_text() + (ROOT / "common.py").read_text()
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
 def share(right):
     return round(right.count("1") / len(right), 4)
 
 
 def answers(folder, model):
     """One digit for each of the new prompts, 1 if the model's greedy answer is right."""
-    write_lists(folder / "test.jsonl", 2048, seed=2000)
+    write_lists(folder / "test.jsonl", *TEST)
     prompts = ["--data", str(folder / "test.jsonl"), "--eval_data", str(folder / "test.jsonl")]
     command = ["grpo.py", "--model", str(model), *prompts, "--steps", "0"]
     command += ["--device", "cpu", "--out", str(folder / "test")]
@@ -440,30 +461,18 @@ def run_all(jobs_of_rows, run_one, path, at_once):
             del running[child]
 
 
-# -- Seconds, table, pictures ------------------------------------------------------------------
+# -- Tables, pictures --------------------------------------------------------------------------
 
 
-def measure_seconds(rows, turns=3, steps=8):
-    """{method: seconds of a whole run at its chosen setting}: the median step, without the first
-    two of a run, times the number of steps. The methods take turns, each alone on all cores."""
-    seconds = {}
-    for _ in range(turns):
-        for name in METHODS:
-            setting, *_ = chosen(rows, name)
-            command = command_of(name, *setting)
-            count = int(command[command.index("--steps") + 1])
-            with tempfile.TemporaryDirectory() as folder:
-                folder = Path(folder)
-                command += ["--steps", f"{steps}", "--warmup", "0", "--eval_data", ""]
-                command += ["--device", "cpu", "--out", str(folder / "run")]
-                if command[0] == "reward_model.py":
-                    command += ["--policy", "", "--eval_prompts", ""]
-                call_in_child(command, prepare(name, folder), folder / "log", os.cpu_count())
-                for line in numbers(folder / "run"):
-                    if line["step"] > 2:
-                        step = line.get("time/sample", 0.0) + line["time/train"]
-                        seconds.setdefault(name, []).append(step * count)
-    return {name: round(statistics.median(values), 1) for name, values in seconds.items()}
+STUDENT = {3: 4.303, 5: 2.776, 10: 2.262}
+"""{number of seeds: how many standard errors a 95 % interval reaches to each side, by Student's t}"""
+
+
+def widened(count):
+    """A bootstrap of few values has too small a variance, (n - 1) / n of the right one, and does
+    not know that it estimates it. So draws of the seeds are moved this many times as far from
+    the mean."""
+    return STUDENT.get(count, 1.96) / 1.96 * math.sqrt(count / max(count - 1, 1))
 
 
 def resampled(rows, stream=0, draws=4000):
@@ -478,7 +487,9 @@ def resampled(rows, stream=0, draws=4000):
         return rng.multinomial(count, np.full(count, 1 / count), size=draws) / count
 
     prompts = weights(np.random.default_rng(0), right.shape[1])  # [draws, prompts]
+    equal = 1 / len(right)
     seeds = weights(np.random.default_rng([1, stream]), len(right))  # [draws, seeds]
+    seeds = equal + (seeds - equal) * widened(len(right))
     return (prompts @ right.T * seeds).sum(axis=1)
 
 
@@ -490,8 +501,9 @@ def interval(rows, score, draws=4000):
         rng = np.random.default_rng(0)
         scores = np.array([row.get(score, 0.0) for row in rows])
         means = scores[rng.integers(len(rows), size=(draws, len(rows)))].mean(axis=1)
-        means = rng.binomial(512, means) / 512
-    return np.quantile(means, (0.025, 0.975))
+        means = scores.mean() + (means - scores.mean()) * widened(len(rows))
+        means = rng.binomial(TEST[0], means.clip(0, 1)) / TEST[0]
+    return np.quantile(means, (0.025, 0.975)).clip(0, 1)
 
 
 def reached(row):
@@ -507,35 +519,45 @@ def final_rows(rows, name):
     return [row for row in found if row["seed"] in FINAL_SEEDS]
 
 
-def table(rows, seconds):
+def table(rows):
     lines = [
-        "| method | learning rate | updates | KL penalty | exact match on the test prompts, mean "
-        "and 95 % interval | lowest seed | completions to 0.8 | updates to 0.8 | seconds of "
-        "training |",
+        "| method | learning rate | updates | KL penalty | exact match on 2,048 test prompts, mean "
+        "and 95 % interval | lowest seed | completions until the curve is at 0.8 | updates until "
+        "then | seconds of training |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     start = [row for row in rows if row["method"] == START]
-    lines.append(f"| {START} |  |  |  | {score_cells(start, 'score')} |  |  |  |")
+    if start:
+        lines.append(f"| {START} |  |  |  | {score_cells(start, 'score')} |  |  |  |")
     for name in METHODS:
         mine = final_rows(rows, name)
+        if not mine:
+            continue
         variant, rate = mine[0]["variant"], mine[0]["rate"]
-        times = f"{seconds[name]:.0f}" if name in seconds else ""
+        times = f"{statistics.median(row['seconds'] for row in mine):.0f}"
         setting = f"{short(rate)} | {updates_of(variant)} | {penalty_of(name, variant)}"
+        so_far = "" if len(mine) == len(FINAL_SEEDS) else f" ({len(mine)} seeds so far)"
         if name.startswith("best of N"):
             for n in N_OF_BEST:
-                label = name.replace("N", f"{n}")
+                label = name.replace("N", f"{n}") + so_far
                 cells = score_cells(mine, f"best of {n}")
                 lines.append(f"| {label} | {setting} | {cells} |  |  | {times} |")
             continue
         places = [reached(row) for row in mine]
         middle = statistics.median(places)
-        words = f"{middle:,.0f} | {middle / BUDGET * updates_of(variant):.0f}"
+        count = sum(place < math.inf for place in places)
         if middle == math.inf:
-            count = sum(place < math.inf for place in places)
-            words = f"not reached ({count} of {len(places)} seeds) | "
-        label = label_of(name, variant)
+            words = f"{count} of {len(places)} seeds get there | "
+        else:
+            words = f"{middle:,.0f} ({span(places)}) | {middle / BUDGET * updates_of(variant):.0f}"
+        label = label_of(name, variant) + so_far
         lines.append(f"| {label} | {setting} | {score_cells(mine, 'score')} | {words} | {times} |")
     return "\n".join(lines) + "\n"
+
+
+def span(places):
+    last = f"{max(places):,}" if max(places) < math.inf else "never"
+    return f"{min(places):,} to {last}"
 
 
 def updates_of(variant):
@@ -554,7 +576,9 @@ def label_of(name, variant):
     """The method, and what its variant has beside the number of updates."""
     special = variant.partition(", ")[2]
     special = SMALL if variant == SMALL else special
-    return f"{name}, {special}" if special else name
+    if not special or len(METHODS[name].variants) == 1:
+        return name
+    return f"{name}, {special}"
 
 
 def settings_table(rows):
@@ -568,7 +592,10 @@ def settings_table(rows):
         means = means_of(rows, name, complete=True)
         setting, *_ = chosen(rows, name)
         for variant in METHODS[name].variants:
-            best = max((key for key in means if key[0] == variant), key=means.get)
+            mine = [key for key in means if key[0] == variant]
+            if not mine:
+                continue
+            best = max(mine, key=means.get)
             words = f"{short(best[1])} | {spread(rows, name, *best)}"
             mark = "yes" if best == setting else ""
             lines.append(f"| {name} | {variant} | {words} | {mark} |")
@@ -583,37 +610,46 @@ def spread(rows, name, variant, rate):
 
 def controls_table(rows):
     lines = [
-        "| method | its variant and rate | changed | exact match on the validation prompts, as "
-        "chosen | changed |",
-        "|---|---|---|---|---|",
+        "| method | its variant and rate | changed | exact match on the test prompts, as chosen | "
+        "changed | difference, 95 % interval |",
+        "|---|---|---|---|---|---|",
     ]
     for name, change in CONTROLS:
         setting, *_ = chosen(rows, name)
-        both = f"{spread(rows, name, *setting)} | {spread(rows, f'{name}: {change}', *setting)}"
-        lines.append(f"| {name} | {setting[0]}, {short(setting[1])} | {change} | {both} |")
+        plain = final_rows(rows, name)
+        control = f"{name}: {change}"
+        changed = [r for r in rows if setting and key_of(r)[:3] == (control, *setting)]
+        if not changed or not plain:
+            continue
+        apart = resampled(changed, stream=1) - resampled(plain, stream=0)
+        low, high = np.quantile(apart, (0.025, 0.975))
+        means = [statistics.mean(row["score"] for row in part) for part in (plain, changed)]
+        cells = f"{means[0]:.3f} | {means[1]:.3f} | {low:+.3f} to {high:+.3f}"
+        lines.append(f"| {name} | {setting[0]}, {short(setting[1])} | {change} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
 def differences_table(rows):
-    """Which methods ten seeds and 2,048 prompts tell apart: the 95 % interval of the difference."""
+    """Which methods ten seeds and 2,048 prompts tell apart, in the order of their means.
+
+    By the mean of the differences, in standard errors. The bound is Bonferroni's: with as many
+    pairs as there are, no two equal methods are told apart in 95 of 100 such comparisons.
+    """
     draws = {}
     for place, name in enumerate(METHODS):
         mine = final_rows(rows, name)
         if any("right" in row for row in mine):
             draws[name] = resampled(mine, place)
     order = sorted(draws, key=lambda name: -draws[name].mean())
-    lines = ["| method | better than the next by | not told apart from |", "|---|---|---|"]
-    for name, below in zip(order, [*order[1:], None]):
-        words = ""
-        if below:
-            low, high = np.quantile(draws[name] - draws[below], (0.025, 0.975))
-            words = f"{draws[name].mean() - draws[below].mean():.3f} ({low:.3f} to {high:.3f})"
+    bound = statistics.NormalDist().inv_cdf(1 - 0.025 / max(math.comb(len(order), 2), 1))
+    lines = ["| method | exact match | not told apart from |", "|---|---|---|"]
+    for name in order:
         alike = []
         for other in order:
-            low, high = np.quantile(draws[name] - draws[other], (0.025, 0.975))
-            if other != name and low <= 0 <= high:
+            apart = draws[name] - draws[other]
+            if other != name and abs(apart.mean()) <= bound * apart.std():
                 alike.append(other)
-        lines.append(f"| {name} | {words} | {'; '.join(alike)} |")
+        lines.append(f"| {name} | {draws[name].mean():.3f} | {'; '.join(alike)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -630,7 +666,7 @@ def score_cells(rows, score):
 
 
 # Colours that colour-blind readers tell apart (Okabe and Ito). Lines have their names beside them.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#000000")
 PANELS = {
     "Right answers and pairs": ("fine-tuning", "DPO", "best of N, by a reward model"),
     "REINFORCE and PPO": tuple(m for m in METHODS if m.startswith(("REINFORCE", "PPO"))),
@@ -673,6 +709,8 @@ def draw_curves(rows, path):
         ends = []
         for name in names:
             mine = final_rows(rows, name)
+            if not mine:
+                continue
             if name.startswith("best of N"):
                 best = f"best of {N_OF_BEST[-1]}"
                 mean = statistics.mean(row.get(best, 0.0) for row in mine)
@@ -691,7 +729,7 @@ def draw_curves(rows, path):
         tidy(axis, title)
         axis.set(xlabel="completions", xlim=(0, 1.55 * BUDGET))
         axis.set_xticks([0, BUDGET // 2, BUDGET], ["0", f"{BUDGET // 2:,}", f"{BUDGET:,}"])
-    axes[0].set_ylabel("exact match on the test prompts")
+    axes[0].set_ylabel("exact match on 512 held-out prompts")
     figure.tight_layout()
     figure.savefig(path, dpi=110, facecolor="white")
 
@@ -715,11 +753,12 @@ def draw_rates(rows, path):
             ends.append((variant.replace("four updates, ", ""), rates[-1], scores[-1]))
         for (label, place, _), height in zip(ends, apart([end[2] for end in ends], 0.08)):
             axis.text(place * 1.15, height, label, fontsize=8, va="center")
-        (variant, rate), *_ = chosen(rows, name)
-        axis.plot(
-            rate, means[variant, rate][0], "o", markersize=11, fillstyle="none", color="#000000"
-        )
+        setting, *_ = chosen(rows, name)
+        if setting:
+            ring = {"markersize": 11, "fillstyle": "none", "color": "#000000"}
+            axis.plot(setting[1], means[setting][0], "o", **ring)
         axis.set_xscale("log", base=2)
+        rates = sorted({rate for _, rate in means})
         axis.set_xticks(rates, [short(rate) for rate in rates], fontsize=8)
         axis.minorticks_off()
         tidy(axis, name)
@@ -733,16 +772,12 @@ def draw_rates(rows, path):
 def main(args):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    known = out / "results_seconds.json"
-    if args.time:
-        known.write_text(json.dumps(measure_seconds(read(out / "results.jsonl")), indent=1) + "\n")
-    elif not args.tables:
+    if not args.tables:
         path = out / "results.jsonl"
         run_all(lambda rows: jobs_of(rows, args.methods), run, path, args.jobs)
     rows = read(out / "results.jsonl")
     if set(args.methods) == set(METHODS):
-        seconds = json.loads(known.read_text()) if known.exists() else {}
-        (out / "results.md").write_text(table(rows, seconds))
+        (out / "results.md").write_text(table(rows))
         (out / "results_settings.md").write_text(settings_table(rows))
         (out / "results_controls.md").write_text(controls_table(rows))
         (out / "results_differences.md").write_text(differences_table(rows))
