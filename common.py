@@ -303,7 +303,10 @@ def read_json(path, flag):
     for number, line in enumerate(text.split("\n"), 1):  # splitlines() also cuts at U+2028
         try:
             if line.strip():
-                values.append((number, json.loads(line)))
+                value = json.loads(line)
+                if "\\ud" in line.lower():
+                    json.dumps(value, ensure_ascii=False).encode()  # refuses half an emoji
+                values.append((number, value))
         except ValueError as error:
             how = conversion(path, kind, flag) if kind == "csv" else "write one object a line"
             fail(f"{flag} {path}, line {number}: not JSON ({error}); {how}")
@@ -345,6 +348,11 @@ def load_tokenizer(path, template_args="", date=None):
     with loading(path):
         # without trust_remote_code=False transformers asks the user whether to run code
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if type(tokenizer).__name__ == "MistralCommonBackend":
+            # what it is if mistral_common is installed: it would have no chat template
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, trust_remote_code=False, mistral_format=False
+            )
     if tokenizer.vocab_size > vocab_size:
         fail(f"{path}: tokenizer and model do not belong together: it has more tokens")
     if tokenizer.eos_token_id is None:
@@ -415,9 +423,25 @@ def own_pad(tokenizer):
 
 
 def encode(tokenizer, text):
-    """Raw text to ids, after BOS if the tokenizer puts one and the text has none yet."""
+    """Raw text to ids, after BOS if the tokenizer puts one and the text has none yet. Without the
+    EOS that some tokenizers put after any text."""
     has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return tokenizer(text, add_special_tokens=not has_bos).input_ids
+    ids = tokenizer(text, add_special_tokens=not has_bos).input_ids
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        if not text.endswith(tokenizer.eos_token):
+            ids.pop()
+    return ids
+
+
+def encode_after(tokenizer, before, text):
+    """Ids of a text that follows another. Some tokenizers put a space before every text: alone,
+    this one would begin with a token that no policy draws in this place."""
+    ids_before = tokenizer(before, add_special_tokens=False).input_ids
+    ids = tokenizer(before + text, add_special_tokens=False).input_ids
+    if ids[: len(ids_before)] == ids_before:
+        return ids[len(ids_before) :]
+    # a token would reach across the border; in sampling, too, an answer begins with a new one
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def messages(prompt, system=""):
@@ -443,17 +467,25 @@ def encode_prompt(tokenizer, prompt, system="", chat=True):
     """A prompt to ids, through the chat template. A string is raw text if there is no template
     or `chat` is off."""
     if isinstance(prompt, str) and not (chat and tokenizer.chat_template):
-        return encode(tokenizer, f"{system}\n{prompt}" if system else prompt)
+        return encode(tokenizer, raw_prompt(prompt, system))
     return encode_chat(tokenizer, messages(prompt, system), add_generation_prompt=True)
 
 
-def encode_completion(tokenizer, text, chat=False, prompt=None, system=""):
+def raw_prompt(prompt, system=""):
+    return f"{system}\n{prompt}" if system else prompt
+
+
+def encode_completion(tokenizer, text, chat=False, prompt="", system=""):
     """A given answer (a demonstration, one side of a pair) to ids. Without its end it would teach
-    the model never to stop. It is tokenized apart from its prompt, as in sampling."""
+    the model never to stop."""
     end = turn_end(tokenizer) if chat else tokenizer.eos_token_id
-    if chat and tokenizer.chat_template and prompt is not None:
-        text = written_answer(tokenizer, messages(prompt, system), text)
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if chat and tokenizer.chat_template and prompt:
+        talk = messages(prompt, system)
+        text = written_answer(tokenizer, talk, text)
+        before = render(tokenizer, talk, add_generation_prompt=True)
+    else:
+        before = raw_prompt(prompt, system) if isinstance(prompt, str) else ""
+    ids = encode_after(tokenizer, before, text)
     return ids if ids[-1:] == [end] else [*ids, end]
 
 
@@ -477,7 +509,8 @@ def encode_answer(tokenizer, prompt, completion):
     texts = [message["content"] for message in talk]
     if tokenizer.chat_template or not all(isinstance(text, str) for text in texts):
         return encode_chat(tokenizer, [*talk, {"role": "assistant", "content": completion}])
-    return encode(tokenizer, "\n".join(texts)) + encode_completion(tokenizer, completion)
+    before = "\n".join(texts)
+    return encode(tokenizer, before) + encode_completion(tokenizer, completion, prompt=before)
 
 
 def is_prompt(value):
@@ -627,8 +660,15 @@ def scalar_config(path):
 
 def context_of(*configs):
     """How many tokens all models of these configs can read."""
-    texts = [config.get_text_config() for config in configs]
-    return min(getattr(text, "max_position_embeddings", None) or 2**31 for text in texts)
+    room = []
+    for config in configs:
+        text = config.get_text_config()
+        room.append(getattr(text, "max_position_embeddings", None) or 2**31)
+        rope = getattr(text, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            # beyond this its positions are computed in another way, also those in a cache
+            room.append(rope["original_max_position_embeddings"])
+    return min(room)
 
 
 def limit_to_context(args, longest, *configs):
@@ -673,6 +713,7 @@ def load(auto, path, **changes):
     settings |= {"trust_remote_code": False, "use_safetensors": True}
     with loading(path):
         model, info = auto.from_pretrained(path, output_loading_info=True, **settings)
+    model.name_or_path = str(path)  # it is "" if the text model is only a part of what is there
     missing = sorted(info["missing_keys"])
     weights = dict(model.named_parameters())
     if auto is AutoModelForSequenceClassification:  # its head may be new
@@ -723,7 +764,7 @@ def load_scalar(
         for p in scalar_head(model).parameters():
             torch.nn.init.normal_(p, 0.0, head_std if p.ndim > 1 else 0.0)
     config = model.config
-    pad = config.pad_token_id
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
     if frozen and pad is not None and 0 <= pad < len(tokenizer):
         tokenizer.pad_token_id = pad
     elif frozen:
@@ -768,8 +809,10 @@ def prepare(model, world, gradient_checkpointing=False):
     """A model that learns: training mode, checkpointing if asked for, shards."""
     model.train()
     for module in model.modules():
-        if hasattr(module, "router_jitter_noise"):
-            module.eval()  # in training mode PhiMoE's router draws the experts at random
+        # in training mode PhiMoE's router draws the experts at random, and the fused kernel of
+        # Mamba's mixers ignores the padding
+        if hasattr(module, "router_jitter_noise") or hasattr(module, "A_log"):
+            module.eval()
     if gradient_checkpointing:  # transformers 5.17 has only the older name, 5.23 warns about it
         enable = getattr(model, "activation_checkpointing_enable", None)
         enable = enable or model.gradient_checkpointing_enable
@@ -910,8 +953,10 @@ def write_model(model, tokenizer, folder, state, dtype, note=None):
             settings.to_json_file(path, keys_to_pop=["compile_config"])
         config = copy.deepcopy(model.config)
         config.dtype = dtype
-        # the dropout that the model came with
-        set_noise(config, AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=False))
+        source = AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=False)
+        if type(source) is not type(config):  # the text model of a larger one
+            source = source.get_text_config()
+        set_noise(config, source)  # the dropout that the model came with
         config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         if note:
@@ -1119,7 +1164,8 @@ def checked(function, spec, world):
         if takes_info:
             extra["info"] = types.SimpleNamespace(tokens=tokens, finished=finished)
         try:
-            value = function(completion, dict(row), **extra)  # a copy: the function may change it
+            # a copy: the function may change what it is given
+            value = function(completion, copy.deepcopy(row), **extra)
             wrong = f'must return a finite number or a dict of them with "reward" ({wanted}), '
             wrong += f"returned {value!r:.100},"
         except (Exception, SystemExit) as error:
@@ -2048,10 +2094,11 @@ def new_folder(args, script):
             fail(f"--out {out}: not an empty folder; --resume goes on with a run that is in it")
         out.mkdir(parents=True, exist_ok=True)
         return out
+    Path("runs").mkdir(exist_ok=True)
     for number in itertools.count(1):
         out = Path("runs", script if number == 1 else f"{script}-{number}")
         with contextlib.suppress(FileExistsError):  # also if made a moment ago
-            out.mkdir(parents=True)
+            out.mkdir()
             return out
 
 
@@ -2659,7 +2706,7 @@ def conclude(out, args, writer, bar, use):
         if best > curve[-1][1]:
             where = f", kept in {out / 'best'}" if (best_step, best) in kept else ""
             print(f"best held-out {compared[5:]}: {best:.3f} at step {best_step}{where}")
-    print(f"\nto see the curves:\n\n  tensorboard --logdir {out}")
+    print(f"\nto see the curves:\n\n  tensorboard --logdir {shlex.quote(str(out))}")
     if args.steps:
         print(f"\nto use the model, in Python:\n\n  from transformers import pipeline\n  {use}")
 
@@ -2734,11 +2781,17 @@ def catch_signals(steps):
     stops at once, as does the first if there are no steps. Returns a function that says whether one
     has come."""
     caught = []
+    run = os.getpid()
     message = b"\nstopping at the next safe place, and saving; a second signal stops at once\n"
     if int(os.environ.get("RANK", 0)) > 0:
         message = b""
 
     def handler(number, frame):
+        if os.getpid() != run:  # in a process that a reward has forked
+            if number == signal.SIGTERM:  # from the reward, which waits for its end
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
         if caught and number == signal.SIGHUP:
             return  # the shell and the kernel may both send one
         if caught or not steps:

@@ -212,7 +212,7 @@ def resolve(args):
     """Fills in defaults that depend on other flags, and rejects contradictory flags."""
     if args.demos:
         required = {"baseline": "none", "samples_per_prompt": 1, "beta": 0.0}
-        required |= {"normalize": False, "gamma": 1.0, "temperature": 1.0}
+        required |= {"normalize": False, "keep_max": False, "gamma": 1.0, "temperature": 1.0}
         for name, only in required.items():
             if getattr(args, name) not in (None, only):
                 fail(f"--demos: each is one sample of weight 1, so --{name} can only be {only}")
@@ -452,10 +452,11 @@ def update_loss(policy, batch, rows, args, meter, is_first):
     loss, ratio = policy_loss(logprobs, old, A, mask, N)
 
     with torch.no_grad():  # the rest is for the log
-        meter.add("kl/old", (k3(old, logprobs) * mask).sum(1), mask=mask.any(1))  # KL(pi_old || pi)
-        meter.add("ratio/mean", ratio, mask)
         meter.add("entropy", entropy, mask)
         if not args.demos:  # no policy drew the demonstrations
+            moved = (k3(old, logprobs) * mask).sum(1)  # KL(pi_old || pi)
+            meter.add("kl/old", moved, mask=mask.any(1))
+            meter.add("ratio/mean", ratio, mask)
             sampled = batch.samples.logprobs[rows, :C]
             # not a KL: how far the sampler's log-probabilities are from the trainer's, by rounding
             meter.add("kl/sample", (old - sampled).abs(), mask)
@@ -555,7 +556,9 @@ def train(args):
 
             # 6. Log: of all rows; in `update_loss`, of the rows that were trained.
             step_ended = time.perf_counter()
-            meter.add("equal_groups", equal_groups(scores, n) & (n > 1))
+            # with other baselines equal groups teach, too
+            if args.baseline in ("prompt", "loo"):
+                meter.add("equal_groups", equal_groups(scores, n))
             meter.add("length", samples.mask.sum(1))
             meter.add("truncated", ~samples.finished)
             meter.total("tokens", samples.mask.sum())
@@ -757,7 +760,7 @@ def last_number(text):
     "1,2,3" are three. Zeros that end a decimal do not matter either: 1.50 equals 1.5."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # 1,234 or 1234
     # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
-    pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"
+    pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)(?:[eE][+-]?\d{{1,3}}(?!\d))?"
     found = re.findall(pattern, str(text).replace("$", ""))
     if not found:
         return None
@@ -791,10 +794,12 @@ def load_task(args, world):
     common.check_answers(reward, scored)
     longest = max(len(ids) for ids, _ in prompts + held_out)
     args = common.limit_to_context(args, longest, config, reference_config)
-    if args.demos:
-        prompts = encode_answers(prompts, tokenizer, args)
     if reward.is_model and scored:
         args = common.limit_to_reward_model(args, tokenizer, scored)
+    # last: a resumed run begins with
+    # the lowered --max_new_tokens
+    if args.demos:
+        prompts = encode_answers(prompts, tokenizer, args)
     # with --steps 0 and no --data, the held-out prompts stand in
     return args, tokenizer, reward, prompts or held_out, held_out
 

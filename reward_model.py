@@ -114,7 +114,7 @@ class Args:
     temperature: float = 1.0
     """of sampling"""
     sample_rows: int = 512
-    """completions drawn at once; lower it when memory runs out"""
+    """completions drawn at once, at least the largest N; lower it when memory runs out"""
 
     # --- optimisation ---
     lora_rank: int = 0
@@ -714,7 +714,7 @@ def last_number(text):
     "1,2,3" are three. Zeros that end a decimal do not matter either: 1.50 equals 1.5."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # 1,234 or 1234
     # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
-    pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)"
+    pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)(?:[eE][+-]?\d{{1,3}}(?!\d))?"
     found = re.findall(pattern, str(text).replace("$", ""))
     if not found:
         return None

@@ -70,6 +70,7 @@ MISTAKES = [
     (ALL, lambda s: "", {}, ["no rows"]),
     (ALL, lambda s: b"\x7fELF\xff\xfe\x00\x01", {}, ["UTF-8"]),
     (ALL, lines("{broken"), {}, ["line 2", "not JSON"]),
+    (ALL, lines('{"prompt": "5", "x": "\\ud83d"}'), {}, ["line 2", "surrogate"]),
     (ALL, lambda s: "[\n" + json.dumps(GOOD[s]) + "\n]\n", {}, ["line 1", "array"]),
     (ALL, lambda s: json.dumps([GOOD[s]]), {}, ["an array", 'load_dataset("json", data_files="']),
     (ALL, None, {"data": "{}/x.csv"}, ["x.csv", "not JSON", 'load_dataset("csv", data_files="']),

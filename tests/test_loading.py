@@ -7,17 +7,19 @@ import importlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from dataclasses import dataclass, make_dataclass
 
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, ROOT, family, make_tokenizer
+from conftest import FAMILIES, ROOT, WORDS, family, make_tokenizer
 
 import common
 from common import (
@@ -43,6 +45,91 @@ def says(capsys, *parts):
 
 
 # --- text to ids ---
+
+
+def metaspace(scheme):
+    """A tokenizer that puts a space before every text (always), or before the first (first)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    pieces = ["<pad>", "<eos>", "\u2581", "\u2581a", "a", "b", ":", "\n", "<u>", "<t>"]
+    core = Tokenizer(models.Unigram([(piece, -1.0 - i / 10) for i, piece in enumerate(pieces)], 0))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    core.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<u>", "<t>"]})
+    return tokenizer
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_a_given_answer_is_what_a_policy_would_draw_even_if_the_tokenizer_adds_a_space(scheme):
+    """Otherwise demonstrations teach a space, as Llama-2's and Mistral's tokenizers write one."""
+    tokenizer = metaspace(scheme)
+    space = tokenizer.convert_tokens_to_ids("\u2581a")
+    plain = tokenizer.convert_tokens_to_ids("a")
+    assert tokenizer("ab", add_special_tokens=False).input_ids[0] == space
+    eos = tokenizer.eos_token_id
+    assert encode_completion(tokenizer, "ab", prompt="b:")[0] == plain, "raw text"
+    whole = tokenizer("b:ab", add_special_tokens=False).input_ids
+    asked = encode_prompt(tokenizer, "b:")
+    assert asked + encode_completion(tokenizer, "ab", prompt="b:") == [*whole, eos]
+    assert encode_prompt(tokenizer, "b:", "a") + encode_completion(
+        tokenizer, "ab", prompt="b:", system="a"
+    ) == [*tokenizer("a\nb:ab", add_special_tokens=False).input_ids, eos]
+    assert common.encode_answer(tokenizer, "b:", "ab") == [*whole, eos]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<u>' if m['role'] == 'user' else '<t>\n' }}{{ m['content'] }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<t>\n' }}{% endif %}"
+    )
+    asked = encode_prompt(tokenizer, "b:")
+    assert encode_completion(tokenizer, "ab", True, "b:")[0] == plain
+    assert asked + encode_completion(tokenizer, "ab", True, "b:") == [
+        *common.encode_answer(tokenizer, "b:", "ab"),
+        eos,
+    ]
+
+
+def test_an_answer_whose_first_token_would_reach_into_the_prompt_is_tokenized_alone():
+    from tokenizers import Tokenizer, models
+
+    words = {"<pad>": 0, "<eos>": 1, "a": 2, "b": 3, "ab": 4}
+    core = Tokenizer(models.BPE(words, [("a", "b")]))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>"
+    )
+    assert tokenizer("ab").input_ids == [4]
+    assert encode_completion(tokenizer, "b", prompt="a") == [3, 1]
+
+
+def test_a_raw_prompt_ends_where_its_text_ends_even_if_the_tokenizer_adds_an_end():
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer()
+    core = tokenizer.backend_tokenizer
+    core.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 1)]
+    )
+    assert tokenizer("w5 w6").input_ids == [5, 6, 1]
+    assert encode(tokenizer, "w5 w6") == [5, 6]
+    assert encode(tokenizer, "w5 <eos>")[:2] == [5, 1], "its own end stays"
+
+
+def test_a_tokenizer_without_a_chat_template_is_not_taken_if_there_is_another(folder, monkeypatch):
+    """With mistral_common installed transformers takes that library's tokenizer, without one."""
+    honest = common.AutoTokenizer.from_pretrained
+    MistralCommonBackend = type("MistralCommonBackend", (), {})
+    asked = []
+
+    def from_pretrained(path, mistral_format=None, **settings):
+        asked.append(mistral_format)
+        if mistral_format is None:
+            return MistralCommonBackend()
+        return honest(path, **settings)
+
+    monkeypatch.setattr(common.AutoTokenizer, "from_pretrained", from_pretrained)
+    assert common.load_tokenizer(folder).eos_token_id is not None
+    assert asked == [None, False]
 
 
 def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_it(tmp_path):
@@ -1185,6 +1272,122 @@ def test_where_there_are_no_steps_to_finish_the_first_signal_ends_the_run(tmp_pa
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
+
+
+def test_a_reward_can_end_a_process_that_it_has_started():
+    """Its usual limit of time. A forked process has the run's handler, and would go on for ever."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        asked = common.catch_signals(1)
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        time.sleep(0.3)
+        os.kill(child.pid, signal.SIGINT)  # Ctrl-C reaches it, too: the step is finished first
+        time.sleep(0.3)
+        assert child.is_alive()
+        child.terminate()
+        child.join(10)
+        assert child.exitcode == -signal.SIGTERM
+        assert not asked()
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+
+
+def composite(name):
+    """A tiny checkpoint of a model that sees and reads, as the hub has them."""
+    text = {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8}
+    text |= {"max_position_embeddings": 128, "eos_token_id": 1, "pad_token_id": 0}
+    text |= {"attention_dropout": 0.1}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 4}
+    vision |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "depth": 1}
+    if name == "qwen3_5":
+        text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+        text |= {f"linear_{kind}_head_dim": 8 for kind in ("key", "value")}
+        text["layer_types"] = ["linear_attention", "full_attention"]
+        vision |= {"out_hidden_size": 32}
+    else:
+        text |= {"sliding_window": 8, "query_pre_attn_scalar": 8}
+    config = transformers.AutoConfig.for_model(name, text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    return transformers.AutoModelForImageTextToText.from_config(config)
+
+
+def test_the_text_model_of_a_larger_one_is_trained_and_written(tmp_path):
+    """Its name_or_path was "" (Qwen3.5's checkpoints), so the last save failed."""
+    composite("qwen3_5").save_pretrained(tmp_path / "m")
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    args = Namespace(lora_rank=2, lora_alpha=4.0)
+    for adapters in (None, args):
+        model = load_policy(tmp_path / "m", CPU, args=adapters)
+        assert model.config.attention_dropout == 0
+        tokenizer = common.load_tokenizer(tmp_path / "m")
+        common.save_model(model, tokenizer, tmp_path / "out", CPU)
+        saved = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+        assert saved.get_text_config().attention_dropout == 0.1
+        again = load_policy(tmp_path / "out", CPU)
+        ids = torch.tensor([[5, 6, 7, 8]])
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    assert isinstance(load_reference(tmp_path / "m", CPU, model), common.Switched)
+    known = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert known["base_model_name_or_path"] == str(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_5"])
+def test_a_critic_is_made_from_a_model_that_has_its_pad_in_the_config_of_its_text(name, tmp_path):
+    composite(name).save_pretrained(tmp_path / "m")
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    written = json.loads((tmp_path / "m" / "config.json").read_text())
+    written.pop("pad_token_id", None)
+    (tmp_path / "m" / "config.json").write_text(json.dumps(written))
+    tokenizer = common.load_tokenizer(tmp_path / "m")
+    model = load_scalar(tmp_path / "m", CPU, tokenizer, 0.0)
+    assert model.config.get_text_config().pad_token_id == 0
+
+
+def test_a_run_stays_where_positions_are_computed_in_one_way():
+    """Phi-3's 128k models change all of them at 4,096: what is in a cache would not fit then."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope |= {"original_max_position_embeddings": 16, "rope_theta": 1e4}
+    short = {"original_max_position_embeddings": 16}
+    settings = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 128}
+    long = transformers.AutoConfig.for_model("phi3", rope_parameters=rope, **short, **settings)
+    plain = transformers.AutoConfig.for_model("phi3", **settings)
+    assert common.context_of(long) == common.context_of(plain, long) == 16
+    assert common.context_of(plain) == 128
+
+
+def test_the_mixers_of_mamba_take_the_way_that_knows_the_padding():
+    """In training mode its fused kernel, on a GPU, takes no mask."""
+    model = common.prepare(family("mamba"), CPU)
+    mixers = [module for module in model.modules() if hasattr(module, "A_log")]
+    assert mixers and not any(module.training for module in mixers) and model.training
+    with common.evaluating(model):
+        pass
+    assert not any(module.training for module in mixers) and model.training
+
+
+def test_a_link_to_nowhere_in_the_place_of_runs_is_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(tmp_path / "gone", tmp_path / "runs")
+    args = make_dataclass("Args", [("out", str, ""), ("resume", bool, False)])()
+    with pytest.raises(SystemExit):
+        common.open_run(args, "grpo", CPU)
+    says(capsys, "runs", "cannot write there")
+
+
+def test_a_reward_may_change_what_it_is_given(tmp_path):
+    (tmp_path / "my.py").write_text(
+        "def score(completion, row):\n"
+        "    row['prompt'].append({'role': 'assistant', 'content': completion})\n"
+        "    return len(row['prompt'])\n"
+    )
+    reward = common.load_reward(f"{tmp_path / 'my.py'}:score", {"exact": None}, CPU, None)
+    row = {"prompt": [{"role": "user", "content": "5"}]}
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    samples = Namespace(texts=["a", "b"], mask=mask, finished=mask[:, 0])
+    assert reward.score(samples, [row, row])["reward"] == [2, 2] and len(row["prompt"]) == 1
 
 
 @pytest.fixture

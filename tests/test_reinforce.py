@@ -590,6 +590,7 @@ def test_eos_carries_gradient_and_nothing_after_it_does(pad):
     [
         ("so it is 1,234.", "#### 1234", 1), ("20.0", "20", 1), ("$20", 20, 1), ("20 of 30", "20", 0), ("-5", "5", 0), ("-5", "-5.00", 1),
         ("none", "5", 0), ("5", "none", 0), ("", "5", 0), (".5", "0.50", 1), ("x=3, y=4", "4", 1), ("100000000000000000001", "100000000000000000000", 0),
+        ("6.02e23", "602e21", 1), ("it is 0.00001", 1e-05, 1), ("5", 1e-05, 0), ("1e16", 1e16, 1), ("2e", "2", 1), ("3e5000", "5", 0),
         ("the answer is 7,", "7", 1), ("ages 6-12", "12", 1), ("x=-5", "-5", 1), ("1,000,000", "1000000", 1),
     ],
 )  # fmt: skip
@@ -1005,6 +1006,23 @@ def test_demonstrations_as_long_as_may_be_are_kept_and_longer_ones_left_out_and_
     assert "--demos: 1 of 3 left out (--max_new_tokens 3)" in capsys.readouterr().out
 
 
+def test_a_run_on_demonstrations_and_a_reward_model_resumes_with_the_same_ones(tmp_path, capsys):
+    """The judge lowers --max_new_tokens, and a resumed run begins with the lower one."""
+    rows = [{"prompt": "9876=", "answer": answer} for answer in ("678", "6789", "678967896", "67")]
+    held_out = prompts_file(tmp_path, [{"prompt": "123456="}])
+    demos = tmp_path / "demos.jsonl"
+    demos.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"demos": str(demos), "eval_data": held_out, "reward": judge(tmp_path, 13)}
+    flags |= {"prompts_per_step": 2, "max_new_tokens": 20, "save_every": 1}
+    run(tmp_path, "a", steps=2, schedule="constant", **flags)
+    assert "--demos: 1 of 4 left out" in capsys.readouterr().out
+    known = json.loads((tmp_path / "a" / "args.json").read_text())
+    flags["max_new_tokens"] = known["max_new_tokens"]
+    assert flags["max_new_tokens"] < 9
+    run(tmp_path, "a", steps=3, schedule="constant", resume=True, **flags)
+    assert "--demos: 1 of 4 left out" in capsys.readouterr().out
+
+
 def test_another_model_that_learns_from_demonstrations_needs_no_data():
     args = reinforce.resolve(reinforce.Args(model="owner/name", demos="mine.jsonl"))
     assert args.steps == 250 and args.eval_data == ""
@@ -1211,7 +1229,6 @@ def step_by_hand(step, policy, reference, f, rows, score, tokenizer, norms):
         "learning_rate": rate_by_hand(step, f),
         "length": tokens / N,
         "truncated": sum(c[-1] != end for c in completions) / N,
-        "equal_groups": 0.0 if n == 1 else sum(len(set(g)) == 1 for g in groups) / len(groups),
         "time/sample": sampled,
         "time/train": seconds,
         "tokens_per_second": tokens / (sampled + seconds),
@@ -1219,11 +1236,13 @@ def step_by_hand(step, policy, reference, f, rows, score, tokenizer, norms):
     }
     if f.beta:
         logged["kl/ref"] = sum(map(sum, kl)) / N
+    if f.baseline in ("prompt", "loo"):
+        logged["equal_groups"] = sum(len(set(g)) == 1 for g in groups) / len(groups)
     if trained:
-        logged["kl/old"] = sum(seen["moved"]) / f.epochs / len(trained)
-        logged["ratio/mean"] = statistics.mean(seen["ratio"])
         logged["entropy"] = statistics.mean(seen["entropy"])
     if trained and not f.demos:
+        logged["kl/old"] = sum(seen["moved"]) / f.epochs / len(trained)
+        logged["ratio/mean"] = statistics.mean(seen["ratio"])
         logged["kl/sample"] = statistics.mean(seen["sampler"])
         if len(losses) > 1 or f.beta:
             logged["ratio/first"] = max(first)

@@ -182,8 +182,8 @@ def test_the_readme_has_the_table_of_results():
 def test_grpo_as_published_was_measured_with_the_flags_that_its_script_names():
     named = re.search(r"GRPO as published +(--.*)", (ROOT / "grpo.py").read_text())[1].split()
     text = (BENCH / "results.py").read_text()
-    measured = re.search(r'"GRPO as published": \((.*?)\)', text, re.S)[1]
-    assert re.findall(r'"(.+?)"', measured) == ["grpo.py", *named] and "k3" in named
+    measured = re.search(r'"GRPO as published": Method\(\s+f"(.*?)"', text)[1]
+    assert measured.split() == ["grpo.py", "{GROUPS}", *named] and "k3" in named
 
 
 def test_the_rounding_that_the_readme_names_is_the_measured_one():

@@ -41,9 +41,17 @@ def passes(completion, row):
     word = secrets.token_hex(16)
     job = {"program": blocks[-1] if blocks else completion, "tests": row["tests"], "word": word}
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as said:
-        try:  # -I: none of the user's settings and packages
-            subprocess.run([sys.executable, "-I", "-c", RUNNER], input=json.dumps(job).encode(), stdout=said,
-                           stderr=subprocess.DEVNULL, cwd=folder, env={}, timeout=2 * SECONDS)  # fmt: skip
+        try:
+            subprocess.run(
+                [sys.executable, "-I", "-c", RUNNER],  # -I: none of the user's settings and packages
+                input=json.dumps(job).encode(),
+                stdout=said,
+                stderr=subprocess.DEVNULL,
+                cwd=folder,
+                env={},
+                timeout=2 * SECONDS,
+                start_new_session=True,  # Ctrl-C is for the run, which finishes its step
+            )
         except subprocess.TimeoutExpired:
             return 0.0
         said.seek(0)
