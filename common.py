@@ -38,6 +38,7 @@ import inspect
 import itertools
 import json
 import math
+import mmap
 import os
 import random
 import re
@@ -427,21 +428,8 @@ def encode(tokenizer, text):
     EOS that some tokenizers put after any text."""
     has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     ids = tokenizer(text, add_special_tokens=not has_bos).input_ids
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        if not text.endswith(tokenizer.eos_token):
-            ids.pop()
-    return ids
-
-
-def encode_after(tokenizer, before, text):
-    """Ids of a text that follows another. Some tokenizers put a space before every text: alone,
-    this one would begin with a token that no policy draws in this place."""
-    ids_before = tokenizer(before, add_special_tokens=False).input_ids
-    ids = tokenizer(before + text, add_special_tokens=False).input_ids
-    if ids[: len(ids_before)] == ids_before:
-        return ids[len(ids_before) :]
-    # a token would reach across the border; in sampling, too, an answer begins with a new one
-    return tokenizer(text, add_special_tokens=False).input_ids
+    ended = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    return ids[:-1] if ids[-len(ended) :] == ended else ids
 
 
 def messages(prompt, system=""):
@@ -467,26 +455,34 @@ def encode_prompt(tokenizer, prompt, system="", chat=True):
     """A prompt to ids, through the chat template. A string is raw text if there is no template
     or `chat` is off."""
     if isinstance(prompt, str) and not (chat and tokenizer.chat_template):
-        return encode(tokenizer, raw_prompt(prompt, system))
+        return encode(tokenizer, f"{system}\n{prompt}" if system else prompt)
     return encode_chat(tokenizer, messages(prompt, system), add_generation_prompt=True)
 
 
-def raw_prompt(prompt, system=""):
-    return f"{system}\n{prompt}" if system else prompt
-
-
-def encode_completion(tokenizer, text, chat=False, prompt="", system=""):
+def encode_completion(tokenizer, text, chat=False, prompt=None, system=""):
     """A given answer (a demonstration, one side of a pair) to ids. Without its end it would teach
-    the model never to stop."""
+    the model never to stop. After a raw prompt it is tokenized alone, as completions are decoded
+    alone."""
     end = turn_end(tokenizer) if chat else tokenizer.eos_token_id
-    if chat and tokenizer.chat_template and prompt:
+    before = ""
+    if chat and tokenizer.chat_template and prompt is not None:
         talk = messages(prompt, system)
         text = written_answer(tokenizer, talk, text)
         before = render(tokenizer, talk, add_generation_prompt=True)
-    else:
-        before = raw_prompt(prompt, system) if isinstance(prompt, str) else ""
     ids = encode_after(tokenizer, before, text)
     return ids if ids[-1:] == [end] else [*ids, end]
+
+
+def encode_after(tokenizer, before, text):
+    """Ids of a text in its place after another. Some tokenizers put a space before every text:
+    alone, an answer would begin with a space that the chat template does not write there."""
+    first = tokenizer(before, add_special_tokens=False).input_ids
+    both = tokenizer(before + text, add_special_tokens=False).input_ids
+    rest = both[len(first) :]
+    if both[: len(first)] == first and (rest or not text):
+        return rest
+    # a token would reach across the border; in sampling, too, an answer begins with a new one
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def written_answer(tokenizer, talk, answer):
@@ -509,8 +505,7 @@ def encode_answer(tokenizer, prompt, completion):
     texts = [message["content"] for message in talk]
     if tokenizer.chat_template or not all(isinstance(text, str) for text in texts):
         return encode_chat(tokenizer, [*talk, {"role": "assistant", "content": completion}])
-    before = "\n".join(texts)
-    return encode(tokenizer, before) + encode_completion(tokenizer, completion, prompt=before)
+    return encode(tokenizer, "\n".join(texts)) + encode_completion(tokenizer, completion)
 
 
 def is_prompt(value):
@@ -1170,7 +1165,8 @@ def checked(function, spec, world):
             wrong += f"returned {value!r:.100},"
         except (Exception, SystemExit) as error:
             value = None
-            wrong = f"gave an error{place_of(error)} ({type(error).__name__}: {error}),"
+            words = " ".join(f"{type(error).__name__}: {error}".split())  # on one line
+            wrong = f"gave an error{place_of(error)} ({words:.500}),"
         parts = value if isinstance(value, dict) else {"reward": value}
         parts = {str(name): to_float(number) for name, number in parts.items()}
         if "reward" in parts and all(map(math.isfinite, parts.values())):
@@ -2782,21 +2778,26 @@ def catch_signals(steps):
     has come."""
     caught = []
     run = os.getpid()
+    told = mmap.mmap(-1, 1)  # a byte that processes see which a reward forks: the run has a signal
     message = b"\nstopping at the next safe place, and saving; a second signal stops at once\n"
     if int(os.environ.get("RANK", 0)) > 0:
         message = b""
 
     def handler(number, frame):
-        if os.getpid() != run:  # in a process that a reward has forked
-            if number == signal.SIGTERM:  # from the reward, which waits for its end
+        is_forked = os.getpid() != run  # by a reward
+        if is_forked and number == signal.SIGTERM:
+            time.sleep(1)  # if all processes were sent one, the run knows now
+            if not told[0]:  # it comes from the reward, which waits for the end of this process
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
-            return
         if caught and number == signal.SIGHUP:
             return  # the shell and the kernel may both send one
         if caught or not steps:
             raise KeyboardInterrupt
         caught.append(number)
+        if is_forked:
+            return  # it goes on, so that the step can be finished
+        told[0] = 1
         for stream, text in ((1, b""), (2, message)):  # an empty write tests the terminal
             try:
                 os.write(stream, text)  # not print, which the signal may have interrupted

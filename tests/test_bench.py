@@ -239,20 +239,24 @@ def test_tables_of_some_of_the_rows_say_how_many_seeds_they_have(results):
     assert results.table([]).count("\n") == 2
 
 
-def test_two_methods_are_told_apart_only_beyond_the_bound_of_all_pairs(results):
-    """Equal methods: of 78 pairs, about eight would be told apart at 95 % for each."""
-    rng = np.random.default_rng(1)
+def test_two_methods_are_told_apart_only_beyond_the_bound_of_all_pairs(results, monkeypatch):
+    """Equal methods, the seeds of which are spread: some pairs of the many look unlike by chance."""
+    rng = np.random.default_rng(4)
     rows = complete(results)
     for row in rows:
         if "right" in row and row["seed"] in results.FINAL_SEEDS:
-            level = 0.8 + 0.03 * rng.standard_normal()
-            row["right"] = "".join(map(str, (rng.random(64) < level).astype(int)))
+            right = round(1000 * (0.8 + 0.03 * rng.standard_normal()))
+            row["right"] = "1" * right + "0" * (1000 - right)
+    with monkeypatch.context() as patch:
+        patch.setattr(math, "comb", lambda n, k: 1)  # as if there were one pair only
+        lines = results.differences_table(rows).splitlines()[2:]
+        assert any(line.count(";") < len(results.METHODS) - 3 for line in lines)
     lines = results.differences_table(rows).splitlines()[2:]
     others = len(results.METHODS) - 2
     assert all(line.count(";") == others - 1 for line in lines)
     for row in rows:
         if row["method"] == "GSPO" and "right" in row:
-            row["right"] = "0" * 64
+            row["right"] = "0" * 1000
     lines = results.differences_table(rows).splitlines()[2:]
     assert lines[-1] == "| GSPO | 0.000 |  |"
 
@@ -284,7 +288,29 @@ def test_a_control_changes_one_thing_of_its_method(results):
     assert critics == [5e-3, 2.5e-3, 1e-2]
 
 
+def test_runs_that_have_all_failed_count_as_nothing_right(results):
+    rows = complete(results, prompts=results.TEST[0])
+    for row in rows:
+        if row["method"].endswith("no bound of the norm"):
+            del row["right"]
+            row["score"] = 0.0
+    lines = results.controls_table(rows).splitlines()
+    assert sum("| 0.000 | -" in line for line in lines) == 4
+
+
+def test_pictures_of_some_of_the_rows_are_drawn(results, tmp_path):
+    pytest.importorskip("matplotlib").use("Agg")
+    rows = complete(results)
+    few = [row for row in rows if row["method"] == "GSPO"]
+    grid = [row for row in rows if row["seed"] in results.GRID_SEEDS]
+    for kept in (rows, few, grid, []):
+        results.draw_curves(kept, tmp_path / "curves.png")
+        results.draw_rates(kept, tmp_path / "rates.png")
+    assert (tmp_path / "rates.png").stat().st_size > 10_000
+
+
 def test_labels_keep_their_distance(results):
+    assert results.apart([], 0.05) == []
     moved = results.apart([0.99, 1.0, 0.98, 0.2], 0.05)
     assert max(moved) <= 1 and moved[3] == 0.2
     assert moved[1] > moved[0] > moved[2]

@@ -1456,6 +1456,7 @@ GOOD = '{"prompt": "52=", "answer": "25"}\n'
             ["--demos", "--samples_per_prompt"],
         ),
         ({"demos": "{}/data.jsonl", "gamma": 0.9}, GOOD, ["--demos", "--gamma"]),
+        ({"demos": "{}/data.jsonl", "keep_max": True}, GOOD, ["--demos", "--keep_max"]),
         ({"demos": "{}/data.jsonl", "beta": 0.1}, GOOD, ["--demos", "--beta"]),
         ({"demos": "{}/data.jsonl"}, '{"prompt": "52="}\n', ["--demos", "line 1", "answer"]),
         ({"demos": "{}/data.jsonl", "max_new_tokens": 2}, GOOD, ["--max_new_tokens 2"]),

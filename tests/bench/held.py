@@ -4,9 +4,9 @@ python tests/bench/held.py                       # the tables of tests/docs/runn
 python tests/bench/held.py --model FOLDER        # another model's
 
 Two counts. The usual one on slides: everything in 16 bits, Adam's two moments for what learns, no gradients. And this project's:
-float32 masters, gradients and moments for what learns (16 bytes a parameter), bfloat16 for what is frozen (2 bytes) and for the
-whole weights that a GPU computes with (2 bytes more of the policy, while it samples). With adapters (--lora_rank) there is one
-frozen model, 2 bytes a parameter, and 16 bytes for each parameter of the adapters; nothing is copied on one GPU.
+float32 masters, gradients and moments for what learns (16 bytes a parameter) and bfloat16 for what is frozen (2 bytes). While the
+policy samples, the whole bfloat16 weights of a GPU (2 bytes) take the place of the gradients (4 bytes). With adapters (--lora_rank)
+there is one frozen model, 2 bytes a parameter, and 16 bytes for each parameter of the adapters; nothing is copied on one GPU.
 """
 
 import sys
@@ -96,14 +96,14 @@ def held(config, rank):
         common.add_adapters(model, flags, torch.bfloat16)
     adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    def both(learn, frozen, samples):
-        return (3 * learn + frozen) * 2 * count, (16 * learn + 2 * frozen + 2 * samples) * count
+    def both(learn, frozen):
+        return (3 * learn + frozen) * 2 * count, (16 * learn + 2 * frozen) * count
 
     return count, {
         name: (
-            *both(learn, frozen, samples),
+            *both(learn, frozen),
             2 * count + 16 * learn * adapters,
-            *(both(learn, frozen + 1, samples) if samples else ()),
+            *(both(learn, frozen + 1) if samples else ()),
         )
         for name, (learn, frozen, samples) in METHODS.items()
     }

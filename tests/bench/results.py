@@ -28,7 +28,7 @@ the start for each of these prompts. Curves are of the bundled 512 held-out prom
 Controls repeat a chosen setting with one thing changed that could explain a difference, with seeds
 11 to 15 and the same 2,048 prompts.
 
-The same run on the same kind of processor gives the same row, to the last digit. Others round
+The same run on the same kind of processor gives the same row (but for its seconds). Others round
 differently, and single scores then differ by some hundredths. Later rows say which processor, which
 code and which flags they are of.
 
@@ -356,7 +356,7 @@ def run(job, path):
             held_out = temporary / "test.jsonl"
             write_lists(held_out, *TEST)
         row["flags"] = " ".join(command).replace(str(TINY), "tests/tiny")
-        row["code"] = code_of(command[0])
+        row["code"] = code_of(name)
         steps = int(command[command.index("--steps") + 1])
         every = steps // (20 if is_final else 4)
         command += ["--seed", f"{seed}", "--device", "cpu", "--eval_every", f"{every}"]
@@ -400,9 +400,13 @@ def processor():
     return ", ".join(found[key] for key in ("model name", "cpu family", "model") if key in found)
 
 
-def code_of(script):
-    """A few digits that change with the code of a run, and with its comments."""
-    text = (ROOT / script).read_text() + (ROOT / "common.py").read_text()
+def code_of(name):
+    """A few digits that change with the code of a method, and with its comments."""
+    method = method_of(name)
+    paths = [ROOT / method.command.split()[0], ROOT / "common.py"]
+    if method.patch:
+        paths.append(ROOT / "tests" / "changes" / f"{method.patch}.diff")
+    text = "".join(path.read_text() for path in paths)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
@@ -464,7 +468,17 @@ def run_all(jobs_of_rows, run_one, path, at_once):
 # -- Tables, pictures --------------------------------------------------------------------------
 
 
-STUDENT = {3: 4.303, 5: 2.776, 10: 2.262}
+STUDENT = {
+    2: 12.71,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+    9: 2.306,
+    10: 2.262,
+}
 """{number of seeds: how many standard errors a 95 % interval reaches to each side, by Student's t}"""
 
 
@@ -480,7 +494,7 @@ def resampled(rows, stream=0, draws=4000):
     prompts drawn are the same for all methods, so that means of two may be subtracted; the seeds
     have a stream of numbers of their own."""
     known = [row["right"] for row in rows if "right" in row]
-    nothing = "0" * len(known[0])  # of a run that has failed
+    nothing = "0" * (len(known[0]) if known else TEST[0])  # of a run that has failed
     right = np.array([[int(x) for x in row.get("right", nothing)] for row in rows])
 
     def weights(rng, count):
@@ -680,6 +694,8 @@ COLOR_OF = {name: color for names in PANELS.values() for name, color in zip(name
 
 def apart(heights, distance):
     """The heights of labels, moved so that neighbours keep a distance and none is above 1."""
+    if not heights:
+        return []
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     moved = list(heights)
     for _ in range(200):
@@ -717,7 +733,7 @@ def draw_curves(rows, path):
                 axis.axhline(mean, color=COLOR_OF[name], linestyle=":", linewidth=1.5)
                 ends.append((best, mean, COLOR_OF[name]))
                 continue
-            length = max(len(row.get("curve", [])) for row in mine)
+            length = max(len(row.get("curve", [0.0])) for row in mine)
             curves = np.array([row.get("curve", [0.0] * length) for row in mine])  # 0: failed
             seen = np.linspace(0, BUDGET, curves.shape[1])
             axis.plot(seen, curves.mean(axis=0), color=COLOR_OF[name], linewidth=1.8)
@@ -748,6 +764,8 @@ def draw_rates(rows, path):
         ends = []
         for style, variant in zip(("-", "--", ":", "-."), METHODS[name].variants):
             rates = sorted(rate for v, rate in means if v == variant)
+            if not rates:
+                continue
             scores = [means[variant, rate][0] for rate in rates]
             axis.plot(rates, scores, style, marker="o", markersize=4, color=COLOR_OF[name])
             ends.append((variant.replace("four updates, ", ""), rates[-1], scores[-1]))
@@ -758,7 +776,7 @@ def draw_rates(rows, path):
             ring = {"markersize": 11, "fillstyle": "none", "color": "#000000"}
             axis.plot(setting[1], means[setting][0], "o", **ring)
         axis.set_xscale("log", base=2)
-        rates = sorted({rate for _, rate in means})
+        rates = sorted({rate for _, rate in means}) or RATES
         axis.set_xticks(rates, [short(rate) for rate in rates], fontsize=8)
         axis.minorticks_off()
         tidy(axis, name)

@@ -43,7 +43,12 @@ def passes(completion, row):
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as said:
         try:
             subprocess.run(
-                [sys.executable, "-I", "-c", RUNNER],  # -I: none of the user's settings and packages
+                [
+                    sys.executable,
+                    "-I",
+                    "-c",
+                    RUNNER,
+                ],  # -I: none of the user's settings and packages
                 input=json.dumps(job).encode(),
                 stdout=said,
                 stderr=subprocess.DEVNULL,
