@@ -441,6 +441,14 @@ def messages(prompt, system=""):
     return prompt
 
 
+def can_render(tokenizer, talk):
+    try:
+        render(tokenizer, talk)
+    except Exception:  # the template's own
+        return False
+    return True
+
+
 def encode_chat(tokenizer, talk, **settings):
     try:
         text = render(tokenizer, talk, **settings)
@@ -489,7 +497,10 @@ def written_answer(tokenizer, talk, answer):
     """What the chat template writes after its generation prompt for this answer. In thinking models
     this text begins with an empty thought; in sampling the policy writes its own."""
     before = render(tokenizer, talk, add_generation_prompt=True)
-    whole = render(tokenizer, [*talk, {"role": "assistant", "content": answer}])
+    talk = [*talk, {"role": "assistant", "content": answer}]
+    if not answer and not can_render(tokenizer, talk):
+        return answer
+    whole = render(tokenizer, talk)
     if not whole.startswith(before):
         say_once("note: the chat template cannot place given answers; they follow the prompt as is")
         return answer
@@ -504,7 +515,10 @@ def encode_answer(tokenizer, prompt, completion):
     talk = messages(prompt)
     texts = [message["content"] for message in talk]
     if tokenizer.chat_template or not all(isinstance(text, str) for text in texts):
-        return encode_chat(tokenizer, [*talk, {"role": "assistant", "content": completion}])
+        whole = [*talk, {"role": "assistant", "content": completion}]
+        if not completion and not can_render(tokenizer, whole):  # Mistral's templates want a text
+            return [*encode_chat(tokenizer, talk, add_generation_prompt=True), turn_end(tokenizer)]
+        return encode_chat(tokenizer, whole)
     return encode(tokenizer, "\n".join(texts)) + encode_completion(tokenizer, completion)
 
 
@@ -758,6 +772,9 @@ def load_scalar(
     if head_std is not None:
         for p in scalar_head(model).parameters():
             torch.nn.init.normal_(p, 0.0, head_std if p.ndim > 1 else 0.0)
+    head = scalar_head(model)
+    if world.dtype != torch.float32 and type(head) is torch.nn.Linear:
+        head.__class__ = Float32Head  # bfloat16 scores would make many unequal answers equal
     config = model.config
     pad = getattr(config.get_text_config(), "pad_token_id", None)
     if frozen and pad is not None and 0 <= pad < len(tokenizer):
@@ -914,12 +931,14 @@ def whole(value, keep=True):
 
 
 def save_model(model, tokenizer, folder, world, note=None):
-    """Writes a Hugging Face folder, with the weights in the dtype that computed, and a `note`."""
+    """Writes a Hugging Face folder, with the weights in the dtype that computed, and a `note`.
+    Buffers compute in float32: GLM's router would choose other experts by rounded ones."""
+    weights = dict(model.named_parameters())
     state = {}
     for name, value in tensors(model):
         value = whole(value, keep=world.rank == 0)
         if world.rank == 0:
-            rounded = value.is_floating_point() and ".lora_" not in name
+            rounded = name in weights and ".lora_" not in name
             state[name] = value.to(world.dtype) if rounded else value
 
     def write_on_the_first():
@@ -2473,9 +2492,10 @@ def begin_log(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0
         print("warning: this does not fit; use more processes or a smaller model")
     if args.steps:
         print(f"{args.steps} steps, learning rate {args.learning_rate:g} at its peak")
-        if args.warmup >= args.steps:
-            why = "the learning rate still rises at the end and does not reach its peak"
-            print(f"note: --warmup {args.warmup} is as long as the run: {why}")
+        rising = args.warmup + getattr(args, "critic_warmup", 0)
+        if rising >= args.steps:
+            why = "the learning rate of the policy does not reach its peak"
+            print(f"note: a warm-up of {rising} steps is as long as the run: {why}")
     shown = ids if len(ids) < 40 else [*ids[:30], "...", *ids[-8:]]
     print(f"first text, as the model sees it: {tokenizer.decode(ids)!r}\n  as ids: {shown}")
     going_on = f", going on after step {done_steps} of {args.steps}" if args.resume else ""

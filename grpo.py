@@ -102,7 +102,7 @@ class Args:
     """held-out prompts, as --data (None: the bundled ones
     if --data is the bundled task, else none)"""
     eval_samples: int = 0
-    """completions drawn for each held-out prompt, for eval/pass@K: the chance that at least one of
+    """completions drawn at once for each held-out prompt, for eval/pass@K: the chance that any of
     K is right (judged by `number` with --reward number, else by `exact`)"""
     reward: str = "exact"
     """exact | number | none (the KL penalty alone) | FILE.py:function(completion, row) -> float |

@@ -1309,6 +1309,24 @@ def test_a_reward_can_end_a_process_that_it_has_started():
             signal.signal(s, handler)
 
 
+def test_a_template_that_wants_a_text_in_every_answer_is_no_error(capsys):
+    """Mistral's do. An empty answer is an end, and room for an answer is measured with one."""
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' and not m['content'] %}"
+        "{{ raise_exception('a text, please') }}{% endif %}"
+        "{{ 'w10 ' if m['role'] == 'user' else 'w11 ' }}{{ m['content'] }} "
+        "{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}w11 {% endif %}"
+    )
+    tokenizer = make_tokenizer(template=template)
+    assert common.encode_answer(tokenizer, "w5", "w6") == [10, 5, 11, 6, 1]
+    assert common.encode_answer(tokenizer, "w5", "") == [10, 5, 11, 1]
+    assert encode_prompt(tokenizer, "w5") == [10, 5, 11]
+    assert encode_completion(tokenizer, "", True, "w5") == [1]
+    plain = make_tokenizer(template=template.replace("raise_exception('a text, please')", "'w9 '"))
+    assert common.encode_answer(plain, "w5", "") == [10, 5, 9, 11, 1], "of others nothing changes"
+
+
 def composite(name):
     """A tiny checkpoint of a model that sees and reads, as the hub has them."""
     text = {

@@ -754,9 +754,9 @@ def draw_rates(rows, path):
     """Validation score against learning rate: a panel for each method, a line for each variant."""
     import matplotlib.pyplot as plt
 
-    columns = 5
+    columns = 4
     lines = math.ceil(len(METHODS) / columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(14, 3 * lines), sharey=True)
+    figure, axes = plt.subplots(lines, columns, figsize=(14, 2.7 * lines), sharey=True)
     for axis in axes.flat[len(METHODS) :]:
         axis.set_visible(False)
     for axis, name in zip(axes.flat, METHODS):
@@ -768,8 +768,11 @@ def draw_rates(rows, path):
                 continue
             scores = [means[variant, rate][0] for rate in rates]
             axis.plot(rates, scores, style, marker="o", markersize=4, color=COLOR_OF[name])
-            ends.append((variant.replace("four updates, ", ""), rates[-1], scores[-1]))
-        for (label, place, _), height in zip(ends, apart([end[2] for end in ends], 0.08)):
+            label = "small rollouts" if variant == SMALL else variant
+            if name == "GSPO":
+                label = label.removeprefix("four updates, ")
+            ends.append((label, rates[-1], scores[-1]))
+        for (label, place, _), height in zip(ends, apart([end[2] for end in ends], 0.1)):
             axis.text(place * 1.15, height, label, fontsize=8, va="center")
         setting, *_ = chosen(rows, name)
         if setting:
@@ -777,7 +780,8 @@ def draw_rates(rows, path):
             axis.plot(setting[1], means[setting][0], "o", **ring)
         axis.set_xscale("log", base=2)
         rates = sorted({rate for _, rate in means}) or RATES
-        axis.set_xticks(rates, [short(rate) for rate in rates], fontsize=8)
+        ticks = rates[::2]  # with all of them the labels would touch
+        axis.set_xticks(ticks, [short(rate) for rate in ticks], fontsize=8)
         axis.minorticks_off()
         tidy(axis, name)
         axis.set_xlim(rates[0] / 1.3, rates[-1] * 4)
