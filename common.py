@@ -316,6 +316,9 @@ def read_json(path, flag):
     for number, value in values:
         if isinstance(value, dict):
             join_parts(value, f"{flag} {path}, line {number}")
+            if value.get("system"):
+                how = 'make it the first message of "prompt", or use --system'
+                say_once(f'note: {flag} {path}: "system" in a row is not read; {how}')
     return values
 
 
@@ -441,6 +444,12 @@ def messages(prompt, system=""):
     return prompt
 
 
+def same_talk(talk, other):
+    """Whether two lists of messages say the same. Other keys, such as "name", do not count."""
+    said, other_said = [[(m["role"], m["content"]) for m in messages] for messages in (talk, other)]
+    return said == other_said
+
+
 def can_render(tokenizer, talk):
     try:
         render(tokenizer, talk)
@@ -449,12 +458,17 @@ def can_render(tokenizer, talk):
     return True
 
 
-def encode_chat(tokenizer, talk, **settings):
+def rendered(tokenizer, talk, **settings):
+    """`render`, with an error in one sentence."""
     try:
-        text = render(tokenizer, talk, **settings)
+        return render(tokenizer, talk, **settings)
     except Exception as error:  # some templates want no system message, or strict turns
         why = f"no chat template to render it, or the template refuses it ({first_line(error)})"
         fail(f"prompt {str(talk):.200}: {why}")
+
+
+def encode_chat(tokenizer, talk, **settings):
+    text = rendered(tokenizer, talk, **settings)
     # the template has written BOS already
     return tokenizer(text, add_special_tokens=False).input_ids
 
@@ -476,7 +490,7 @@ def encode_completion(tokenizer, text, chat=False, prompt=None, system=""):
     if chat and tokenizer.chat_template and prompt is not None:
         talk = messages(prompt, system)
         text = written_answer(tokenizer, talk, text)
-        before = render(tokenizer, talk, add_generation_prompt=True)
+        before = rendered(tokenizer, talk, add_generation_prompt=True)
     ids = encode_after(tokenizer, before, text)
     return ids if ids[-1:] == [end] else [*ids, end]
 
@@ -496,11 +510,11 @@ def encode_after(tokenizer, before, text):
 def written_answer(tokenizer, talk, answer):
     """What the chat template writes after its generation prompt for this answer. In thinking models
     this text begins with an empty thought; in sampling the policy writes its own."""
-    before = render(tokenizer, talk, add_generation_prompt=True)
+    before = rendered(tokenizer, talk, add_generation_prompt=True)
     talk = [*talk, {"role": "assistant", "content": answer}]
     if not answer and not can_render(tokenizer, talk):
         return answer
-    whole = render(tokenizer, talk)
+    whole = rendered(tokenizer, talk)
     if not whole.startswith(before):
         say_once("note: the chat template cannot place given answers; they follow the prompt as is")
         return answer
@@ -569,7 +583,7 @@ def load_prompts(path, flag, tokenizer, args, answer_flag):
     for line, record in lines:
         where = f"{flag} {path}, line {line}"
         record = record if isinstance(record, dict) else {}
-        record = {**record, "prompt": record.get("prompt", record.get("question"))}
+        record = {**record, "prompt": record.get("prompt") or record.get("question")}
         if not is_prompt(record["prompt"]):
             needs = 'needs a "prompt" (or "question"), a text or a list of messages'
             fail(f"{where}: {needs}; {found(record)}{prompts_from(record, path, flag)}")

@@ -536,8 +536,10 @@ def reference_scores(
     if args.loss == "simpo":
         return torch.zeros(len(pairs), 2), torch.zeros(len(held_out), 2)
     path = out / "reference.pt"
-    what = repr((args.reference or args.model, pairs))
-    mark = f"{world.dtype} {hashlib.sha256(what.encode()).hexdigest()}"
+    digest = hashlib.sha256(repr(args.reference or args.model).encode())
+    for pair in pairs:
+        digest.update(repr(pair).encode())
+    mark = f"{world.dtype} {digest.hexdigest()}"
     scores = read_scores(path, mark, args)
     if scores is None:
         scores = torch.full((len(pairs), 2), math.nan)
@@ -676,7 +678,7 @@ def read_pairs(path, flag):
     for line, record in common.read_json(path, flag):
         where = f"{flag} {path}, line {line}"
         record = dict(record) if isinstance(record, dict) else {}
-        record["prompt"] = record.get("prompt", record.get("question"))
+        record["prompt"] = record.get("prompt") or record.get("question")
         for side in ("chosen", "rejected"):
             value = record.get(side)
             is_messages = isinstance(value, list) and common.is_prompt(value)
@@ -685,7 +687,7 @@ def read_pairs(path, flag):
                 record[side] = answer["content"]
                 if not record["prompt"]:
                     record["prompt"] = asked
-                elif asked and common.messages(record["prompt"]) != asked:
+                elif asked and not common.same_talk(common.messages(record["prompt"]), asked):
                     fail(f"{where}: the prompt is not what the messages before the answer say")
             if not isinstance(record.get(side), str):
                 what = "a text or a list of messages of which the last is the assistant's"

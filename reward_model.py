@@ -634,7 +634,7 @@ def read_pairs(path, flag):
     for line, record in common.read_json(path, flag):
         where = f"{flag} {path}, line {line}"
         record = dict(record) if isinstance(record, dict) else {}
-        record["prompt"] = record.get("prompt", record.get("question"))
+        record["prompt"] = record.get("prompt") or record.get("question")
         for side in ("chosen", "rejected"):
             value = record.get(side)
             is_messages = isinstance(value, list) and common.is_prompt(value)
@@ -643,7 +643,7 @@ def read_pairs(path, flag):
                 record[side] = answer["content"]
                 if not record["prompt"]:
                     record["prompt"] = asked
-                elif asked and common.messages(record["prompt"]) != asked:
+                elif asked and not common.same_talk(common.messages(record["prompt"]), asked):
                     fail(f"{where}: the prompt is not what the messages before the answer say")
             if not isinstance(record.get(side), str):
                 what = "a text or a list of messages of which the last is the assistant's"
@@ -802,6 +802,7 @@ def load_best_of(args, tokenizer, world):
     reward = None
     if args.reward not in ("exact", "number") or not lacking:
         reward = common.load_reward(args.reward, RULES, world, date)
+        common.check_answers(reward, prompts)
         if reward.is_model:
             args = common.limit_to_reward_model(args, policy_tokenizer, prompts)
     elif len(lacking) < len(prompts):

@@ -535,9 +535,8 @@ def final_rows(rows, name):
 
 def table(rows):
     lines = [
-        "| method | learning rate | updates | KL penalty | exact match on 2,048 test prompts, mean "
-        "and 95 % interval | lowest seed | completions until the curve is at 0.8 | updates until "
-        "then | seconds of training |",
+        "| method | rate | updates | KL | exact match, mean and 95 % interval | lowest seed | "
+        "completions to 0.8 | updates to 0.8 | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     start = [row for row in rows if row["method"] == START]
@@ -561,7 +560,7 @@ def table(rows):
         middle = statistics.median(places)
         count = sum(place < math.inf for place in places)
         if middle == math.inf:
-            words = f"{count} of {len(places)} seeds get there | "
+            words = f"{count} of {len(places)} seeds | "
         else:
             words = f"{middle:,.0f} ({span(places)}) | {middle / BUDGET * updates_of(variant):.0f}"
         label = label_of(name, variant) + so_far
