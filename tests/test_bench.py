@@ -352,6 +352,55 @@ def test_the_rows_that_are_kept_are_of_these_methods_and_come_once(results):
         assert 0 <= row["score"] <= 1 and (row["status"] == 0 or row["score"] == 0)
 
 
+@pytest.fixture
+def real(results):
+    return importlib.import_module("real")
+
+
+def made_up(real, job, status=0):
+    """A row of the comparison with a real model: the higher the rate, the higher the reward."""
+    task, method, rate, seed = job
+    row = {"task": task, "method": method, "rate": rate, "seed": seed, "status": status}
+    if method != real.START:
+        step = {"form": 0.5, "right": 0.25, "time/sample": 5.0, "time/train": 7.0}
+        count = 0 if status else real.TASKS[task][1]
+        row["train"] = [step | {"reward": 1e4 * rate} for _ in range(count)]
+    if seed != 1:
+        row |= {"reward": 0.5, "form": "11" * 50, "right": "01" * 50, "both": "01" * 50}
+    return row
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_comparison_with_a_real_model_comes_to_an_end_and_fills_its_table(real, fails):
+    args = real.Args(model=ROOT)
+    rows, order = [], []
+    while real.jobs_of(rows, args):
+        order.append(real.jobs_of(rows, args)[0])
+        status = int(fails and order[-1] == ("sums", "GRPO", 8e-5, 1))
+        rows.append(made_up(real, order[-1], status))
+        real.table(rows)  # also of some of the rows
+    assert len(order) == len(set(order)) == 2 + 4 * (3 + 1) + 4 * 2 * 3 + 2
+    assert order[:2] == [("sums", "the start", 0.0, 0), ("chain", "the start", 0.0, 0)]
+    wanted = {"GRPO": 4e-5 if fails else 8e-5, "PPO, shared critic": 8e-5}
+    for method, rate in wanted.items():  # 4e-5 was at the edge; a run that fails is worth nothing
+        assert real.best_rate(rows, method) == (rate, [])
+    lines = real.table(rows).splitlines()
+    row = next(line for line in lines if line.startswith("| chain | PPO, shared critic"))
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[3:8] == ["8e-5", "1,024", "0.50", "1.00", "0.50 (0.40 to 0.60)"]
+
+
+def test_the_commands_with_a_real_model_are_understood_by_their_scripts(real):
+    for task in real.TASKS:
+        for method in real.METHODS:
+            script, *words = real.command_of(task, method, 2e-5)
+            module = importlib.import_module(script.removesuffix(".py"))
+            words += ["--model", str(ROOT / "tests" / "tiny" / "model"), "--data", "train.jsonl"]
+            args = module.resolve(tyro.cli(module.Args, args=words, use_underscores=True))
+            assert (args.prompts_per_step, args.samples_per_prompt, args.beta) == (8, 8, 0)
+            assert args.epochs == args.minibatches == 1 and args.learning_rate == 2e-5
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("bench/*.py")), ids=lambda p: p.name)
 def test_a_measurement_calls_functions_of_the_scripts_that_exist_as_they_are(path):
     """Most measurements are too long for a test, so a change of a script could break them unseen."""

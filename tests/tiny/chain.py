@@ -12,8 +12,8 @@ intermediate result from 0 to 19. The answer has one line for each step and one 
     9 + 8 = 17
     Result: 17
 
-The prompt is a talk in which three other problems have been solved in this way. An instruction
-alone is not enough for a model of 135 M parameters. No problem is in both files.
+The prompt is a talk in which three other problems have been solved in this way. No problem is in
+both files.
 """
 
 import json

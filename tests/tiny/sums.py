@@ -1,7 +1,7 @@
 """A second task, for a chat model: simple sums, answered by the number and nothing else (half of the reward is for the form,
 and both halves are logged).
 
-    python tests/tiny/sums.py FOLDER       # writes sums_train.jsonl and sums_test.jsonl there; no sum is in both
+    python tests/tiny/sums.py FOLDER       # writes sums_train.jsonl and sums_test.jsonl there; no prompt is in both, but b + a may be in one and a + b in the other
     python grpo.py --model CHAT_MODEL --data FOLDER/sums_train.jsonl --eval_data FOLDER/sums_test.jsonl \\
         --reward tests/tiny/sums.py:brief --max_new_tokens 16
 """
