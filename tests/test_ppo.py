@@ -960,10 +960,10 @@ def test_what_each_method_holds_counted_both_ways():
         assert adapted == 2 * count + 16 * learn * pairs
     ppo_name = "PPO with its KL, a separate critic"
     assert slides[ppo_name][1] * 8 == 128 and slides["GRPO with its KL"][1] * 8 == 80
-    assert here[ppo_name] == [2 * (4 + 4 + 8) + 2 + 2, 2 * (4 + 4 + 8) + 2 * 2 + 2]
-    assert here["GRPO without (beta 0)"][1] == 16 + 2 + 2 and here[
-        "DPO, reference scored before"
-    ] == [16]
+    # weight, gradient, two moments; while the policy samples, its copy (2) is in the gradients' place
+    assert here[ppo_name] == [2 * (4 + 4 + 8) + 2, 2 * (4 + 4 + 8) + 2 * 2]
+    assert here["GRPO without (beta 0)"] == [16, 16 + 2]
+    assert here["DPO, reference scored before"] == [16]
     config = common.read_config(ppo.Args.model)
     count, rows = held(config, 16)
     world = World(0, 1, torch.device("cpu"), torch.float32)
