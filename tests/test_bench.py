@@ -343,6 +343,25 @@ def test_every_run_has_the_same_budget_and_200_or_800_updates(results):
                 assert args.critic_learning_rate == pytest.approx(1e-3 * ratio, rel=1e-2)
 
 
+def test_what_the_pages_say_of_one_and_four_updates_is_in_the_rows(results):
+    rows = results.read(ROOT / "tests" / "bench" / "results.jsonl")
+    found = {}
+    for count in ("one", "four"):
+        means = results.means_of(rows, f"GRPO, {count} updates".replace("one updates", "one update"))
+        scores = {rate: mean for (_, rate), (mean, _) in means.items()}
+        assert max(scores, key=scores.get) == 2e-4
+        found[count] = [f"{scores[rate]:.2f}" for rate in (2e-4, 4e-4)]
+    (one, one_above), (four, four_above) = found.values()
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"at {four_above} with four updates (one seed) and at {one_above} with one" in readme
+    recipes = " ".join((ROOT / "tests" / "docs" / "recipes.md").read_text().split())
+    assert f"one update ended at {one} on the validation" in recipes
+    assert f"(`--minibatches 4`) at {four}; at twice that rate, at {one_above} and" in recipes
+    assert f"with one seed, at {four_above}" in recipes
+    grid = results.grid_of(rows, "GRPO, four updates")["four updates", 4e-4]
+    assert len(grid) == 1, "the pages say that it is one seed"
+
+
 def test_the_rows_that_are_kept_are_of_these_methods_and_come_once(results):
     rows = results.read(ROOT / "tests" / "bench" / "results.jsonl")
     keys = [results.key_of(row) for row in rows]

@@ -7,8 +7,8 @@ The teacher is a default run of grpo.py, seed 1. The student is the bundled mode
     python reinforce.py --reward none --reference runs/distill/teacher/model --beta 1 --gamma 0 --steps 200
 
 51,200 completions in each run, with three seeds at the script's learning rate, 3e-4, and one at 1e-3. It sees no answer and no reward.
-The curves of GRPO are those of results.json (200 steps) and of learning.json (400 steps, the default). Scores are greedy exact
-match on 512 held-out prompts. Writes distill.json and distill.md.
+The curves of GRPO are those of results.jsonl ("GRPO, one update", 200 steps, 2e-4, the best of five learning rates) and of
+learning.json (400 steps, the default). Scores are greedy exact match on 512 held-out prompts. Writes distill.json and distill.md.
 """
 
 import json
@@ -68,8 +68,9 @@ def table(runs):
     for rate in dict.fromkeys(run["rate"] for run in runs):
         curves = [run["curve"] for run in runs if run["rate"] == rate]
         lines.append(row_of(f"distillation, learning rate {rate}", curves))
-    results = json.loads((HERE / "results.json").read_text())["runs"]
-    curves = [run["curve"] for run in results if run["method"] == "GRPO"]
+    results = [json.loads(line) for line in (HERE / "results.jsonl").read_text().splitlines()]
+    rows = [row for row in results if row["method"] == "GRPO, one update" and "right" in row]
+    curves = [[(2560 * i, score) for i, score in enumerate(row["curve"])] for row in rows]
     lines.append(row_of("GRPO, 200 steps", curves))
     default = json.loads((HERE / "learning.json").read_text())["runs"]
     default = [run["held_out"] for run in default if run["command"] == "grpo.py"]
