@@ -353,7 +353,7 @@ def test_what_the_pages_say_of_one_and_four_updates_is_in_the_rows(results):
         found[count] = [f"{scores[rate]:.2f}" for rate in (2e-4, 4e-4)]
     (one, one_above), (four, four_above) = found.values()
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"at {four_above} with four updates (one seed) and at {one_above} with one" in readme
+    assert f"was {four_above} with four updates (one seed) and {one_above} with one" in readme
     recipes = " ".join((ROOT / "tests" / "docs" / "recipes.md").read_text().split())
     assert f"one update ended at {one} on the validation" in recipes
     assert f"(`--minibatches 4`) at {four}; at twice that rate, at {one_above} and" in recipes
