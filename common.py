@@ -46,6 +46,7 @@ import resource
 import shlex
 import shutil
 import signal
+import struct
 import sys
 import threading
 import time
@@ -317,7 +318,7 @@ def read_json(path, flag):
         if isinstance(value, dict):
             join_parts(value, f"{flag} {path}, line {number}")
             if value.get("system"):
-                how = 'make it the first message of "prompt", or use --system'
+                how = 'it can be the first message of "prompt"'
                 say_once(f'note: {flag} {path}: "system" in a row is not read; {how}')
     return values
 
@@ -431,8 +432,9 @@ def encode(tokenizer, text):
     EOS that some tokenizers put after any text."""
     has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     ids = tokenizer(text, add_special_tokens=not has_bos).input_ids
-    ended = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    return ids[:-1] if ids[-len(ended) :] == ended else ids
+    alone = tokenizer(text, add_special_tokens=False).input_ids
+    ended = [*alone, tokenizer.eos_token_id]
+    return ids[:-1] if alone and ids[-len(ended) :] == ended else ids
 
 
 def messages(prompt, system=""):
@@ -2508,8 +2510,9 @@ def begin_log(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0
         print(f"{args.steps} steps, learning rate {args.learning_rate:g} at its peak")
         rising = args.warmup + getattr(args, "critic_warmup", 0)
         if rising >= args.steps:
-            why = "the learning rate of the policy does not reach its peak"
-            print(f"note: a warm-up of {rising} steps is as long as the run: {why}")
+            flags = "--warmup and --critic_warmup are" if rising > args.warmup else "--warmup is"
+            why = "the learning rate does not reach its peak"
+            print(f"note: {flags} as long as the run ({rising} steps): {why}")
     shown = ids if len(ids) < 40 else [*ids[:30], "...", *ids[-8:]]
     print(f"first text, as the model sees it: {tokenizer.decode(ids)!r}\n  as ids: {shown}")
     going_on = f", going on after step {done_steps} of {args.steps}" if args.resume else ""
@@ -2812,7 +2815,11 @@ def catch_signals(steps):
     has come."""
     caught = []
     run = os.getpid()
-    told = mmap.mmap(-1, 1)  # a byte that processes see which a reward forks: the run has a signal
+    told = mmap.mmap(-1, 8)  # when the run got a signal; processes that a reward forks see it, too
+
+    def run_has_one():
+        return time.monotonic() - struct.unpack("d", told[:])[0] < 2
+
     message = b"\nstopping at the next safe place, and saving; a second signal stops at once\n"
     if int(os.environ.get("RANK", 0)) > 0:
         message = b""
@@ -2820,8 +2827,11 @@ def catch_signals(steps):
     def handler(number, frame):
         is_forked = os.getpid() != run  # by a reward
         if is_forked and number == signal.SIGTERM:
-            time.sleep(1)  # if all processes were sent one, the run knows now
-            if not told[0]:  # it comes from the reward, which waits for the end of this process
+            for _ in range(20):  # if all processes were sent one, the run has it by now, or soon
+                if run_has_one():
+                    break
+                time.sleep(0.01)
+            else:  # it comes from the reward, which waits for the end of this process
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
         if caught and number == signal.SIGHUP:
@@ -2831,7 +2841,7 @@ def catch_signals(steps):
         caught.append(number)
         if is_forked:
             return  # it goes on, so that the step can be finished
-        told[0] = 1
+        told[:] = struct.pack("d", time.monotonic())
         for stream, text in ((1, b""), (2, message)):  # an empty write tests the terminal
             try:
                 os.write(stream, text)  # not print, which the signal may have interrupted

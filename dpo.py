@@ -687,8 +687,9 @@ def read_pairs(path, flag):
                 record[side] = answer["content"]
                 if not record["prompt"]:
                     record["prompt"] = asked
-                elif asked and not common.same_talk(common.messages(record["prompt"]), asked):
-                    fail(f"{where}: the prompt is not what the messages before the answer say")
+                elif asked and common.is_prompt(record["prompt"]):
+                    if not common.same_talk(common.messages(record["prompt"]), asked):
+                        fail(f"{where}: the prompt is not what the messages before the answer say")
             if not isinstance(record.get(side), str):
                 what = "a text or a list of messages of which the last is the assistant's"
                 fail(f'{where}: needs "{side}", {what}; {common.found(record)}')

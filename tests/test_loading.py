@@ -117,6 +117,7 @@ def test_a_raw_prompt_ends_where_its_text_ends_even_if_the_tokenizer_adds_an_end
     assert tokenizer("w5 w6").input_ids == [5, 6, 1]
     assert encode(tokenizer, "w5 w6") == [5, 6]
     assert encode(tokenizer, "w5 <eos>") == encode(make_tokenizer(), "w5 <eos>") == [5, 1]
+    assert encode(make_tokenizer(bos="<eos>"), "") == [1], "an empty prompt is a BOS, as in OPT"
 
 
 def test_a_tokenizer_without_a_chat_template_is_not_taken_if_there_is_another(folder, monkeypatch):
@@ -1304,6 +1305,17 @@ def test_a_reward_can_end_a_process_that_it_has_started():
         os.kill(spared.pid, signal.SIGINT)  # a second signal
         spared.join(10)
         assert not spared.is_alive()
+        signal.signal(signal.SIGTERM, handlers[signal.SIGTERM])
+        common.catch_signals(1)
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)  # to the run alone, which finishes its step
+        time.sleep(2.2)
+        began = time.monotonic()
+        child.terminate()
+        child.join(10)
+        assert child.exitcode == -signal.SIGTERM and time.monotonic() - began < 1
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)

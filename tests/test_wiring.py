@@ -357,9 +357,10 @@ def test_a_prompt_that_is_said_twice_may_have_other_keys_and_null_is_no_prompt(s
     for record in script.read_pairs(path, "--data"):
         found = [record[name] for name in ("prompt", "chosen", "rejected")]
         assert found == ["w5", "w6", "w7"]
-    rows[0]["prompt"] = "w4"
-    with pytest.raises(SystemExit):
-        script.read_pairs(write_rows(tmp_path / "pairs.jsonl", rows), "--data")
+    for wrong in ("w4", 5, ["w5"], [{"role": "user"}], {"role": "user", "content": "w5"}):
+        rows[0]["prompt"] = wrong
+        with pytest.raises(SystemExit):
+            script.read_pairs(write_rows(tmp_path / "pairs.jsonl", rows), "--data")
 
 
 def test_a_system_message_in_a_field_of_its_own_is_not_lost_in_silence(tmp_path, capsys):

@@ -83,9 +83,15 @@ def grid_of(rows, method):
     scores = {}
     for row in rows:
         if (row["task"], row["method"], row["seed"]) == ("sums", method, 1):
-            late = row["train"][len(row["train"]) // 2 :] if not row["status"] else []
-            scores[row["rate"]] = statistics.mean(step["reward"] for step in late) if late else 0.0
+            scores[row["rate"]] = late_reward(row)
     return scores
+
+
+def late_reward(row):
+    """The mean over the second half of a run, 0 if it has failed."""
+    if row["status"]:
+        return 0.0
+    return statistics.mean(step["reward"] for step in row["train"][len(row["train"]) // 2 :])
 
 
 def best_rate(rows, method):
@@ -212,32 +218,32 @@ def table(rows):
             shares = {p: [results.share(row[p]) for row in mine] for p in ("form", "right", "both")}
             mean = {part: f"{statistics.mean(values):.2f}" for part, values in shares.items()}
             reward = f"{statistics.mean(row['reward'] for row in mine):.2f}"
+            right = mean["right"]
+            setting, seeds, seconds = " | ", "", ""
+            if method != START:
+                setting = f"{results.short(mine[0]['rate'])} | {64 * steps:,}"
+                right += f" ({interval(mine)})" if len(mine) > 1 else " (1 seed so far)"
+                seeds = ", ".join(f"{value:.2f}" for value in shares["right"])
+                times = [s["time/sample"] + s["time/train"] for row in mine for s in row["train"]]
+                seconds = f"{statistics.median(times):.0f}" if times else ""
             cells = [
                 task,
                 method,
-                "",
-                "",
+                setting,
                 reward,
                 mean["form"],
-                mean["right"],
-                "",
+                right,
+                seeds,
                 mean["both"],
-                "",
+                seconds,
             ]
-            if method != START:
-                times = [s["time/sample"] + s["time/train"] for row in mine for s in row["train"]]
-                cells[2:4] = results.short(mine[0]["rate"]), f"{64 * steps:,}"
-                cells[7] = ", ".join(f"{value:.2f}" for value in shares["right"])
-                cells[9] = f"{statistics.median(times):.0f}"
-                cells[6] += f" ({interval(mine)})" if len(mine) > 1 else " (1 seed so far)"
             lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| task | method | learning rate | reward, second half of the run, seed |"]
     lines.append("|---|---|---|---|")
     for row in sorted(rows, key=lambda row: (row["task"], row["method"], row["rate"])):
         is_probe = (row["task"], row["method"], row["seed"]) == ("chain", "GRPO", SEEDS[0])
         if row["seed"] == 1 or is_probe:
-            late = [step["reward"] for step in row["train"][len(row["train"]) // 2 :]] or [0.0]
-            words = f"{statistics.mean(late):.3f}, {row['seed']}"
+            words = f"{late_reward(row):.3f}, {row['seed']}"
             name = f"{row['task']} | {row['method']} | {results.short(row['rate'])}"
             lines.append(f"| {name} | {words} |")
     return "\n".join(lines) + "\n"
@@ -261,7 +267,7 @@ def draw(rows, path):
             results.tidy(axis, f"{task}: {method}")
             end = 64 * TASKS[task][1]
             axis.set_xlim(0, 1.25 * end)
-            curves = [row["train"] for row in final_rows(rows, task, method)]
+            curves = [row["train"] for row in final_rows(rows, task, method) if row["train"]]
             if not curves:
                 continue
             heights = []
@@ -286,6 +292,8 @@ def main(args):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "real.jsonl"
+    import matplotlib  # noqa: F401  for the picture: better missed now than after hours
+
     if not args.tables:
         if not (args.model / "config.json").is_file():
             sys.exit(f"{args.model}: no model; python tests/bench/smollm2.py {args.model} makes it")

@@ -535,6 +535,7 @@ def final_rows(rows, name):
 
 def table(rows):
     counts = [len(final_rows(rows, name)) for name in METHODS]
+    counts = [count for count in counts if count] or [len(FINAL_SEEDS)]
     usual = max(set(counts), key=counts.count)
     lines = [
         f"| method | rate | updates | KL | mean of {usual} seeds, 95 % interval | lowest seed | "
