@@ -727,7 +727,7 @@ def draw_curves(rows, path):
             if name.startswith("best of N"):
                 best = f"best of {N_OF_BEST[-1]}"
                 mean = statistics.mean(row.get(best, 0.0) for row in mine)
-                axis.axhline(mean, color=COLOR_OF[name], linestyle=":", linewidth=1.5)
+                axis.plot([0, BUDGET], [mean, mean], ":", color=COLOR_OF[name], linewidth=1.5)
                 ends.append((best, mean, COLOR_OF[name]))
                 continue
             length = max(len(row.get("curve", [0.0])) for row in mine)
