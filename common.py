@@ -28,6 +28,7 @@ left, so all completions start in the same column; completions are padded on the
 import collections
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import datetime
 import fcntl
@@ -46,7 +47,6 @@ import resource
 import shlex
 import shutil
 import signal
-import struct
 import sys
 import threading
 import time
@@ -306,8 +306,9 @@ def read_json(path, flag):
         try:
             if line.strip():
                 value = json.loads(line)
+                # half of a surrogate pair ("\ud83d" alone) is valid JSON, but no UTF-8
                 if "\\ud" in line.lower():
-                    json.dumps(value, ensure_ascii=False).encode()  # refuses half an emoji
+                    json.dumps(value, ensure_ascii=False).encode()
                 values.append((number, value))
         except ValueError as error:
             how = conversion(path, kind, flag) if kind == "csv" else "write one object a line"
@@ -354,7 +355,7 @@ def load_tokenizer(path, template_args="", date=None):
         # without trust_remote_code=False transformers asks the user whether to run code
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if type(tokenizer).__name__ == "MistralCommonBackend":
-            # what it is if mistral_common is installed: it would have no chat template
+            # what AutoTokenizer returns if mistral_common is installed; it has no chat template
             tokenizer = AutoTokenizer.from_pretrained(
                 path, trust_remote_code=False, mistral_format=False
             )
@@ -428,10 +429,11 @@ def own_pad(tokenizer):
 
 
 def encode(tokenizer, text):
-    """Raw text to ids, after BOS if the tokenizer puts one and the text has none yet. Without the
-    EOS that some tokenizers put after any text."""
+    """Raw text to ids. BOS comes first if the tokenizer adds one and the text has none yet. An EOS
+    that the tokenizer adds is removed."""
     has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     ids = tokenizer(text, add_special_tokens=not has_bos).input_ids
+    # compared with `alone`: the text may itself end with EOS, and some models' BOS is their EOS
     alone = tokenizer(text, add_special_tokens=False).input_ids
     ended = [*alone, tokenizer.eos_token_id]
     return ids[:-1] if alone and ids[-len(ended) :] == ended else ids
@@ -447,21 +449,21 @@ def messages(prompt, system=""):
 
 
 def same_talk(talk, other):
-    """Whether two lists of messages say the same. Other keys, such as "name", do not count."""
-    said, other_said = [[(m["role"], m["content"]) for m in messages] for messages in (talk, other)]
-    return said == other_said
+    """Whether both lists of messages have the same roles and texts. Other keys do not count."""
+    said = [(message["role"], message["content"]) for message in talk]
+    return said == [(message["role"], message["content"]) for message in other]
 
 
 def can_render(tokenizer, talk):
     try:
         render(tokenizer, talk)
-    except Exception:  # the template's own
+    except Exception:  # each template raises its own
         return False
     return True
 
 
-def rendered(tokenizer, talk, **settings):
-    """`render`, with an error in one sentence."""
+def render_or_fail(tokenizer, talk, **settings):
+    """`render`, but an error ends the run with one sentence."""
     try:
         return render(tokenizer, talk, **settings)
     except Exception as error:  # some templates want no system message, or strict turns
@@ -470,7 +472,7 @@ def rendered(tokenizer, talk, **settings):
 
 
 def encode_chat(tokenizer, talk, **settings):
-    text = rendered(tokenizer, talk, **settings)
+    text = render_or_fail(tokenizer, talk, **settings)
     # the template has written BOS already
     return tokenizer(text, add_special_tokens=False).input_ids
 
@@ -485,38 +487,37 @@ def encode_prompt(tokenizer, prompt, system="", chat=True):
 
 def encode_completion(tokenizer, text, chat=False, prompt=None, system=""):
     """A given answer (a demonstration, one side of a pair) to ids. Without its end it would teach
-    the model never to stop. After a raw prompt it is tokenized alone, as completions are decoded
-    alone."""
+    the model never to stop. After a raw prompt it is tokenized alone: a sampled completion, too,
+    begins with a new token."""
     end = turn_end(tokenizer) if chat else tokenizer.eos_token_id
     before = ""
     if chat and tokenizer.chat_template and prompt is not None:
         talk = messages(prompt, system)
-        text = written_answer(tokenizer, talk, text)
-        before = rendered(tokenizer, talk, add_generation_prompt=True)
+        before = render_or_fail(tokenizer, talk, add_generation_prompt=True)
+        text = written_answer(tokenizer, talk, before, text)
     ids = encode_after(tokenizer, before, text)
     return ids if ids[-1:] == [end] else [*ids, end]
 
 
 def encode_after(tokenizer, before, text):
-    """Ids of a text in its place after another. Some tokenizers put a space before every text:
-    alone, an answer would begin with a space that the chat template does not write there."""
+    """The ids of `text` where it follows `before`. Some tokenizers put a space before every text:
+    tokenized alone, an answer would begin with a space that the chat template does not write."""
     first = tokenizer(before, add_special_tokens=False).input_ids
     both = tokenizer(before + text, add_special_tokens=False).input_ids
     rest = both[len(first) :]
-    if both[: len(first)] == first and (rest or not text):
+    if rest and both[: len(first)] == first:
         return rest
-    # a token would reach across the border; in sampling, too, an answer begins with a new one
+    # if a token spans both texts: a sampled answer, too, begins with a new token
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def written_answer(tokenizer, talk, answer):
-    """What the chat template writes after its generation prompt for this answer. In thinking models
-    this text begins with an empty thought; in sampling the policy writes its own."""
-    before = rendered(tokenizer, talk, add_generation_prompt=True)
+def written_answer(tokenizer, talk, before, answer):
+    """What the chat template writes after `before`, its generation prompt, for this answer. In
+    thinking models it begins with an empty thought; in sampling the policy writes its own."""
     talk = [*talk, {"role": "assistant", "content": answer}]
-    if not answer and not can_render(tokenizer, talk):
+    if not answer and not can_render(tokenizer, talk):  # Mistral's refuse an empty answer
         return answer
-    whole = rendered(tokenizer, talk)
+    whole = render_or_fail(tokenizer, talk)
     if not whole.startswith(before):
         say_once("note: the chat template cannot place given answers; they follow the prompt as is")
         return answer
@@ -532,7 +533,7 @@ def encode_answer(tokenizer, prompt, completion):
     texts = [message["content"] for message in talk]
     if tokenizer.chat_template or not all(isinstance(text, str) for text in texts):
         whole = [*talk, {"role": "assistant", "content": completion}]
-        if not completion and not can_render(tokenizer, whole):  # Mistral's templates want a text
+        if not completion and not can_render(tokenizer, whole):  # Mistral's refuse an empty answer
             return [*encode_chat(tokenizer, talk, add_generation_prompt=True), turn_end(tokenizer)]
         return encode_chat(tokenizer, whole)
     return encode(tokenizer, "\n".join(texts)) + encode_completion(tokenizer, completion)
@@ -691,7 +692,7 @@ def context_of(*configs):
         room.append(getattr(text, "max_position_embeddings", None) or 2**31)
         rope = getattr(text, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":
-            # beyond this its positions are computed in another way, also those in a cache
+            # longer texts use other rotary frequencies, which do not fit the keys cached before
             room.append(rope["original_max_position_embeddings"])
     return min(room)
 
@@ -738,7 +739,8 @@ def load(auto, path, **changes):
     settings |= {"trust_remote_code": False, "use_safetensors": True}
     with loading(path):
         model, info = auto.from_pretrained(path, output_loading_info=True, **settings)
-    model.name_or_path = str(path)  # it is "" if the text model is only a part of what is there
+    # transformers leaves it "" where the model is the text part of a multimodal one
+    model.name_or_path = str(path)
     missing = sorted(info["missing_keys"])
     weights = dict(model.named_parameters())
     if auto is AutoModelForSequenceClassification:  # its head may be new
@@ -760,7 +762,7 @@ def load_policy(path, world, gradient_checkpointing=False, args=None):
     """The model that learns: float32 weights, in training mode. args: flags, for `add_adapters`."""
     model, _ = load(AutoModelForCausalLM, path)
     check_head(model.eval())
-    widen_head(model, world)
+    widen_head(model.get_output_embeddings(), world)
     return prepare(add_adapters(model, args, world.dtype), world, gradient_checkpointing)
 
 
@@ -772,7 +774,7 @@ def load_reference(path, world, policy=None):
     model, _ = load(AutoModelForCausalLM, path)
     if policy is not None:  # then log-probabilities are asked for, not only samples
         check_head(model)
-    widen_head(model, world)
+    widen_head(model.get_output_embeddings(), world)
     return freeze(model, world)
 
 
@@ -788,9 +790,7 @@ def load_scalar(
     if head_std is not None:
         for p in scalar_head(model).parameters():
             torch.nn.init.normal_(p, 0.0, head_std if p.ndim > 1 else 0.0)
-    head = scalar_head(model)
-    if world.dtype != torch.float32 and type(head) is torch.nn.Linear:
-        head.__class__ = Float32Head  # bfloat16 scores would make many unequal answers equal
+    widen_head(scalar_head(model), world)  # in bfloat16 different scores would round to one
     config = model.config
     pad = getattr(config.get_text_config(), "pad_token_id", None)
     if frozen and pad is not None and 0 <= pad < len(tokenizer):
@@ -816,8 +816,8 @@ def scalar_head(model):
 
 
 class Float32Head(torch.nn.Linear):
-    """A head that computes float32 logits from bfloat16 weights and states. A logit of 20 in
-    bfloat16 is off by up to 0.06, and sampler and trainer err differently."""
+    """A head that computes in float32 from bfloat16 weights and states. A logit of 20 in bfloat16
+    is off by up to 0.06, and sampler and trainer err differently."""
 
     wide_weight = None  # set while sampling; otherwise made at each call
 
@@ -827,8 +827,7 @@ class Float32Head(torch.nn.Linear):
         return F.linear(states.float(), weight, bias)
 
 
-def widen_head(model, world):
-    head = model.get_output_embeddings()
+def widen_head(head, world):
     if world.dtype != torch.float32 and type(head) is torch.nn.Linear:
         head.__class__ = Float32Head  # the weight stays, and with it the tie to the embedding
 
@@ -837,8 +836,8 @@ def prepare(model, world, gradient_checkpointing=False):
     """A model that learns: training mode, checkpointing if asked for, shards."""
     model.train()
     for module in model.modules():
-        # in training mode PhiMoE's router draws the experts at random, and the fused kernel of
-        # Mamba's mixers ignores the padding
+        # in training mode PhiMoE's router draws experts at random, and Mamba's mixers (those with
+        # A_log) use a fused kernel that ignores padding
         if hasattr(module, "router_jitter_noise") or hasattr(module, "A_log"):
             module.eval()
     if gradient_checkpointing:  # transformers 5.17 has only the older name, 5.23 warns about it
@@ -947,15 +946,15 @@ def whole(value, keep=True):
 
 
 def save_model(model, tokenizer, folder, world, note=None):
-    """Writes a Hugging Face folder, with the weights in the dtype that computed, and a `note`.
-    Buffers compute in float32: GLM's router would choose other experts by rounded ones."""
-    weights = dict(model.named_parameters())
+    """Writes a Hugging Face folder: the weights in the computing dtype, and a `note`. Buffers and
+    adapters stay float32: with a rounded buffer GLM's router would choose other experts."""
+    weights = {name for name, _ in model.named_parameters()}
     state = {}
     for name, value in tensors(model):
         value = whole(value, keep=world.rank == 0)
         if world.rank == 0:
-            rounded = name in weights and ".lora_" not in name
-            state[name] = value.to(world.dtype) if rounded else value
+            to_round = name in weights and ".lora_" not in name
+            state[name] = value.to(world.dtype) if to_round else value
 
     def write_on_the_first():
         if world.rank == 0:
@@ -984,7 +983,7 @@ def write_model(model, tokenizer, folder, state, dtype, note=None):
         config = copy.deepcopy(model.config)
         config.dtype = dtype
         source = AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=False)
-        if type(source) is not type(config):  # the text model of a larger one
+        if type(source) is not type(config):  # the source is multimodal, this is its text model
             source = source.get_text_config()
         set_noise(config, source)  # the dropout that the model came with
         config.save_pretrained(temporary)
@@ -1157,7 +1156,7 @@ def rules_that_fit(reward, held_out):
 
 
 def check_answers(reward, prompts):
-    """A rule as --reward can teach only where it calls a row's own answer right."""
+    """A rule as --reward is of use only where it calls a row's own answer right."""
     for _, record in prompts:
         if reward.answer_flag and not reward.rule(str(record["answer"]), record):
             answer = f"the answer {record['answer']!r:.60} of prompt {record['prompt']!r:.100}"
@@ -2125,10 +2124,10 @@ def new_folder(args, script):
             fail(f"--out {out}: not an empty folder; --resume goes on with a run that is in it")
         out.mkdir(parents=True, exist_ok=True)
         return out
-    Path("runs").mkdir(exist_ok=True)
+    Path("runs").mkdir(exist_ok=True)  # a link to nowhere of this name is an error
     for number in itertools.count(1):
         out = Path("runs", script if number == 1 else f"{script}-{number}")
-        with contextlib.suppress(FileExistsError):  # also if made a moment ago
+        with contextlib.suppress(FileExistsError):  # taken, perhaps a moment ago by another run
             out.mkdir()
             return out
 
@@ -2508,11 +2507,11 @@ def begin_log(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0
         print("warning: this does not fit; use more processes or a smaller model")
     if args.steps:
         print(f"{args.steps} steps, learning rate {args.learning_rate:g} at its peak")
-        rising = args.warmup + getattr(args, "critic_warmup", 0)
-        if rising >= args.steps:
-            flags = "--warmup and --critic_warmup are" if rising > args.warmup else "--warmup is"
-            why = "the learning rate does not reach its peak"
-            print(f"note: {flags} as long as the run ({rising} steps): {why}")
+        before_peak = args.warmup + getattr(args, "critic_warmup", 0)
+        if before_peak >= args.steps:
+            flags = "--warmup" if before_peak == args.warmup else "--critic_warmup and --warmup"
+            why = f"{flags} would end at step {before_peak}, the run at step {args.steps}"
+            print(f"note: the learning rate does not reach its peak: {why}")
     shown = ids if len(ids) < 40 else [*ids[:30], "...", *ids[-8:]]
     print(f"first text, as the model sees it: {tokenizer.decode(ids)!r}\n  as ids: {shown}")
     going_on = f", going on after step {done_steps} of {args.steps}" if args.resume else ""
@@ -2814,24 +2813,26 @@ def catch_signals(steps):
     stops at once, as does the first if there are no steps. Returns a function that says whether one
     has come."""
     caught = []
-    run = os.getpid()
-    told = mmap.mmap(-1, 8)  # when the run got a signal; processes that a reward forks see it, too
+    main_process = os.getpid()
+    # of the main process; a process that a reward forks sees it, too
+    signalled_at = ctypes.c_double.from_buffer(mmap.mmap(-1, 8))
 
-    def run_has_one():
-        return time.monotonic() - struct.unpack("d", told[:])[0] < 2
+    def main_was_signalled():
+        return time.monotonic() - signalled_at.value < 2  # earlier: another signal
 
     message = b"\nstopping at the next safe place, and saving; a second signal stops at once\n"
     if int(os.environ.get("RANK", 0)) > 0:
         message = b""
 
     def handler(number, frame):
-        is_forked = os.getpid() != run  # by a reward
+        # A process that a reward function forks inherits this handler.
+        is_forked = os.getpid() != main_process
         if is_forked and number == signal.SIGTERM:
-            for _ in range(20):  # if all processes were sent one, the run has it by now, or soon
-                if run_has_one():
-                    break
+            # A cluster signals all processes, a reward function only the one that it ends.
+            deadline = time.monotonic() + 0.2
+            while not main_was_signalled() and time.monotonic() < deadline:
                 time.sleep(0.01)
-            else:  # it comes from the reward, which waits for the end of this process
+            if not main_was_signalled():  # the reward function waits until this process has ended
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
         if caught and number == signal.SIGHUP:
@@ -2840,8 +2841,8 @@ def catch_signals(steps):
             raise KeyboardInterrupt
         caught.append(number)
         if is_forked:
-            return  # it goes on, so that the step can be finished
-        told[:] = struct.pack("d", time.monotonic())
+            return  # it goes on, because the main process still needs it to finish the step
+        signalled_at.value = time.monotonic()
         for stream, text in ((1, b""), (2, message)):  # an empty write tests the terminal
             try:
                 os.write(stream, text)  # not print, which the signal may have interrupted

@@ -537,7 +537,7 @@ def reference_scores(
         return torch.zeros(len(pairs), 2), torch.zeros(len(held_out), 2)
     path = out / "reference.pt"
     digest = hashlib.sha256(repr(args.reference or args.model).encode())
-    for pair in pairs:
+    for pair in pairs:  # one by one: the text of all pairs would take much memory
         digest.update(repr(pair).encode())
     mark = f"{world.dtype} {digest.hexdigest()}"
     scores = read_scores(path, mark, args)
@@ -742,8 +742,8 @@ def number(completion, row):
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
     Dollar signs, a final dot and commas between thousands do not matter: "1,234" is one number,
-    "1,2,3" are three. Zeros that end a decimal do not matter either: 1.50 equals 1.5. 1e-5
-    is a number, too."""
+    "1,2,3" are three. Zeros that end a decimal do not matter: 1.50 equals 1.5. An exponent
+    counts: 1e-5 is one number."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # 1,234 or 1234
     # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)(?:[eE][+-]?\d{{1,3}}(?!\d))?"

@@ -102,8 +102,8 @@ class Args:
     """held-out prompts, as --data (None: the bundled ones
     if --data is the bundled task, else none)"""
     eval_samples: int = 0
-    """completions drawn at once for each held-out prompt, for eval/pass@K: the chance that any of
-    K is right (judged by `number` with --reward number, else by `exact`)"""
+    """completions of each held-out prompt, drawn all at once, for eval/pass@K: the chance that at
+    least one of K is right (judged by `number` with --reward number, else by `exact`)"""
     reward: str = "exact"
     """exact | number | none (the KL penalty alone) | FILE.py:function(completion, row) -> float |
     a reward model's folder"""
@@ -818,8 +818,8 @@ def number(completion, row):
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
     Dollar signs, a final dot and commas between thousands do not matter: "1,234" is one number,
-    "1,2,3" are three. Zeros that end a decimal do not matter either: 1.50 equals 1.5. 1e-5
-    is a number, too."""
+    "1,2,3" are three. Zeros that end a decimal do not matter: 1.50 equals 1.5. An exponent
+    counts: 1e-5 is one number."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # 1,234 or 1234
     # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)(?:[eE][+-]?\d{{1,3}}(?!\d))?"

@@ -556,7 +556,7 @@ def train(args):
 
             # 6. Log: of all rows; in `update_loss`, of the rows that were trained.
             step_ended = time.perf_counter()
-            # with other baselines equal groups teach, too
+            # with none or batch a group of equal scores can have advantages
             if args.baseline in ("prompt", "loo"):
                 meter.add("equal_groups", equal_groups(scores, n))
             meter.add("length", samples.mask.sum(1))
@@ -757,8 +757,8 @@ def number(completion, row):
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
     Dollar signs, a final dot and commas between thousands do not matter: "1,234" is one number,
-    "1,2,3" are three. Zeros that end a decimal do not matter either: 1.50 equals 1.5. 1e-5
-    is a number, too."""
+    "1,2,3" are three. Zeros that end a decimal do not matter: 1.50 equals 1.5. An exponent
+    counts: 1e-5 is one number."""
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # 1,234 or 1234
     # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
     pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)(?:[eE][+-]?\d{{1,3}}(?!\d))?"
@@ -797,8 +797,8 @@ def load_task(args, world):
     args = common.limit_to_context(args, longest, config, reference_config)
     if reward.is_model and scored:
         args = common.limit_to_reward_model(args, tokenizer, scored)
-    # last: a resumed run begins with
-    # the lowered --max_new_tokens
+    # after the last change of --max_new_tokens, which leaves out long
+    # demonstrations: a resumed run starts with the lowered value
     if args.demos:
         prompts = encode_answers(prompts, tokenizer, args)
     # with --steps 0 and no --data, the held-out prompts stand in

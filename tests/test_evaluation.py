@@ -490,7 +490,7 @@ def test_scores_that_are_all_alike_have_no_interval(tmp_path, monkeypatch, capsy
     run(grpo, tmp_path, steps=1, samples_per_prompt=2, warmup=1, **flags)
     said = capsys.readouterr().out
     assert "held-out reward: 0.300 -> 0.300\n" in said and "3 rows, 95 % interval" in said
-    assert "note: --warmup is as long as the run (1 steps)" in said
+    assert "does not reach its peak: --warmup would end at step 1, the run at step 1" in said
 
 
 def test_an_evaluation_shows_its_progress_on_the_first_process_only(monkeypatch):
