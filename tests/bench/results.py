@@ -5,12 +5,12 @@
     python tests/bench/results.py --tables    # tables and pictures of the rows so far
     python tests/bench/results.py --methods "fine-tuning" "GRPO, one update" --out /tmp/again
 
-Every method draws 51,200 completions of training prompts of the sorting task, 256 in each of 200
-rollouts, and trains on each of them at most once: in one update or, a quarter at a time, in four.
+Methods with a reward draw 51,200 completions of training prompts of the sorting task, 256 in each
+of 200 rollouts, and train on each at most once: in one update or, a quarter at a time, in four.
 (Rows whose gradient is 0 are skipped.) REINFORCE and "GRPO, small rollouts" have rollouts of 64 in
 place of four updates. Fine-tuning sees as many right answers, DPO and the reward model as many
 sides of pairs; they have fewer, and see each about six times. So a run has 200 or 800 updates. GRPO
-as its paper has it and the adapters have one update a rollout. There is no KL penalty but where a
+as published and the adapters have one update a rollout, GSPO and CISPO four. There is no KL penalty but where a
 method has it by definition (DPO, GRPO as published).
 
 A grid of learning rates, a factor of 2 apart, is run with seeds 1 to 3 and scored on 512 prompts
@@ -634,7 +634,7 @@ def controls_table(rows):
             continue
         apart = resampled(changed, stream=1) - resampled(plain, stream=0)
         low, high = np.quantile(apart, (0.025, 0.975))
-        means = [statistics.mean(row["score"] for row in part) for part in (plain, changed)]
+        means = [statistics.mean(score_of(row) for row in part) for part in (plain, changed)]
         cells = f"{means[0]:.3f} | {means[1]:.3f} | {low:+.3f} to {high:+.3f}"
         lines.append(f"| {name} | {setting[0]}, {short(setting[1])} | {change} | {cells} |")
     return "\n".join(lines) + "\n"
@@ -660,7 +660,8 @@ def differences_table(rows):
             apart = draws[name] - draws[other]
             if other != name and abs(apart.mean()) <= bound * apart.std():
                 alike.append(other)
-        lines.append(f"| {name} | {draws[name].mean():.3f} | {'; '.join(alike)} |")
+        mean = statistics.mean(score_of(row) for row in final_rows(rows, name))
+        lines.append(f"| {name} | {mean:.3f} | {'; '.join(alike)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -670,8 +671,14 @@ def short(rate):
     return f"{float(digits):g}e-{power}"
 
 
+def score_of(row, score="score"):
+    """Not rounded, where the answers are known."""
+    right = row.get("right")
+    return right.count("1") / len(right) if right else row.get(score, 0.0)
+
+
 def score_cells(rows, score):
-    scores = [row.get(score, 0.0) for row in rows]
+    scores = [score_of(row, score) for row in rows]
     low, high = interval(rows, score)
     return f"{statistics.mean(scores):.3f} ({low:.3f} to {high:.3f}) | {min(scores):.3f}"
 
@@ -742,7 +749,7 @@ def draw_curves(rows, path):
         tidy(axis, title)
         axis.set(xlabel="completions", xlim=(0, 1.55 * BUDGET))
         axis.set_xticks([0, BUDGET // 2, BUDGET], ["0", f"{BUDGET // 2:,}", f"{BUDGET:,}"])
-    axes[0].set_ylabel("exact match on 512 held-out prompts")
+    axes[0].set_ylabel("exact match on 512 held-out prompts (dotted: test)")
     figure.tight_layout()
     figure.savefig(path, dpi=110, facecolor="white")
 
