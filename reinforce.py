@@ -301,8 +301,8 @@ def spread(scores, all_scores, n, baseline):
     """What --normalize divides by, [B]: the std of the scores of the prompt (--baseline prompt,
     loo) or of the batch, or 1 if they are equal. Rare successes, and rare failures, count more.
 
-    It is the std of scores alone: with the KL in it, equal scores would get advantages of size 1
-    from their KLs. But the KL in A_t is divided too.
+    It is the std of scores alone. With the KL in it, the KLs alone would give equal scores
+    advantages of size 1. But the KL in A_t is divided too.
     """
     peers = scores.view(-1, n)  # [B / n, n]
     if baseline in ("none", "batch"):
@@ -454,8 +454,8 @@ def update_loss(policy, batch, rows, args, meter, is_first):
     with torch.no_grad():  # the rest is for the log
         meter.add("entropy", entropy, mask)
         if not args.demos:  # no policy drew the demonstrations
-            moved = (k3(old, logprobs) * mask).sum(1)  # KL(pi_old || pi)
-            meter.add("kl/old", moved, mask=mask.any(1))
+            kl_old = (k3(old, logprobs) * mask).sum(1)  # KL(pi_old || pi)
+            meter.add("kl/old", kl_old, mask=mask.any(1))
             meter.add("ratio/mean", ratio, mask)
             sampled = batch.samples.logprobs[rows, :C]
             # not a KL: how far the sampler's log-probabilities are from the trainer's, by rounding

@@ -368,6 +368,113 @@ def test_what_the_pages_say_of_one_and_four_updates_is_in_the_rows(results):
     assert len(grid) == 1, "the pages say that it is one seed"
 
 
+def test_the_page_of_measurements_has_the_numbers_of_the_rows(results):
+    rows = results.read(ROOT / "tests" / "bench" / "results.jsonl")
+    half = []
+    four = {}
+    fall = []
+    ratio = []
+    for name, method in results.METHODS.items():
+        means = {key: mean for key, (mean, _) in results.means_of(rows, name).items()}
+        complete = results.means_of(rows, name, complete=True)
+        for variant in method.variants:
+            best = max((key for key in complete if key[0] == variant), key=complete.get)
+            half.append(means[best] - means.get((variant, best[1] / 2), math.inf))
+            if (variant, best[1] * 4) in means:
+                key = name.partition(",")[0]
+                four[key] = max(four.get(key, 0), means[variant, best[1] * 4])
+        final = results.final_rows(rows, name)
+        setting, *_ = results.chosen(rows, name)
+        fall.append(means[setting] - np.mean([results.score_of(row) for row in final]))
+        seconds = [row["seconds"] for row in final if "seconds" in row]
+        ratio.append(max(seconds) / min(seconds))
+    page = " ".join((ROOT / "tests" / "bench" / "README.md").read_text().split())
+    dpo, best_of = four.pop("DPO"), four.pop("best of N")
+    usual = math.ceil(100 * max(four.values())) / 100
+    assert f"Half the best rate costs up to {max(half):.2f}." in page
+    assert f"gives {usual:.2f} or less (DPO {dpo:.2f}, best of 16 {best_of:.2f})" in page
+    assert f"settings are lower, by up to {max(fall):.2f}:" in page
+    assert f"differ by up to {max(ratio):.1f} times between seeds" in page
+
+
+def test_the_page_of_measurements_describes_the_prompts_as_they_are(results, tmp_path):
+    results.write_lists(tmp_path / "validation.jsonl", 512, results.VALIDATION)
+    results.write_lists(tmp_path / "test.jsonl", *results.TEST)
+    digits = {}
+    for name in ("validation", "test"):
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        digits[name] = np.mean([len(json.loads(line)["answer"]) for line in lines])
+    pairs = results.read(results.TINY / "pairs_train.jsonl")
+    right = np.mean([row["chosen"] == row["answer"] for row in pairs])
+    rows = results.read(ROOT / "tests" / "bench" / "results.jsonl")
+    [start] = [results.score_of(row) for row in rows if row["method"] == results.START]
+    first = {row["seed"] in results.FINAL_SEEDS: row["curve"][0] for row in rows if "curve" in row}
+    page = " ".join((ROOT / "tests" / "bench" / "README.md").read_text().split())
+    assert f"({digits['test']:.2f} and {digits['validation']:.2f} digits on average)" in page
+    assert (
+        f"each of {len(pairs):,} pairs" in page and f"{100 * right:.0f} % of their better" in page
+    )
+    scores = (
+        f"{start:.2f} of the test prompts, {first[True]:.2f} of the bundled and {first[False]:.2f}"
+    )
+    assert f"The start is right on {scores} of the validation prompts" in page
+
+
+def test_a_row_says_how_it_was_made(results, monkeypatch, tmp_path):
+    """A run in the place of a script's: its log, its flags, and whose prompts it was scored on."""
+    seen = []
+
+    def call_in_child(command, scripts, log):
+        words = dict(zip(command[1:], command[2:]))
+        out = tmp_path.parent / words["--out"]
+        out.mkdir(parents=True)
+        log.write_text("")
+        held_out = results.read(tmp_path / words.get("--eval_prompts", words["--eval_data"]))
+        seen.append((command[0], len(held_out), words))
+        if words["--steps"] == "0":
+            samples = [{"reward": float(i % 4 == 0)} for i in range(len(held_out))]
+            lines = "".join(json.dumps(row) + "\n" for row in samples)
+            (out / "eval_samples.jsonl").write_text(lines)
+            return 0
+        lines = [{"step": 0, "eval/exact": 0.3}]
+        lines += [{"step": i, "time/sample": 1.0, "time/train": 2.5} for i in (1, 2)]
+        last = {"step": 3, "eval/exact": 0.7} | {f"best_of/true@{n}": n / 20 for n in (1, 4, 16)}
+        lines = "".join(json.dumps(row) + "\n" for row in [*lines, last])
+        (out / "metrics.jsonl").write_text(lines)
+        return 0
+
+    monkeypatch.setattr(results, "call_in_child", call_in_child)
+    path = tmp_path / "rows.jsonl"
+    jobs = [
+        ("GRPO, one update", "one update", 2e-4, 1),
+        ("GRPO, one update", "one update", 2e-4, 11),
+    ]
+    jobs.append(("best of N, by a reward model", "one update", 1e-3, 11))
+    jobs.append(("CISPO", "four updates", 1e-4, 2))
+    for job in jobs:
+        results.run(job, path)
+    grid, final, best_of, patched = results.read(path)
+    assert [row["score"] for row in (grid, final, best_of)] == [0.7, 0.25, 0.8]
+    assert grid["curve"] == final["curve"] == [0.3, 0.7] and "right" not in grid
+    assert final["right"] == "1000" * 512
+    assert grid["seconds"] == final["seconds"] == best_of["seconds"] == 7.0
+    assert best_of["best of 4"] == 0.2 and "curve" not in best_of
+    flags = "grpo.py --prompts_per_step 32 --samples_per_prompt 8 --steps 200 --epochs 1 "
+    assert grid["flags"] == flags + "--minibatches 1 --learning_rate 0.0002"
+    assert "tests/tiny/pairs_train.jsonl" in best_of["flags"] and "/work" not in best_of["flags"]
+    assert grid["code"] == final["code"] and len({r["code"] for r in (grid, best_of, patched)}) == 3
+    assert [(script, count) for script, count, _ in seen] == [
+        ("grpo.py", 512),  # validation
+        ("grpo.py", 512),  # the bundled prompts
+        ("grpo.py", 2048),  # test
+        ("reward_model.py", 2048),
+        ("grpo.py", 512),
+    ]
+    every = [words.get("--eval_every") for _, _, words in seen]
+    assert every[:2] == ["50", "10"] and seen[0][2]["--seed"] == "1"
+    assert seen[1][2]["--eval_data"] == str(results.TINY / "sort_test.jsonl")
+
+
 def test_the_rows_that_are_kept_are_of_these_methods_and_come_once(results):
     rows = results.read(ROOT / "tests" / "bench" / "results.jsonl")
     keys = [results.key_of(row) for row in rows]
@@ -399,7 +506,8 @@ def made_up(real, job, status=0):
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_comparison_with_a_real_model_comes_to_an_end_and_fills_its_table(real, fails):
     args = real.Args(model=ROOT)
-    rows, order = [], []
+    rows = []
+    order = []
     while real.jobs_of(rows, args):
         order.append(real.jobs_of(rows, args)[0])
         failed = [

@@ -945,8 +945,12 @@ def test_a_family_without_a_sequence_classifier_is_told_of_the_shared_critic(tmp
 
 def test_what_each_method_holds_counted_both_ways():
     """8 billion parameters: on slides 128 GB for PPO and 80 for GRPO, which leaves out gradients and has Adam in 16 bits."""
-    from bench.held import held, llama_8b
+    from bench.held import held, keys_and_values, llama_8b, qwen
 
+    page = " ".join((ROOT / "tests" / "docs" / "running.md").read_text().split())
+    small, large = keys_and_values(llama_8b(), 256, 662), keys_and_values(qwen("1.5 B"), 1024, 3200)
+    assert f"{small / 1e9:.0f} GB for 32 prompts x 8 with 150 + 512 tokens and 8.0 B" in page
+    assert f"{large / 1e9:.0f} GB for 128 x 8 with 200 + 3,000 tokens and 1.5 B" in page
     count, rows = held(llama_8b(), 16)
     assert abs(count / 8e9 - 1) < 0.005
     slides = {}

@@ -158,6 +158,12 @@ def test_programs_are_paid_by_the_tests_they_pass(completion, share):
     assert programs.passes(completion, ADD) == share
 
 
+def test_a_program_is_out_of_reach_of_ctrl_c():
+    """It goes to all processes of the terminal, and a right program would be paid nothing."""
+    leads = "assert os.getsid(0) == os.getpid()"
+    assert programs.passes("import os", {"tests": [leads]}) == 1
+
+
 def test_a_program_that_never_ends_is_ended(monkeypatch):
     monkeypatch.setattr(programs, "RUNNER", programs.RUNNER.replace('("CPU", 5)', '("CPU", 1)'))
     began = time.perf_counter()

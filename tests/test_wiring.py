@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import family, make_tokenizer
+from test_reinforce import judge
 
 import common
 import dpo
@@ -390,15 +391,6 @@ def test_held_out_answers_that_the_rule_cannot_judge_are_an_error(script, tmp_pa
     assert "Lima" in capsys.readouterr().err
 
 
-def judge(tmp_path, places):
-    """The folder of a reward model that reads so many tokens."""
-    tokenizer = common.load_tokenizer(reinforce.TINY / "model")
-    model = common.load_scalar(reinforce.TINY / "model", CPU, tokenizer, 0.5)
-    model.config.max_position_embeddings = places
-    common.save_model(model, tokenizer, tmp_path / "judge", CPU)
-    return str(tmp_path / "judge")
-
-
 @pytest.mark.parametrize("script", SCRIPTS, ids=named)
 def test_a_reward_model_limits_the_length_by_the_longest_prompt_also_a_held_out_one(
     script, tmp_path
@@ -429,6 +421,20 @@ def test_a_reward_model_that_fails_loses_no_step(tmp_path, monkeypatch):
     reward = common.load_reward(str(tmp_path), grpo.RULES, CPU, None)
     with pytest.raises(common.Unscored):
         reward.score(SimpleNamespace(texts=["5"]), [{"prompt": "5"}])
+
+
+def test_an_error_of_many_lines_names_the_prompt_all_the_same(tmp_path):
+    """A run that ends says the first line of an error."""
+    (tmp_path / "my.py").write_text(
+        "def score(completion, row):\n    raise ValueError('a\\nb\\nc')\n"
+    )
+    reward = common.load_reward(f"{tmp_path / 'my.py'}:score", {"exact": None}, CPU, None)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    samples = SimpleNamespace(texts=["said"], mask=mask, finished=mask[:, 0])
+    with pytest.raises(common.Unscored) as ended:
+        reward.score(samples, [{"prompt": "asked"}])
+    words = common.first_line(ended.value)
+    assert "(ValueError: a b c)" in words and "'asked'" in words and "'said'" in words
 
 
 # --- models and what is saved ---
@@ -517,6 +523,12 @@ def test_the_kl_stop_is_in_nats_of_a_completion_also_with_several_for_a_prompt(
     log = run(ppo, tmp_path, **more)
     tokens = log[-1]["length"]  # one nat a token
     assert sum(found) / len(found) == pytest.approx(tokens, rel=1e-5)
+
+
+def test_a_warm_up_that_does_not_end_before_the_run_is_noted(tmp_path, capsys):
+    run(ppo, tmp_path, steps=3, critic_warmup=2, warmup=1, out=str(tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert "--critic_warmup and --warmup would end at step 3, the run at step 3" in said
 
 
 # --- signals ---

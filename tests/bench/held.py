@@ -9,6 +9,7 @@ policy samples, the whole bfloat16 weights of a GPU (2 bytes) take the place of 
 there is one frozen model, 2 bytes a parameter, and 16 bytes for each parameter of the adapters; nothing is copied on one GPU.
 """
 
+import math
 import sys
 import types
 from dataclasses import dataclass
@@ -109,6 +110,13 @@ def held(config, rank):
     }
 
 
+def keys_and_values(config, rows, tokens):
+    """Bytes of the bfloat16 cache of a rollout's completions, in buffers of a multiple of 64 tokens."""
+    room = 64 * math.ceil(tokens / 64)
+    width = config.hidden_size // config.num_attention_heads
+    return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * width * rows * room
+
+
 def main(args):
     config = common.read_config(args.model) if args.model else llama_8b()
     count, rows = held(config, args.rank)
@@ -127,6 +135,9 @@ def main(args):
         (HERE / "held.md").write_text("\n".join(lines) + "\n")
         (HERE / "held_sizes.md").write_text(table_of_sizes(args.rank))
         print("\n" + table_of_sizes(args.rank))
+        for config, rows, tokens in ((llama_8b(), 256, 662), (qwen("1.5 B"), 1024, 3200)):
+            size = keys_and_values(config, rows, tokens) / 1e9
+            print(f"keys and values of {rows} completions of {tokens} tokens: {size:.0f} GB")
 
 
 if __name__ == "__main__":

@@ -141,7 +141,8 @@ def run(job, path, args):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         subprocess.run([sys.executable, str(TINY / f"{task}.py"), str(folder)], check=True)
-        (train,), (test,) = folder.glob("*train.jsonl"), folder.glob("*test.jsonl")
+        train = next(folder.glob("*train.jsonl"))
+        test = next(folder.glob("*test.jsonl"))
         model = args.model
         if method != START:
             model = folder / "run" / "model"
@@ -219,7 +220,9 @@ def table(rows):
             mean = {part: f"{statistics.mean(values):.2f}" for part, values in shares.items()}
             reward = f"{statistics.mean(row['reward'] for row in mine):.2f}"
             right = mean["right"]
-            setting, seeds, seconds = " | ", "", ""
+            setting = " | "
+            seeds = ""
+            seconds = ""
             if method != START:
                 setting = f"{results.short(mine[0]['rate'])} | {64 * steps:,}"
                 right += f" ({interval(mine)})" if len(mine) > 1 else " (1 seed so far)"

@@ -550,7 +550,8 @@ def table(rows):
         if not mine:
             continue
         variant, rate = mine[0]["variant"], mine[0]["rate"]
-        times = f"{statistics.median(row['seconds'] for row in mine):.0f}"
+        times = [row["seconds"] for row in mine if "seconds" in row]  # not of runs that were paused
+        times = f"{statistics.median(times):.0f}"
         setting = f"{short(rate)} | {updates_of(variant)} | {penalty_of(name, variant)}"
         so_far = "" if len(mine) == usual else f" ({len(mine)} seeds)"
         if name.startswith("best of N"):
