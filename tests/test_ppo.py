@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from conftest import family, make_tokenizer
+from conftest import ROOT, family, make_tokenizer
 from test_grpo import Clock
 from test_reinforce import gradient, prompts_file, rollout, weights
 
