@@ -97,7 +97,8 @@ class Args:
     reward needs one (None: those of the bundled task, or none with other data)"""
     reward: str = "exact"
     """what scores the samples of --eval_prompts:
-    exact | number | FILE.py:function(completion, row) -> float | a reward model's folder"""
+    exact | number | FILE.py:function(completion, row) -> float |
+    a reward model's folder or hub name"""
     chat: bool = True
     """put a text prompt through the chat template, if there is one (--no_chat: raw text)"""
     template_args: str = ""
@@ -171,7 +172,8 @@ class Args:
     """checkpoints that stay on the disk, the newest ones"""
     keep_best: bool = True
     """keep the model with the best held-out score as best/
-    in the run's folder (by eval/reward, else eval/accuracy)"""
+    in the run's folder (by eval/reward, else eval/accuracy),
+    if it is better than before training"""
 
 
 def resolve(args):

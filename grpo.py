@@ -106,7 +106,7 @@ class Args:
     least one of K is right (judged by `number` with --reward number, else by `exact`)"""
     reward: str = "exact"
     """exact | number | none (the KL penalty alone) | FILE.py:function(completion, row) -> float |
-    a reward model's folder"""
+    a reward model's folder or hub name"""
     chat: bool = True
     """put a text prompt through the chat template, if there is one (--no_chat: raw text)"""
     template_args: str = ""
@@ -205,8 +205,8 @@ class Args:
     keep: int = 1
     """checkpoints that stay on the disk, the newest ones"""
     keep_best: bool = True
-    """keep the model with the best eval/reward as best/
-    in the run's folder"""
+    """keep the model with the best eval/reward as best/ in
+    the run's folder, if it is better than before training"""
 
 
 def resolve(args):

@@ -102,7 +102,7 @@ class Args:
     if --data is the bundled task, else none)"""
     reward: str = "exact"
     """exact | number | none (the KL penalty alone) | FILE.py:function(completion, row) -> float |
-    a reward model's folder"""
+    a reward model's folder or hub name"""
     chat: bool = True
     """put a text prompt through the chat template, if there is one (--no_chat: raw text)"""
     template_args: str = ""
@@ -156,8 +156,8 @@ class Args:
     scale of a gradient, so for a separate critic it matters
     only where --max_grad_norm cuts"""
     kl_stop: float = 0.0
-    """once KL(pi_old || pi), in nats per completion, is above this, a rollout's remaining updates
-    are skipped; 0: never"""
+    """once KL(pi_old || pi) of a mini-batch, in nats per completion, is above this, that update and
+    the rollout's remaining ones are skipped; 0: never"""
 
     # --- optimisation ---
     lora_rank: int = 0
@@ -207,8 +207,8 @@ class Args:
     keep: int = 1
     """checkpoints that stay on the disk, the newest ones"""
     keep_best: bool = True
-    """keep the model with the best eval/reward as best/
-    in the run's folder"""
+    """keep the model with the best eval/reward as best/ in
+    the run's folder, if it is better than before training"""
 
 
 def resolve(args):

@@ -121,7 +121,7 @@ class Args:
     --demos, or else --data, is of the bundled task)"""
     reward: str = "exact"
     """exact | number | none (the KL penalty alone) | FILE.py:function(completion, row) -> float |
-    a reward model's folder"""
+    a reward model's folder or hub name"""
     demos: str = ""
     """supervised fine-tuning: learn from this file's answers; --data and samples are not used"""
     chat: bool = True
@@ -139,7 +139,8 @@ class Args:
     samples_per_prompt: int | None = None
     """completions drawn for each prompt (None: 8, and 1 with --demos)"""
     max_new_tokens: int = 512
-    """most tokens of a completion; lowered to what the model's context has room for"""
+    """most tokens of a completion; lowered to what the model's context has room for. Longer
+    demonstrations are left out, and counted"""
     temperature: float = 1.0
     """of sampling, and of every log-probability: the policy is softmax(logits / temperature)"""
     baseline: Literal["none", "batch", "prompt", "loo"] | None = None
@@ -204,8 +205,8 @@ class Args:
     keep: int = 1
     """checkpoints that stay on the disk, the newest ones"""
     keep_best: bool = True
-    """keep the model with the best eval/reward as best/
-    in the run's folder"""
+    """keep the model with the best eval/reward as best/ in
+    the run's folder, if it is better than before training"""
 
 
 def resolve(args):

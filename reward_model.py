@@ -75,8 +75,8 @@ class Args:
     """folder or hub name of a causal language model to start from, or of a reward model to train
     further"""
     data: str | None = None
-    """training pairs: JSON lines with "prompt", "chosen", "rejected", and perhaps "margin" (None:
-    those of the bundled task, if no other file is given)"""
+    """training pairs: JSON lines with "prompt" (or "question"), "chosen", "rejected", and perhaps
+    "margin" (None: the bundled pairs, if --model is the bundled one and no other file is named)"""
     eval_data: str | None = None
     """held-out pairs, as --data (None: those of the bundled task, or none with other data)"""
     chat: bool = True
@@ -103,10 +103,12 @@ class Args:
     policy: str | None = None
     """the model that draws them (None: the bundled model for the bundled pairs, or none)"""
     eval_prompts: str | None = None
-    """prompts for best-of-N: JSON lines with "prompt" and, for the true reward, "answer" """
+    """prompts for best-of-N: JSON lines with "prompt" and, for the true reward, "answer" (None: the
+    bundled ones for the bundled pairs, or none)"""
     reward: str = "exact"
     """the true reward beside the model's score:
-    exact | number | FILE.py:function(completion, row) -> float | a reward model's folder"""
+    exact | number | FILE.py:function(completion, row) -> float |
+    a reward model's folder or hub name"""
     max_prompt_tokens: int = 512
     """longer prompts are left out, and counted"""
     max_new_tokens: int = 512
@@ -145,7 +147,7 @@ class Args:
     resume: bool = False
     """go on with the run in --out; flags that are not given are those of the run"""
     seed: int = 1
-    """decides the new head, the order of pairs and what is drawn"""
+    """decides the new head, how adapters start, the order of pairs and what is drawn"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -160,8 +162,8 @@ class Args:
     keep: int = 1
     """checkpoints that stay on the disk, the newest ones"""
     keep_best: bool = True
-    """keep the model with the best held-out score as best/
-    in the run's folder (by eval/reward, else eval/accuracy)"""
+    """keep the model with the best eval/accuracy as best/ in
+    the run's folder, if it is better than before training"""
 
 
 def resolve(args):

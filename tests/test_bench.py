@@ -359,7 +359,7 @@ def test_what_the_pages_say_of_one_and_four_updates_is_in_the_rows(results):
     assert f"was {four_above} with four updates (one seed) and {one_above} with one" in readme
     means = results.means_of(rows, "PPO, separate critic")
     ppo = [f"{means[f'{count}', 4e-4][0]:.2f}" for count in ("four updates", "one update")]
-    assert f"PPO had {ppo[0]} and {ppo[1]} there" in readme
+    assert f"PPO with a separate critic had {ppo[0]} and {ppo[1]} there" in readme
     recipes = " ".join((ROOT / "tests" / "docs" / "recipes.md").read_text().split())
     assert f"one update ended at {one} on the validation" in recipes
     assert f"(`--minibatches 4`) at {four}; at twice that rate, at {one_above} and" in recipes
