@@ -2,7 +2,7 @@
 
 LOADING
     Processes and seeds    say, fail, Stop, World, start, seed_from, all_sum, all_gather
-    The user's input       read_flags, check_flags, read_json, run_date
+    The user's input       read_flags, check_flags, read_json
     Text to token ids      load_tokenizer, encode_prompt, encode_completion, load_prompts
     Configs                read_config, context_of, limit_to_context, limit_to_reward_model
     Models                 load_policy, load_reference, load_scalar, shard, save_model
@@ -28,7 +28,6 @@ left, so all completions start in the same column; completions are padded on the
 import collections
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import datetime
 import fcntl
@@ -39,7 +38,6 @@ import inspect
 import itertools
 import json
 import math
-import mmap
 import os
 import random
 import re
@@ -324,30 +322,13 @@ def read_json(path, flag):
     return values
 
 
-BEGAN = datetime.datetime.now().isoformat(timespec="seconds")
-
-
-def first_date(args):
-    """When the run began. A resumed run reads it from its args.json."""
-    if args.resume:
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            return json.loads((Path(args.out) / "args.json").read_text())["began"]
-    return BEGAN
-
-
-def run_date(args, world):
-    """`first_date` of the first process. Some chat templates print the date: a run that is
-    resumed a day later must not go on with other prompts."""
-    answer = [first_date(args)]
-    if world.size > 1:
-        dist.broadcast_object_list(answer)
-    return answer[0]
-
-
 # -- Text to token ids -----------------------------------------------------------------------------
 
 
-def load_tokenizer(path, template_args="", date=None):
+DATE = datetime.datetime(2026, 1, 1)  # for chat templates that print today's: one in all runs
+
+
+def load_tokenizer(path, template_args=""):
     """A tokenizer with a pad token: its own, or EOS. All masks are made from lengths: `ids != pad`
     would hide EOS where it is pad, and the model would never learn to stop."""
     vocab_size = read_config(path).get_text_config().vocab_size
@@ -365,7 +346,6 @@ def load_tokenizer(path, template_args="", date=None):
         fail(f"{path}: its tokenizer has no EOS token, so no completion could end")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocab_size:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.date = date and datetime.datetime.fromisoformat(date)
     try:
         tokenizer.template_args = dict(json.loads(template_args or "{}"))
     except (ValueError, TypeError):
@@ -377,12 +357,11 @@ def load_tokenizer(path, template_args="", date=None):
 
 
 def render(tokenizer, talk, **settings):
-    """Chat messages as the chat template writes them, with the date on which the run began."""
+    """Chat messages as the chat template writes them: on `DATE`, or a resumed run would go on with
+    other prompts."""
+    call = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
     template = tokenizer.get_chat_template()
-    date = getattr(tokenizer, "date", None)
-    if date:
-        call = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
-        template = re.sub(call, lambda found: json.dumps(date.strftime(found[2])), template)
+    template = re.sub(call, lambda found: json.dumps(DATE.strftime(found[2])), template)
     settings = {**getattr(tokenizer, "template_args", {}), **settings}
     return tokenizer.apply_chat_template(talk, chat_template=template, tokenize=False, **settings)
 
@@ -598,9 +577,10 @@ def load_prompts(path, flag, tokenizer, args, answer_flag):
             fail(f'{where}: {answer_flag} needs an "answer", a text or a number; {prompt}')
         else:
             kept.append((ids, record))
-    if flag == "--data" and 0 < len(kept) < getattr(args, "prompts_per_step", 0):
-        repeated = f"a step draws {args.prompts_per_step}, so some more than once"
-        say(f"note: --data: {len(kept)} prompts; {repeated}")
+    if flag in ("--data", "--demos") and kept and args.steps:
+        size = args.prompts_per_step
+        passes = args.steps * size / len(kept)
+        say(f"{flag}: {len(kept)} prompts; {args.steps} steps of {size} are {passes:.1f} passes")
     if left_out:
         limit = f"--max_prompt_tokens {args.max_prompt_tokens}"
         say(f"{flag}: {left_out} of {left_out + len(kept)} prompts left out ({limit})")
@@ -1120,7 +1100,7 @@ class Reward:
         return scores
 
 
-def load_reward(spec, rules, world, date):
+def load_reward(spec, rules, world):
     """--reward: the name of a rule, FILE.py:function, or a reward model. Held-out completions are
     right by the rule of that name, or else by the first of the rules. If --reward is a rule,
     eval/exact is judged by it; otherwise each rule that fits has an eval/NAME."""
@@ -1136,7 +1116,7 @@ def load_reward(spec, rules, world, date):
     if "/" not in spec and not Path(spec).exists():  # no hub name and no folder
         names = ", ".join([*rules, "none"])
         fail(f"--reward {spec}: choose {names}, FILE.py:function, or a reward model's folder")
-    scorer = stop_together(load_scorer(spec, world, date), world, Unscored)
+    scorer = stop_together(load_scorer(spec, world), world, Unscored)
 
     def score(samples, records):
         return {"reward": scorer(samples.texts, records)}
@@ -1275,10 +1255,10 @@ def stop_together(function, world, kind=Stop):
     return together
 
 
-def load_scorer(path, world, date=None):
+def load_scorer(path, world):
     """A reward model as a function from completions and their rows to scores. It reads texts (with
     the prompt, without --system): its ids need not be the policy's."""
-    tokenizer = load_tokenizer(path, date=date)
+    tokenizer = load_tokenizer(path)
     model = load_scalar(path, world, tokenizer, frozen=True)
     return lambda completions, rows: score_texts(model, tokenizer, completions, rows, world)
 
@@ -2106,7 +2086,7 @@ def open_run(args, script, world):
         try:
             out = folder_to_resume(args, script) if args.resume else new_folder(args, script)
             lock(out)
-            known = {"script": script, "began": first_date(args), **dataclasses.asdict(args)}
+            known = {"script": script, **dataclasses.asdict(args)}
             write(out / "args.json", json.dumps(known, indent=1) + "\n")
         except OSError as error:
             fail(f"--out {args.out or 'runs'}: cannot write there ({error.strerror})")
@@ -2814,35 +2794,21 @@ def catch_signals(steps):
     has come."""
     caught = []
     main_process = os.getpid()
-    # of the main process; a process that a reward forks sees it, too
-    signalled_at = ctypes.c_double.from_buffer(mmap.mmap(-1, 8))
-
-    def main_was_signalled():
-        return time.monotonic() - signalled_at.value < 2  # earlier: another signal
-
     message = b"\nstopping at the next safe place, and saving; a second signal stops at once\n"
     if int(os.environ.get("RANK", 0)) > 0:
         message = b""
 
     def handler(number, frame):
-        # A process that a reward function forks inherits this handler.
-        is_forked = os.getpid() != main_process
-        if is_forked and number == signal.SIGTERM:
-            # A cluster signals all processes, a reward function only the one that it ends.
-            deadline = time.monotonic() + 0.2
-            while not main_was_signalled() and time.monotonic() < deadline:
-                time.sleep(0.01)
-            if not main_was_signalled():  # the reward function waits until this process has ended
+        if os.getpid() != main_process:  # a process that a reward function forks has this handler
+            if number == signal.SIGTERM:  # ends it; after the others the step still needs it
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
+            return
         if caught and number == signal.SIGHUP:
             return  # the shell and the kernel may both send one
         if caught or not steps:
             raise KeyboardInterrupt
         caught.append(number)
-        if is_forked:
-            return  # it goes on, because the main process still needs it to finish the step
-        signalled_at.value = time.monotonic()
         for stream, text in ((1, b""), (2, message)):  # an empty write tests the terminal
             try:
                 os.write(stream, text)  # not print, which the signal may have interrupted

@@ -767,8 +767,7 @@ def load_task(args, world):
         multiple = f"a multiple of the {world.size} processes: {below} or {below + world.size}"
         fail(f"--pairs_per_step {args.pairs_per_step} must be {multiple}")
     config = common.policy_config(args.model)
-    date = common.run_date(args, world)  # some chat templates print it
-    tokenizer = common.load_tokenizer(args.model, args.template_args, date)
+    tokenizer = common.load_tokenizer(args.model, args.template_args)
     context = common.context_of(config, common.reference_config(args, tokenizer))
     if args.max_tokens > context:
         common.say(f"--max_tokens {args.max_tokens} is lowered to {context}, the smallest context")
@@ -785,7 +784,7 @@ def load_task(args, world):
         held_out = encode_preferences(records, tokenizer, args, "--eval_data")
         held_out = common.some_rows(held_out, args.eval_rows)
     if args.eval_prompts:
-        reward = common.load_reward(args.reward, RULES, world, date)
+        reward = common.load_reward(args.reward, RULES, world)
         prompts = common.load_prompts(
             args.eval_prompts, "--eval_prompts", tokenizer, args, reward.answer_flag
         )

@@ -842,10 +842,9 @@ def load_task(args, world):
         near = f"{below} or {below + unit}"
         fail(f"--prompts_per_step {args.prompts_per_step} must be {multiple}: {near}")
     config = common.policy_config(args.model)
-    date = common.run_date(args, world)  # some chat templates print it
-    tokenizer = common.load_tokenizer(args.model, args.template_args, date)
+    tokenizer = common.load_tokenizer(args.model, args.template_args)
     reference_config = common.reference_config(args, tokenizer)
-    reward = common.load_reward(args.reward, RULES, world, date)
+    reward = common.load_reward(args.reward, RULES, world)
     answer_flag = reward.answer_flag  # the flag that needs an "answer", for the error; or ""
     prompts = common.load_prompts(args.data, "--data", tokenizer, args, answer_flag)
     if args.eval_samples and not answer_flag:

@@ -749,8 +749,7 @@ def load_task(args, world):
         multiple = f"a multiple of the {world.size} processes: {below} or {below + world.size}"
         fail(f"--pairs_per_step {args.pairs_per_step} must be {multiple}")
     config = common.scalar_config(args.model)
-    date = common.run_date(args, world)  # some chat templates print it
-    tokenizer = common.load_tokenizer(args.model, args.template_args, date)
+    tokenizer = common.load_tokenizer(args.model, args.template_args)
     with torch.device("meta"):  # without weights, to see what kind of head it has
         empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -789,8 +788,7 @@ def load_best_of(args, tokenizer, world):
     if not args.policy:
         return args, None, [], None
     config = common.policy_config(args.policy)
-    date = common.run_date(args, world)
-    policy_tokenizer = common.load_tokenizer(args.policy, date=date)
+    policy_tokenizer = common.load_tokenizer(args.policy)
     policy_tokenizer.template_args = tokenizer.template_args
     prompts = common.load_prompts(args.eval_prompts, "--eval_prompts", policy_tokenizer, args, "")
     longest = 0
@@ -804,7 +802,7 @@ def load_best_of(args, tokenizer, world):
     # rules need an answer in every row; with answers in none, there is no true reward
     reward = None
     if args.reward not in ("exact", "number") or not lacking:
-        reward = common.load_reward(args.reward, RULES, world, date)
+        reward = common.load_reward(args.reward, RULES, world)
         common.check_answers(reward, prompts)
         if reward.is_model:
             args = common.limit_to_reward_model(args, policy_tokenizer, prompts)

@@ -1,6 +1,7 @@
 """DPO: losses against formulas, the derivation by enumeration, pairs however cut, and runs that resume."""
 
 import copy
+import datetime
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import FAMILIES, family, make_tokenizer
 from test_reinforce import prompts_file, weights
+from transformers.utils import chat_template_utils
 
 import common
 import dpo
@@ -685,8 +687,8 @@ def test_held_out_prompts_are_sampled_for(tmp_path):
 
 
 def test_a_run_with_a_dated_thinking_template_goes_on_the_next_day(tmp_path, monkeypatch):
-    """The reference's scores are of prompts with the first day's date, and a resumed run must not
-    read others; the sides of a pair begin with the empty thought that the template gives a given
+    """The reference's scores are of the first day's prompts, and a resumed run must not read others:
+    a template that prints the date prints a fixed one. The sides of a pair begin with the empty thought that the template gives a given
     answer."""
     template = (
         "{{ strftime_now('w%d') }} {% for m in messages %}{{ m.content if m.role == 'user' else '<think> ' + m.content }} "
@@ -708,13 +710,14 @@ def test_a_run_with_a_dated_thinking_template_goes_on_the_next_day(tmp_path, mon
     monkeypatch.setattr(dpo, "encode_preferences", watch)
     flags = {"model": str(tmp_path / "base"), "data": prompts_file(tmp_path, rows)}
     flags |= {"pairs_per_step": 4, "learning_rate": 1e-4}
-    monkeypatch.setattr(common, "BEGAN", "2001-01-11T23:59:00")
+    monkeypatch.setattr(common, "DATE", common.DATE.replace(day=11))
     run(tmp_path, steps=1, **flags)
-    monkeypatch.setattr(common, "BEGAN", "2001-01-12T00:01:00")
+    tomorrow = types.SimpleNamespace(now=lambda: datetime.datetime(2001, 1, 12))
+    monkeypatch.setattr(chat_template_utils, "datetime", tomorrow)
     run(tmp_path, steps=2, resume=True, **flags)
     run(tmp_path, "off", steps=1, template_args='{"off": true}', **flags)
     asked, chosen, rejected = [11, 5, 1], [think, 6, 1], [think, 7, 1]
-    assert seen == [(asked, chosen, rejected)] * 2 + [([12, 5, 1, think], [6, 1], [7, 1])]
+    assert seen == [(asked, chosen, rejected)] * 2 + [([11, 5, 1, think], [6, 1], [7, 1])]
 
 
 def test_the_bundled_model_alone_is_only_sampled_from():

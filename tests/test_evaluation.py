@@ -115,7 +115,7 @@ def loaded(script, spec):
     """--reward as the script loads it, which says what is right, with `pay` for the scores."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "load_function", lambda *a: pay)
-        loaded = common.load_reward(spec, script.RULES, CPU, None)
+        loaded = common.load_reward(spec, script.RULES, CPU)
         return dataclasses.replace(loaded, function=pay_in_parts)
 
 

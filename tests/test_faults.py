@@ -372,16 +372,20 @@ def test_a_folder_that_is_a_model_may_hold_another_one(shelf, tmp_path):
 
 
 @pytest.mark.parametrize("script", ROLLOUTS)
-def test_prompts_that_are_fewer_than_a_step_draws_are_told(script, tmp_path, capsys):
-    for count, told in ((1, True), (2, False)):
-        (tmp_path / "data.jsonl").write_text((json.dumps(GOOD[script]) + "\n") * count)
-        start(script, tmp_path, steps=1, out=str(tmp_path / f"run{count}"))
-        said = capsys.readouterr().out
-        assert ("note: --data: 1 prompts; a step draws 2, so some more than once" in said) == told
-        assert ("a step draws" in said) == told
+def test_the_passes_over_the_prompts_are_told(script, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text((json.dumps(GOOD[script]) + "\n") * 4)
+    start(script, tmp_path, steps=1, out=str(tmp_path / "run"))
+    assert "--data: 4 prompts; 1 steps of 2 are 0.5 passes\n" in capsys.readouterr().out
     data = str(tmp_path / "data.jsonl")
     start(script, tmp_path, steps=0, data="", eval_data=data, out=str(tmp_path / "scored"))
-    assert "a step draws" not in capsys.readouterr().out
+    assert " passes" not in capsys.readouterr().out
+
+
+def test_the_passes_over_demonstrations_are_told(tmp_path, capsys):
+    (tmp_path / "demos.jsonl").write_text('{"prompt": "52=", "answer": "two"}\n' * 2)
+    flags = {"demos": str(tmp_path / "demos.jsonl"), "samples_per_prompt": None}
+    start("reinforce", tmp_path, steps=3, **flags)
+    assert "--demos: 2 prompts; 3 steps of 2 are 3.0 passes\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", ALL)

@@ -272,29 +272,14 @@ def test_arguments_of_the_template_that_are_none_get_a_sentence(given, words, tm
 DATED = "<bos> {{ strftime_now('w%d') }} {% set y = strftime_now(\"w%m\") %}{{ y }} {{ messages[0].content }}"
 
 
-def test_a_resumed_run_reads_the_date_on_which_it_began(tmp_path, monkeypatch):
-    """Some templates print the date: dpo.py's --resume failed the next day, and the other scripts
-    went on with other prompts."""
+def test_templates_that_print_the_date_print_the_same_one_in_all_runs(tmp_path, monkeypatch):
+    """With today's, dpo.py's --resume failed the next day, and the other scripts went on with other
+    prompts."""
     family("llama").save_pretrained(tmp_path / "m")
     make_tokenizer(template=DATED).save_pretrained(tmp_path / "m")
-
-    def prompt(flags):
-        tokenizer = common.load_tokenizer(tmp_path / "m", "", common.run_date(flags, CPU))
-        return encode_prompt(tokenizer, "w5")
-
-    monkeypatch.setattr(common, "BEGAN", "2001-11-09T12:00:00")
-    flags = Flags(out=str(tmp_path / "run"))
-    first = prompt(flags)
-    assert first == make_tokenizer()("<bos> w09 w11 w5").input_ids
-    common.open_run(flags, "x", CPU)
-    monkeypatch.setattr(common, "BEGAN", "2001-12-10T12:00:00")
-    assert (
-        prompt(Flags(out=str(tmp_path / "new"))) == make_tokenizer()("<bos> w10 w12 w5").input_ids
-    )
-    again = Flags(out=str(tmp_path / "run"), resume=True)
-    assert prompt(again) == first
-    common.open_run(again, "x", CPU)
-    assert prompt(again) == first, "and a third day, too"
+    monkeypatch.setattr(common, "DATE", common.DATE.replace(month=11, day=12))
+    tokenizer = common.load_tokenizer(tmp_path / "m")
+    assert encode_prompt(tokenizer, "w5") == make_tokenizer()("<bos> w12 w11 w5").input_ids
 
 
 def test_a_saved_model_knows_what_ends_its_answers(tmp_path):
@@ -1294,28 +1279,14 @@ def test_a_reward_can_end_a_process_that_it_has_started():
         child.join(10)
         assert child.exitcode == -signal.SIGTERM
         assert not asked()
-        spared = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-        spared.start()
-        time.sleep(0.3)
-        for pid in (spared.pid, os.getpid()):  # a cluster sends one to all of them
-            os.kill(pid, signal.SIGTERM)
-        assert asked()
-        spared.join(2)
-        assert spared.is_alive()
-        os.kill(spared.pid, signal.SIGINT)  # a second signal
-        spared.join(10)
-        assert not spared.is_alive()
-        signal.signal(signal.SIGTERM, handlers[signal.SIGTERM])
-        common.catch_signals(1)
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         child.start()
         time.sleep(0.3)
-        os.kill(os.getpid(), signal.SIGTERM)  # to the run alone, which finishes its step
-        time.sleep(2.2)
-        began = time.monotonic()
+        os.kill(os.getpid(), signal.SIGTERM)  # to the run, which finishes its step
+        assert asked() and child.is_alive()
         child.terminate()
         child.join(10)
-        assert child.exitcode == -signal.SIGTERM and time.monotonic() - began < 1
+        assert child.exitcode == -signal.SIGTERM
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
@@ -1433,7 +1404,7 @@ def test_a_reward_may_change_what_it_is_given(tmp_path):
         "    row['prompt'].append({'role': 'assistant', 'content': completion})\n"
         "    return len(row['prompt'])\n"
     )
-    reward = common.load_reward(f"{tmp_path / 'my.py'}:score", {"exact": None}, CPU, None)
+    reward = common.load_reward(f"{tmp_path / 'my.py'}:score", {"exact": None}, CPU)
     row = {"prompt": [{"role": "user", "content": "5"}]}
     mask = torch.ones(2, 1, dtype=torch.bool)
     samples = Namespace(texts=["a", "b"], mask=mask, finished=mask[:, 0])

@@ -799,7 +799,7 @@ def test_no_other_parameter_is_filled():
 def test_a_reward_with_other_parameters_is_refused_before_it_is_called(line, why, tmp_path, capsys):
     (tmp_path / "r.py").write_text(line)
     with pytest.raises(SystemExit):
-        common.load_reward(f"{tmp_path}/r.py:f", reinforce.RULES, CPU, None)
+        common.load_reward(f"{tmp_path}/r.py:f", reinforce.RULES, CPU)
     said = capsys.readouterr().err
     assert "r.py:f must be def f(completion, row): ... (" in said and why in said
     assert len(said.splitlines()) == 1

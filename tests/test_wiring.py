@@ -313,26 +313,13 @@ def test_no_demonstration_is_left_out_by_the_number_of_held_out_rows(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=named)
-def test_the_template_gets_its_arguments_and_the_date_of_the_first_start(
-    script, tmp_path, monkeypatch
-):
+def test_the_template_gets_its_arguments(script, tmp_path, monkeypatch):
     found = []
     monkeypatch.setattr(common, "load_tokenizer", stop_with(found))
-    monkeypatch.setattr(common, "run_date", lambda args, world: "2001-02-03T04:05:06")
     args = script.resolve(flags_of(script, tmp_path, template_args='{"a": 1}'))
     with pytest.raises(Seen):
         script.load_task(args, CPU)
-    assert found[0][0] == (args.model, '{"a": 1}', "2001-02-03T04:05:06")
-
-
-@pytest.mark.parametrize("script", ROLLOUTS, ids=named)
-def test_the_reward_knows_the_date_too(script, tmp_path, monkeypatch):
-    found = []
-    monkeypatch.setattr(common, "load_reward", stop_with(found))
-    monkeypatch.setattr(common, "run_date", lambda args, world: "2001-02-03T04:05:06")
-    with pytest.raises(Seen):
-        script.load_task(script.resolve(flags_of(script, tmp_path)), CPU)
-    assert found[0][0][-1] == "2001-02-03T04:05:06"
+    assert found[0][0] == (args.model, '{"a": 1}')
 
 
 def test_best_of_n_has_no_true_reward_that_no_answer_can_get(tmp_path, capsys):
@@ -418,7 +405,7 @@ def test_a_reward_model_that_fails_loses_no_step(tmp_path, monkeypatch):
         raise common.Stop("not finite")
 
     monkeypatch.setattr(common, "load_scorer", lambda *given: broken)
-    reward = common.load_reward(str(tmp_path), grpo.RULES, CPU, None)
+    reward = common.load_reward(str(tmp_path), grpo.RULES, CPU)
     with pytest.raises(common.Unscored):
         reward.score(SimpleNamespace(texts=["5"]), [{"prompt": "5"}])
 
@@ -428,7 +415,7 @@ def test_an_error_of_many_lines_names_the_prompt_all_the_same(tmp_path):
     (tmp_path / "my.py").write_text(
         "def score(completion, row):\n    raise ValueError('a\\nb\\nc')\n"
     )
-    reward = common.load_reward(f"{tmp_path / 'my.py'}:score", {"exact": None}, CPU, None)
+    reward = common.load_reward(f"{tmp_path / 'my.py'}:score", {"exact": None}, CPU)
     mask = torch.ones(1, 1, dtype=torch.bool)
     samples = SimpleNamespace(texts=["said"], mask=mask, finished=mask[:, 0])
     with pytest.raises(common.Unscored) as ended:

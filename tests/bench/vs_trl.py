@@ -166,7 +166,7 @@ def theirs(args, s, out):
                     grpo.Args(device="cpu", max_new_tokens=s["max_new_tokens"], reward=s["reward"])
                 )
                 pairs = load_prompts(flags.eval_data, "--eval_data", tokenizer, flags, "")
-                rule = load_reward(s["reward"], grpo.RULES, world, date=None)
+                rule = load_reward(s["reward"], grpo.RULES, world)
                 scores = grpo.evaluate(model, tokenizer, pairs, rule, flags, world)
                 held_out.append((step, scores["eval/exact"]))
 
