@@ -1163,34 +1163,51 @@ def load_function(spec, flag):
 
 
 def checked(function, spec, world):
-    """A reward function of one completion as `Reward.score`. A value that is not a finite number
-    ends the run: one NaN makes every weight NaN within a step."""
-    wanted = f"def {spec.rpartition(':')[2]}(completion, row): ..."
-    takes_info = has_info(function, spec, wanted)
+    """A reward function as `Reward.score`. It gets one completion, or, if its first parameter is
+    named `completions`, all of this process at once. A value that is not a finite number ends the
+    run: one NaN makes every weight NaN within a step."""
+    name = spec.rpartition(":")[2]
+    names = parameters_of(function, spec, f"def {name}(completion, row): ...")
+    takes_all = names[0] == "completions"
+    wanted = f'a finite number or a dict of them with "reward" (def {name}(completion, row): ...)'
+    if takes_all:
+        wanted = f'a list of numbers or of dicts with "reward" (def {name}(completions, rows): ...)'
 
-    def score(completion, row, tokens, finished):
-        extra = {}
-        if takes_info:
-            extra["info"] = types.SimpleNamespace(tokens=tokens, finished=finished)
+    def call(where, completion, row, info):
+        extra = {"info": info} if "info" in names else {}
         try:
-            # a copy: the function may change what it is given
-            value = function(completion, copy.deepcopy(row), **extra)
-            wrong = f'must return a finite number or a dict of them with "reward" ({wanted}), '
-            wrong += f"returned {value!r:.100},"
+            value = function(completion, row, **extra)
+            return list(value) if takes_all else value
         except (Exception, SystemExit) as error:
-            value = None
             words = " ".join(f"{type(error).__name__}: {error}".split())  # on one line
-            wrong = f"gave an error{place_of(error)} ({words:.500}),"
+            raise Stop(
+                f"--reward {spec} gave an error{place_of(error)} ({words:.500}), {where}"
+            ) from error
+
+    def parts_of(value, where):
         parts = value if isinstance(value, dict) else {"reward": value}
         parts = {str(name): to_float(number) for name, number in parts.items()}
-        if "reward" in parts and all(map(math.isfinite, parts.values())):
-            return parts
-        texts = f"for prompt {row['prompt']!r:.300} and completion {completion!r:.300}"
-        raise Stop(f"--reward {spec} {wrong} {texts}")
+        if "reward" not in parts or not all(map(math.isfinite, parts.values())):
+            raise Stop(f"--reward {spec} must return {wanted}, returned {value!r:.100}, {where}")
+        return parts
 
     def score_all(samples, rows):
-        drawn = (samples.texts, rows, samples.mask.sum(1).tolist(), samples.finished.tolist())
-        return [score(*one) for one in zip(*drawn, strict=True)]
+        texts = samples.texts
+        infos = []
+        for tokens, finished in zip(samples.mask.sum(1).tolist(), samples.finished.tolist()):
+            infos.append(types.SimpleNamespace(tokens=tokens, finished=finished))
+        copies = [copy.deepcopy(row) for row in rows]  # the function may change what it is given
+        places = []
+        for text, row in zip(texts, rows, strict=True):
+            places.append(f"for prompt {row['prompt']!r:.300} and completion {text!r:.300}")
+        if takes_all:
+            values = call(f"for {len(texts)} completions", list(texts), copies, infos)
+            if len(values) != len(texts):
+                count = f"{len(values)} values for {len(texts)} completions"
+                raise Stop(f"--reward {spec} must return {wanted}, returned {count}")
+        else:
+            values = [call(*one) for one in zip(places, texts, copies, infos)]
+        return [parts_of(*one) for one in zip(values, places)]
 
     together = stop_together(score_all, world, Unscored)
 
@@ -1210,15 +1227,16 @@ def checked(function, spec, world):
     return score_as_lists
 
 
-def has_info(function, spec, wanted):
-    """Whether a reward function has a parameter `info`. Refuses one that cannot be called."""
+def parameters_of(function, spec, wanted):
+    """The names of a reward function's parameters. Refuses one that cannot be called."""
     try:
         signature = inspect.signature(function)
-        extra = {"info": None} if "info" in signature.parameters else {}
+        names = list(signature.parameters)
+        extra = {"info": None} if "info" in names else {}
         signature.bind("completion", {}, **extra)
     except (TypeError, ValueError) as error:
         fail(f"--reward {spec} must be {wanted} (a third parameter is named info; {error})")
-    return bool(extra)
+    return names
 
 
 def to_float(value):

@@ -85,7 +85,8 @@ def desk(tmp_path_factory):
     plain = {"prompt": "22=", "chosen": "4", "rejected": "5"}
     write_lines(folder / "pairs.jsonl", [plain] * 4)
     write_lines(folder / "held_out_pairs.jsonl", [plain] * 2)
-    (folder / "my_reward.py").write_text(block_with("def brief") + block_with("def short"))
+    rewards = [block_with(f"def {name}(") for name in ("brief", "short", "judged")]
+    (folder / "my_reward.py").write_text("\n".join(rewards))
     return folder
 
 
@@ -134,7 +135,7 @@ def test_a_command_that_is_too_long_to_run_here_names_a_file_that_exists(command
     assert paths and all((ROOT / path).exists() for path in paths)
 
 
-@pytest.mark.parametrize("name", ["brief", "short"])
+@pytest.mark.parametrize("name", ["brief", "short", "judged"])
 def test_the_rewards_of_the_pages_run(name, desk, monkeypatch):
     assert "`--reward my_reward.py:brief`" in TEXT
     flags = f"--data gsm8k_train.jsonl --reward my_reward.py:{name} --out runs/{name} --device cpu"

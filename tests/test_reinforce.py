@@ -774,6 +774,44 @@ def test_a_reward_with_a_parameter_info_knows_how_long_a_completion_is_and_wheth
     assert scored(default, "a", "b") == {"reward": [1, 2], "reward/finished": [1, 0]}
 
 
+def test_a_reward_of_completions_gets_all_of_them_at_once():
+    calls = []
+
+    def judge(completions, rows, info=None):
+        calls.append((completions, [row["prompt"] for row in rows], [i.tokens for i in info]))
+        completions.clear()  # what is given may be changed
+        rows[0].clear()
+        return torch.tensor([0.5, 1.0, 0.25])
+
+    honest = [["a", "b", "c"], ["p0", "p1", "p2"], [1, 2, 3]]
+
+    def remember(completions, rows, info):
+        calls.append([list(completions), [row["prompt"] for row in rows], [i.tokens for i in info]])
+        return judge(completions, rows, info)
+
+    assert scored(remember, "a", "b", "c") == {"reward": [0.5, 1.0, 0.25]}
+    assert calls[0] == honest and len(calls) == 2
+    parts = scored(
+        lambda completions, rows: ({"reward": 1, "n": len(c)} for c in completions), "ab", "c"
+    )
+    assert parts == {"reward": [1.0, 1.0], "reward/n": [2.0, 1.0]}
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        ([1.0], "a list of numbers .* returned 1 values for 2 completions"),
+        ([1.0, math.nan], "returned nan, for prompt 'p1' and completion 'b'"),
+        (0.5, "an error .*TypeError.* for 2 completions"),
+        ({"reward": 1, "form": 0}, "a list .* returned 'reward', for prompt 'p0'"),
+    ],
+    ids=str,
+)
+def test_a_reward_of_completions_returns_a_value_for_each(value, words):
+    with pytest.raises(common.Stop, match=words):
+        scored(lambda completions, rows: value, "a", "b")
+
+
 def test_no_other_parameter_is_filled():
     def several(*values, **others):
         return len(values) + 10 * len(others)

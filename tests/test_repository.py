@@ -235,7 +235,9 @@ def test_what_the_pages_say_of_a_gpu_was_measured():
     assert times.format(*times_of(rows)) in " ".join((BENCH / "README.md").read_text().split())
     running = " ".join((ROOT / "tests/docs/running.md").read_text().split())
     assert f"{speed[32768] / speed[8192]:.1f} times the speed of 8192" in running
-    learned = [row for row in rows if row["piece"] == "learn" and row["case"]["script"] == "grpo.py"]
+    learned = [
+        row for row in rows if row["piece"] == "learn" and row["case"]["script"] == "grpo.py"
+    ]
     stops = sorted({row["got"]["step"] for row in learned})
     assert "stopped at step {} or {} of 400".format(*stops) in running and "ppo.py" not in last
     assert f"in {memory[32768]:.0f} GiB instead of {memory[8192]:.0f}" in running
