@@ -17,8 +17,8 @@ direction that A pushes. With one update per rollout, the default, every ratio i
 gradient is that of REINFORCE with (1) as the weight. The value of the loss then says nothing about
 learning. Watch the reward.
 
-Variants are flags. DAPO and GSPO change the clip, and need --minibatches or --epochs: with one
-update per rollout the clip does nothing.
+Variants are flags. DAPO changes the clip and GSPO the ratio. Both need --minibatches or --epochs:
+with one update per rollout every ratio is 1, and the clip does nothing.
 
     GRPO as published   --aggregate sequence --beta 0.04 --kl k3
                         (mean over tokens, then completions)

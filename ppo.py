@@ -9,9 +9,9 @@ predicts that reward. A token after which V rises gets credit: delta in (2).
     (2)  A_t = sum over j of (gamma lam)^j delta_{t+j}                        `gae`
          delta_t = r_t + gamma V_old(s_{t+1}) - V_old(s_t);  V_old after the end is 0
          R_t = A_t + V_old(s_t);  A_t is then whitened, R_t is not            `whiten`
-         V_old is V before the rollout's first update
+         V_old and pi_old are V and pi before the rollout's first update
     (3)  l_t = -min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t)  `clipped_loss`
-         rho_t = pi(a_t | s_t) / pi_old(a_t | s_t);  pi_old is pi before that update
+         rho_t = pi(a_t | s_t) / pi_old(a_t | s_t)
     (4)  k_t = rho_t - 1 - log rho_t                                          `k3`
          its sum over a completion estimates KL(pi_old || pi), for --kl_stop
     (5)  v_t = max((V - R_t)^2, (V_clip - R_t)^2) / 2                         `value_loss`
