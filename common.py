@@ -577,15 +577,15 @@ def load_prompts(path, flag, tokenizer, args, answer_flag):
             fail(f'{where}: {answer_flag} needs an "answer", a text or a number; {prompt}')
         else:
             kept.append((ids, record))
-    if flag in ("--data", "--demos") and kept and args.steps:
-        size = args.prompts_per_step
-        passes = args.steps * size / len(kept)
-        say(f"{flag}: {len(kept)} prompts; {args.steps} steps of {size} are {passes:.1f} passes")
     if left_out:
         limit = f"--max_prompt_tokens {args.max_prompt_tokens}"
         say(f"{flag}: {left_out} of {left_out + len(kept)} prompts left out ({limit})")
         if not kept:
             fail(f"{flag}: no prompt is left ({limit})")
+    if flag in ("--data", "--demos") and kept and args.steps:
+        size = args.prompts_per_step
+        passes = args.steps * size / len(kept)
+        say(f"{flag}: {len(kept)} prompts; {args.steps} steps of {size} are {passes:.1f} passes")
     return kept if flag in ("--data", "--demos") else some_rows(kept, args.eval_rows)
 
 
@@ -1210,21 +1210,21 @@ def checked(function, spec, world):
         return [parts_of(*one) for one in zip(values, places)]
 
     together = stop_together(score_all, world, Unscored)
+    return lambda samples, rows: lists_by_name(together(samples, rows), spec, world)
 
-    def score_as_lists(samples, rows):
-        scores = together(samples, rows)
-        # the log adds up what has equal names, over completions and processes
-        sets = gather_objects(world, {", ".join(sorted(parts)) for parts in scores})
-        names = sorted(set().union(*sets))
-        if len(names) > 1:
-            what = "must return a dict with the same names for all completions, returned"
-            raise Unscored(f"--reward {spec} {what} ({') and ('.join(names)})")
-        lists = {"reward": [parts["reward"] for parts in scores]}
-        for name in sorted(scores[0].keys() - {"reward"}):
-            lists[f"reward/{name}"] = [parts[name] for parts in scores]
-        return lists
 
-    return score_as_lists
+def lists_by_name(scores, spec, world):
+    """The dicts that a reward function has returned as one dict of lists."""
+    # the log adds up what has equal names, over completions and processes
+    sets = gather_objects(world, {", ".join(sorted(parts)) for parts in scores})
+    names = sorted(set().union(*sets))
+    if len(names) > 1:
+        what = "must return a dict with the same names for all completions, returned"
+        raise Unscored(f"--reward {spec} {what} ({') and ('.join(names)})")
+    lists = {"reward": [parts["reward"] for parts in scores]}
+    for name in sorted(scores[0].keys() - {"reward"}):
+        lists[f"reward/{name}"] = [parts[name] for parts in scores]
+    return lists
 
 
 def parameters_of(function, spec, wanted):
@@ -1408,9 +1408,12 @@ def scores_if_due(step, args, held_out_scores):
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts, *, n=1, max_new_tokens, temperature=1.0, seed=None):
+def sample(
+    model, tokenizer, prompts, *, n=1, max_new_tokens, temperature=1.0, seed=None, rows=None
+):
     """n completions of every prompt (a rendered text or a list of ids), each token drawn from
-    softmax(logits / temperature). Equal seeds give equal samples.
+    softmax(logits / temperature). Equal seeds give equal samples. At most `rows` completions are
+    drawn at once (None: all), or those of one prompt, to bound the memory of the cache.
 
     No top-k, top-p or repetition penalty, whatever the generation config says: they draw from
     another distribution than the one whose gradient, ratio and KL are computed.
@@ -1424,22 +1427,31 @@ def sample(model, tokenizer, prompts, *, n=1, max_new_tokens, temperature=1.0, s
     pad = tokenizer.pad_token_id
     stops = torch.tensor(stop_ids(model, tokenizer), device=device)
     prompt_ids, prompt_mask = pad_rows(prompts, pad, device, "left")
-    owner = torch.arange(len(prompts), device=device).repeat_interleave(n)  # [B] a row's prompt
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    B = len(prompts) * n
+    at_once = max(1, rows // n) if rows else len(prompts)  # prompts
 
-    def pick(logits, rows):
-        # one number for every row, finished or not: what a row draws depends on no other
-        u = torch.rand(len(owner), 1, dtype=torch.float64, device=device, generator=generator)
-        return choose(logits, temperature, u[rows])
+    def draw_from(first):
+        """The completions of some prompts, from number `first` on."""
+        ids = prompt_ids[first : first + at_once]
+        mask = prompt_mask[first : first + at_once]
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+
+        def pick(logits, rows):
+            # one number for each of the B rows, drawn here or not, finished or not: what a row
+            # draws depends on no other
+            u = torch.rand(B, 1, dtype=torch.float64, device=device, generator=generator)
+            return choose(logits, temperature, u[first * n + rows])
+
+        cache, logits = prefill(model, ids, mask)
+        owner = torch.arange(len(ids), device=device).repeat_interleave(n)  # a row's prompt
+        copy_rows(cache, owner, ids.shape[1] + max_new_tokens)
+        return decode(model, pick, cache, logits[owner], mask[owner], max_new_tokens, stops)
 
     with evaluating(model), whole_weights(model):
-        cache, logits = prefill(model, prompt_ids, prompt_mask)
-        logits = logits[owner]
-        prompt_ids = prompt_ids[owner]
-        prompt_mask = prompt_mask[owner]
-        copy_rows(cache, owner, prompt_ids.shape[1] + max_new_tokens)
-        drawn = decode(model, pick, cache, logits, prompt_mask, max_new_tokens, stops)
-    ids, logprobs, length, finished = drawn
+        parts = [draw_from(first) for first in range(0, len(prompts), at_once)]
+    ids, logprobs, length, finished = [torch.cat(tensors) for tensors in zip(*parts)]
+    prompt_ids = prompt_ids.repeat_interleave(n, 0)
+    prompt_mask = prompt_mask.repeat_interleave(n, 0)
     C = int(length.max())
     # from lengths: ids != pad would lose the EOS where pad is EOS
     mask = torch.arange(C, device=device) < length[:, None]
@@ -2786,10 +2798,10 @@ def last_words(error, out, args):
     elif not isinstance(error, Ended):
         words = f"error: {words}"
     if isinstance(error, torch.OutOfMemoryError):
-        words += "; lower --tokens_per_micro_batch or add --gradient_checkpointing"
-        names = ("sample_rows", "prompts_per_step", "max_new_tokens")
-        flags = [f"--{name}" for name in names if hasattr(args, name)]
-        words += f" (training), or lower {' or '.join(flags)} in a new run (sampling)"
+        words += "; lower --tokens_per_micro_batch or add --gradient_checkpointing (training)"
+        can_sample_less = hasattr(args, "sample_rows")
+        flag = "--sample_rows" if can_sample_less else "--max_new_tokens in a new run"
+        words += f", or lower {flag} (sampling)"
     if not args.steps:
         return words
     command = [sys.argv[0], "--resume", "--out", str(out)]

@@ -176,6 +176,9 @@ class Args:
     """passes over a rollout"""
     minibatches: int = 1
     """optimizer updates in a pass"""
+    sample_rows: int | None = None
+    """completions drawn at once, at least those of one prompt (None: all of a rollout). Lower it
+    when sampling runs out of memory; up to rounding, results do not change"""
     tokens_per_micro_batch: int | None = None
     """tokens, padding included, in one forward and backward (None: 8192 on a GPU, 2048 on a CPU).
     Lower it when memory runs out; up to rounding, results do not change"""
@@ -611,6 +614,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             seed=common.seed_from(args.seed, step, world.rank, common.DRAW),
+            rows=args.sample_rows,
         )
         # in training, this many consecutive rows share one forward of their prompt
         samples.rows_per_prompt = n if share_prompts else 1
@@ -718,7 +722,12 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
         counted = torch.tensor([is_counted] * len(records))
         answered = torch.tensor([is_counted and common.has_answer(record) for record in records])
         samples = common.sample(
-            policy, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=0
+            policy,
+            tokenizer,
+            ids,
+            max_new_tokens=args.max_new_tokens,
+            temperature=0,
+            rows=args.sample_rows,
         )
         scores = reward.score(samples, records)
         for name, values in scores.items():

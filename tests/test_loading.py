@@ -300,7 +300,7 @@ def test_messages_without_a_template_are_a_mistake(capsys):
 def test_prompts_as_long_as_may_be_are_kept_and_longer_ones_left_out_and_counted(tmp_path, capsys):
     rows = [{"prompt": words, "answer": "1"} for words in ("w5 w6", "w5 w6 w7 w8", "w5 w6 w7", " ")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args = Namespace(system="", chat=True, max_prompt_tokens=3)
+    args = Namespace(system="", chat=True, max_prompt_tokens=3, steps=0)
     kept = common.load_prompts(tmp_path / "rows.jsonl", "--data", make_tokenizer(), args, "x")
     assert kept == [([5, 6], rows[0]), ([5, 6, 7], rows[2])]
     assert capsys.readouterr().out == ("--data: 2 of 4 prompts left out (--max_prompt_tokens 3)\n")
@@ -835,12 +835,8 @@ def test_a_run_that_cannot_fit_is_warned_of_before_anything_is_loaded(
 def test_running_out_of_memory_names_the_flags_that_help(tmp_path):
     """Held-out completions are as long as --max_new_tokens, in scripts without a rollout, too."""
     for flags, words in (
-        (
-            {"prompts_per_step": 8, "max_new_tokens": 9},
-            "--prompts_per_step or --max_new_tokens in a new run",
-        ),
-        ({"max_new_tokens": 9}, "lower --max_new_tokens in a new run"),
-        ({"max_new_tokens": 9, "sample_rows": 2}, "lower --sample_rows or --max_new_tokens"),
+        ({"max_new_tokens": 9}, "lower --max_new_tokens in a new run (sampling)"),
+        ({"max_new_tokens": 9, "sample_rows": None}, "lower --sample_rows (sampling)"),
     ):
         args = Namespace(steps=0, out="o", **flags)
         with pytest.raises(SystemExit) as stopped, common.short_errors(tmp_path, args, None):

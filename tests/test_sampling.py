@@ -372,6 +372,29 @@ def test_prompts_in_slices_give_the_samples_of_all_prompts_at_once(name, monkeyp
     )
 
 
+@pytest.mark.parametrize(
+    "rows, sizes", [(1, [3, 3, 3, 3]), (6, [6, 6]), (11, [9, 3]), (100, [12]), (None, [12])]
+)
+def test_completions_drawn_in_parts_are_those_drawn_at_once(rows, sizes, monkeypatch, tokenizer):
+    model = family("llama")
+    settings = {"n": 3, "max_new_tokens": 24, "temperature": 0.7, "seed": 1}
+    whole = sample(model, tokenizer, PROMPTS, **settings)
+    honest = common.decode
+    seen = []
+
+    def watch(model, pick, cache, logits, *rest):
+        seen.append(len(logits))
+        return honest(model, pick, cache, logits, *rest)
+
+    monkeypatch.setattr(common, "decode", watch)
+    parts = sample(model, tokenizer, PROMPTS, rows=rows, **settings)
+    assert seen == sizes
+    assert whole.texts == parts.texts and parts.rows_per_prompt == 3
+    for name in ("prompt_ids", "prompt_mask", "ids", "mask", "finished"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name)), name
+    torch.testing.assert_close(parts.logprobs, whole.logprobs)
+
+
 def test_a_prompt_longer_than_a_slice_is_a_slice_of_its_own(monkeypatch, tokenizer):
     model = family("llama")
     whole = sample(model, tokenizer, PROMPTS, max_new_tokens=8, seed=1)

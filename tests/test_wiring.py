@@ -312,6 +312,31 @@ def test_no_demonstration_is_left_out_by_the_number_of_held_out_rows(tmp_path):
         assert len(common.load_prompts(path, flag, tokenizer, args, "")) == count
 
 
+@pytest.mark.parametrize("script", ROLLOUTS, ids=named)
+def test_no_more_completions_are_drawn_at_once_than_sample_rows(script, tmp_path, monkeypatch):
+    honest = common.sample
+    found = []
+
+    def watch(*given, **named):
+        found.append(named["rows"])
+        return honest(*given, **named)
+
+    monkeypatch.setattr(common, "sample", watch)
+    more = {"eval_data": str(script.TINY / "sort_test.jsonl"), "eval_rows": 4}
+    if script is grpo:
+        more["eval_samples"] = 2
+    logged = []
+    for rows in (None, 2):
+        found.clear()
+        logged.append(run(script, tmp_path / f"{rows}", sample_rows=rows, **more))
+        assert found == [rows] * (5 if script is grpo else 3)  # before, in the rollout, after
+    whole, parts = logged
+    names = {name for line in whole for name in line if not name.startswith(("time/", "memory"))}
+    for name in names - {"tokens_per_second"}:
+        values = [[line[name] for line in lines if name in line] for lines in (whole, parts)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4, abs=1e-6), name
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=named)
 def test_the_template_gets_its_arguments(script, tmp_path, monkeypatch):
     found = []

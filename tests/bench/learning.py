@@ -1,7 +1,8 @@
-"""What tests/bench/README.md says of first runs: each script with no flags but a seed, as a newcomer starts it.
+"""What tests/bench/README.md says of first runs: each script as a newcomer starts it, and with flags
+that no other table has.
 
-python tests/bench/learning.py                                    # all of them, two to three minutes each on 2 cores
-python tests/bench/learning.py --commands "ppo.py --critic shared" --seeds 1       # one of them; the others' results stay
+    python tests/bench/learning.py                   # all of them, one to ten minutes each on 2 cores
+    python tests/bench/learning.py --commands "ppo.py --critic shared" --seeds 1    # the others' rows stay
 
 Writes learning.json and learning.md.
 """
@@ -29,6 +30,10 @@ ORDER = (
     "ppo.py --critic shared",
     "dpo.py",
     "reward_model.py",
+    "grpo.py --drop_equal_groups --mask_truncated --clip_high 0.28 --minibatches 4",
+    "dpo.py --loss ipo",
+    "dpo.py --loss hinge",
+    "dpo.py --loss simpo",
     "grpo.py --lora_rank 8",
     "reinforce.py --lora_rank 8",
     "ppo.py --lora_rank 8",
@@ -54,22 +59,14 @@ def main(args):
     for command in args.commands:
         for seed in args.seeds:
             with tempfile.TemporaryDirectory() as out:
-                began, (script, *flags) = time.perf_counter(), shlex.split(command)
-                whole = [
-                    sys.executable,
-                    str(HERE.parents[1] / script),
-                    *flags,
-                    "--seed",
-                    str(seed),
-                    "--out",
-                    out,
-                ]
+                script, *flags = shlex.split(command)
+                whole = [sys.executable, str(HERE.parents[1] / script), *flags]
+                whole += ["--seed", str(seed), "--out", out]
+                began = time.perf_counter()
                 subprocess.run(whole, check=True, capture_output=True)
                 seconds = time.perf_counter() - began
-                metrics = [
-                    json.loads(line)
-                    for line in (Path(out) / "metrics.jsonl").read_text().splitlines()
-                ]
+                lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
+                metrics = [json.loads(line) for line in lines]
             curve = [(m["step"], score(m)) for m in metrics if score(m) is not None]
             memory = max(m.get("memory_gib", 0.0) for m in metrics)
             row = {
@@ -80,12 +77,10 @@ def main(args):
                 "memory_gib": round(memory, 2),
                 "threads": torch.get_num_threads(),
             }
-            row |= {
-                k: v
-                for k, v in metrics[-1].items()
-                if k.startswith("best_of/")
-                or (k == "eval/accuracy" and "eval/exact" in metrics[-1])
-            }
+            last = metrics[-1]
+            row |= {name: last[name] for name in last if name.startswith("best_of/")}
+            if "eval/exact" in last and "eval/accuracy" in last:
+                row["eval/accuracy"] = last["eval/accuracy"]
             print(row, flush=True)
             runs = [r for r in runs if (r["command"], r["seed"]) != (command, seed)] + [row]
             runs.sort(key=lambda r: (ORDER.index(r["command"]), r["seed"]))
@@ -106,11 +101,8 @@ def write(path, runs):
     for command in dict.fromkeys(r["command"] for r in runs):
         mine = [r for r in runs if r["command"] == command]
         ranks = "best_of/true@1" in mine[0]
-        found = {
-            "pairs right" if ranks else "exact match": [
-                (r["held_out"][0][1], r["held_out"][-1][1]) for r in mine
-            ]
-        }
+        what = "pairs right" if ranks else "exact match"
+        found = {what: [(r["held_out"][0][1], r["held_out"][-1][1]) for r in mine]}
         if "eval/accuracy" in mine[0]:
             found["pairs right"] = [(None, r["eval/accuracy"]) for r in mine]
         if ranks:
@@ -119,14 +111,14 @@ def write(path, runs):
             ]
         for i, (what, scores) in enumerate(found.items()):
             begun = sorted({f"{x:.2f}" for x, _ in scores if x is not None})
-            ends, seconds = (
-                ", ".join(f"{x:.2f}" for _, x in scores),
-                ", ".join(str(r["seconds"]) for r in mine),
-            )
-            first = f"| `python {command}` " if i == 0 else "| "
-            lines.append(
-                f"{first}| {what} | {' to '.join(begun[:: max(len(begun) - 1, 1)])} | {ends} | {seconds if i == 0 else ''} |"
-            )
+            span = " to ".join(begun[:: max(len(begun) - 1, 1)])
+            ends = ", ".join(f"{x:.2f}" for _, x in scores)
+            first = ""
+            seconds = ""
+            if i == 0:
+                first = f" `python {command}`"
+                seconds = ", ".join(str(r["seconds"]) for r in mine)
+            lines.append(f"|{first} | {what} | {span} | {ends} | {seconds} |")
     (HERE / "learning.md").write_text("\n".join(lines) + "\n")
 
 
