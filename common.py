@@ -325,7 +325,9 @@ def read_json(path, flag):
 # -- Text to token ids -----------------------------------------------------------------------------
 
 
-DATE = datetime.datetime(2026, 1, 1)  # for chat templates that print today's: one in all runs
+# Chat templates that print today's date print this one: a run that is resumed on another day must
+# not go on with other prompts.
+DATE = datetime.datetime(2026, 1, 1)
 
 
 def load_tokenizer(path, template_args=""):
@@ -357,8 +359,7 @@ def load_tokenizer(path, template_args=""):
 
 
 def render(tokenizer, talk, **settings):
-    """Chat messages as the chat template writes them: on `DATE`, or a resumed run would go on with
-    other prompts."""
+    """Chat messages as the chat template writes them, with `DATE` as today's."""
     call = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
     template = tokenizer.get_chat_template()
     template = re.sub(call, lambda found: json.dumps(DATE.strftime(found[2])), template)
@@ -582,10 +583,6 @@ def load_prompts(path, flag, tokenizer, args, answer_flag):
         say(f"{flag}: {left_out} of {left_out + len(kept)} prompts left out ({limit})")
         if not kept:
             fail(f"{flag}: no prompt is left ({limit})")
-    if flag in ("--data", "--demos") and kept and args.steps:
-        size = args.prompts_per_step
-        passes = args.steps * size / len(kept)
-        say(f"{flag}: {len(kept)} prompts; {args.steps} steps of {size} are {passes:.1f} passes")
     return kept if flag in ("--data", "--demos") else some_rows(kept, args.eval_rows)
 
 
@@ -1163,26 +1160,28 @@ def load_function(spec, flag):
 
 
 def checked(function, spec, world):
-    """A reward function as `Reward.score`. It gets one completion, or, if its first parameter is
-    named `completions`, all of this process at once. A value that is not a finite number ends the
-    run: one NaN makes every weight NaN within a step."""
+    """A reward function as `Reward.score`. It gets one completion after the other, or, if its first
+    parameter is named `completions`, all of them at once. A value that is not a finite number ends
+    the run: one NaN makes every weight NaN within a step."""
     name = spec.rpartition(":")[2]
-    names = parameters_of(function, spec, f"def {name}(completion, row): ...")
+    forms = (f"def {name}(completion, row): ...", f"def {name}(completions, rows): ...")
+    names = parameters_of(function, spec, " or ".join(forms))
     takes_all = names[0] == "completions"
-    wanted = f'a finite number or a dict of them with "reward" (def {name}(completion, row): ...)'
+    wanted = f'a finite number or a dict of them with "reward" ({forms[0]})'
     if takes_all:
-        wanted = f'a list of numbers or of dicts with "reward" (def {name}(completions, rows): ...)'
+        wanted = f'a list of finite numbers or of dicts with "reward" ({forms[1]})'
 
     def call(where, completion, row, info):
         extra = {"info": info} if "info" in names else {}
         try:
             value = function(completion, row, **extra)
-            return list(value) if takes_all else value
+            if takes_all:
+                value = [] if isinstance(value, (dict, set)) else list(value)
+            return value
         except (Exception, SystemExit) as error:
             words = " ".join(f"{type(error).__name__}: {error}".split())  # on one line
-            raise Stop(
-                f"--reward {spec} gave an error{place_of(error)} ({words:.500}), {where}"
-            ) from error
+            what = f"gave an error{place_of(error)} ({words:.500})"
+            raise Stop(f"--reward {spec} {what}, {where}") from error
 
     def parts_of(value, where):
         parts = value if isinstance(value, dict) else {"reward": value}
@@ -1191,25 +1190,24 @@ def checked(function, spec, world):
             raise Stop(f"--reward {spec} must return {wanted}, returned {value!r:.100}, {where}")
         return parts
 
-    def score_all(samples, rows):
-        texts = samples.texts
-        infos = []
-        for tokens, finished in zip(samples.mask.sum(1).tolist(), samples.finished.tolist()):
-            infos.append(types.SimpleNamespace(tokens=tokens, finished=finished))
-        copies = [copy.deepcopy(row) for row in rows]  # the function may change what it is given
-        places = []
-        for text, row in zip(texts, rows, strict=True):
-            places.append(f"for prompt {row['prompt']!r:.300} and completion {text!r:.300}")
+    def score(samples, rows):
+        drawn = zip(samples.mask.sum(1).tolist(), samples.finished.tolist(), strict=True)
+        infos = [types.SimpleNamespace(tokens=n, finished=finished) for n, finished in drawn]
+        scores = []
         if takes_all:
-            values = call(f"for {len(texts)} completions", list(texts), copies, infos)
-            if len(values) != len(texts):
-                count = f"{len(values)} values for {len(texts)} completions"
-                raise Stop(f"--reward {spec} must return {wanted}, returned {count}")
-        else:
-            values = [call(*one) for one in zip(places, texts, copies, infos)]
-        return [parts_of(*one) for one in zip(values, places)]
+            where = f"for {len(rows)} completions"
+            copies = [copy.deepcopy(row) for row in rows]  # it may change what it is given
+            values = call(where, list(samples.texts), copies, infos)
+            if len(values) != len(rows):
+                what = f"must return {wanted}, returned {len(values)} values"
+                raise Stop(f"--reward {spec} {what}, {where}")
+        for i, (text, row) in enumerate(zip(samples.texts, rows, strict=True)):
+            where = f"for prompt {row['prompt']!r:.300} and completion {text!r:.300}"
+            value = values[i] if takes_all else call(where, text, copy.deepcopy(row), infos[i])
+            scores.append(parts_of(value, where))
+        return scores
 
-    together = stop_together(score_all, world, Unscored)
+    together = stop_together(score, world, Unscored)
     return lambda samples, rows: lists_by_name(together(samples, rows), spec, world)
 
 
@@ -2800,8 +2798,8 @@ def last_words(error, out, args):
     if isinstance(error, torch.OutOfMemoryError):
         words += "; lower --tokens_per_micro_batch or add --gradient_checkpointing (training)"
         can_sample_less = hasattr(args, "sample_rows")
-        flag = "--sample_rows" if can_sample_less else "--max_new_tokens in a new run"
-        words += f", or lower {flag} (sampling)"
+        flags = "--sample_rows, or " if can_sample_less else ""
+        words += f", or lower {flags}--max_new_tokens in a new run (sampling)"
     if not args.steps:
         return words
     command = [sys.argv[0], "--resume", "--out", str(out)]
@@ -2829,16 +2827,17 @@ def catch_signals(steps):
         message = b""
 
     def handler(number, frame):
-        if os.getpid() != main_process:  # a process that a reward function forks has this handler
-            if number == signal.SIGTERM:  # ends it; after the others the step still needs it
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            return
+        is_forked = os.getpid() != main_process  # a process that a reward function has started
+        if is_forked and number == signal.SIGTERM:
+            signal.signal(number, signal.SIG_DFL)  # the reward function can end it
+            os.kill(os.getpid(), number)
         if caught and number == signal.SIGHUP:
             return  # the shell and the kernel may both send one
         if caught or not steps:
             raise KeyboardInterrupt
         caught.append(number)
+        if is_forked:
+            return  # it goes on, because the main process still needs it to finish the step
         for stream, text in ((1, b""), (2, message)):  # an empty write tests the terminal
             try:
                 os.write(stream, text)  # not print, which the signal may have interrupted

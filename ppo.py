@@ -179,8 +179,8 @@ class Args:
     minibatches: int = 2
     """optimizer updates in a pass"""
     sample_rows: int | None = None
-    """completions drawn at once, at least those of one prompt (None: all of a rollout). Lower it
-    when sampling runs out of memory; up to rounding, results do not change"""
+    """completions that a process draws at once, at least those of one prompt (None: all of its
+    share). Lower it when sampling runs out of memory; up to rounding, results do not change"""
     tokens_per_micro_batch: int | None = None
     """tokens, padding included, in one forward and backward (None: 8192 on a GPU, 2048 on a CPU).
     Lower it when memory runs out; up to rounding, results do not change"""
@@ -904,6 +904,10 @@ def load_task(args, world):
     critic_path = ""
     if args.critic == "separate" and args.steps:
         critic_path = critic_folder(args, config, tokenizer, longest, reward.is_model)
+    drawn = args.steps * args.prompts_per_step
+    if prompts and drawn:
+        passes = drawn / len(prompts)
+        common.say(f"{drawn} prompts will be drawn from {len(prompts)}, {passes:.1f} passes")
     # with --steps 0 and no --data, the held-out prompts stand in
     return args, tokenizer, reward, prompts or held_out, held_out, critic_path
 

@@ -177,8 +177,8 @@ class Args:
     minibatches: int = 1
     """optimizer updates in a pass"""
     sample_rows: int | None = None
-    """completions drawn at once, at least those of one prompt (None: all of a rollout). Lower it
-    when sampling runs out of memory; up to rounding, results do not change"""
+    """completions that a process draws at once, at least those of one prompt (None: all of its
+    share). Lower it when sampling runs out of memory; up to rounding, results do not change"""
     tokens_per_micro_batch: int | None = None
     """tokens, padding included, in one forward and backward (None: 8192 on a GPU, 2048 on a CPU).
     Lower it when memory runs out; up to rounding, results do not change"""
@@ -810,6 +810,10 @@ def load_task(args, world):
     # demonstrations: a resumed run starts with the lowered value
     if args.demos:
         prompts = encode_answers(prompts, tokenizer, args)
+    drawn = args.steps * args.prompts_per_step
+    if prompts and drawn:
+        passes = drawn / len(prompts)
+        common.say(f"{drawn} prompts will be drawn from {len(prompts)}, {passes:.1f} passes")
     # with --steps 0 and no --data, the held-out prompts stand in
     return args, tokenizer, reward, prompts or held_out, held_out
 

@@ -374,18 +374,22 @@ def test_a_folder_that_is_a_model_may_hold_another_one(shelf, tmp_path):
 @pytest.mark.parametrize("script", ROLLOUTS)
 def test_the_passes_over_the_prompts_are_told(script, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text((json.dumps(GOOD[script]) + "\n") * 4)
-    start(script, tmp_path, steps=1, out=str(tmp_path / "run"))
-    assert "--data: 4 prompts; 1 steps of 2 are 0.5 passes\n" in capsys.readouterr().out
+    start(script, tmp_path, steps=3, out=str(tmp_path / "run"))
+    assert "6 prompts will be drawn from 4, 1.5 passes\n" in capsys.readouterr().out
+    if script == "grpo":
+        start(script, tmp_path, steps=1, drop_equal_groups=True, out=str(tmp_path / "twice"))
+        assert "4 prompts will be drawn from 4, 1.0 passes\n" in capsys.readouterr().out
     data = str(tmp_path / "data.jsonl")
     start(script, tmp_path, steps=0, data="", eval_data=data, out=str(tmp_path / "scored"))
     assert " passes" not in capsys.readouterr().out
 
 
 def test_the_passes_over_demonstrations_are_told(tmp_path, capsys):
-    (tmp_path / "demos.jsonl").write_text('{"prompt": "52=", "answer": "two"}\n' * 2)
+    rows = [{"prompt": "52=", "answer": "25"}] * 2 + [{"prompt": "52=", "answer": "too long"}]
+    (tmp_path / "demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = {"demos": str(tmp_path / "demos.jsonl"), "samples_per_prompt": None}
     start("reinforce", tmp_path, steps=3, **flags)
-    assert "--demos: 2 prompts; 3 steps of 2 are 3.0 passes\n" in capsys.readouterr().out
+    assert "\n6 prompts will be drawn from 2, 3.0 passes\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", ALL)

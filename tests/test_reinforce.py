@@ -777,20 +777,20 @@ def test_a_reward_with_a_parameter_info_knows_how_long_a_completion_is_and_wheth
 def test_a_reward_of_completions_gets_all_of_them_at_once():
     calls = []
 
-    def judge(completions, rows, info=None):
-        calls.append((completions, [row["prompt"] for row in rows], [i.tokens for i in info]))
+    def judge(completions, rows, info):
+        prompts = [row["prompt"] for row in rows]
+        calls.append((list(completions), prompts, [(i.tokens, i.finished) for i in info]))
         completions.clear()  # what is given may be changed
         rows[0].clear()
         return torch.tensor([0.5, 1.0, 0.25])
 
-    honest = [["a", "b", "c"], ["p0", "p1", "p2"], [1, 2, 3]]
-
-    def remember(completions, rows, info):
-        calls.append([list(completions), [row["prompt"] for row in rows], [i.tokens for i in info]])
-        return judge(completions, rows, info)
-
-    assert scored(remember, "a", "b", "c") == {"reward": [0.5, 1.0, 0.25]}
-    assert calls[0] == honest and len(calls) == 2
+    samples = drawn("a", "b", "c")
+    rows = [{"prompt": f"p{i}"} for i in range(3)]
+    scores = common.checked(judge, "r.py:f", CPU)(samples, rows)
+    assert scores == {"reward": [0.5, 1.0, 0.25]}
+    told = [(1, True), (2, False), (3, True)]
+    assert calls == [(["a", "b", "c"], ["p0", "p1", "p2"], told)]
+    assert samples.texts == ["a", "b", "c"] and rows[0] == {"prompt": "p0"}
     parts = scored(
         lambda completions, rows: ({"reward": 1, "n": len(c)} for c in completions), "ab", "c"
     )
@@ -800,16 +800,33 @@ def test_a_reward_of_completions_gets_all_of_them_at_once():
 @pytest.mark.parametrize(
     "value, words",
     [
-        ([1.0], "a list of numbers .* returned 1 values for 2 completions"),
+        ([1.0], "a list of .* returned 1 values, for 2 completions"),
         ([1.0, math.nan], "returned nan, for prompt 'p1' and completion 'b'"),
         (0.5, "an error .*TypeError.* for 2 completions"),
-        ({"reward": 1, "form": 0}, "a list .* returned 'reward', for prompt 'p0'"),
+        ({0: 0.5, 1: 1.0}, "a list .* returned 0 values, for 2 completions"),
+        ({0.5, 1.0}, "a list .* returned 0 values"),
     ],
     ids=str,
 )
 def test_a_reward_of_completions_returns_a_value_for_each(value, words):
     with pytest.raises(common.Stop, match=words):
         scored(lambda completions, rows: value, "a", "b")
+
+
+def test_a_reward_may_return_the_same_object_every_time_and_stops_at_the_first_fault():
+    parts = {}
+    seen = []
+
+    def reused(completion, row):
+        seen.append(completion)
+        parts["reward"] = {"a": 1.0, "b": 0.0}.get(completion, math.nan)
+        return parts
+
+    assert scored(reused, "a", "b", "a") == {"reward": [1.0, 0.0, 1.0]}
+    seen.clear()
+    with pytest.raises(common.Stop):
+        scored(reused, "a", "bad", "b")
+    assert seen == ["a", "bad"]
 
 
 def test_no_other_parameter_is_filled():
@@ -839,7 +856,8 @@ def test_a_reward_with_other_parameters_is_refused_before_it_is_called(line, why
     with pytest.raises(SystemExit):
         common.load_reward(f"{tmp_path}/r.py:f", reinforce.RULES, CPU)
     said = capsys.readouterr().err
-    assert "r.py:f must be def f(completion, row): ... (" in said and why in said
+    forms = "def f(completion, row): ... or def f(completions, rows): ..."
+    assert f"r.py:f must be {forms} (" in said and why in said
     assert len(said.splitlines()) == 1
 
 

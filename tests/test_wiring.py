@@ -313,7 +313,7 @@ def test_no_demonstration_is_left_out_by_the_number_of_held_out_rows(tmp_path):
 
 
 @pytest.mark.parametrize("script", ROLLOUTS, ids=named)
-def test_no_more_completions_are_drawn_at_once_than_sample_rows(script, tmp_path, monkeypatch):
+def test_sample_rows_reaches_every_sample_and_changes_no_number(script, tmp_path, monkeypatch):
     honest = common.sample
     found = []
 
