@@ -66,7 +66,9 @@ def stand_in(asked=None):
     """In the place of common.sample. Nothing is drawn: what is said depends on the prompt, the
     sample's number and the temperature."""
 
-    def sample(model, tokenizer, prompts, *, n=1, max_new_tokens, temperature=1.0, seed=None):
+    def sample(
+        model, tokenizer, prompts, *, n=1, max_new_tokens, temperature=1.0, seed=None, rows=None
+    ):
         if asked is not None:
             call = {"prompts": prompts, "n": n, "temperature": temperature, "seed": seed}
             asked.append(call | {"max_new_tokens": max_new_tokens})

@@ -517,6 +517,7 @@ STEP = {
     "clip_high": 0.12,
     "aggregate": "token",
     "tokens_per_micro_batch": 60,
+    "sample_rows": 5,
     "eval_every": 2,
     "save_every": 1,
     "keep": 9,
@@ -668,6 +669,7 @@ def rollout_written_out(step, f, calls, encoded, rows, pays):
         seed = common.seed_from(f.seed, step, 0, common.DRAW)
         wanted = {"prompts": [encoded[i] for i in places], "n": f.samples_per_prompt}
         wanted |= {"max_new_tokens": f.max_new_tokens, "temperature": f.temperature, "seed": seed}
+        wanted["rows"] = f.sample_rows
         settings, samples = calls.pop(0)
         assert settings == wanted
         return completions_of(samples, places, f.samples_per_prompt, pays, rows)
@@ -776,7 +778,9 @@ def held_out_written_out(f, policy, calls, rows, pays, tokenizer):
     """Greedy completions of all held-out prompts, their reward, and how many are the answer."""
     encoded = [tokenizer(row["prompt"]).input_ids for row in rows]
     settings, _ = calls.pop(0)
+    rows_at_once = settings.pop("rows")
     assert settings == {"prompts": encoded, "max_new_tokens": f.max_new_tokens, "temperature": 0}
+    assert rows_at_once == f.sample_rows
     texts = []
     for ids in encoded:
         greedy = plain_greedy(policy, ids, f.max_new_tokens, tokenizer.eos_token_id)

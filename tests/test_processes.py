@@ -664,7 +664,7 @@ def other_names_in_one(folder):
     said = []
     for other in values[1:]:
         try:
-            score(samples, [{"value": other if world.rank else values[0]}])
+            score(samples, [{"prompt": "p", "value": other if world.rank else values[0]}])
         except common.Stop as error:
             said.append(str(error))
     (folder / f"{world.rank}").write_text("\n".join(said))
