@@ -566,3 +566,16 @@ def test_a_measurement_calls_functions_of_the_scripts_that_exist_as_they_are(pat
         if not starred and all(keyword.arg for keyword in call.keywords):
             names = {keyword.arg: None for keyword in call.keywords}
             inspect.signature(function).bind(*call.args, **names)
+
+
+def test_the_pages_say_what_one_sample_a_prompt_does(results):
+    rows = results.read(ROOT / "tests" / "bench" / "results.jsonl")
+    name = "REINFORCE, no baseline: one sample a prompt"
+    changed = [results.score_of(row) for row in rows if row["method"] == name]
+    chosen = [results.score_of(row) for row in results.final_rows(rows, name.partition(":")[0])]
+    assert len(changed) == 5
+    changed, chosen = f"{np.mean(changed):.2f}", f"{np.mean(chosen):.2f}"
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"REINFORCE without baseline has {changed}, too" in readme
+    page = " ".join((ROOT / "tests" / "bench" / "README.md").read_text().split())
+    assert f"REINFORCE without baseline ends at {changed} in place of {chosen}" in page

@@ -631,12 +631,13 @@ def controls_table(rows):
         plain = final_rows(rows, name)
         control = f"{name}: {change}"
         changed = [r for r in rows if setting and key_of(r)[:3] == (control, *setting)]
-        if not changed or not plain:
-            continue
+        if len(changed) < 2 or not plain:
+            continue  # one seed has no interval
+        seeds = "" if len(changed) == len(CONTROL_SEEDS) else f" ({len(changed)} seeds)"
         apart = resampled(changed, stream=1) - resampled(plain, stream=0)
         low, high = np.quantile(apart, (0.025, 0.975))
         means = [statistics.mean(score_of(row) for row in part) for part in (plain, changed)]
-        cells = f"{means[0]:.3f} | {means[1]:.3f} | {low:+.3f} to {high:+.3f}"
+        cells = f"{means[0]:.3f} | {means[1]:.3f}{seeds} | {low:+.3f} to {high:+.3f}"
         lines.append(f"| {name} | {setting[0]}, {short(setting[1])} | {change} | {cells} |")
     return "\n".join(lines) + "\n"
 
