@@ -2390,6 +2390,12 @@ def nth_row(count, i, seed):
     return shuffled(count, seed_from(seed, i // count, ORDER))[i % count]
 
 
+def say_passes(drawn, count, what):
+    """Says how often a run goes through its data, if it has any."""
+    if drawn and count:
+        say(f"{drawn} {what} will be drawn from {count}, {drawn / count:.1f} passes")
+
+
 @functools.lru_cache(maxsize=2)
 def shuffled(count, seed):
     return random.Random(seed).sample(range(count), count)

@@ -352,10 +352,7 @@ def train(args):
     writer, bar = common.begin_log(
         out, args, world, tokenizer, first_text, done_steps, learning_models, frozen_models
     )
-    if pairs:
-        drawn = args.steps * args.pairs_per_step
-        passes = drawn / len(pairs)
-        common.say(f"{drawn} pairs will be drawn from {len(pairs)}, {passes:.1f} passes")
+    common.say_passes(args.steps * args.pairs_per_step, len(pairs), "pairs")
 
     with common.short_errors(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)

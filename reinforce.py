@@ -811,9 +811,7 @@ def load_task(args, world):
     if args.demos:
         prompts = encode_answers(prompts, tokenizer, args)
     drawn = args.steps * args.prompts_per_step
-    if prompts and drawn:
-        passes = drawn / len(prompts)
-        common.say(f"{drawn} prompts will be drawn from {len(prompts)}, {passes:.1f} passes")
+    common.say_passes(drawn, len(prompts), "prompts")
     # with --steps 0 and no --data, the held-out prompts stand in
     return args, tokenizer, reward, prompts or held_out, held_out
 

@@ -335,11 +335,9 @@ def train(args):
         out, args, world, reader, first_text, done_steps, learning, frozen
     )
     head_std = new_head_std(args)
+    common.say_passes(args.steps * args.pairs_per_step, len(pairs), "pairs")
     if args.steps:
-        drawn = args.steps * args.pairs_per_step
-        passes = f"{drawn / len(pairs):.1f} passes"
-        head = "new" if head_std else "the folder's"
-        common.say(f"{drawn} pairs will be drawn from {len(pairs)}, {passes}; the head is {head}")
+        common.say(f"the head is {'new' if head_std else 'the one in the folder'}")
 
     with common.short_errors(out, args, bar):
         model = common.load_scalar(

@@ -568,6 +568,23 @@ def test_a_measurement_calls_functions_of_the_scripts_that_exist_as_they_are(pat
             inspect.signature(function).bind(*call.args, **names)
 
 
+def test_what_the_page_says_of_simpo_holds():
+    """The most pairs right and the fewest answers of all losses, and fewer than at the start."""
+    runs = json.loads((ROOT / "tests" / "bench" / "learning.json").read_text())["runs"]
+    ends = {}
+    for run in runs:
+        if run["command"].startswith("dpo.py") and "--lora_rank" not in run["command"]:
+            ends.setdefault(run["command"], []).append(run)
+    simpo = ends.pop("dpo.py --loss simpo")
+    for other in ends.values():
+        assert min(r["eval/accuracy"] for r in simpo) > max(r["eval/accuracy"] for r in other)
+        last = [[r["held_out"][-1][1] for r in runs] for runs in (simpo, other)]
+        assert max(last[0]) < min(last[1])
+    for run in simpo:
+        scores = [score for _, score in run["held_out"]]
+        assert min(scores) < scores[0] < scores[-1]
+
+
 def test_the_pages_say_what_one_sample_a_prompt_does(results):
     rows = results.read(ROOT / "tests" / "bench" / "results.jsonl")
     name = "REINFORCE, no baseline: one sample a prompt"

@@ -241,6 +241,11 @@ def test_what_the_pages_say_of_a_gpu_was_measured():
     stops = sorted({row["got"]["step"] for row in learned})
     assert stops == [150, 175] and "ppo.py" not in last
     assert "stopped at step 150 or 175 of 400" in running
+    cpu = json.loads((BENCH / "learning.json").read_text())["runs"]
+    cpu = [dict(run["held_out"])[150] for run in cpu if run["command"] == "grpo.py"]
+    gpu = [dict(row["got"]["curve"])[150] for row in learned]
+    low, high = (f"{min(scores):.2f} to {max(scores):.2f}" for scores in (gpu, cpu))
+    assert f"at {low} in step 150 (CPU {high})" in running
     assert f"in {memory[32768]:.0f} GiB instead of {memory[8192]:.0f}" in running
     assert "reinforce.py, dpo.py and reward_model.py were run to the end, grpo.py in part" in readme
     steps = [row for row in rows if row["piece"] == "train" and row["case"]["model"] == "1.5B"]

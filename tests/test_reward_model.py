@@ -829,7 +829,7 @@ def test_what_the_console_shows_is_what_the_pipeline_is_to_be_given(tmp_path, ca
     """With a tokenizer that puts BOS before a text, too: the text shows it, and the printed line adds none."""
     run(tmp_path, steps=2)
     said = capsys.readouterr().out
-    assert "16 pairs will be drawn from 3711, 0.0 passes; the head is new" in said
+    assert "16 pairs will be drawn from 3711, 0.0 passes\nthe head is new\n" in said
     shown = next(line for line in said.splitlines() if line.startswith("first text"))
     shown = eval(shown.partition(": ")[2])
     exec(said[said.index("  from transformers") :].replace("\n  ", "\n").strip(), {})
