@@ -238,6 +238,9 @@ def test_tables_of_some_of_the_rows_say_how_many_seeds_they_have(results):
     assert "GSPO" not in results.settings_table(rows) + results.differences_table(rows)
     few = [row for row in rows if ": " not in row["method"]]
     assert len(results.controls_table(few).splitlines()) == 2
+    control = [row for row in rows if row["method"] == "PPO, shared critic: 32 prompts x 8"]
+    assert len(results.controls_table(few + control[:1]).splitlines()) == 2, "no interval of one"
+    assert "(2 seeds) |" in results.controls_table(few + control[:2]).splitlines()[2]
     assert results.table([]).count("\n") == 2
 
 

@@ -380,8 +380,14 @@ def test_the_passes_over_the_prompts_are_told(script, tmp_path, capsys):
         start(script, tmp_path, steps=1, drop_equal_groups=True, out=str(tmp_path / "twice"))
         assert "4 prompts will be drawn from 4, 1.0 passes\n" in capsys.readouterr().out
     data = str(tmp_path / "data.jsonl")
-    start(script, tmp_path, steps=0, data="", eval_data=data, out=str(tmp_path / "scored"))
+    start(script, tmp_path, steps=0, eval_data=data, out=str(tmp_path / "scored"))
     assert " passes" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", PAIRS)
+def test_the_passes_over_the_pairs_are_told(script, tmp_path, capsys):
+    start(script, tmp_path, steps=3)
+    assert "\n6 pairs will be drawn from 4, 1.5 passes\n" in capsys.readouterr().out
 
 
 def test_the_passes_over_demonstrations_are_told(tmp_path, capsys):

@@ -1260,7 +1260,7 @@ def test_where_there_are_no_steps_to_finish_the_first_signal_ends_the_run(tmp_pa
             signal.signal(s, handler)
 
 
-def test_a_reward_can_end_a_process_that_it_has_started():
+def test_a_reward_can_end_a_process_that_it_has_started(capfd):
     """Its usual limit of time. A forked process has the run's handler, and would go on for ever."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -1284,6 +1284,7 @@ def test_a_reward_can_end_a_process_that_it_has_started():
             time.sleep(0.3)
         child.join(10)
         assert child.exitcode == 1
+        assert "stopping" not in capfd.readouterr().err, "only the run itself says that"
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
