@@ -1,24 +1,24 @@
 """What one GPU does with these scripts, in five pieces.
 
-    python tests/bench/gpu.py --only decode train step learn real
+    python tests/bench/gpu.py --only decode token train step learn
     python tests/bench/gpu.py --device cpu --tiny --out /tmp/gpu_tiny   # tries this script, no results
 
-`step` also wants trl and datasets, `real` a chat model (--model). The large models have the shapes
-of Qwen2.5-0.5B and 1.5B and random weights: speed does not depend on what tokens mean. A row is
-in gpu.json as soon as it is measured, in the place of an older one of the same case and device;
-gpu.md is written from it.
+`step` also wants trl and datasets. The large models have the shapes of Qwen2.5-0.5B and 1.5B and
+random weights: speed does not depend on what tokens mean. (What is learnt by a real model on a GPU
+is in real.py.) A row is in gpu.json as soon as it is measured, in the place of an older one of the
+same case and device; gpu.md is written from it.
 """
 
 import functools
 import itertools
 import json
 import multiprocessing
-import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,21 +95,18 @@ SMALL = Size(
 
 @dataclass
 class Args:
-    only: tuple[Literal["decode", "train", "step", "learn", "real"], ...] = (
+    only: tuple[Literal["decode", "token", "train", "step", "learn"], ...] = (
         "decode",
+        "token",
         "train",
         "step",
         "learn",
     )
     out: str = str(HERE)
     """folder of gpu.json and gpu.md"""
-    model: str = ""
-    """of `real`: SmolLM2-135M-Instruct, as smollm2.py writes it"""
     jobs: tuple[str, ...] = ()
-    """only these: of decode a number of rows, of train a model, of step grpo.py or TRL, of learn and
-    real a script"""
-    steps: tuple[int, int] = (60, 40)
-    """of `real`: grpo.py's and ppo.py's"""
+    """only these: of decode and token a number of rows, of train a model, of step grpo.py or TRL, of learn a
+    script"""
     device: Literal["auto", "cpu"] = "auto"
     tiny: bool = False
     """a few tokens of a model of two layers"""
@@ -207,12 +204,9 @@ def decode(args, size, shape, folder):
     tokenizer = common.load_tokenizer(folder)
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=world.dtype)
     plain = plain.to(world.device).eval()
-    # the model has no such word, so no row ends; all look for it
-    tokenizer.add_special_tokens({"eos_token": "<never>"})
-    policy.generation_config.eos_token_id = tokenizer.eos_token_id
+    never_end(policy, tokenizer)
     plain.generation_config.eos_token_id = tokenizer.eos_token_id
     plain.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-    tokenizer.decode = lambda *_, **__: ""  # no time for text, which `generate` does not make
     capture_above = common.CAPTURE_ABOVE
 
     def sample(prompts, new, above=capture_above):
@@ -246,9 +240,7 @@ def decode(args, size, shape, folder):
     for rows in size.rows:
         if not is_wanted(rows, args):
             continue
-        prompts = torch.randint(2, plain.config.vocab_size, (rows // size.group, size.prompt))
-        prompts = prompts.tolist()
-        prompts[0] = prompts[0][1:]
+        prompts = random_prompts(plain, size, rows)
         bytes_of_token = weights + rows * cached * (size.prompt + size.new / 2)
         got = {"floor: ms": bytes_of_token / bandwidth * 1e3}
         for name, run in ways.items():
@@ -266,6 +258,21 @@ def decode(args, size, shape, folder):
         record(args, "decode", {"model": shape, "rows": rows}, got)
 
 
+def never_end(policy, tokenizer):
+    """The model has no such word, so no row ends; all look for it. And no text is made, which takes
+    time that `generate` does not need."""
+    tokenizer.add_special_tokens({"eos_token": "<never>"})
+    policy.generation_config.eos_token_id = tokenizer.eos_token_id
+    tokenizer.decode = lambda *_, **__: ""
+
+
+def random_prompts(model, size, rows):
+    prompts = torch.randint(2, model.config.vocab_size, (rows // size.group, size.prompt))
+    prompts = prompts.tolist()
+    prompts[0] = prompts[0][1:]
+    return prompts
+
+
 def difference(sample, prompts, size):
     """Between captured and eager, over the rows up to where they first draw another token."""
     a = sample(prompts, size.new)
@@ -281,6 +288,50 @@ def bytes_per_second(size, world):
     return 2 * size.copied_bytes / seconds_of(run, rounds=5, times=20)
 
 
+def token(args, size, shape, folder):
+    """Where the time of a captured token goes. capture: seconds, twice in decode's 128 tokens;
+    replay and draw: each alone; kernels: of a replay, their number, the sum of their times and
+    that of attention's, by torch's profiler."""
+    world = common.start(args.device)
+    build(shape, args.device, folder)
+    policy = common.load_policy(folder, world)
+    tokenizer = common.load_tokenizer(folder)
+    never_end(policy, tokenizer)
+    record_graph = common.CapturedStep.record
+    call = common.CapturedStep.__call__
+
+    def timed_record(step):
+        got["capture, s"] = seconds_of(functools.partial(record_graph, step), rounds=1)
+
+    def measured_call(step, *given):
+        logits = call(step, *given)
+        replay = step.graph.replay if step.graph else step.compute
+        u = torch.rand(len(logits), 1, dtype=torch.float64, device=world.device)
+        draw = functools.partial(common.choose, logits, 1.0, u)
+        got["replay, ms"] = seconds_of(replay, times=30) * 1e3
+        got["draw, ms"] = seconds_of(draw, times=30) * 1e3
+        with torch.profiler.profile() as profiler:
+            replay()
+            synchronize()
+        kernels = [k for k in profiler.events() if k.device_type.name == "CUDA"]
+        got["kernels"] = len(kernels)
+        got["kernels, ms"] = sum(k.device_time_total for k in kernels) / 1e3
+        of_attention = [k.device_time_total for k in kernels if "fmha" in k.name]
+        got["of attention, ms"] = sum(of_attention) / 1e3
+        common.CapturedStep.__call__ = call
+        return logits
+
+    common.CapturedStep.record = timed_record
+    for rows in size.rows:
+        if not is_wanted(rows, args):
+            continue
+        got = {}
+        common.CapturedStep.__call__ = measured_call
+        prompts = random_prompts(policy, size, rows)
+        common.sample(policy, tokenizer, prompts, n=size.group, max_new_tokens=40, seed=0)
+        record(args, "token", {"model": shape, "rows": rows}, got)
+
+
 # -- train -----------------------------------------------------------------------------------------
 
 
@@ -291,7 +342,9 @@ def train(args, size, job, folder):
     (On a GPU the scripts do not share prompts, because of these figures.)
     model TFLOP/s: tokens/s x (6 x parameters + 12 x layers x width x length / 2), without what
     checkpointing computes again; share: of a large matrix product's. said: the memory for weights,
-    gradients and moments that a script says at its start; peak: the highest in use."""
+    gradients and moments that a script says at its start; peak: the highest in use. With adapters
+    (--lora_rank 16) only they learn, and no weight of the model has a gradient to compute: then 4
+    and not 6 x parameters."""
     shape, _, word = job.partition(" ")
     world = common.start(args.device)
     build(shape, args.device, folder)
@@ -299,10 +352,13 @@ def train(args, size, job, folder):
     product = functools.partial(torch.mm, *square)
     reached = 2 * size.square**3 / seconds_of(product, rounds=5, times=20)
     del square, product
-    policy = common.load_policy(folder, world, gradient_checkpointing=word == "checkpointing")
+    flags = types.SimpleNamespace(lora_rank=16 if word == "adapters" else 0, lora_alpha=32.0)
+    policy = common.load_policy(folder, world, word == "checkpointing", flags)
     optimizer = common.make_optimizer(policy, 1e-6)
     config = policy.config
     parameters = sum(p.numel() for p in policy.parameters())
+    work_of_token = (4 if word == "adapters" else 6) * parameters
+    work_of_token += 12 * config.num_hidden_layers * config.hidden_size * size.length / 2
     parts = 2
 
     def update(advantages, samples):
@@ -330,7 +386,8 @@ def train(args, size, job, folder):
         halves = (ids[:, :prompt], mask[:, :prompt], ids[:, prompt:], mask[:, prompt:])
         samples = common.Samples(*halves, None, None, None, 4 if shared else 1)
         run = functools.partial(update, advantages, samples)
-        case = {"model": shape, "checkpointing": word == "checkpointing"}
+        case = {"model": shape, "learns": "adapters" if word == "adapters" else "all weights"}
+        case |= {"checkpointing": word == "checkpointing"}
         case |= {"tokens in a micro-batch": tokens, "shared": shared}
         try:
             run()  # warms up, and makes Adam's moments
@@ -340,12 +397,11 @@ def train(args, size, job, folder):
             optimizer.zero_grad()
             record(args, "train", case, {"tokens/s": "out of memory"})
             continue
-        attention = 12 * config.num_hidden_layers * config.hidden_size * length / 2
-        work = (6 * parameters + attention) * speed
+        work = work_of_token * speed
         got = {"tokens/s": speed, "model TFLOP/s": work / 1e12}
         got["matrix product TFLOP/s"] = reached / 1e12
         got["share"] = work / reached
-        _, said = common.lasting_memory(str(folder), world, 1, 0)
+        _, said = common.lasting_memory(str(folder), world, 1, 0, flags)
         got["said, GiB"] = said / 2**30
         got["peak, GiB"] = common.memory_used(world) / 2**30
         record(args, "train", case, got)
@@ -470,14 +526,14 @@ def step_of_trl(args, size, folder):
     }
 
 
-# -- learn and real --------------------------------------------------------------------------------
+# -- learn -----------------------------------------------------------------------------------------
 
 
 def learn(args, size, _, folder):
     """The five scripts with no flags but a seed and a dtype: the held-out score before and at the
     last step, sampled greedily (exact match), or of pairs (accuracy). All run at once on the one
-    card, so the seconds, with the start, are those of a shared card. Where grpo.py's last step is
-    not 400, it was stopped by the clock, with four runs at once."""
+    card, so the seconds, with the start, are those of a shared card: here by NVIDIA's MPS, with up
+    to 14 runs of real.py beside them."""
     runs = [("grpo.py", seed, "bfloat16") for seed in size.seeds]
     runs += [("grpo.py", seed, "float32") for seed in size.seeds]
     others = ("reinforce.py", "ppo.py", "dpo.py", "reward_model.py")
@@ -503,46 +559,7 @@ def learn(args, size, _, folder):
         list(pool.map(one, runs))
 
 
-REAL = {  # flags of the runs on a real model; all else is default
-    "grpo.py": "--prompts_per_step 32 --samples_per_prompt 8 --learning_rate 3e-5 --warmup 3",
-    "ppo.py": "--prompts_per_step 256 --critic shared --learning_rate 1e-5 --warmup 3",
-}
-
-
-def real(args, size, _, folder):
-    """A chat model on the task of tests/tiny/chain.py, answers of several lines: the share of right
-    lines (reward) and of answers right to the last character (exact) on 256 held-out problems,
-    sampled greedily. Both scripts run at once on the one card; seconds: of the whole run, with the
-    start and seven evaluations, and of a step. The curves are in the JSON."""
-    data = folder / "data"
-    data.mkdir()
-    subprocess.run([sys.executable, str(ROOT / "tests/tiny/chain.py"), str(data)], check=True)
-    shared = ["--model", args.model, "--data", data / "train.jsonl"]
-    shared += ["--eval_data", data / "test.jsonl", "--reward", "tests/tiny/chain.py:steps"]
-    shared += ["--max_new_tokens", 96, "--tokens_per_micro_batch", 32768]
-
-    def one(script):
-        steps = args.steps[list(REAL).index(script)]
-        flags = [*REAL[script].split(), "--steps", steps, "--eval_every", max(1, steps // 6)]
-        log, seconds = run_script(args, script, folder / script, [*shared, *flags])
-        shutil.copy(folder / script / "samples.jsonl", Path(args.out) / f"gpu_{script[:-3]}.jsonl")
-        of_step = [m["time/sample"] + m["time/train"] for m in log if "time/train" in m]
-        got = {"flags": " ".join(map(str, flags)), "seconds": seconds}
-        got["of a step (median)"] = sorted(of_step)[len(of_step) // 2]
-        for name in ("eval/reward", "eval/exact"):
-            curve = [[m["step"], m[name]] for m in log if name in m]
-            got[name] = f"{curve[0][1]:.3f} -> {curve[-1][1]:.3f}"
-            got[f"curve of {name}"] = curve
-        got["curve of reward"] = [m["reward"] for m in log if "reward" in m]
-        with one_at_a_time:
-            record(args, "real", {"script": script, "model": Path(args.model).name}, got)
-
-    one_at_a_time = threading.Lock()
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(one, [script for script in REAL if is_wanted(script, args)]))
-
-
-PIECES = {f.__name__: f for f in (decode, train, step, learn, real)}
+PIECES = {f.__name__: f for f in (decode, token, train, step, learn)}
 
 
 def show(value):
@@ -565,7 +582,6 @@ def tables(rows):
             blocks += [c["note"] for c in cells if "note" in c]
             cells = [c for c in cells if "note" not in c]
             names = dict.fromkeys(name for c in cells for name in c)
-            names = [name for name in names if not name.startswith("curve")]
             lines = [names, ["---"] * len(names)]
             lines += [[show(c.get(name, "")) for name in names] for c in cells]
             if cells:
@@ -580,13 +596,14 @@ def main(args):
     if args.tiny and Path(args.out).resolve() == HERE:
         common.fail("--tiny gives no results: name another folder by --out")
     size = SMALL if args.tiny else Size()
-    train_jobs = [*size.train_shapes, f"{size.train_shapes[-1]} checkpointing"]
+    largest = size.train_shapes[-1]
+    train_jobs = [*size.train_shapes, f"{largest} checkpointing", f"{largest} adapters"]
     jobs = {
         "decode": size.decode_shapes,
+        "token": size.decode_shapes,
         "train": train_jobs,
         "step": ["grpo.py", "TRL"],
         "learn": ["all"],
-        "real": ["all"],
     }
     Path(args.out).mkdir(parents=True, exist_ok=True)
     args = replace(args, device="cuda" if on_gpu else "cpu")

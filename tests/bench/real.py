@@ -2,7 +2,8 @@
 
     pip install -r requirements.txt matplotlib gguf accelerate
     python tests/bench/smollm2.py smollm2                # makes the model
-    python tests/bench/real.py smollm2                   # 8 core-hours; goes on where it was stopped
+    python tests/bench/real.py smollm2                   # goes on where it was stopped
+    python tests/bench/real.py smollm2 --jobs 14         # on a GPU, in some minutes
     python tests/bench/real.py smollm2 --tasks sums --methods GRPO
     python tests/bench/real.py smollm2 --tables          # table and picture of the rows so far
 
@@ -24,10 +25,12 @@ Writes real.jsonl, a row for each run, and from its rows real.md and real.png.
 
 import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,12 +45,12 @@ sys.path.insert(0, str(HERE))
 import results
 
 TINY = HERE.parent / "tiny"
-RATES = (1e-5, 2e-5, 4e-5)
+RATES = (1e-5, 2e-5, 4e-5, 8e-5)
 SEEDS = (11, 12, 13)
-COMMON = "--epochs 1 --minibatches 1 --warmup 3 --device cpu"
+COMMON = "--epochs 1 --minibatches 1 --warmup 3"
 TASKS = {  # reward and length, and the number of steps
     "sums": (f"--reward {TINY / 'sums.py'}:brief --max_new_tokens 16", 30),
-    "chain": (f"--reward {TINY / 'chain.py'}:parts --max_new_tokens 64", 16),
+    "chain": (f"--reward {TINY / 'chain.py'}:parts --max_new_tokens 64", 48),
 }
 GROUPS = "--prompts_per_step 8 --samples_per_prompt 8"
 METHODS = {
@@ -70,8 +73,9 @@ class Args:
     methods: tuple[Literal[tuple(METHODS)], ...] = tuple(METHODS)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """float32 on a processor without instructions for bfloat16"""
+    device: Literal["auto", "cpu"] = "auto"
     jobs: int = 2
-    """runs at once, each on one thread"""
+    """runs at once, each with one thread of the processor; on a GPU they share it"""
     out: str = str(HERE)
     tables: bool = False
     """make the table and the picture of the rows so far, instead"""
@@ -133,11 +137,20 @@ def command_of(task, method, rate):
     return words
 
 
-def run(job, path, args):
+def call(command, args, log):
+    """Runs a script as a user would -> its exit status. (Not in a copy of this process, as
+    results.py does: a GPU that has been asked for its name is of no use to a copy.)"""
+    command = [sys.executable, *command, "--device", args.device, "--dtype", args.dtype]
+    threads = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(log, "w") as file:
+        return subprocess.call(command, cwd=results.ROOT, env=threads, stdout=file, stderr=file)
+
+
+def run(job, path, args, device):
     task, method, rate, seed = job
     row = dict(zip(("task", "method", "rate", "seed"), job)) | {"status": 0, "dtype": args.dtype}
     row |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    row["processor"] = results.processor()
+    row |= {"device": device, "jobs": args.jobs, "date": time.strftime("%Y-%m-%d")}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         subprocess.run([sys.executable, str(TINY / f"{task}.py"), str(folder)], check=True)
@@ -148,10 +161,10 @@ def run(job, path, args):
             model = folder / "run" / "model"
             command = command_of(task, method, rate)
             row["flags"] = " ".join(command).replace(str(TINY), "tests/tiny")
-            command += ["--model", str(args.model), "--dtype", args.dtype, "--seed", f"{seed}"]
+            command += ["--model", str(args.model), "--seed", f"{seed}"]
             command += ["--data", str(train), "--save_every", "1000", "--no-keep_best"]
             command += ["--out", str(folder / "run")]
-            row["status"] = results.call_in_child(command, results.ROOT, folder / "log")
+            row["status"] = call(command, args, folder / "log")
             words = (folder / "log").read_text()
             if row["status"]:
                 print(words[-2000:], flush=True)
@@ -181,8 +194,8 @@ def answers(task, model, test, folder, args):
     """The greedy answers to the test prompts: rewards, and one digit a prompt for each part."""
     command = ["grpo.py", "--model", str(model), "--data", str(test), "--eval_data", str(test)]
     command += [*TASKS[task][0].split(), "--steps", "0", "--prompts_per_step", "8"]
-    command += ["--device", "cpu", "--dtype", args.dtype, "--out", str(folder / "test")]
-    if results.call_in_child(command, results.ROOT, folder / "test_log"):
+    command += ["--out", str(folder / "test")]
+    if call(command, args, folder / "test_log"):
         sys.exit((folder / "test_log").read_text()[-2000:])
     lines = (folder / "test" / "eval_samples.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
@@ -292,6 +305,7 @@ def draw(rows, path):
 
 
 def main(args):
+    args.model = args.model.resolve()  # the scripts run in the repository's folder
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "real.jsonl"
@@ -300,7 +314,9 @@ def main(args):
     if not args.tables:
         if not (args.model / "config.json").is_file():
             sys.exit(f"{args.model}: no model; python tests/bench/smollm2.py {args.model} makes it")
-        run_one = functools.partial(run, args=args)
+        on_gpu = torch.cuda.is_available() and args.device != "cpu"
+        device = torch.cuda.get_device_name() if on_gpu else results.processor()
+        run_one = functools.partial(run, args=args, device=device)
         results.run_all(lambda rows: jobs_of(rows, args), run_one, path, args.jobs)
     rows = results.read(path)
     (out / "real.md").write_text(table(rows))
