@@ -386,7 +386,7 @@ def test_every_file_and_section_that_a_page_links_exists(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=page_name)
 def test_every_flag_that_a_page_names_exists(path):
-    known = {"help", "logdir", "agree", "learn", "time", "script", "only"}
+    known = {"help", "logdir", "agree", "learn", "time", "script", "only", "jobs", "tasks"}
     known |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "rdzv_id"}  # torchrun's
     known |= {"nodes", "ntasks", "gpus", "requeue", "signal"}  # SLURM's
     for script in SCRIPTS:

@@ -20,7 +20,7 @@ of a run on `sums` with seed 1; if it is at the edge, one more is tried. `chain`
 rate, and for GRPO half and twice that rate show whether another would have been better. Then three
 new seeds run, and the models before and after answer all test prompts greedily.
 
-Writes real.jsonl, a row for each run, and from its rows real.md and real.png.
+Writes real.jsonl, a row for each run, and from its rows real.md, real_rates.md and real.png.
 """
 
 import functools
@@ -241,7 +241,7 @@ def table(rows):
                 right += f" ({interval(mine)})" if len(mine) > 1 else " (1 seed so far)"
                 seeds = ", ".join(f"{value:.2f}" for value in shares["right"])
                 times = [s["time/sample"] + s["time/train"] for row in mine for s in row["train"]]
-                seconds = f"{statistics.median(times):.0f}" if times else ""
+                seconds = f"{statistics.median(times):.1f}" if times else ""
             cells = [
                 task,
                 method,
@@ -254,7 +254,12 @@ def table(rows):
                 seconds,
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| task | method | learning rate | reward, second half of the run, seed |"]
+    return "\n".join(lines) + "\n"
+
+
+def rates_table(rows):
+    """The runs that chose the rates, and those of other rates on chain."""
+    lines = ["| task | method | learning rate | reward, second half of the run, seed |"]
     lines.append("|---|---|---|---|")
     for row in sorted(rows, key=lambda row: (row["task"], row["method"], row["rate"])):
         is_probe = (row["task"], row["method"], row["seed"]) == ("chain", "GRPO", SEEDS[0])
@@ -320,8 +325,10 @@ def main(args):
         results.run_all(lambda rows: jobs_of(rows, args), run_one, path, args.jobs)
     rows = results.read(path)
     (out / "real.md").write_text(table(rows))
+    (out / "real_rates.md").write_text(rates_table(rows))
     draw(rows, out / "real.png")
     print(table(rows))
+    print(rates_table(rows))
     print(f"{len(jobs_of(rows, args))} runs are left")
 
 
