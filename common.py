@@ -1434,11 +1434,11 @@ def sample(
         mask = prompt_mask[first : first + at_once]
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
 
-        def pick(logits, rows):
+        def pick(logits, running):
             # one number for each of the B rows, drawn here or not, finished or not: what a row
             # draws depends on no other
             u = torch.rand(B, 1, dtype=torch.float64, device=device, generator=generator)
-            return choose(logits, temperature, u[first * n + rows])
+            return choose(logits, temperature, u[first * n + running])
 
         cache, logits = prefill(model, ids, mask)
         owner = torch.arange(len(ids), device=device).repeat_interleave(n)  # a row's prompt
@@ -1615,7 +1615,7 @@ class RoomyLayer(DynamicLayer):
 def decode(model, pick, cache, logits, prompt_mask, max_new_tokens, stops):
     """Draws token by token and drops finished rows -> ids, logprobs [B, max_new_tokens],
     meaningless after a row's end, length [B], finished [B]."""
-    forward = cached_forward(model, model.forward)
+    forward = cached_forward(model, model.forward)  # no hooks: `whole_weights` holds the weights
     captured = None
     B, P = prompt_mask.shape
     device = logits.device
@@ -1624,7 +1624,7 @@ def decode(model, pick, cache, logits, prompt_mask, max_new_tokens, stops):
     length = torch.full((B,), max_new_tokens, device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     recurrent = is_recurrent(cache)
-    # of the rows in the batch: their numbers, what they attend to, their next position
+    # of the rows in the batch: their numbers, the columns they may see, their prompt's length
     rows = torch.arange(B, device=device)
     seen = F.pad(prompt_mask.long(), (0, max_new_tokens), value=1)  # [rows, P + C]
     position = prompt_mask.sum(1, keepdim=True)
@@ -1759,9 +1759,9 @@ class CapturedStep:
     An eager forward launches some hundred kernels one by one, and the GPU waits for the CPU between
     them; a replay launches all at once. But a graph has fixed addresses and shapes. So the token
     and its column in the cache are tensors that are written before each replay, attention always
-    reads the first `length` columns, and a mask hides those that are not filled yet. When
-    these are full, or rows are dropped, a new step is captured. None outlives its rollout: after
-    an update the weights lie elsewhere."""
+    reads the first `length` columns, and a mask hides those that are not filled yet. When all
+    are full, or rows are dropped, a new step is captured. No step outlives its rollout: the next
+    one gathers the weights anew, elsewhere."""
 
     def __init__(self, forward, cache, seen, offset, column):
         columns = CAPTURE_COLUMNS * (column // CAPTURE_COLUMNS + 1)
@@ -1769,7 +1769,7 @@ class CapturedStep:
         self.forward = forward
         self.cache = cache
         self.seen = F.pad(seen.bool(), (0, self.length))[:, : self.length]  # [rows, length]
-        self.offset = offset  # [rows, 1] of a row's positions from its columns: padding on the left
+        self.offset = offset  # [rows, 1] position - column: minus the padding on the left
         self.token = torch.zeros_like(offset)
         self.column = torch.full((1,), column, device=seen.device)
         self.graph = None
@@ -1781,7 +1781,8 @@ class CapturedStep:
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         try:
-            # libraries make their workspaces now, which a capture cannot
+            # libraries make their workspaces now, which a capture cannot; an operation that waits
+            # would break it. What lands in the cache, the first replay overwrites.
             with torch.cuda.stream(stream), no_waits():
                 self.compute()
             # thread_local: NCCL's own thread may go on. Entering torch.cuda.graph also frees the
@@ -1908,8 +1909,8 @@ def completion_states(model, samples, rows):
     """The states that predict the completion tokens of some rows -> (states [b, C, width], ids
     [b, C], mask [b, C]), without columns in which none of these rows has a token.
 
-    A state predicts the next token, so they begin at the last prompt token. If several rows share
-    a prompt, it is computed once, and its keys and values are repeated for them.
+    A state predicts the next token, so they begin at the last prompt token. With rows_per_prompt
+    above 1, a shared prompt is computed once, and its keys and values are repeated for its rows.
     """
     P = int(samples.prompt_mask[rows].sum(1).max())
     C = int(samples.mask[rows].sum(1).max())
@@ -1921,11 +1922,12 @@ def completion_states(model, samples, rows):
         return hidden_states(model, all_ids, all_mask)[:, P - 1 :], ids, mask
     groups = torch.tensor(rows, device=ids.device) // samples.rows_per_prompt
     groups, owner = groups.unique(return_inverse=True)  # owner [b]: each row's prompt
+    # each group's first row has its prompt
     prompt_ids = samples.prompt_ids[groups * samples.rows_per_prompt, -P:]
     prompt_mask = samples.prompt_mask[groups * samples.rows_per_prompt, -P:]
     start, cache = prompt_states(model, prompt_ids, prompt_mask)  # [prompts, 1, width]
     cache.reorder_cache(owner)
-    # at least one column, because all processes must have equally many forwards
+    # at least one column, cut off below: all processes must have equally many forwards
     T = max(C - 1, 1)
     seen = torch.cat([prompt_mask[owner], mask[:, :T]], 1)
     states = hidden_states(model, ids[:, :T], seen, cache)

@@ -54,8 +54,8 @@ What is biased:
   * --keep_max, --mask_truncated and --drop_equal_groups select samples by what came out.
   * With several updates: the clip. And the ratio (2) corrects for the token only: the text before
     it is still one that pi_old drew.
-  * log pi_old is computed as in training. In sampling, the same model gave slightly different
-    values, by rounding (`kl/sample`: their mean distance).
+  * log pi_old is computed as in training. The sampler, which drew the tokens, gave slightly
+    different values, by rounding (`kl/sample`: their mean distance). Nothing corrects for that.
 
 Left out: a critic and per-token credit (ppo.py), rewards for steps of reasoning, asynchronous
 sampling.
@@ -310,11 +310,11 @@ def is_clipped(ratio, advantages, clip_low, clip_high):
 
 
 def k3(logprobs, other_logprobs):
-    """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
-    of p.
+    """Schulman's third estimate of KL(p || other) on tokens drawn from p, never negative, [b, C].
+    logprobs: those of p.
 
-    It is logged, and --kl_stop of ppo.py looks at it. grpo.py also trains p
-    with it: its `update_loss` says which KL has that gradient.
+    It is logged, and --kl_stop of ppo.py looks at it. grpo.py also has it in
+    its loss: `update_loss` there says of which KL that is the gradient.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     # expm1: for small d the result, about d^2 / 2, is below the rounding error of exp(-d)
@@ -407,7 +407,7 @@ def rollout_logprobs(model, samples, minibatches, temperature):
     A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
     are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. With
     other micro-batches, rounding alone would move a rollout's first ratio from 1, and the KL to the
-    reference from 0 in step 1.
+    reference from 0 in step 1. (Dropout would, too: common.py turns it off.)
     """
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
@@ -437,7 +437,7 @@ def update_loss(policy, batch, rows, args, meter, is_first):
     logprobs, entropy = token_logprobs(policy, batch.samples, rows, args.temperature)  # [b, C]
     C = logprobs.shape[1]  # the longest completion of these rows
     w = batch.weights[rows, :C]
-    # the tokens of trained rows; a row is trained whole or not at all
+    # the tokens of trained rows, whole completions: `sequence_logratio` takes their mean
     mask = w > 0
     A = batch.advantages[rows, None]  # [b, 1]
     if batch.old_logprobs is None:  # one update per rollout: pi is still pi_old
@@ -499,7 +499,7 @@ def train(args):
 
     with common.short_errors(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
-        # training computes a prompt once for its n completions, if the model's cache allows it
+        # on a CPU, training may compute a prompt once for its n completions
         share_prompts = common.can_share_prompts([policy], args, world)
         reference = None
         if ref_path:
@@ -558,8 +558,8 @@ def train(args):
                 ref = rollout_logprobs(reference, samples, minibatches, args.temperature)
                 batch.ref_logprobs = ref
 
-            # 5. Update. The weights contain every divisor: losses and gradients add up, over
-            #    micro-batches and processes.
+            # 5. Update. The weights contain every divisor: losses and gradients are sums, over
+            #    micro-batches and processes (FSDP is told to sum, where it would average).
             rate = common.learning_rate_at(
                 step, args.steps, args.learning_rate, args.schedule, args.warmup
             )
@@ -568,7 +568,7 @@ def train(args):
             meter.total("loss", torch.zeros(()))  # logged even if no row has a gradient
             for parts in updates:
                 if not parts:
-                    continue  # in all processes at once: none of its rows has a gradient
+                    continue  # empty in all processes or in none: no row has a gradient
                 for rows in parts:
                     # no optimizer step with this rollout yet
                     is_first = not grad_norms
@@ -621,6 +621,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
     prompts_drawn = args.prompts_per_step
     if args.drop_equal_groups:
         prompts_drawn *= OVERSAMPLING
+    # this process's share; over the steps, every prompt comes once in each pass
     indices = common.rows_of_step(len(prompts), step, prompts_drawn, world, args.seed)
     samples = common.sample(
         policy,
@@ -633,7 +634,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
         rows=args.sample_rows,
     )
     records = [prompts[indices[i // n]][1] for i in range(len(samples.texts))]
-    scores = reward.score(samples, records)  # the reward and its parts
+    scores = reward.score(samples, records)  # {"reward": ..., and its parts, if any}
     for name, values in scores.items():
         meter.add(name, torch.tensor(values))
     rewards = torch.tensor(scores["reward"], device=world.device)

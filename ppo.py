@@ -3,8 +3,8 @@
 REINFORCE gives every token all the reward that comes after it. PPO also trains a critic V, which
 predicts that reward. A token after which V rises gets credit: delta in (2).
 
-    (1)  r_t = -beta (log pi_old(a_t | s_t) - log ref(a_t | s_t)), and at the `token_rewards`
-         last token plus the score, the reward of the whole completion
+    (1)  r_t = -beta (log pi_old(a_t | s_t) - log ref(a_t | s_t)) + score_t   `token_rewards`
+         score_t is the reward of the whole completion at its last token, and 0 before
          s_t = (x, a_<t), x the prompt;  ref is pi before training, or --reference
     (2)  A_t = sum over j of (gamma lam)^j delta_{t+j}                        `gae`
          delta_t = r_t + gamma V_old(s_{t+1}) - V_old(s_t);  V_old after the end is 0
@@ -53,8 +53,8 @@ What biases the gradient of the expected reward:
     before it, s_t, is still one that pi_old drew.
   * With --critic shared, the value loss: it trains the policy's transformer, too.
 Two things do not bias it: the baseline V(s_t), because it does not see a_t, and that r_t is treated
-as a constant. In the first update its log pi_old is log pi, but the gradient left out is
--beta E[grad log pi] = 0.
+as a constant. In the first update the log pi_old in it is log pi, but the gradient so left out,
+-beta E[grad log pi], is 0.
 
 Left out: bootstrapping where a completion was cut, adaptive beta, an entropy bonus, replay of
 earlier rollouts.
@@ -312,11 +312,11 @@ def is_clipped(ratio, advantages, clip_low, clip_high):
 
 
 def k3(logprobs, other_logprobs):
-    """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
-    of p.
+    """Schulman's third estimate of KL(p || other) on tokens drawn from p, never negative, [b, C].
+    logprobs: those of p.
 
-    It is logged, and --kl_stop of ppo.py looks at it. grpo.py also trains p
-    with it: its `update_loss` says which KL has that gradient.
+    It is logged, and --kl_stop of ppo.py looks at it. grpo.py also has it in
+    its loss: `update_loss` there says of which KL that is the gradient.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     # expm1: for small d the result, about d^2 / 2, is below the rounding error of exp(-d)
@@ -327,7 +327,7 @@ def value_loss(values, old_values, returns, weights, clip):
     """Equation (5), summed with weights; all [b, C], values with gradient.
 
     The larger error counts. A value that has moved by more than `clip` towards its return has no
-    gradient, unless it has gone so far beyond it that V_clip is nearer.
+    gradient, unless it has overshot the return so far that V_clip is nearer.
     One that has moved away always has a gradient. Like the ratio's clip, this is no bound.
     """
     error = (values - returns) ** 2
@@ -398,7 +398,7 @@ def rollout_logprobs(model, samples, minibatches, temperature):
     A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
     are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. With
     other micro-batches, rounding alone would move a rollout's first ratio from 1, and the KL to the
-    reference from 0 in step 1.
+    reference from 0 in step 1. (Dropout would, too: common.py turns it off.)
     """
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
@@ -432,7 +432,7 @@ def make_critic(policy, critic_path, tokenizer, args, world):
     head = torch.nn.Linear(width, 1, device=world.device)
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
-    if critic_path:  # separate, with --lora_rank
+    if critic_path:  # separate, with --lora_rank (the folder itself is not used)
         critic, trunk = common.add_critic_adapters(policy, head)
         return critic, trunk, head
     return head, policy, head
@@ -486,6 +486,7 @@ class Batch:
 def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, is_first):
     """Equations (3) to (6) for one micro-batch, some `rows` of the rollout: adds its gradients
     -> its share of the update's KL(pi_old || pi), in nats per completion."""
+    # in --critic_warmup no backward of the policy follows; the next sampling clears what FSDP keeps
     with torch.set_grad_enabled(policy_learns):
         states, ids, mask = common.completion_states(policy, batch.samples, rows)
         logprobs, entropy = logprobs_of(policy, states, ids, mask, args.temperature)  # [b, C]
@@ -572,7 +573,7 @@ def train(args):
     with common.short_errors(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
         critic, trunk, head = make_critic(policy, critic_path, tokenizer, args, world)
-        # in training, may a prompt be computed once for all its completions?
+        # on a CPU, training may compute a prompt once for all its completions
         share_prompts = common.can_share_prompts([policy, trunk], args, world)
         reference = common.load_reference(ref_path, world, policy) if ref_path else None
         models = {"policy": policy, "critic": critic}
@@ -703,7 +704,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
         rows=args.sample_rows,
     )
     records = [prompts[indices[i // n]][1] for i in range(len(samples.texts))]
-    scores = reward.score(samples, records)  # {"reward": ..., and its parts, if any}
+    scores = reward.score(samples, records)  # {"reward": the score, and its parts, if any}
     for name, values in scores.items():
         meter.add(name, torch.tensor(values))
     meter.add("length", samples.mask.sum(1))

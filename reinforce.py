@@ -355,11 +355,11 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, N):
 
 
 def k3(logprobs, other_logprobs):
-    """An estimate of KL(p || other) on tokens drawn from p, never negative, [b, C]. logprobs: those
-    of p.
+    """Schulman's third estimate of KL(p || other) on tokens drawn from p, never negative, [b, C].
+    logprobs: those of p.
 
-    It is logged, and --kl_stop of ppo.py looks at it. grpo.py also trains p
-    with it: its `update_loss` says which KL has that gradient.
+    It is logged, and --kl_stop of ppo.py looks at it. grpo.py also has it in
+    its loss: `update_loss` there says of which KL that is the gradient.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     # expm1: for small d the result, about d^2 / 2, is below the rounding error of exp(-d)
@@ -418,7 +418,7 @@ def rollout_logprobs(model, samples, minibatches, temperature):
     A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
     are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. With
     other micro-batches, rounding alone would move a rollout's first ratio from 1, and the KL to the
-    reference from 0 in step 1.
+    reference from 0 in step 1. (Dropout would, too: common.py turns it off.)
     """
     out = torch.zeros_like(samples.logprobs)
     for parts in minibatches:
@@ -488,7 +488,7 @@ def train(args):
 
     with common.short_errors(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
-        # training computes a prompt once for its n completions, if the model's cache allows it
+        # on a CPU, training may compute a prompt once for its n completions
         share_prompts = common.can_share_prompts([policy], args, world)
         reference = None
         if ref_path:

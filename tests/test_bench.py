@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import re
+import statistics
 
 import numpy as np
 import pytest
@@ -556,6 +557,63 @@ def test_the_commands_with_a_real_model_are_understood_by_their_scripts(real):
             assert args.epochs == args.minibatches == 1 and args.learning_rate == 2e-5
 
 
+def test_what_the_page_says_of_rates_and_seeds_holds(results):
+    rows = results.read(ROOT / "tests/bench/results.jsonl")
+    page = " ".join((ROOT / "tests/bench/README.md").read_text().split())
+    costs = {}
+    for name in results.METHODS:
+        (variant, rate), *_ = results.chosen(rows, name)
+        mean = {}
+        for times in (1, 2):
+            keys = [(name, variant, times * rate, seed) for seed in results.GRID_SEEDS]
+            scores = [row["score"] for row in rows if results.key_of(row) in keys]
+            mean[times] = statistics.mean(scores)
+        if len(scores) == 3:
+            assert mean[1] - mean[2] < 0.085, name
+        else:
+            assert len(scores) == 1
+            costs[name] = f"{mean[1] - mean[2]:.2f}"
+    assert costs == {
+        "GRPO as published": "0.24",
+        "GSPO": "0.44",
+        "GRPO, four updates": "0.57",
+        "Dr. GRPO": "0.60",
+    }
+    words = (
+        "0.24 with GRPO as published, 0.44 with GSPO, 0.57 with GRPO's four updates and 0.60 with"
+    )
+    assert words in page
+    finals = {
+        name: [results.score_of(row) for row in sorted(results.final_rows(rows, name), key=seed_of)]
+        for name in results.METHODS
+    }
+    grpo = sorted(finals["GRPO, four updates"])
+    assert (f"{grpo[0]:.2f}", f"{grpo[5]:.2f}") == ("0.81", "0.83")
+    assert (f"{grpo[6]:.2f}", f"{grpo[9]:.2f}") == ("0.91", "0.93")
+    assert "six seeds end at 0.81 to 0.83, four at 0.91 to 0.93" in page
+    ppo = [sorted(finals[name]) for name in finals if name.startswith("PPO")]
+    assert sorted(f"{found[0]:.2f}" for found in ppo) == ["0.87", "0.93"]
+    assert all(0.965 < share < 0.986 for found in ppo for share in found[1:])
+    assert min(finals["fine-tuning"]) > max(found[-1] for found in ppo)
+    halves = {
+        name: [statistics.mean(found[:5]), statistics.mean(found[5:])]
+        for name, found in finals.items()
+        if "best of" not in name
+    }
+    adapters = halves.pop("GRPO with adapters")
+    assert "0.03, without overlap ({:.3f} and {:.3f})".format(*adapters) in page
+    found = finals["GRPO with adapters"]
+    assert max(found[:5]) < min(found[5:])
+    assert all(abs(a - b) < 0.025 for a, b in halves.values())
+    ppo = json.loads((ROOT / "tests/bench/learning.json").read_text())["runs"]
+    ppo = [dict(run["held_out"])[100] for run in ppo if run["command"] == "ppo.py"]
+    assert f"is at {min(ppo):.2f} to {max(ppo):.2f} after 12,800" in page
+
+
+def seed_of(row):
+    return row["seed"]
+
+
 def test_what_the_page_says_of_a_real_model_holds(real, results):
     rows = results.read(ROOT / "tests/bench/real.jsonl")
     page = " ".join((ROOT / "tests/bench/README.md").read_text().split())
@@ -570,6 +628,31 @@ def test_what_the_page_says_of_a_real_model_holds(real, results):
     assert "Ten of twelve runs end with a number alone" in page
     assert f"right for {min(alone):.2f} to {max(alone):.2f} of the prompts" in page
     assert f"and have {max(sentence):.2f} and {min(sentence):.2f} right" in page
+    fewer = sum(share < results.share(start["right"]) for share in (*alone, *sentence))
+    assert fewer == 9 and "In nine of twelve runs fewer results are right at the end" in page
+    said = "The other two, both of seed 12, kept the sentence"
+    assert [row["seed"] for row, form in zip(runs, forms) if form < 0.1] == [
+        12,
+        12,
+    ] and said in page
+    for row in runs:  # with seed 12 all methods first learnt the result
+        right, form = ([step[part] for step in row["train"]] for part in ("right", "form"))
+        right, form = real.smooth(right), real.smooth(form)
+        best = right.index(max(right))
+        assert (max(right) > 0.5 and form[best] < 0.2) == (row["seed"] == 12)
+    first = {
+        seed: [row["train"][0]["right"] for row in runs if row["seed"] == seed]
+        for seed in (11, 12, 13)
+    }
+    assert all(len(set(found)) == 1 for found in first.values()), "the same first samples"
+    assert "(At the start, 0.02 to 0.11 of these have the right result.)" in page
+    assert (f"{first[13][0]:.2f}", f"{first[12][0]:.2f}") == ("0.02", "0.11")
+    steps = [row["train"] for row in real.final_rows(rows, "chain", "REINFORCE, leave one out")]
+    means = [
+        statistics.mean(step["right"] for run in steps for step in run[part])
+        for part in (slice(0, 5), slice(9, 16), slice(-5, None))
+    ]
+    assert "{:.2f}, {:.2f} and {:.2f} of REINFORCE's samples are right over".format(*means) in page
     rates = {method: real.best_rate(rows, method)[0] for method in real.METHODS}
     low = rates["the best of 8"]
     assert rates == {

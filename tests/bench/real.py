@@ -8,8 +8,8 @@
     python tests/bench/real.py smollm2 --tables          # table and picture of the rows so far
 
 The tasks are those of tests/tiny: `sums` (one number) and `chain` (an answer of several lines).
-All methods draw 8 completions of the same 8 prompts in a step and make one update of them, without
-a KL penalty. So what differs is what a sample's log-probability is multiplied by: its reward less
+In a step, all methods draw 8 completions of each of 8 new prompts, the same for one seed, and make
+one update of them, without a KL penalty. So what differs is what a sample's log-probability is multiplied by: its reward less
 the group's mean (GRPO: divided by the std; REINFORCE: the mean of the others), the reward itself
 for the best of a prompt and nothing for the rest, or PPO's advantages, with a critic that shares
 the policy's layers. (With one update the clip does nothing.) No training prompt comes twice in a
@@ -208,7 +208,8 @@ def final_rows(rows, task, method):
     rate = 0.0 if method == START else best_rate(rows, method)[0]
     wanted = (task, method, rate)
     found = [r for r in rows if (r["task"], r["method"], r["rate"]) == wanted and "right" in r]
-    return [row for row in found if row["seed"] in SEEDS or method == START]
+    found = [row for row in found if row["seed"] in SEEDS or method == START]
+    return sorted(found, key=lambda row: row["seed"])
 
 
 def interval(rows):
@@ -221,7 +222,7 @@ def interval(rows):
 def table(rows):
     lines = [
         "| task | method | rate | completions | reward | right form | right result, mean and 95 % "
-        "interval | by seed | both | seconds a step |",
+        "interval | seeds 11, 12, 13 | both | seconds a step |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for task, (_, steps) in TASKS.items():

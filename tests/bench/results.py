@@ -566,7 +566,8 @@ def table(rows):
         if middle == math.inf:
             words = f"{count} of {len(places)} seeds | "
         else:
-            words = f"{middle:,.0f} | {middle / BUDGET * updates_of(variant):.0f}"
+            so_many = "" if count == len(places) else f" ({count} of {len(places)})"
+            words = f"{middle:,.0f}{so_many} | {middle / BUDGET * updates_of(variant):.0f}"
         label = label_of(name, variant) + so_far
         lines.append(f"| {label} | {setting} | {score_cells(mine, 'score')} | {words} | {times} |")
     return "\n".join(lines) + "\n"
@@ -646,7 +647,7 @@ def differences_table(rows):
     """Which methods ten seeds and 2,048 prompts tell apart, in the order of their means.
 
     By the mean of the differences, in standard errors. The bound is Bonferroni's: with as many
-    pairs as there are, no two equal methods are told apart in 95 of 100 such comparisons.
+    pairs as there are, no two equal methods are told apart in 95 of 100 such tables.
     """
     draws = {}
     for place, name in enumerate(METHODS):
