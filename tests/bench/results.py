@@ -148,12 +148,15 @@ METHODS = {
 }
 START = "the start"
 ALONE, GROUPED = "one sample a prompt", "32 prompts x 8"
+ONE_EACH = "--prompts_per_step ALL --samples_per_prompt 1"
 PPO = ("PPO, separate critic", "PPO, shared critic")
 UNBOUND = ("no bound of the norm", "--max_grad_norm 100")
 CONTROLS = {
-    ("REINFORCE, no baseline", ALONE): "--prompts_per_step ALL --samples_per_prompt 1",
+    ("REINFORCE, no baseline", ALONE): ONE_EACH,
     ("REINFORCE, no baseline", UNBOUND[0]): UNBOUND[1],
     ("REINFORCE, leave one out", UNBOUND[0]): UNBOUND[1],
+    # with one sample a prompt the others of its group are none: then the others of the batch
+    ("REINFORCE, leave one out", f"{ALONE}, the batch's mean"): f"{ONE_EACH} --baseline batch",
     **{(name, GROUPED): GROUPS for name in PPO},
     **{(name, "critic's rate halved"): "" for name in PPO},
     **{(name, "critic's rate doubled"): "" for name in PPO},
