@@ -155,7 +155,7 @@ CONTROLS = {
     ("REINFORCE, no baseline", ALONE): ONE_EACH,
     ("REINFORCE, no baseline", UNBOUND[0]): UNBOUND[1],
     ("REINFORCE, leave one out", UNBOUND[0]): UNBOUND[1],
-    # with one sample a prompt the others of its group are none: then the others of the batch
+    # with one sample a prompt there are no others to leave it out of: then the batch's mean
     ("REINFORCE, leave one out", f"{ALONE}, the batch's mean"): f"{ONE_EACH} --baseline batch",
     **{(name, GROUPED): GROUPS for name in PPO},
     **{(name, "critic's rate halved"): "" for name in PPO},
