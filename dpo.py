@@ -39,7 +39,7 @@ d = log(pi(y) / ref(y)) / n_y - log(pi(z) / ref(z)) / n_z.
         --eval_prompts prompts.jsonl --reward number
 
 The reference is the policy before its first step, or --reference. It scores the pairs before the
-training and is not in memory while the policy learns.
+training and is not in memory while the policy learns. Dropout is off in all models.
 
 Shapes: b pairs in one forward, 2b rows. A side is a chosen or a rejected completion; C tokens in
 the longest side.
@@ -179,8 +179,8 @@ class Args:
 def resolve(args):
     """Fills in defaults that depend on other flags, and rejects contradictory flags."""
     is_tiny_model = Path(args.model).resolve() == TINY / "model"
-    # An empty --eval_data or --eval_prompts leaves that score out; the other bundled files stay.
-    # With an empty --data no bundled file is used.
+    # "" is not None: an empty --eval_data or --eval_prompts leaves out that score only, an empty
+    # --data all bundled files.
     has_files = args.data is not None or args.eval_data or args.eval_prompts
     is_tiny_data = is_tiny_model and not has_files
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
@@ -367,7 +367,7 @@ def train(args):
         ref, held_out_ref = reference_scores(
             policy, tokenizer, pairs, held_out, share_prompts, args, out, world, stop_asked
         )
-        optimizer = common.make_optimizer(policy, args.learning_rate)
+        optimizer = common.make_optimizer(policy, args.learning_rate)  # AdamW, no weight decay
         if saved:
             common.load_checkpoint(saved, {"policy": policy}, {"policy": optimizer})
             del saved
@@ -386,7 +386,7 @@ def train(args):
             step_began = time.perf_counter()
             meter = common.Meter()
 
-            # 1. The next pairs, in micro-batches (a forward each).
+            # 1. The next pairs of endless shuffled copies, in micro-batches (a forward each).
             indices = common.rows_of_step(len(pairs), step, args.pairs_per_step, world, args.seed)
             batch = [pairs[i] for i in indices]
             batch_ref = ref[indices]
@@ -461,7 +461,7 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     sides_tokens = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
 
     def fits(part):
-        # an upper bound: exact where prompts and sides are padded apart
+        # an upper bound: dpo.py reads no side's last token, reward_model.py may pad whole texts
         longest_prompt = max(prompt_tokens[i] for i in part)
         longest_sides = max(sides_tokens[i] for i in part)
         return len(part) * (longest_prompt + longest_sides) <= tokens
@@ -529,8 +529,8 @@ def reference_scores(
     be as it was at the start.
 
     Those of the training pairs are kept in a file of the run's folder. A resumed run computes only
-    what is missing. The micro-batches are not those of training, and in bfloat16 other ones
-    round differently: the log-ratios of step 1 are near 0.
+    what is missing. Its micro-batches are not those of training, so in bfloat16 the sums round
+    differently: the log-ratios of step 1 are near 0, not 0.
     """
     if args.loss == "simpo":
         return torch.zeros(len(pairs), 2), torch.zeros(len(held_out), 2)
@@ -552,7 +552,7 @@ def reference_scores(
     reference = policy
     if args.reference and (missing or held_out):
         reference = common.load_reference(args.reference, world)
-        common.check_head(reference)  # stops if these logits are not its own
+        common.check_head(reference)  # stops if `logits_of` differs from its own forward
         share_prompts = False  # the trial was made with the policy only
     for start in range(0, len(missing), 1024):
         part = missing[start : start + 1024]
@@ -609,16 +609,16 @@ def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world,
 
 
 def evaluate(policy, tokenizer, prompts, reward, args, world, stop_asked=None):
-    """Scores of greedy completions of held-out prompts: eval/reward, by --reward, and eval/exact,
-    the share of right answers (also if `number` judges them, with --reward number). Each process
-    takes its share of the prompts."""
+    """Scores of greedy completions of held-out prompts: eval/reward, by --reward, and the share of
+    right answers: eval/exact, by --reward if that is a rule; if not, eval/exact and eval/number,
+    each only if it calls all answers right. Each process takes its share of the prompts."""
     mine = prompts[world.rank :: world.size]
     longest = max((len(ids) for ids, _ in prompts), default=0) + args.max_new_tokens
-    # 4 micro-batches at once: their keys and values take less memory than training on one
+    # 4 micro-batches at once, or 8192 tokens: keys and values take less memory than training
     wanted_rows = 4 * args.tokens_per_micro_batch // longest
     # at least 1 and at most 256, and equal in all processes
     at_once = common.rows_at_once(prompts, args.max_new_tokens, wanted_rows)
-    # {name in the log: rule}; with --reward number, {"exact": number}
+    # {name in the log: rule}; without a rule that calls some row's own answer wrong
     rules = common.rules_that_fit(reward, prompts) if prompts else {}
     meter = common.Meter()
     starts = range(0, math.ceil(len(prompts) / world.size), at_once)

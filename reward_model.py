@@ -85,7 +85,7 @@ class Args:
     template_args: str = ""
     """arguments of the chat template, a JSON object: '{"enable_thinking": false}'"""
     system: str = ""
-    """system message before every prompt of --eval_prompts that has none of its own"""
+    """system message that --policy, not the reward model, reads before prompts that have none"""
     max_tokens: int = 1024
     """pairs with a longer side, prompt included, are left out, and counted; they are never cut"""
 
@@ -196,9 +196,9 @@ def resolve(args):
 
 
 def pair_loss(chosen, rejected, margin, pairs, center):
-    """Equation (2), plus `center` times the mean of (chosen + rejected)^2: chosen, rejected, margin
-    [b]. `pairs` counts the pairs of all micro-batches and processes, so it does not matter how the
-    update is cut into micro-batches.
+    """Equation (2), plus `center` times the mean of (chosen + rejected)^2. All [b]; `pairs` is the
+    number of pairs in the update, over all micro-batches and processes, so it does not matter how
+    the update is cut into micro-batches.
     """
     loss = -F.logsigmoid(chosen - rejected - margin) + center * (chosen + rejected) ** 2
     return loss.sum() / pairs
@@ -212,9 +212,9 @@ def best_of(scores, values, n):
     the chances of their places.
     """
     M = scores.shape[1]
-    # of the place with i scores below it, which is place i + 1 of (3)
+    # chance[i]: that the best of n is the sample with i scores below it, the one at i + 1 in (3)
     chance = [math.comb(i, n - 1) / math.comb(M, n) for i in range(M)]
-    # up_to[i]: the chance that the best one is on the lowest i places, [M + 1]
+    # up_to[i]: the chance that it is one of the lowest i samples, [M + 1]
     up_to = torch.tensor([0.0, *chance], dtype=torch.float64).cumsum(0)
     below = (scores[:, None, :] < scores[:, :, None]).sum(2)  # [prompts, M]
     equal = (scores[:, None, :] == scores[:, :, None]).sum(2)  # counts the score itself too
@@ -232,7 +232,8 @@ def pair_metrics(chosen, rejected, longer_by):
 
     Calibration: pairs come into ten bins by the predicted chance that the side with the higher
     score wins. In each bin that chance is compared with the share that does win; the distances are
-    averaged, weighted by pairs. The margin of equation (2) and --center are not in these numbers.
+    averaged, weighted by pairs. eval/margin is chosen - rejected; the margin of equation (2) and
+    --center are in none of these numbers.
     """
     gap = chosen - rejected
     won = share_won(chosen, rejected).double()
@@ -274,7 +275,7 @@ def pair_scores(model, tokenizer, pairs, share_prompts, world):
         samples = common.as_samples(starts, sides, tokenizer, world)
         start_ids = samples.prompt_ids[:b]
         _, cache = common.prompt_states(model, start_ids, samples.prompt_mask[:b])
-        cache.reorder_cache(torch.arange(b, device=world.device).repeat(2))
+        cache.reorder_cache(torch.arange(b, device=world.device).repeat(2))  # for each side
         seen = torch.cat([samples.prompt_mask, samples.mask], 1)
         states = common.hidden_states(model, samples.ids, seen, cache)  # [2b, C, width]
     else:
@@ -349,7 +350,8 @@ def train(args):
             frozen=not args.steps,
             args=args,
         )
-        # What both sides of a pair begin with is computed once, if the model's cache allows it.
+        # True if a forward may compute once what both sides begin with: on a CPU, if a trial gives
+        # the same numbers (see dpo.py) and no pair differs from its first token on.
         share_prompts = args.steps > 0 and common.prompts_can_be_shared(
             model, world, args.gradient_checkpointing
         )
@@ -376,7 +378,8 @@ def train(args):
             meter.total("tokens", count_tokens(batch))
             parts = micro_batches_of_pairs(batch, share_prompts, args.tokens_per_micro_batch, world)
 
-            # 2. Update. Each loss is divided by the pairs of the update, so gradients add up.
+            # 2. Update. Each loss is divided by the pairs of the update, and gradients are summed
+            #    over micro-batches and processes (common.py makes FSDP sum, not average).
             rate = common.learning_rate_at(
                 step, args.steps, args.learning_rate, args.schedule, args.warmup
             )
@@ -453,7 +456,7 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     sides_tokens = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
 
     def fits(part):
-        # an upper bound: exact where prompts and sides are padded apart
+        # an upper bound: dpo.py reads no side's last token, reward_model.py may pad whole texts
         longest_prompt = max(prompt_tokens[i] for i in part)
         longest_sides = max(sides_tokens[i] for i in part)
         return len(part) * (longest_prompt + longest_sides) <= tokens
@@ -657,7 +660,8 @@ def read_pairs(path, flag):
 
 def encode_pairs(records, tokenizer, args, flag):
     """-> ([(token ids that both sides begin with, rest of chosen, rest of rejected), ...], their
-    lines of the file). Each rest has one token at least.
+    lines of the file). A text is read to the end of its last turn, or to EOS without a template.
+    Each rest has one token at least.
 
     Pairs with equal sides teach nothing. They are left out, and counted, and so are pairs that are
     too long: a cut might remove the place where the sides differ.
@@ -736,7 +740,7 @@ def new_head_std(args):
     config = common.scalar_config(args.model)
     if is_finished(config):
         return None
-    return 1 / math.sqrt(config.get_text_config().hidden_size + 1)
+    return 1 / math.sqrt(config.get_text_config().hidden_size + 1)  # as Stiennon et al. (2020)
 
 
 def load_task(args, world):
@@ -791,7 +795,8 @@ def load_best_of(args, tokenizer, world):
     prompts = common.load_prompts(args.eval_prompts, "--eval_prompts", policy_tokenizer, args, "")
     longest = 0
     for ids, record in prompts:
-        # tokens of the prompt alone as the reward model reads it; 1 less for the end token
+        # tokens before the answer, as the reward model reads it; 1 less, because
+        # `limit_to_context` keeps a place for the end token
         read = len(common.encode_answer(tokenizer, record["prompt"], "")) - 1
         longest = max(longest, read, len(ids))
     args = common.limit_to_context(args, longest, common.scalar_config(args.model), config)
