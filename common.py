@@ -6,11 +6,10 @@ LOADING
     Text to token ids      load_tokenizer, encode_prompt, encode_completion, load_prompts
     Configs                read_config, context_of, limit_to_context, limit_to_reward_model
     Models                 load_policy, load_reference, load_scalar, shard, save_model
-    Adapters (LoRA)        add_adapters, add_critic_adapters, Switched, write_adapter
+    Adapters (LoRA)        add_adapters, add_critic_adapters, Switched, merge_adapter
     Rewards                load_reward, rules_that_fit, check_answers, load_function, load_scorer
 SAMPLING
-    Completions            Samples, sample, as_samples
-    Evaluation             rows_at_once, until_stopped, scores_if_due
+    Completions            Samples, sample, as_samples, rows_at_once, until_stopped, scores_if_due
     One token on a GPU     CapturedStep
     States and logits      completion_states, hidden_states, logits_of, can_share_prompts
 A RUN
@@ -252,7 +251,7 @@ def check_flags(args):
         fail("--steps 0 evaluates a model: give --model RUN/model instead of --resume")
     if not args.steps and not args.eval_every:
         fail("--steps 0 evaluates only, and --eval_every 0 turns that off")
-    if args.steps and not args.data:
+    if args.steps and not (args.data or getattr(args, "demos", "")):
         why = "the bundled data is for the bundled model, and used only if no file is named"
         fail(f"--model {args.model} needs --data: {why}")
     held_out = [name for name in ("eval_data", "eval_prompts") if hasattr(args, name)]
@@ -731,14 +730,17 @@ def load(auto, path, **changes):
 def empty_model(path, args=None):
     """A model without numbers: what its config alone tells. args: flags, for `add_adapters`."""
     with loading(path), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(read_config(path), trust_remote_code=False)
+        config = read_config(path)
+        is_scalar = "SequenceClassification" in str(config.architectures)
+        auto = AutoModelForSequenceClassification if is_scalar else AutoModelForCausalLM
+        model = auto.from_config(config, trust_remote_code=False)
         return add_adapters(model, args, torch.float32)
 
 
 def load_policy(path, world, gradient_checkpointing=False, args=None):
     """The model that learns: float32 weights, in training mode. args: flags, for `add_adapters`."""
     model, _ = load(AutoModelForCausalLM, path)
-    check_head(model.eval())
+    check_head(model)
     widen_head(model.get_output_embeddings(), world)
     return prepare(add_adapters(model, args, world.dtype), world, gradient_checkpointing)
 
@@ -859,7 +861,7 @@ def shard(model, world):
     # inner blocks first, the root last: each takes the weights that no other has taken
     for unit in [*reversed(blocks), model]:
         fully_shard(unit, mesh=mesh, mp_policy=precision, ignored_params=left_alone)
-        if world.size > 1:  # dividing by 1 would copy each gradient
+        if world.size > 1:  # with 1 process nothing is averaged, and a factor would copy gradients
             # FSDP2 averages over the processes. Our losses are divided by counts over all
             # processes already, so the right gradient is the sum.
             unit.set_gradient_divide_factor(1.0)
@@ -945,8 +947,7 @@ def write_model(model, tokenizer, folder, state, dtype, note=None):
     adapter = folder.with_name("best_adapter" if folder.name == "best" else "adapter")
     generation = getattr(model, "generation_config", None)
     try:
-        if hasattr(model, "lora"):
-            write_adapter(model, adapter, state)
+        files = merge_adapter(model, state) if hasattr(model, "lora") else {}
         # save_pretrained refuses some generation configs (Llama-2's): hide it, write it later
         model.generation_config = GenerationConfig()
         model.save_pretrained(temporary, state_dict=state)
@@ -968,6 +969,9 @@ def write_model(model, tokenizer, folder, state, dtype, note=None):
         if note:
             write(temporary / "score.json", json.dumps(note) + "\n")
         replace(temporary, folder)
+        for name, content in files.items():  # after the model that they are of
+            adapter.mkdir(exist_ok=True)
+            write(adapter / name, content)
     except Exception as error:  # each library has its own exception for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise Stop(f"{folder} could not be written ({error})") from error
@@ -1057,9 +1061,9 @@ class Switched:
         return getattr(self.adapted, name)
 
 
-def write_adapter(model, folder, state):
-    """Writes what peft loads on top of the first model, and merges it into `state`: B A is added in
-    float32, and the sum rounded once."""
+def merge_adapter(model, state):
+    """Merges the adapters into `state`: B A is added in float32, and the sum rounded once
+    -> {file name: content} of what peft loads on top of the first model."""
     learned = {f"base_model.model.{k}": state[k] for k, _ in tensors(model, for_checkpoint=True)}
     names = [name for name, m in model.named_modules() if m in model.lora.layers]
     for name in names:
@@ -1069,9 +1073,11 @@ def write_adapter(model, folder, state):
     config = {"peft_type": "LORA", "target_modules": names, "r": model.lora.rank}
     config |= {"lora_alpha": model.lora.alpha, "base_model_name_or_path": model.name_or_path}
     config["task_type"] = "CAUSAL_LM" if model.get_output_embeddings() else "SEQ_CLS"
-    folder.mkdir(exist_ok=True)
-    write(folder / "adapter_model.safetensors", save(learned, {"format": "pt"}))
-    write(folder / "adapter_config.json", json.dumps(config, indent=1))
+    weights = save(learned, {"format": "pt"})
+    return {
+        "adapter_model.safetensors": weights,
+        "adapter_config.json": json.dumps(config, indent=1),
+    }
 
 
 # -- Rewards ---------------------------------------------------------------------------------------
@@ -1084,7 +1090,7 @@ class Reward:
     # (samples, their lines of the data) -> {"reward": B floats}. If the user's function returns a
     # dict, also {"reward/NAME": B floats} for each of its other numbers.
     function: Callable
-    rule: Callable  # decides which held-out completions are right
+    rule: Callable  # for `check_answers`, and grpo.py's --eval_samples
     rules: dict  # {name: rule}, for eval/NAME
     answer_flag: str = ""  # the flag to name if a line lacks an answer; "": answers are optional
     is_model: bool = False
@@ -1098,9 +1104,8 @@ class Reward:
 
 
 def load_reward(spec, rules, world):
-    """--reward: the name of a rule, FILE.py:function, or a reward model. Held-out completions are
-    right by the rule of that name, or else by the first of the rules. If --reward is a rule,
-    eval/exact is judged by it; otherwise each rule that fits has an eval/NAME."""
+    """--reward: the name of a rule, none, FILE.py:function, or a reward model. A rule judges
+    eval/exact, whatever its name; with other rewards each rule that fits has an eval/NAME."""
     first = next(iter(rules))
     if spec in rules:
         rule = rules[spec]
@@ -2041,8 +2046,8 @@ def gradient_norm(model):
 
 
 def lasting_memory(path, world, learning=1, frozen=0, args=None):
-    """A model's parameters, exact from its config alone, and the bytes that a process holds for
-    good: for each of `learning` models four float32 numbers a parameter (weight, gradient, two
+    """A model's parameters, from its config alone, and the bytes that a process holds for good: for
+    each of `learning` models of this size four float32 numbers a parameter (weight, gradient, two
     moments), for each of `frozen` ones a weight. With adapters, all learning models share one
     frozen model."""
     model = empty_model(path, args)
@@ -2076,7 +2081,7 @@ def learning_rate_at(step, steps, peak, schedule="constant", warmup=0):
     constant, or down to 0 after the last step, in a line or half a cosine. It
     depends on the step alone, so a resumed run has no scheduler to restore."""
     if step <= warmup:
-        return peak * max(step, 0) / (warmup + 1)
+        return peak * max(step, 0) / (warmup + 1)  # below 0: before ppo.py's policy learns
     done = (step - warmup - 1) / max(steps - warmup, 1)
     if schedule == "linear":
         return peak * (1.0 - done)
@@ -2086,7 +2091,7 @@ def learning_rate_at(step, steps, peak, schedule="constant", warmup=0):
 
 
 def sum_gradients(model):
-    """Sums the gradients of a model that is not sharded over the processes."""
+    """Sums over all processes the gradients of a model that is not sharded."""
     for p in model.parameters():
         if p.grad is None:  # adapters that texts do not reach, such as an image encoder's
             p.grad = torch.zeros_like(p)
@@ -2127,7 +2132,7 @@ def open_run(args, script, world):
 
 
 def new_folder(args, script):
-    """--out if no run is in it; without --out runs/SCRIPT, runs/SCRIPT-2, ..."""
+    """--out if it is empty; without --out runs/SCRIPT, runs/SCRIPT-2, ..."""
     if args.out:
         out = Path(args.out)
         if out.exists() and not is_free(out):
@@ -2143,7 +2148,7 @@ def new_folder(args, script):
 
 
 def is_free(out):
-    """A run that was killed at its start leaves .tmp and .lock files only."""
+    """Whether nothing is in it but .tmp and .lock files: a run killed at its start leaves those."""
     return out.is_dir() and all(path.suffix in (".tmp", ".lock") for path in out.iterdir())
 
 
@@ -2299,7 +2304,8 @@ def scores_so_far(out):
     kept = []
     if (out / "best" / "score.json").is_file():
         note = json.loads((out / "best" / "score.json").read_text())
-        kept = [(note["step"], note[name])]
+        if name in note:
+            kept = [(note["step"], note[name])]
     return name, scores, kept
 
 
@@ -2504,14 +2510,16 @@ AT_A_GLANCE = {  # TensorBoard's tab "Custom Scalars"
 }
 
 
-def begin_log(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=0, reference=""):
-    """Prints the model, its memory and the first text before a model is loaded -> (writer, bar) on
-    the first process, (None, None) on the others. reference: the path of one that stays loaded."""
+def begin_log(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=()):
+    """Prints the model, its memory and the first text before a model is loaded, and drops from the
+    logs what a resumed run makes again -> (writer, bar) on the first process, (None, None) on the
+    others. learning: the number of models that learn. frozen: paths of others that stay loaded."""
     if world.rank > 0:
         return None, None
-    count, needed = lasting_memory(args.model, world, learning, frozen, args)
-    if reference and not (args.lora_rank and reference == args.model):
-        needed += lasting_memory(reference, world, learning=0, frozen=1)[1]
+    count, needed = lasting_memory(args.model, world, learning, 0, args)
+    for path in filter(None, frozen):
+        if not (learning and args.lora_rank and path == args.model):
+            needed += lasting_memory(path, world, learning=0, frozen=1)[1]
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if world.device.type == "cuda":
         there = torch.cuda.get_device_properties(world.device).total_memory
@@ -2576,8 +2584,8 @@ def cut_log(path, step):
 
 
 def read_log(out):
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
 
 
 def log(out, writer, step, metrics, texts=()):
@@ -2656,7 +2664,9 @@ ADVICE = {  # metric: (when to warn, what to say)
         "the first ratio is not 1: the model's forward is not deterministic",
     ),
     "entropy": (
-        lambda value, args: value < 0.01,
+        lambda value, args: (
+            value < 0.01 and args.reward != "none" and not getattr(args, "demos", "")
+        ),
         "the policy tries nothing new: lower --learning_rate or raise --beta",
     ),
     "kl/ref": (
@@ -2745,7 +2755,7 @@ def conclude(out, args, writer, bar, use):
             if isinstance(mean, Mean) and mean.high > mean.low and mean.count > 1:
                 last += f" ({mean.count} rows, 95 % interval {mean.low:.3f} to {mean.high:.3f})"
             print(f"held-out {name[5:]}: {values[0][1]:.3f}{last}")
-    is_scored = any(name.startswith(("eval/", "best_of/")) for name in scores)
+    is_scored = any(name.startswith(("eval/", "best_of/", "held_out/")) for name in scores)
     if args.eval_every and not is_scored:
         print("nothing was held out: --eval_data gives a score of prompts that are not trained on")
     compared, curve, kept = scores_so_far(out)

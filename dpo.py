@@ -345,12 +345,12 @@ def train(args):
     # Models held at a time, for the memory that `begin_log` prints. With --steps 0 the policy is
     # frozen, and --reference is beside it if there are pairs to score. With training, the reference
     # is gone before the policy has gradients.
-    learning_models = int(args.steps > 0)
-    frozen_models = int(reward is not None and reward.is_model)
+    learning = int(args.steps > 0)
+    frozen = [args.reward if reward is not None and reward.is_model else ""]
     if not args.steps:
-        frozen_models += 2 if args.reference and held_out else 1
+        frozen += [args.model, args.reference if held_out else ""]
     writer, bar = common.begin_log(
-        out, args, world, tokenizer, first_text, done_steps, learning_models, frozen_models
+        out, args, world, tokenizer, first_text, done_steps, learning, frozen
     )
     common.say_passes(args.steps * args.pairs_per_step, len(pairs), "pairs")
 

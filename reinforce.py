@@ -221,7 +221,7 @@ def resolve(args):
             if getattr(args, name) not in (None, only):
                 fail(f"--demos: each is one sample of weight 1, so --{name} can only be {only}")
     is_tiny_model = Path(args.model).resolve() == TINY / "model"
-    if args.data is None and (is_tiny_model or args.demos):
+    if args.data is None and is_tiny_model and not args.demos:
         args = dataclasses.replace(args, data=str(TINY / "sort_train.jsonl"))
     is_tiny_data = Path(args.demos or args.data or "").resolve().parent == TINY
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
@@ -306,7 +306,7 @@ def spread(scores, all_scores, n, baseline):
     loo) or of the batch, or 1 if they are equal. Rare successes, and rare failures, count more.
 
     It is the std of scores alone. With the KL in it, the KLs alone would give equal scores
-    advantages of size 1. But the KL in A_t is divided too.
+    advantages of size 1. But the KL in A_t is divided too: beta acts as beta / std.
     """
     peers = scores.view(-1, n)  # [B / n, n]
     if baseline in ("none", "batch"):
@@ -345,7 +345,7 @@ def rows_to_train(scores, mask, args, world):
 def policy_loss(logprobs, old_logprobs, advantages, mask, N):
     """Equation (7): logprobs [b, C] with gradient, the rest without -> (loss, ratio [b, C]).
 
-    N counts the completions of all micro-batches and processes, so their split does not matter.
+    N counts the completions of all micro-batches and processes, whose gradients are summed.
 
     The ratio is w_t, of this token alone: the product of all ratios up to it has too much variance.
     It is a constant, because ratio * grad log pi is already the gradient of pi / pi_old.
@@ -465,7 +465,7 @@ def update_loss(policy, batch, rows, args, meter, is_first):
             # not a KL: how far the sampler's log-probabilities are from the trainer's, by rounding
             meter.add("kl/sample", (old - sampled).abs(), mask)
         if is_first and batch.old_logprobs is not None:
-            meter.maximum("ratio/first", (ratio - 1).abs() * mask)
+            meter.maximum("ratio/first", (ratio - 1).abs() * mask)  # 0: pi is still pi_old
     return loss
 
 
@@ -481,9 +481,9 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    frozen = int(reward.is_model)  # models beside the reference, for the memory shown
+    frozen = [ref_path, args.reward if reward.is_model else ""]  # for the memory shown
     writer, bar = common.begin_log(
-        out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen, reference=ref_path
+        out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen
     )
 
     with common.short_errors(out, args, bar):
@@ -523,8 +523,8 @@ def train(args):
                 minibatches.append(micro_batches(rows, trained[rows], samples, size, world))
             updates = shuffled_epochs(minibatches, args, step)
 
-            # 3. Log-probabilities before the update, and the KL of each token, d_t. One update
-            #    without a KL penalty needs neither: pi is still pi_old.
+            # 3. Log-probabilities before the update, and the KL of each token, d_t. Without a KL
+            #    penalty one update (pi is still pi_old) and --demos (w_t is 1) need neither.
             old = None
             kl = torch.zeros_like(samples.logprobs)  # [B, C]
             if reference is not None or (len(updates) > 1 and not args.demos):
@@ -560,7 +560,7 @@ def train(args):
 
             # 6. Log: of all rows; in `update_loss`, of the rows that were trained.
             step_ended = time.perf_counter()
-            # with none or batch a group of equal scores can have advantages
+            # equal scores teach nothing (the KL may); with none or batch they can
             if args.baseline in ("prompt", "loo"):
                 meter.add("equal_groups", equal_groups(scores, n))
             meter.add("length", samples.mask.sum(1))
@@ -645,7 +645,7 @@ def shuffled_epochs(minibatches, args, step):
     updates = []
     for epoch in range(args.epochs):
         # No rank in the seed: all processes take the k-th mini-batch together, because its number
-        # of parts, and what its loss is divided by, are common to all.
+        # of parts is common to all.
         shuffle = random.Random(common.seed_from(args.seed, step, epoch, common.PASS))
         updates += shuffle.sample(minibatches, len(minibatches))
     return updates

@@ -326,11 +326,11 @@ def train(args):
     else:
         first_text = prompts[0][0]
         reader = policy_tokenizer
-    # how many models learn, and how many are only read
+    # how many models learn, and the paths of those that are only read
     learning = int(args.steps > 0)
-    frozen = 1 - learning + int(bool(args.policy))
-    if reward is not None:
-        frozen += int(reward.is_model)
+    frozen = [args.policy, "" if learning else args.model]
+    if reward is not None and reward.is_model:
+        frozen.append(args.reward)
     # says what the run is, with its first text
     writer, bar = common.begin_log(
         out, args, world, reader, first_text, done_steps, learning, frozen

@@ -402,7 +402,8 @@ def test_without_steps_a_model_is_held_against_the_reference_that_it_started_fro
     monkeypatch.setattr(common, "load_reference", lambda *given: pytest.fail("loaded"))
     flags |= {"eval_data": "", "eval_prompts": str(dpo.TINY / "sort_test.jsonl")}
     run(tmp_path, "sampled", **flags)
-    assert counts == [(0, 2), (0, 1)], "models that learn, and frozen ones"
+    model, reference = flags["model"], flags["reference"]
+    assert counts == [(0, ["", model, reference]), (0, ["", model, ""])], "that learn, and frozen"
 
 
 @pytest.mark.parametrize("loss", FORMULAS)

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -1008,9 +1009,32 @@ def test_the_share_of_no_right_ones_has_an_interval_that_begins_at_0():
         assert not f"{common.Mean(0.0, count, 0.0).low:.3f}".startswith("-")
 
 
+def test_a_log_is_read_as_it_was_written_whatever_the_names_and_the_locale(tmp_path, monkeypatch):
+    """A user's reward names its parts, and a line separator in a name is no end of a line."""
+    row = {"step": 1, "reward/é\u2028ü": 0.5}
+    (tmp_path / "metrics.jsonl").write_bytes(
+        (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
+    )
+    read = Path.read_text
+
+    def in_latin_1(path, encoding="latin-1", **named):
+        return read(path, encoding=encoding, **named)
+
+    monkeypatch.setattr(Path, "read_text", in_latin_1)
+    assert common.read_log(tmp_path) == [row]
+
+
+def test_a_best_model_whose_scores_are_not_in_the_log_compares_with_nothing(tmp_path):
+    """A run that was resumed without evaluations."""
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward": 0.5}) + "\n")
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "score.json").write_text(json.dumps({"step": 1, "eval/exact": 0.5}))
+    assert common.scores_so_far(tmp_path) == (None, [], [])
+
+
 def test_after_best_of_n_nothing_is_said_of_data_that_is_held_out(tmp_path, capsys):
     args = SimpleNamespace(eval_every=1, steps=0)
-    for name, said in (("best_of/true@4", False), ("reward", True)):
+    for name, said in (("best_of/true@4", False), ("held_out/prompts", False), ("reward", True)):
         (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, name: 0.5}) + "\n")
         bar = SimpleNamespace(close=lambda: None)
         writer = SimpleNamespace(close=lambda: None, held_out={})

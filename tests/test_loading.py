@@ -809,10 +809,31 @@ def test_memory_counts_what_lasts(folder):
     assert common.memory_used(CPU) > 2**20
 
 
+def test_memory_counts_a_reward_model_with_its_own_head(tmp_path):
+    """It is counted by its own size, and a classifier has no head of a language model. Some
+    families are classifiers only."""
+    config = family("qwen2", tie_word_embeddings=False).config
+    wanted = {}
+    for name, auto in (
+        ("policy", transformers.AutoModelForCausalLM),
+        ("judge", transformers.AutoModelForSequenceClassification),
+    ):
+        model = auto.from_config(config)
+        model.save_pretrained(tmp_path / name)
+        wanted[name] = sum(p.numel() for p in model.parameters())
+        assert common.lasting_memory(tmp_path / name, CPU)[0] == wanted[name]
+    assert wanted["judge"] < wanted["policy"]
+    distil = transformers.DistilBertConfig(vocab_size=64, dim=16, n_heads=2, n_layers=1)
+    distil.architectures = ["DistilBertForSequenceClassification"]
+    distil.save_pretrained(tmp_path / "distil")
+    assert common.lasting_memory(tmp_path / "distil", CPU)[0] > 0
+
+
 def introduced(folder, tmp_path, **changes):
     args = Namespace(model=str(folder), steps=3, resume=False, out="x")
     args.learning_rate = 1e-6
     args.warmup = 0
+    args.lora_rank = 0
     writer, bar = common.begin_log(tmp_path, args, CPU, make_tokenizer(), [5, 6], 0, **changes)
     writer.close()
     bar.close()
@@ -828,7 +849,7 @@ def test_a_run_that_cannot_fit_is_warned_of_before_anything_is_loaded(
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1}.get(name, 32 * n))
     introduced(folder, tmp_path, learning=2)
     assert "warning" not in capsys.readouterr().out, "just enough"
-    introduced(folder, tmp_path, learning=2, frozen=1)
+    introduced(folder, tmp_path, learning=2, frozen=["", str(folder)])
     assert "warning: this does not fit" in capsys.readouterr().out
 
 
@@ -1563,7 +1584,12 @@ def test_advice_of_all_methods_is_given_once_and_only_where_it_helps(monkeypatch
     common.advise({}, exact, said)
     # a teacher may be far away, and without a reward all scores are equal
     teacher = Namespace(reward="none", reference="TEACHER")
-    common.advise(calm | {"reward": 0.0, "equal_groups": 1.0, "kl/ref": 300.0}, teacher, said)
+    sure = {"entropy": 0.001}  # as a teacher may be, and right answers are
+    common.advise(
+        calm | {"reward": 0.0, "equal_groups": 1.0, "kl/ref": 300.0} | sure, teacher, said
+    )
+    demos = Namespace(reward="exact", reference="", demos="answers.jsonl")
+    common.advise(calm | sure, demos, said)
     assert not words
     loud = {"truncated": 0.6, "reward": 0.0, "equal_groups": 0.9, "ratio/first": 0.1}
     loud |= {"entropy": 0.001, "kl/ref": -101.0, "value/explained": -1.1, "fall / interval": 1.1}

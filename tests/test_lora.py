@@ -321,6 +321,26 @@ def test_the_saved_model_is_the_adapted_one_for_plain_transformers(name, tmp_pat
     assert names[0] == names[1]
 
 
+def test_an_adapter_is_that_of_the_model_beside_it_also_if_the_disk_is_full(tmp_path):
+    """best/ stays as it was if it cannot be written, and best_adapter/ with it."""
+    family("llama").save_pretrained(tmp_path / "start")
+    world = start()
+    policy = load_moved(tmp_path / "start", world)
+    common.save_model(policy, make_tokenizer(), tmp_path / "best", world, {"step": 1})
+    before = (tmp_path / "best_adapter" / "adapter_model.safetensors").read_bytes()
+    with torch.no_grad():
+        for layer in policy.lora.layers:
+            layer.lora_B.weight.add_(0.1)
+    with (
+        mock.patch.object(common, "replace", side_effect=OSError("full")),
+        pytest.raises(common.Stop, match="full"),
+    ):
+        common.save_model(policy, make_tokenizer(), tmp_path / "best", world, {"step": 2})
+    assert (tmp_path / "best_adapter" / "adapter_model.safetensors").read_bytes() == before
+    common.save_model(policy, make_tokenizer(), tmp_path / "best", world, {"step": 2})
+    assert (tmp_path / "best_adapter" / "adapter_model.safetensors").read_bytes() != before
+
+
 def test_the_saved_model_is_merged_in_float32_and_rounded_once(bfloat16, tmp_path):
     family("llama").save_pretrained(tmp_path / "start")
     policy = load_moved(tmp_path / "start", bfloat16)

@@ -576,4 +576,5 @@ def test_every_script_hands_the_models_beside_the_policy_to_the_line_about_memor
             with pytest.raises(Seen):
                 run(script, tmp_path, reward=spec, out=str(tmp_path / f"{script.__name__}{count}"))
             given, named = found[0]
-            assert (dict(zip(names, given)) | named).get("frozen", 0) == count
+            frozen = (dict(zip(names, given)) | named)["frozen"]
+            assert [path for path in frozen if path == reward] == count * [reward], "beside others"
