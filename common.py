@@ -64,6 +64,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -732,6 +733,7 @@ def empty_model(path, args=None):
     with loading(path), torch.device("meta"):
         config = read_config(path)
         is_scalar = "SequenceClassification" in str(config.architectures)
+        is_scalar = is_scalar or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
         auto = AutoModelForSequenceClassification if is_scalar else AutoModelForCausalLM
         model = auto.from_config(config, trust_remote_code=False)
         return add_adapters(model, args, torch.float32)
@@ -945,9 +947,13 @@ def save_model(model, tokenizer, folder, world, note=None):
 def write_model(model, tokenizer, folder, state, dtype, note=None):
     temporary = folder.with_name(folder.name + ".tmp")
     adapter = folder.with_name("best_adapter" if folder.name == "best" else "adapter")
+    temporary_adapter = adapter.with_name(adapter.name + ".tmp")
     generation = getattr(model, "generation_config", None)
     try:
-        files = merge_adapter(model, state) if hasattr(model, "lora") else {}
+        if hasattr(model, "lora"):
+            temporary_adapter.mkdir(exist_ok=True)
+            for name, content in merge_adapter(model, state).items():
+                write(temporary_adapter / name, content)
         # save_pretrained refuses some generation configs (Llama-2's): hide it, write it later
         model.generation_config = GenerationConfig()
         model.save_pretrained(temporary, state_dict=state)
@@ -969,11 +975,11 @@ def write_model(model, tokenizer, folder, state, dtype, note=None):
         if note:
             write(temporary / "score.json", json.dumps(note) + "\n")
         replace(temporary, folder)
-        for name, content in files.items():  # after the model that they are of
-            adapter.mkdir(exist_ok=True)
-            write(adapter / name, content)
+        if hasattr(model, "lora"):  # together with the model that it is of
+            replace(temporary_adapter, adapter)
     except Exception as error:  # each library has its own exception for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary_adapter, ignore_errors=True)
         raise Stop(f"{folder} could not be written ({error})") from error
     finally:
         model.generation_config = generation
@@ -2510,16 +2516,17 @@ AT_A_GLANCE = {  # TensorBoard's tab "Custom Scalars"
 }
 
 
-def begin_log(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=()):
+def begin_log(out, args, world, tokenizer, ids, done_steps, learning=1, frozen=(), reference=""):
     """Prints the model, its memory and the first text before a model is loaded, and drops from the
     logs what a resumed run makes again -> (writer, bar) on the first process, (None, None) on the
-    others. learning: the number of models that learn. frozen: paths of others that stay loaded."""
+    others. learning: the number of models that learn. frozen, reference: paths of others that stay
+    loaded; with adapters the policy can be its own reference."""
     if world.rank > 0:
         return None, None
     count, needed = lasting_memory(args.model, world, learning, 0, args)
-    for path in filter(None, frozen):
-        if not (learning and args.lora_rank and path == args.model):
-            needed += lasting_memory(path, world, learning=0, frozen=1)[1]
+    is_own = reference == args.model and args.lora_rank
+    for path in filter(None, [*frozen, "" if is_own else reference]):
+        needed += lasting_memory(path, world, learning=0, frozen=1)[1]
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if world.device.type == "cuda":
         there = torch.cuda.get_device_properties(world.device).total_memory

@@ -529,8 +529,8 @@ def reference_scores(
     be as it was at the start.
 
     Those of the training pairs are kept in a file of the run's folder. A resumed run computes only
-    what is missing. Its micro-batches are not those of training, so in bfloat16 the sums round
-    differently: the log-ratios of step 1 are near 0, not 0.
+    what is missing. The reference's micro-batches are not those of training, so in bfloat16 sums
+    round differently: the log-ratios of step 1 are near 0, not 0.
     """
     if args.loss == "simpo":
         return torch.zeros(len(pairs), 2), torch.zeros(len(held_out), 2)

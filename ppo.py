@@ -565,9 +565,9 @@ def train(args):
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
     learning = 2 if critic_path else 1  # learning models; `begin_log` counts their memory
-    frozen = [ref_path, args.reward if reward.is_model else ""]  # these do not
+    frozen = [args.reward] if reward.is_model else []
     writer, bar = common.begin_log(
-        out, args, world, tokenizer, prompts[0][0], done_steps, learning, frozen
+        out, args, world, tokenizer, prompts[0][0], done_steps, learning, frozen, ref_path
     )
 
     with common.short_errors(out, args, bar):

@@ -481,9 +481,9 @@ def train(args):
     saved = common.take_up(out, args, world)  # the last checkpoint of a resumed run, or None
     done_steps = saved["step"] if saved else 0
     ref_path = (args.reference or args.model) if args.beta and args.steps else ""
-    frozen = [ref_path, args.reward if reward.is_model else ""]  # for the memory shown
+    frozen = [args.reward] if reward.is_model else []  # for the memory shown
     writer, bar = common.begin_log(
-        out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen
+        out, args, world, tokenizer, prompts[0][0], done_steps, frozen=frozen, reference=ref_path
     )
 
     with common.short_errors(out, args, bar):

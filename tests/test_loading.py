@@ -824,16 +824,18 @@ def test_memory_counts_a_reward_model_with_its_own_head(tmp_path):
         assert common.lasting_memory(tmp_path / name, CPU)[0] == wanted[name]
     assert wanted["judge"] < wanted["policy"]
     distil = transformers.DistilBertConfig(vocab_size=64, dim=16, n_heads=2, n_layers=1)
-    distil.architectures = ["DistilBertForSequenceClassification"]
-    distil.save_pretrained(tmp_path / "distil")
-    assert common.lasting_memory(tmp_path / "distil", CPU)[0] > 0
+    for name in ("DistilBertForSequenceClassification", "DistilBertForRewardModel"):
+        distil.architectures = [name]
+        distil.save_pretrained(tmp_path / "distil")
+        assert common.lasting_memory(tmp_path / "distil", CPU)[0] > 0
 
 
-def introduced(folder, tmp_path, **changes):
+def introduced(folder, tmp_path, flags=None, **changes):
     args = Namespace(model=str(folder), steps=3, resume=False, out="x")
     args.learning_rate = 1e-6
     args.warmup = 0
     args.lora_rank = 0
+    vars(args).update(flags or {})
     writer, bar = common.begin_log(tmp_path, args, CPU, make_tokenizer(), [5, 6], 0, **changes)
     writer.close()
     bar.close()
@@ -851,6 +853,28 @@ def test_a_run_that_cannot_fit_is_warned_of_before_anything_is_loaded(
     assert "warning" not in capsys.readouterr().out, "just enough"
     introduced(folder, tmp_path, learning=2, frozen=["", str(folder)])
     assert "warning: this does not fit" in capsys.readouterr().out
+
+
+def test_with_adapters_only_the_policys_own_reference_is_no_second_model(
+    folder, tmp_path, monkeypatch
+):
+    """reward_model.py loads its --policy also if it is the folder of --model."""
+    counted = []
+    honest = common.lasting_memory
+    monkeypatch.setattr(
+        common,
+        "lasting_memory",
+        lambda *given, **named: counted.append(1) or honest(*given, **named),
+    )
+    adapters = {"lora_rank": 4, "lora_alpha": 8.0}
+    for flags, changes, count in (
+        (adapters, {"reference": str(folder)}, 1),
+        ({}, {"reference": str(folder)}, 2),
+        (adapters, {"frozen": [str(folder)]}, 2),
+    ):
+        counted.clear()
+        introduced(folder, tmp_path, flags, **changes)
+        assert len(counted) == count
 
 
 def test_running_out_of_memory_names_the_flags_that_help(tmp_path):

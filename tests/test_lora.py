@@ -331,12 +331,22 @@ def test_an_adapter_is_that_of_the_model_beside_it_also_if_the_disk_is_full(tmp_
     with torch.no_grad():
         for layer in policy.lora.layers:
             layer.lora_B.weight.add_(0.1)
-    with (
-        mock.patch.object(common, "replace", side_effect=OSError("full")),
-        pytest.raises(common.Stop, match="full"),
-    ):
-        common.save_model(policy, make_tokenizer(), tmp_path / "best", world, {"step": 2})
-    assert (tmp_path / "best_adapter" / "adapter_model.safetensors").read_bytes() == before
+    write = common.write
+
+    def full(path, data):
+        if "adapter" in path.name:
+            raise OSError("full")
+        write(path, data)
+
+    for name, stand_in in (("replace", OSError("full")), ("write", full)):
+        with (
+            mock.patch.object(common, name, side_effect=stand_in),
+            pytest.raises(common.Stop, match="full"),
+        ):
+            common.save_model(policy, make_tokenizer(), tmp_path / "best", world, {"step": 2})
+        assert json.loads((tmp_path / "best" / "score.json").read_text()) == {"step": 1}
+        assert (tmp_path / "best_adapter" / "adapter_model.safetensors").read_bytes() == before
+        assert not list(tmp_path.glob("*.tmp"))
     common.save_model(policy, make_tokenizer(), tmp_path / "best", world, {"step": 2})
     assert (tmp_path / "best_adapter" / "adapter_model.safetensors").read_bytes() != before
 

@@ -284,6 +284,9 @@ def test_what_the_pages_say_of_whole_runs_on_a_gpu_holds():
             said = f"three seeds in bfloat16 and three in float32, {said} to {max(found):.2f}"
         said += f" ({'CPU ' * (len(found) > 1)}{min(on_cpu):.2f} to {max(on_cpu):.2f})"
         assert f"{script}{', ' if len(found) > 1 else ' '}{said}" in running
+        assert min(on_cpu) - 0.05 < min(found) and max(found) < max(on_cpu) + 0.05
+        outside = (min(found) < min(on_cpu) - 0.01) - (max(found) > max(on_cpu) + 0.01)
+        assert outside == {"reinforce.py": -1, "dpo.py": 1}.get(script, 0)
     low, high = min(ends["grpo.py"]), max(ends["grpo.py"])
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"grpo.py's default run ends at {low:.2f} to {high:.2f} there, too" in readme

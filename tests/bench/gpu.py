@@ -297,6 +297,8 @@ def token(args, size, shape, folder):
     policy = common.load_policy(folder, world)
     tokenizer = common.load_tokenizer(folder)
     never_end(policy, tokenizer)
+    if args.tiny:
+        common.CAPTURE_ON = ("cuda", "cpu")
     record_graph = common.CapturedStep.record
     call = common.CapturedStep.__call__
 
@@ -532,8 +534,7 @@ def step_of_trl(args, size, folder):
 def learn(args, size, _, folder):
     """The five scripts with no flags but a seed and a dtype: the held-out score before and at the
     last step, sampled greedily (exact match), or of pairs (accuracy). All run at once on the one
-    card, so the seconds, with the start, are those of a shared card: here by NVIDIA's MPS, with up
-    to 14 runs of real.py beside them."""
+    card, so the seconds, with the start, are those of a shared card."""
     runs = [("grpo.py", seed, "bfloat16") for seed in size.seeds]
     runs += [("grpo.py", seed, "float32") for seed in size.seeds]
     others = ("reinforce.py", "ppo.py", "dpo.py", "reward_model.py")

@@ -240,7 +240,8 @@ def table(rows):
             if method != START:
                 setting = f"{results.short(mine[0]['rate'])} | {64 * steps:,}"
                 right += f" ({interval(mine)})" if len(mine) > 1 else " (1 seed so far)"
-                seeds = ", ".join(f"{value:.2f}" for value in shares["right"])
+                of_seed = {row["seed"]: f"{results.share(row['right']):.2f}" for row in mine}
+                seeds = ", ".join(of_seed.get(seed, "-") for seed in SEEDS)
                 times = [s["time/sample"] + s["time/train"] for row in mine for s in row["train"]]
                 seconds = f"{statistics.median(times):.1f}" if times else ""
             cells = [
