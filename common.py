@@ -83,10 +83,10 @@ from transformers.utils import logging as transformers_logging
 
 
 def say(message):
-    """Prints a line on the first process only. A broken pipe is ignored: Ctrl-C also ends the tee
-    of `| tee`, and the run must still save."""
+    """Prints a line on the first process only. If nobody can read it, the run goes on: Ctrl-C also
+    ends the tee of `| tee`, and a terminal can be closed."""
     if int(os.environ.get("RANK", 0)) == 0:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             tqdm.write(message)
 
 
@@ -103,7 +103,7 @@ def fail(message):
 
 def first_line(error):
     """An exception's message without the paragraphs that libraries add."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Stop(Exception):
@@ -243,16 +243,17 @@ def check_flags(args):
             fail(f"--{name} {value}: must be {least} or more")
     if getattr(args, "reference", "") and not args.beta:
         fail("--reference: only the KL penalty uses it, so it needs a --beta above 0")
-    if getattr(args, "reward", "") == "none" and not getattr(args, "beta", 1):
+    demos = getattr(args, "demos", "")
+    if getattr(args, "reward", "") == "none" and not (getattr(args, "beta", 1) or demos):
         fail("--reward none: only the KL penalty teaches then, so it needs a --beta above 0")
-    learns_from_rewards = args.steps and hasattr(args, "prompts_per_step")
+    learns_from_rewards = args.steps and hasattr(args, "prompts_per_step") and not demos
     if learns_from_rewards and args.reward == "none" and not args.reference:
         fail("--reward none: without a --reference, the teacher, there is nothing to learn")
     if args.resume and not args.steps:
         fail("--steps 0 evaluates a model: give --model RUN/model instead of --resume")
     if not args.steps and not args.eval_every:
         fail("--steps 0 evaluates only, and --eval_every 0 turns that off")
-    if args.steps and not (args.data or getattr(args, "demos", "")):
+    if args.steps and not (args.data or demos):
         why = "the bundled data is for the bundled model, and used only if no file is named"
         fail(f"--model {args.model} needs --data: {why}")
     held_out = [name for name in ("eval_data", "eval_prompts") if hasattr(args, name)]
@@ -342,6 +343,8 @@ def load_tokenizer(path, template_args=""):
             tokenizer = AutoTokenizer.from_pretrained(
                 path, trust_remote_code=False, mistral_format=False
             )
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        fail(f"{path}: the folder has no tokenizer")  # transformers has made an empty one
     if tokenizer.vocab_size > vocab_size:
         fail(f"{path}: tokenizer and model do not belong together: it has more tokens")
     if tokenizer.eos_token_id is None:
@@ -558,8 +561,8 @@ def has_answer(record):
 
 
 def load_prompts(path, flag, tokenizer, args, answer_flag):
-    """[(token ids of the prompt, its line of the file as a dict), ...]. Prompts that are empty
-    or too long are left out, and counted."""
+    """[(token ids of the prompt, its line of the file as a dict), ...]. Prompts that are too long,
+    or have no tokens, are left out, and counted."""
     kept = []
     left_out = 0
     lines = read_json(path, flag) if path else []
@@ -599,10 +602,10 @@ def some_rows(rows, count):
 
 @contextlib.contextmanager
 def loading(path):
-    """Turns transformers' errors into one sentence."""
+    """Turns transformers' errors, and those of its libraries, into one sentence."""
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except Exception as error:
         fail(f"{path}: no such model could be loaded ({first_line(error)})")
 
 
@@ -667,6 +670,8 @@ def context_of(*configs):
     for config in configs:
         text = config.get_text_config()
         room.append(getattr(text, "max_position_embeddings", None) or 2**31)
+        if re.search("roberta|camembert|longformer", text.model_type):
+            room[-1] -= text.pad_token_id + 1  # these families count positions from there
         rope = getattr(text, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":
             # longer texts use other rotary frequencies, which do not fit the keys cached before
@@ -1158,14 +1163,21 @@ def load_function(spec, flag):
         fail(f"{flag} {spec}: name the function, too: {spec}:FUNCTION")
     if not Path(file).is_file():
         fail(f"{flag} {spec}: no such file {Path(file).absolute()}")
-    info = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
+    path = Path(file).resolve()
+    sys.path.append(str(path.parent))  # it may import a file beside it
+    stem = path.stem
+    if stem not in sys.modules and "." not in stem:  # processes that it starts import it by name
+        found = importlib.util.find_spec(stem)
+        stem = stem if found and found.origin == str(path) else f"reward_{stem}"
+    else:
+        stem = f"reward_{stem}"
+    info = importlib.util.spec_from_file_location(stem, file)
     module = importlib.util.module_from_spec(info)
-    sys.path.append(str(Path(file).resolve().parent))  # it may import a file beside it
     sys.modules[info.name] = module  # dataclasses in the file look themselves up there
     try:
         info.loader.exec_module(module)
         return getattr(module, name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         why = f"cannot be imported or has no function {name!r}"
         fail(f"{flag} {spec}: {file} {why} ({type(error).__name__}: {error})")
 
@@ -1173,7 +1185,7 @@ def load_function(spec, flag):
 def checked(function, spec, world):
     """A reward function as `Reward.score`. It gets one completion after the other, or, if its first
     parameter is named `completions`, all of them at once. A value that is not a finite number ends
-    the run: one NaN makes every weight NaN within a step."""
+    the run: later only a gradient of NaN would tell of it, and not of the prompt."""
     name = spec.rpartition(":")[2]
     forms = (f"def {name}(completion, row): ...", f"def {name}(completions, rows): ...")
     names = parameters_of(function, spec, " or ".join(forms))
@@ -1197,7 +1209,8 @@ def checked(function, spec, world):
     def parts_of(value, where):
         parts = value if isinstance(value, dict) else {"reward": value}
         parts = {str(name): to_float(number) for name, number in parts.items()}
-        if "reward" not in parts or not all(map(math.isfinite, parts.values())):
+        largest = torch.finfo(torch.float32).max
+        if "reward" not in parts or not all(abs(x) <= largest for x in parts.values()):
             raise Stop(f"--reward {spec} must return {wanted}, returned {value!r:.100}, {where}")
         return parts
 
@@ -1303,7 +1316,8 @@ def score_ids(model, tokenizer, texts, world):
     most, longest = all_gather(world, sizes).amax(0).tolist()  # over all processes
     if longest > limit:
         say_once(f"warning: --reward reads {limit} tokens; of longer texts it reads the end")
-        texts = [text[-limit:] for text in texts]
+        # with the first token, from which some families read the score
+        texts = [t if len(t) <= limit else [t[0], *t[1 - limit :]] for t in texts]
     values = []
     size = max(1, min(64, 32_768 // min(longest, limit)))
     # as many rounds on every process: sharded weights are gathered by all or by none
@@ -1686,9 +1700,9 @@ def draw(logits, u, block=256):
     u [B, 1]: uniform in [0, 1), float64.
 
     The token is the first whose cumulative probability exceeds u, summed over blocks of the
-    vocabulary, then inside the block that u falls into. The sums are float64: a float32 sum over
-    150,000 tokens is wrong in its fourth digit. torch.multinomial draws a random number for each
-    entry of the vocabulary, where this takes one a row."""
+    vocabulary, then inside the block that u falls into. The sums are float64: 150,000 float32
+    numbers, added one by one, can be off by 1e-5, and many tokens have less. torch.multinomial
+    draws a random number for each entry of the vocabulary, where this takes one a row."""
     logits = logits.float()
     top = logits.amax(-1, keepdim=True)
     p = F.pad((logits - top).exp(), (0, -logits.shape[1] % block))
@@ -2128,6 +2142,9 @@ def open_run(args, script, world):
             out = folder_to_resume(args, script) if args.resume else new_folder(args, script)
             lock(out)
             known = {"script": script, **dataclasses.asdict(args)}
+            if args.resume and checkpoints(out) and int(checkpoints(out)[-1].stem) == args.steps:
+                # only the model is written: the run can go on to the end that it had before
+                known["steps"] = json.loads((out / "args.json").read_text())["steps"]
             write(out / "args.json", json.dumps(known, indent=1) + "\n")
         except OSError as error:
             fail(f"--out {args.out or 'runs'}: cannot write there ({error.strerror})")
@@ -2181,8 +2198,9 @@ def folder_to_resume(args, script):
     was = before.get("steps", args.steps)
     if args.steps not in (was, made) and args.schedule != "constant":
         shape = (args.learning_rate, args.schedule, args.warmup)
-        last = learning_rate_at(made, was, *shape)
-        rate = learning_rate_at(made + 1, args.steps, *shape)
+        start = getattr(args, "critic_warmup", 0)  # the policy's schedule begins after it
+        last = learning_rate_at(made - start, was - start, *shape)
+        rate = learning_rate_at(made + 1 - start, args.steps - start, *shape)
         changed = f"it was about {last:.2g}, and goes on at about {rate:.2g}"
         print(f"note: --steps was {was}: the learning rate falls to 0 at the new end; {changed}")
     return out
@@ -2244,7 +2262,8 @@ def replace(temporary, folder):
 
 def checkpoints(out):
     """The files of a run's finished checkpoints, the oldest first."""
-    return sorted((Path(out) / "checkpoint").glob("[0-9]*.pt"), key=lambda p: int(p.stem))
+    paths = (Path(out) / "checkpoint").glob("*.pt")
+    return sorted((p for p in paths if p.stem.isdigit()), key=lambda p: int(p.stem))
 
 
 def tensors(model, for_checkpoint=False):

@@ -9,6 +9,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -1896,3 +1897,116 @@ def test_a_gpu_in_bfloat16_keeps_angles_exact_and_in_float32_has_no_tf32_to_keep
     ):
         with pytest.raises(error):
             common.shard(family("llama"), World(0, 1, torch.device(device), dtype))
+
+
+# --- What users were seen to give ---
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, capsys):
+    """transformers makes an empty one for it, which knows no word or calls every word unknown."""
+    for name in ("qwen2", "gemma"):
+        folder = tmp_path / name
+        family(name).save_pretrained(folder)
+        with pytest.raises(SystemExit):
+            common.load_tokenizer(folder)
+        assert "the folder has no tokenizer" in capsys.readouterr().err
+
+
+def test_a_cut_file_of_weights_is_one_sentence(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1"
+    )
+    with pytest.raises(SystemExit):
+        common.load_policy(tmp_path / "cut", CPU)
+    assert "no such model could be loaded (" in capsys.readouterr().err
+
+
+def test_a_terminal_that_is_gone_ends_no_run(monkeypatch):
+    def gone(message):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(common.tqdm, "write", gone)
+    common.say("nobody reads this")
+
+
+def test_a_message_that_begins_with_an_empty_line_has_a_first_line():
+    assert common.first_line(ImportError("\nneeds a library\nso do this")) == "needs a library"
+    assert common.first_line(ValueError()) == "ValueError"
+
+
+def test_the_context_of_a_family_that_counts_positions_from_its_padding_is_shorter():
+    config = transformers.RobertaConfig(max_position_embeddings=66, pad_token_id=1)
+    assert common.context_of(config) == 64
+
+
+def test_a_copy_of_a_checkpoint_is_none(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    for name in ("000004", "000004_backup", "000004_1", "000012"):
+        (tmp_path / "checkpoint" / f"{name}.pt").touch()
+    assert [path.stem for path in common.checkpoints(tmp_path)] == ["000004", "000012"]
+
+
+def test_a_file_that_ends_in_exit_is_no_reward(tmp_path, capsys):
+    (tmp_path / "ends.py").write_text("def f(completion, row):\n    return 1.0\nexit(0)\n")
+    with pytest.raises(SystemExit) as stopped:
+        common.load_function(f"{tmp_path}/ends.py:f", "--reward")
+    assert stopped.value.code and "cannot be imported" in capsys.readouterr().err
+
+
+def test_processes_that_a_reward_starts_find_its_functions(tmp_path, monkeypatch):
+    """They import its module by name. The name of another module is not taken."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "modules", {**sys.modules})
+    for stem, name in (("my_own_reward", "my_own_reward"), ("json", "reward_json")):
+        (tmp_path / f"{stem}.py").write_text("def f(completion, row):\n    return 1.0\n")
+        function = common.load_function(f"{tmp_path}/{stem}.py:f", "--reward")
+        assert function.__module__ == name and sys.modules[name].f is function
+    assert importlib.util.find_spec("my_own_reward").origin == f"{tmp_path}/my_own_reward.py"
+    assert sys.modules["json"] is json
+
+
+def test_a_reward_that_is_infinite_in_float32_is_refused_with_its_prompt():
+    score = common.checked(lambda completion, row: 1e39, "r.py:f", CPU)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    samples = common.Samples(None, None, mask, mask, None, mask[0], ["text"])
+    with pytest.raises(common.Stop, match="(?s)returned 1e.39.*prompt"):
+        score(samples, [{"prompt": "52="}])
+
+
+@dataclass
+class Resumed:
+    out: str
+    steps: int
+    resume: bool = True
+    learning_rate: float = 0.1
+    schedule: str = "linear"
+    warmup: int = 0
+    critic_warmup: int = 0
+
+
+def test_a_run_whose_model_is_written_early_can_still_go_on_to_its_end(tmp_path, capsys):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "000040.pt").touch()
+    planned = {"script": "grpo", **dataclasses.asdict(Resumed(str(tmp_path), 100))}
+    for steps, kept in ((40, 100), (100, 100), (60, 60), (40, 60)):
+        (tmp_path / "args.json").write_text(json.dumps(planned))
+        common.open_run(Resumed(str(tmp_path), steps), "grpo", CPU)
+        planned = json.loads((tmp_path / "args.json").read_text())
+        assert planned["steps"] == kept
+        common.HELD.clear()
+    assert capsys.readouterr().out.count("--steps was") == 1, "of 60 steps in place of 100"
+
+
+def test_a_changed_end_is_told_with_the_rate_of_the_policy_after_the_critics_warmup(
+    tmp_path, capsys
+):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "000060.pt").touch()
+    planned = {"script": "ppo", **dataclasses.asdict(Resumed(str(tmp_path), 100))}
+    (tmp_path / "args.json").write_text(json.dumps(planned | {"critic_warmup": 50}))
+    common.folder_to_resume(Resumed(str(tmp_path), 200, critic_warmup=50), "ppo")
+    said = capsys.readouterr().out
+    before = common.learning_rate_at(10, 50, 0.1, "linear", 0)
+    after = common.learning_rate_at(11, 150, 0.1, "linear", 0)
+    assert f"it was about {before:.2g}, and goes on at about {after:.2g}" in said
