@@ -707,3 +707,17 @@ def test_the_pages_say_what_one_sample_a_prompt_does(results):
     assert f"REINFORCE without baseline has {changed}, too" in readme
     page = " ".join((ROOT / "tests" / "bench" / "README.md").read_text().split())
     assert f"REINFORCE without baseline ends at {changed} in place of {chosen}" in page
+    means = {}
+    for name in ("PPO, separate critic", "PPO, shared critic", "GRPO, four updates"):
+        means[name] = np.mean([results.score_of(row) for row in results.final_rows(rows, name)])
+        if name.startswith("PPO"):
+            control = [row for row in rows if row["method"] == f"{name}: {results.GROUPED}"]
+            assert len(control) == 5
+            means[f"{name}, 32 x 8"] = np.mean([results.score_of(row) for row in control])
+    separate, separate_8, shared, shared_8, grpo = means.values()
+    assert f"With 32 x 8 PPO has {separate_8:.2f} and {shared_8:.2f}; with one" in readme
+    words = (
+        "PPO ends at {:.3f} (separate critic) and {:.3f} (shared) in place of {:.3f} and {:.3f}."
+    )
+    assert words.format(separate_8, shared_8, separate, shared) in page
+    assert f"GRPO with four updates ends ({grpo:.3f})" in page
