@@ -653,6 +653,9 @@ def test_what_the_page_says_of_a_real_model_holds(real, results):
         for part in (slice(0, 5), slice(9, 16), slice(-5, None))
     ]
     assert "{:.2f}, {:.2f} and {:.2f} of REINFORCE's samples are right over".format(*means) in page
+    others = [row for row in rows if (row["device"], row["dtype"]) != ("NVIDIA H200", "bfloat16")]
+    (other,) = [(row["task"], row["method"], row["seed"], row["dtype"]) for row in others]
+    assert other == ("chain", "PPO, shared critic", 13, "float32")
     rates = {method: real.best_rate(rows, method)[0] for method in real.METHODS}
     low = rates["the best of 8"]
     assert rates == {
@@ -702,11 +705,16 @@ def test_the_pages_say_what_one_sample_a_prompt_does(results):
     changed = [results.score_of(row) for row in rows if row["method"] == name]
     chosen = [results.score_of(row) for row in results.final_rows(rows, name.partition(":")[0])]
     assert len(changed) == 5
-    changed, chosen = f"{np.mean(changed):.2f}", f"{np.mean(chosen):.2f}"
+    exact = np.mean(changed)
+    changed, chosen = f"{exact:.2f}", f"{np.mean(chosen):.2f}"
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"REINFORCE without baseline has {changed}, too" in readme
     page = " ".join((ROOT / "tests" / "bench" / "README.md").read_text().split())
     assert f"REINFORCE without baseline ends at {changed} in place of {chosen}" in page
+    name = "REINFORCE, leave one out: one sample a prompt, the batch's mean"
+    with_mean = [results.score_of(row) for row in rows if row["method"] == name]
+    words = f"{np.mean(with_mean):.3f} with the batch's mean (two seeds), {exact:.3f} without"
+    assert len(with_mean) == 2 and words in page
     means = {}
     for name in ("PPO, separate critic", "PPO, shared critic", "GRPO, four updates"):
         means[name] = np.mean([results.score_of(row) for row in results.final_rows(rows, name)])

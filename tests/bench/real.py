@@ -242,7 +242,9 @@ def table(rows):
                 right += f" ({interval(mine)})" if len(mine) > 1 else " (1 seed so far)"
                 of_seed = {row["seed"]: f"{results.share(row['right']):.2f}" for row in mine}
                 seeds = ", ".join(of_seed.get(seed, "-") for seed in SEEDS)
-                times = [s["time/sample"] + s["time/train"] for row in mine for s in row["train"]]
+                usual = statistics.mode(row.get("device") for row in mine)
+                same = [row for row in mine if row.get("device") == usual]
+                times = [s["time/sample"] + s["time/train"] for row in same for s in row["train"]]
                 seconds = f"{statistics.median(times):.1f}" if times else ""
             cells = [
                 task,
