@@ -671,7 +671,7 @@ def context_of(*configs):
         text = config.get_text_config()
         room.append(getattr(text, "max_position_embeddings", None) or 2**31)
         if re.search("roberta|camembert|longformer", text.model_type):
-            room[-1] -= text.pad_token_id + 1  # these families count positions from there
+            room[-1] -= text.pad_token_id + 1  # the first token's position
         rope = getattr(text, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":
             # longer texts use other rotary frequencies, which do not fit the keys cached before
@@ -697,7 +697,7 @@ def limit_to_reward_model(args, tokenizer, prompts):
     why = f"--reward {args.reward} reads {context} tokens, and the longest prompt has {longest}"
     same_tokens = tokenizer.get_vocab().items() <= reader.get_vocab().items()
     if 0 < room < args.max_new_tokens and not same_tokens:
-        say(f"note: {why}; of longer texts the beginning will be cut off")
+        say(f"note: {why}; of longer texts all but the first token and the end will be cut off")
         return args
     return lower_max_new_tokens(args, room, why)
 
@@ -737,9 +737,10 @@ def empty_model(path, args=None):
     """A model without numbers: what its config alone tells. args: flags, for `add_adapters`."""
     with loading(path), torch.device("meta"):
         config = read_config(path)
-        is_scalar = "SequenceClassification" in str(config.architectures)
-        is_scalar = is_scalar or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-        auto = AutoModelForSequenceClassification if is_scalar else AutoModelForCausalLM
+        auto = AutoModelForCausalLM
+        is_named = "SequenceClassification" in str(config.architectures)
+        if is_named or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            auto = AutoModelForSequenceClassification
         model = auto.from_config(config, trust_remote_code=False)
         return add_adapters(model, args, torch.float32)
 
@@ -1165,13 +1166,12 @@ def load_function(spec, flag):
         fail(f"{flag} {spec}: no such file {Path(file).absolute()}")
     path = Path(file).resolve()
     sys.path.append(str(path.parent))  # it may import a file beside it
-    stem = path.stem
-    if stem not in sys.modules and "." not in stem:  # processes that it starts import it by name
-        found = importlib.util.find_spec(stem)
-        stem = stem if found and found.origin == str(path) else f"reward_{stem}"
-    else:
-        stem = f"reward_{stem}"
-    info = importlib.util.spec_from_file_location(stem, file)
+    module_name = f"reward_{path.stem}"
+    if path.stem not in sys.modules and "." not in path.stem:
+        found = importlib.util.find_spec(path.stem)
+        if found is not None and found.origin == str(path):
+            module_name = path.stem  # by which processes that it starts can import it
+    info = importlib.util.spec_from_file_location(module_name, file)
     module = importlib.util.module_from_spec(info)
     sys.modules[info.name] = module  # dataclasses in the file look themselves up there
     try:
@@ -1315,7 +1315,9 @@ def score_ids(model, tokenizer, texts, world):
     sizes = torch.tensor([[len(texts), max(map(len, texts))]], device=world.device)
     most, longest = all_gather(world, sizes).amax(0).tolist()  # over all processes
     if longest > limit:
-        say_once(f"warning: --reward reads {limit} tokens; of longer texts it reads the end")
+        say_once(
+            f"warning: --reward reads {limit} tokens; of longer texts the first one and the end"
+        )
         # with the first token, from which some families read the score
         texts = [t if len(t) <= limit else [t[0], *t[1 - limit :]] for t in texts]
     values = []
@@ -2101,7 +2103,7 @@ def learning_rate_at(step, steps, peak, schedule="constant", warmup=0):
     constant, or down to 0 after the last step, in a line or half a cosine. It
     depends on the step alone, so a resumed run has no scheduler to restore."""
     if step <= warmup:
-        return peak * max(step, 0) / (warmup + 1)  # below 0: before ppo.py's policy learns
+        return peak * max(step, 0) / (warmup + 1)  # 0 or less: before this model learns
     done = (step - warmup - 1) / max(steps - warmup, 1)
     if schedule == "linear":
         return peak * (1.0 - done)

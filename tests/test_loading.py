@@ -964,6 +964,7 @@ class Flags:
     learning_rate: float = 0.1
     schedule: str = "linear"
     warmup: int = 0
+    critic_warmup: int = 0
 
 
 def test_runs_are_numbered_and_named_ones_never_overwritten(tmp_path, monkeypatch, capsys):
@@ -1974,24 +1975,13 @@ def test_a_reward_that_is_infinite_in_float32_is_refused_with_its_prompt():
         score(samples, [{"prompt": "52="}])
 
 
-@dataclass
-class Resumed:
-    out: str
-    steps: int
-    resume: bool = True
-    learning_rate: float = 0.1
-    schedule: str = "linear"
-    warmup: int = 0
-    critic_warmup: int = 0
-
-
 def test_a_run_whose_model_is_written_early_can_still_go_on_to_its_end(tmp_path, capsys):
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "000040.pt").touch()
-    planned = {"script": "grpo", **dataclasses.asdict(Resumed(str(tmp_path), 100))}
+    planned = {"script": "grpo", **dataclasses.asdict(Flags(str(tmp_path), True, 100))}
     for steps, kept in ((40, 100), (100, 100), (60, 60), (40, 60)):
         (tmp_path / "args.json").write_text(json.dumps(planned))
-        common.open_run(Resumed(str(tmp_path), steps), "grpo", CPU)
+        common.open_run(Flags(str(tmp_path), True, steps), "grpo", CPU)
         planned = json.loads((tmp_path / "args.json").read_text())
         assert planned["steps"] == kept
         common.HELD.clear()
@@ -2003,9 +1993,9 @@ def test_a_changed_end_is_told_with_the_rate_of_the_policy_after_the_critics_war
 ):
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "000060.pt").touch()
-    planned = {"script": "ppo", **dataclasses.asdict(Resumed(str(tmp_path), 100))}
+    planned = {"script": "ppo", **dataclasses.asdict(Flags(str(tmp_path), True, 100))}
     (tmp_path / "args.json").write_text(json.dumps(planned | {"critic_warmup": 50}))
-    common.folder_to_resume(Resumed(str(tmp_path), 200, critic_warmup=50), "ppo")
+    common.folder_to_resume(Flags(str(tmp_path), True, 200, critic_warmup=50), "ppo")
     said = capsys.readouterr().out
     before = common.learning_rate_at(10, 50, 0.1, "linear", 0)
     after = common.learning_rate_at(11, 150, 0.1, "linear", 0)

@@ -704,7 +704,7 @@ def test_a_reward_model_with_other_tokens_reads_the_end_of_what_is_too_long(tmp_
         samples_per_prompt=2,
         max_new_tokens=20,
     )
-    assert "the beginning will be cut off" in capsys.readouterr().out
+    assert "the first token and the end will be cut off" in capsys.readouterr().out
     tokenizer = common.load_tokenizer(other)
     model = common.load_scalar(other, CPU, tokenizer, frozen=True)
     texts = [list(range(3, 3 + n)) for n in (5, 8, 20)]
@@ -714,7 +714,10 @@ def test_a_reward_model_with_other_tokens_reads_the_end_of_what_is_too_long(tmp_
     )
     assert len(set(scores)) == 3
     common.score_ids(model, tokenizer, texts, CPU)
-    assert capsys.readouterr().out.count("reads 8 tokens; of longer texts it reads the end") == 1
+    assert (
+        capsys.readouterr().out.count("reads 8 tokens; of longer texts the first one and the end")
+        == 1
+    )
 
 
 def drawn(*texts):

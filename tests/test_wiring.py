@@ -578,3 +578,13 @@ def test_every_script_hands_the_models_beside_the_policy_to_the_line_about_memor
             given, named = found[0]
             frozen = (dict(zip(names, given)) | named)["frozen"]
             assert [path for path in frozen if path == reward] == count * [reward], "beside others"
+    model = str(reinforce.TINY / "model")
+    for steps, wanted in ((2, [model, reward]), (0, [model, reward, reward])):
+        found.clear()
+        flags = {"model": model if steps else reward, "policy": model, "steps": steps}
+        rows = write_rows(tmp_path / "held_out.jsonl", [{"prompt": "52=", "answer": "25"}])
+        with pytest.raises(Seen):
+            run(reward_model, tmp_path, reward=reward, eval_prompts=rows, **flags)
+        given, named = found[0]
+        frozen = (dict(zip(names, given)) | named)["frozen"]
+        assert [path for path in frozen if path] == wanted, "--policy, --model if frozen, --reward"

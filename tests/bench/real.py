@@ -9,10 +9,10 @@
 
 The tasks are those of tests/tiny: `sums` (one number) and `chain` (an answer of several lines).
 In a step, all methods draw 8 completions of each of 8 new prompts, the same for one seed, and make
-one update of them, without a KL penalty. So what differs is what a sample's log-probability is multiplied by: its reward less
-the group's mean (GRPO: divided by the std; REINFORCE: the mean of the others), the reward itself
-for the best of a prompt and nothing for the rest, or PPO's advantages, with a critic that shares
-the policy's layers. (With one update the clip does nothing.) No training prompt comes twice in a
+one update of them, without a KL penalty. So what differs is what a sample's log-probability is
+multiplied by: its reward less the group's mean (GRPO: divided by the std; REINFORCE: the mean of
+the others), the reward itself for the best of a prompt and nothing for the rest, or PPO's
+advantages, with a critic that shares the policy's layers. (With one update the clip does nothing.) No training prompt comes twice in a
 run, so its rewards are those of new prompts.
 
 The learning rate of a method is the one of RATES with the highest mean reward over the second half
