@@ -557,6 +557,16 @@ def test_the_commands_with_a_real_model_are_understood_by_their_scripts(real):
             assert args.epochs == args.minibatches == 1 and args.learning_rate == 2e-5
 
 
+def test_the_tables_are_those_of_the_rows(results, real):
+    bench = ROOT / "tests" / "bench"
+    rows = results.read(bench / "results.jsonl")
+    assert results.table(rows) == (bench / "results.md").read_text()
+    assert results.settings_table(rows) == (bench / "results_settings.md").read_text()
+    rows = results.read(bench / "real.jsonl")
+    assert real.table(rows) == (bench / "real.md").read_text()
+    assert real.rates_table(rows) == (bench / "real_rates.md").read_text()
+
+
 def test_what_the_page_says_of_rates_and_seeds_holds(results):
     rows = results.read(ROOT / "tests/bench/results.jsonl")
     page = " ".join((ROOT / "tests/bench/README.md").read_text().split())

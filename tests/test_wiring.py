@@ -582,6 +582,7 @@ def test_every_script_hands_the_models_beside_the_policy_to_the_line_about_memor
     for steps, wanted in ((2, [model, reward]), (0, [model, reward, reward])):
         found.clear()
         flags = {"model": model if steps else reward, "policy": model, "steps": steps}
+        flags["out"] = str(tmp_path / f"reward_model{steps}")
         rows = write_rows(tmp_path / "held_out.jsonl", [{"prompt": "52=", "answer": "25"}])
         with pytest.raises(Seen):
             run(reward_model, tmp_path, reward=reward, eval_prompts=rows, **flags)
