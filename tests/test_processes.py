@@ -41,7 +41,11 @@ def one_step(folder, out, checkpointing):
         stand_in_loss(model, part).backward()
     grads = {k: whole(p.grad).clone() for k, p in model.named_parameters()}
     norm = common.clip_gradients(model, 0.01)
-    optimizer = make_optimizer(model, 1e-2)
+    optimizer = make_optimizer(model, 0.1)
+    # Adam divides a gradient by its own size: one of rounding alone would move its weight by
+    # the whole rate, up or down. With eps at the size of the gradients here it moves little.
+    for group in optimizer.param_groups:
+        group["eps"] = 1e-3
     optimizer.step()
     common.save_checkpoint(out, world, 1, {"policy": model}, {"policy": optimizer})
     tokenizer = make_tokenizer()
@@ -78,7 +82,7 @@ def test_two_processes_and_one_have_the_same_gradient(name, checkpointing, tmp_p
     one, two = (torch.load(tmp_path / n / "result.pt") for n in "12")
     close(two["grads"], one["grads"])
     assert abs(two["norm"] / one["norm"] - 1) < 1e-6
-    close(two["again"], one["again"], 1e-4)
+    close(two["again"], one["again"], 1e-5)
     assert torch.equal(two["ids"], one["ids"])
     torch.testing.assert_close(two["logprobs"], one["logprobs"], atol=1e-5, rtol=0)
 
