@@ -7,7 +7,7 @@ LOADING
     Configs                read_config, context_of, limit_to_context, limit_to_reward_model
     Models                 load_policy, load_reference, load_scalar, shard, save_model
     Adapters (LoRA)        add_adapters, add_critic_adapters, Switched, merge_adapter
-    Rewards                load_reward, rules_that_fit, check_answers, load_function, load_scorer
+    Rewards                load_reward, rules_that_fit, check_answers, load_function, score_texts
 SAMPLING
     Completions            Samples, sample, as_samples, rows_at_once, until_stopped, scores_if_due
     One token on a GPU     CapturedStep
@@ -111,8 +111,8 @@ class Stop(Exception):
 
 
 class Unscored(Stop):
-    """The reward failed, and all processes know. No update is half done: what was learnt may be
-    saved."""
+    """The reward failed, and all processes know. Rewards come before the updates of a step: none is
+    half done, and what was learnt may be saved."""
 
 
 class Ended(Stop):
@@ -141,8 +141,8 @@ def start(device="auto", dtype="auto", seed=0):
     if device == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(place)
-        # for Float32Head, whose numbers are bfloat16: TF32 holds all of these, but not every
-        # float32 one
+        # For Float32Head, which multiplies numbers that were rounded to bfloat16: TF32 holds all
+        # of these. It does not hold every float32 number.
         torch.set_float32_matmul_precision("high" if dtype == "bfloat16" else "highest")
         # cuDNN's attention is compiled anew for each shape, and most micro-batches have their own
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -176,7 +176,7 @@ def seed_from(*numbers):
     """One seed made of several numbers. The random choices of a step are drawn from seeds made of
     numbers such as --seed, step and rank, so a resumed run has no generator state to restore."""
     digest = hashlib.sha256(repr(tuple(int(n) for n in numbers)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(digest[:8], "big") >> 1  # below 2^63
 
 
 def all_sum(world, *numbers):
@@ -239,15 +239,15 @@ def check_flags(args):
         if name in ("temperature", "max_grad_norm", "lora_alpha") and not value > 0:
             fail(f"--{name} {value}: must be above 0")
         least = 1 if name in COUNTS else 0
-        if not value >= least:  # also true of nan
-            fail(f"--{name} {value}: must be {least} or more")
+        if not least <= value < math.inf:  # nan is in no range
+            fail(f"--{name} {value}: must be {least} or more, and finite")
     if getattr(args, "reference", "") and not args.beta:
         fail("--reference: only the KL penalty uses it, so it needs a --beta above 0")
     demos = getattr(args, "demos", "")
     if getattr(args, "reward", "") == "none" and not (getattr(args, "beta", 1) or demos):
         fail("--reward none: only the KL penalty teaches then, so it needs a --beta above 0")
-    learns_from_rewards = args.steps and hasattr(args, "prompts_per_step") and not demos
-    if learns_from_rewards and args.reward == "none" and not args.reference:
+    draws_to_learn = args.steps and hasattr(args, "prompts_per_step") and not demos
+    if draws_to_learn and args.reward == "none" and not args.reference:
         fail("--reward none: without a --reference, the teacher, there is nothing to learn")
     if args.resume and not args.steps:
         fail("--steps 0 evaluates a model: give --model RUN/model instead of --resume")
@@ -283,7 +283,7 @@ def join_parts(record, where):
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                 if kind != "text":
                     fail(f"{where}: a message has a part of type {kind!r}; only 'text' is read")
-            message["content"] = "".join(str(part.get("text", "")) for part in parts)
+            message["content"] = "".join(str(part.get("text") or "") for part in parts)
 
 
 def read_json(path, flag):
@@ -326,8 +326,8 @@ def read_json(path, flag):
 # -- Text to token ids -----------------------------------------------------------------------------
 
 
-# Chat templates that print today's date print this one: a run that is resumed on another day must
-# not go on with other prompts.
+# Chat templates that print today's date print this one, if they name its format in the call of
+# strftime_now: a run that is resumed on another day must not go on with other prompts.
 DATE = datetime.datetime(2026, 1, 1)
 
 
@@ -336,13 +336,10 @@ def load_tokenizer(path, template_args=""):
     would hide EOS where it is pad, and the model would never learn to stop."""
     vocab_size = read_config(path).get_text_config().vocab_size
     with loading(path):
-        # without trust_remote_code=False transformers asks the user whether to run code
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        if type(tokenizer).__name__ == "MistralCommonBackend":
-            # what AutoTokenizer returns if mistral_common is installed; it has no chat template
-            tokenizer = AutoTokenizer.from_pretrained(
-                path, trust_remote_code=False, mistral_format=False
-            )
+        # without trust_remote_code=False transformers asks the user whether to run code;
+        # mistral_common's tokenizer, where it is installed, has no chat template
+        settings = {"trust_remote_code": False, "mistral_format": False}
+        tokenizer = AutoTokenizer.from_pretrained(path, **settings)
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         fail(f"{path}: the folder has no tokenizer")  # transformers has made an empty one
     if tokenizer.vocab_size > vocab_size:
@@ -382,12 +379,14 @@ def text_after_answer(tokenizer, template):
 
 
 def turn_end(tokenizer):
-    """The special token that the chat template writes after an answer (Gemma's is not EOS), or
-    else EOS."""
+    """The first special token that the chat template writes after an answer (Gemma's is not EOS),
+    or else EOS."""
     after = text_after_answer(tokenizer, str(tokenizer.chat_template))
-    ids = tokenizer(after, add_special_tokens=False).input_ids
-    added = tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
-    return ids[0] if added and added.special else tokenizer.eos_token_id
+    for token in tokenizer(after, add_special_tokens=False).input_ids:
+        added = tokenizer.added_tokens_decoder.get(token)
+        if added and added.special:
+            return token
+    return tokenizer.eos_token_id
 
 
 def stop_ids(model, tokenizer):
@@ -400,7 +399,7 @@ def stop_ids(model, tokenizer):
 
 def own_pad(tokenizer):
     """Gives a classifier's tokenizer a pad token that ends no text: one that it has, or a new
-    one. transformers scores the last id that is not pad. If EOS were pad, that would be the token
+    one. transformers scores the last id that is not pad: if EOS were pad, it would score the token
     before EOS."""
     end = tokenizer.convert_ids_to_tokens(turn_end(tokenizer))
     taken = (tokenizer.eos_token, tokenizer.bos_token, end, None)
@@ -470,8 +469,8 @@ def encode_prompt(tokenizer, prompt, system="", chat=True):
 
 def encode_completion(tokenizer, text, chat=False, prompt=None, system=""):
     """A given answer (a demonstration, one side of a pair) to ids. Without its end it would teach
-    the model never to stop. After a raw prompt it is tokenized alone: a sampled completion, too,
-    begins with a new token."""
+    the model never to stop. After a raw prompt it is tokenized alone: a sampled completion, too, is
+    ids after the prompt's ids, and no token spans both."""
     end = turn_end(tokenizer) if chat else tokenizer.eos_token_id
     before = ""
     if chat and tokenizer.chat_template and prompt is not None:
@@ -490,13 +489,13 @@ def encode_after(tokenizer, before, text):
     rest = both[len(first) :]
     if rest and both[: len(first)] == first:
         return rest
-    # if a token spans both texts: a sampled answer, too, begins with a new token
+    # a token spans both texts; in a sampled answer none does
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def written_answer(tokenizer, talk, before, answer):
     """What the chat template writes after `before`, its generation prompt, for this answer. In
-    thinking models it begins with an empty thought; in sampling the policy writes its own."""
+    thinking models it begins with an empty thought. (A policy that is sampled writes its own.)"""
     talk = [*talk, {"role": "assistant", "content": answer}]
     if not answer and not can_render(tokenizer, talk):  # Mistral's refuse an empty answer
         return answer
@@ -721,11 +720,11 @@ def load(auto, path, **changes):
     settings |= {"trust_remote_code": False, "use_safetensors": True}
     with loading(path):
         model, info = auto.from_pretrained(path, output_loading_info=True, **settings)
-    # transformers leaves it "" where the model is the text part of a multimodal one
+    # name_or_path is "" where transformers has taken the text part of a multimodal model
     model.name_or_path = str(path)
     missing = sorted(info["missing_keys"])
     weights = dict(model.named_parameters())
-    if auto is AutoModelForSequenceClassification:  # its head may be new
+    if auto is AutoModelForSequenceClassification:  # its head may be new: only the rest counts
         weights = dict(model.base_model.named_parameters(model.base_model_prefix))
     lacking = [name for name in missing if name in weights]
     if lacking:  # transformers has drawn them at random
@@ -768,8 +767,13 @@ def load_reference(path, world, policy=None):
 def load_scalar(
     path, world, tokenizer, head_std=None, gradient_checkpointing=False, frozen=False, args=None
 ):
-    """A critic or reward model: its head gives one number. head_std draws a new head with this
-    standard deviation: 0 for a critic, so that its first guess is 0. args: as in `load_policy`."""
+    """A model whose head gives one number. args: as in `load_policy`.
+
+        a critic                   head_std=0.0      a new head, whose first guess is 0
+        a reward model to train    head_std or None  a new head drawn with this std, or the folder's
+        a reward model that scores frozen=True       the folder's head
+
+    The tokenizer is the model's own where it scores, and may get another pad token."""
     scalar_config(path)
     model, missing = load(AutoModelForSequenceClassification, path, num_labels=1)
     if head_std is None and missing:
@@ -850,8 +854,8 @@ def freeze(model, world):
 
 def shard(model, world):
     """Hands the model to FSDP2, which moves it to the device and keeps a shard of each weight. The
-    shard is stepped in float32; the whole weight, in `world.dtype`, computes. So policy,
-    sampler and reference have the same weights: KL and log-ratio start at exactly 0."""
+    shard is stepped in float32; the whole weight, in `world.dtype`, computes. So policy, sampler
+    and reference have the same weights, and the KL starts at exactly 0."""
     if not is_sharded(world):
         return model
     if world.device.type == "cuda" and world.dtype == torch.bfloat16:
@@ -863,15 +867,17 @@ def shard(model, world):
         name = type(model).__name__
         fail(f"{name} names no blocks to shard: it trains in one CPU process in float32 only")
     left_alone = set()
-    if world.size == 1 and hasattr(model, "lora"):  # FSDP2 would copy frozen weights at each use
+    if world.size == 1 and hasattr(model, "lora"):
+        # with one process a frozen weight is whole already; FSDP2 would copy it at each use
         model.to(world.device)  # fully_shard does not move what it ignores
         left_alone = {p for p in model.parameters() if not p.requires_grad}
     # inner blocks first, the root last: each takes the weights that no other has taken
     for unit in [*reversed(blocks), model]:
         fully_shard(unit, mesh=mesh, mp_policy=precision, ignored_params=left_alone)
-        if world.size > 1:  # with 1 process nothing is averaged, and a factor would copy gradients
+        if world.size > 1:
             # FSDP2 averages over the processes. Our losses are divided by counts over all
-            # processes already, so the right gradient is the sum.
+            # processes already, so the right gradient is the sum. (With one process both are
+            # the same, and FSDP2 would multiply a copy of each gradient by 1.)
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
     return model
@@ -1053,7 +1059,8 @@ def add_critic_adapters(policy, head):
 @dataclass(eq=False)
 class Switched:
     """A model with other adapters, or with none: called like a model of its own, or used in a
-    `with`. Not to sample from: `decode` calls `forward`, which switches nothing."""
+    `with` (not in another `with` of the same object). Not to sample from: `sample` calls the
+    model's own `forward`, which switches nothing."""
 
     adapted: torch.nn.Module
     active: str | None
@@ -1117,7 +1124,8 @@ class Reward:
 
 def load_reward(spec, rules, world):
     """--reward: the name of a rule, none, FILE.py:function, or a reward model. A rule judges
-    eval/exact, whatever its name; with other rewards each rule that fits has an eval/NAME."""
+    eval/exact, even if its name is `number`. With another reward each of the rules that
+    `rules_that_fit` leaves has an eval/NAME."""
     first = next(iter(rules))
     if spec in rules:
         rule = rules[spec]
@@ -1130,12 +1138,13 @@ def load_reward(spec, rules, world):
     if "/" not in spec and not Path(spec).exists():  # no hub name and no folder
         names = ", ".join([*rules, "none"])
         fail(f"--reward {spec}: choose {names}, FILE.py:function, or a reward model's folder")
-    scorer = stop_together(load_scorer(spec, world), world, Unscored)
+    tokenizer = load_tokenizer(spec)
+    model = load_scalar(spec, world, tokenizer, frozen=True)
 
     def score(samples, records):
-        return {"reward": scorer(samples.texts, records)}
+        return {"reward": score_texts(model, tokenizer, samples.texts, records, world)}
 
-    return Reward(score, rules[first], rules, is_model=True)
+    return Reward(stop_together(score, world, Unscored), rules[first], rules, is_model=True)
 
 
 def rules_that_fit(reward, held_out):
@@ -1170,7 +1179,7 @@ def load_function(spec, flag):
     if path.stem not in sys.modules and "." not in path.stem:
         found = importlib.util.find_spec(path.stem)
         if found is not None and found.origin == str(path):
-            module_name = path.stem  # by which processes that it starts can import it
+            module_name = path.stem  # processes that it starts can import it by this name
     info = importlib.util.spec_from_file_location(module_name, file)
     module = importlib.util.module_from_spec(info)
     sys.modules[info.name] = module  # dataclasses in the file look themselves up there
@@ -1183,9 +1192,9 @@ def load_function(spec, flag):
 
 
 def checked(function, spec, world):
-    """A reward function as `Reward.score`. It gets one completion after the other, or, if its first
-    parameter is named `completions`, all of them at once. A value that is not a finite number ends
-    the run: later only a gradient of NaN would tell of it, and not of the prompt."""
+    """A reward function as `Reward.function`. It gets one completion after the other, or, if its
+    first parameter is named `completions`, all of them at once. A value that is not a finite number
+    ends the run: later only a gradient of NaN would tell of it, and not of the prompt."""
     name = spec.rpartition(":")[2]
     forms = (f"def {name}(completion, row): ...", f"def {name}(completions, rows): ...")
     names = parameters_of(function, spec, " or ".join(forms))
@@ -1295,15 +1304,9 @@ def stop_together(function, world, kind=Stop):
     return together
 
 
-def load_scorer(path, world):
-    """A reward model as a function from completions and their rows to scores. It reads texts (with
-    the prompt, without --system): its ids need not be the policy's."""
-    tokenizer = load_tokenizer(path)
-    model = load_scalar(path, world, tokenizer, frozen=True)
-    return lambda completions, rows: score_texts(model, tokenizer, completions, rows, world)
-
-
 def score_texts(model, tokenizer, completions, rows, world):
+    """A reward model's scores of completions. It reads texts (with the prompt, without --system),
+    so its ids need not be the policy's."""
     texts = [encode_answer(tokenizer, row["prompt"], c) for c, row in zip(completions, rows)]
     return score_ids(model, tokenizer, texts, world)
 
@@ -1352,18 +1355,16 @@ class Samples:
     mask: torch.Tensor  # [B, C] true on what the policy chose, the stop token included
     # [B, C] of softmax(logits / temperature), at temperature 0 of softmax(logits); 0 off the mask
     logprobs: torch.Tensor
-    finished: torch.Tensor  # [B] false if cut at max_new_tokens, without a stop token
+    finished: torch.Tensor  # [B] false if cut at max_new_tokens; completions of a file are not
     texts: list  # [B] without stop and special tokens
-    rows_per_prompt: int = 1  # consecutive rows that share a prompt, which training computes once
+    # n: training computes a prompt once for its n rows. Set it only if `can_share_prompts`.
+    rows_per_prompt: int = 1
 
     def take(self, rows):
         """Some of the rows, by a tensor of their numbers."""
-        values = {}
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                values[name] = value[rows]
+        tensors = {k: v[rows] for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         texts = [self.texts[row] for row in rows.tolist()]
-        return dataclasses.replace(self, texts=texts, rows_per_prompt=1, **values)
+        return dataclasses.replace(self, texts=texts, rows_per_prompt=1, **tensors)
 
 
 def pad_rows(rows, pad, device, side):
@@ -1434,11 +1435,11 @@ def scores_if_due(step, args, held_out_scores):
 
 @torch.no_grad()
 def sample(
-    model, tokenizer, prompts, *, n=1, max_new_tokens, temperature=1.0, seed=None, rows=None
+    model, tokenizer, prompts, *, n=1, max_new_tokens, temperature=1.0, seed=None, max_rows=None
 ):
     """n completions of every prompt (a rendered text or a list of ids), each token drawn from
-    softmax(logits / temperature). Equal seeds give equal samples. At most `rows` completions are
-    drawn at once (None: all), or those of one prompt, to bound the memory of the cache.
+    softmax(logits / temperature). Equal seeds give equal samples. At most `max_rows` completions
+    are drawn at once (None: all), or those of one prompt, to bound the memory of the cache.
 
     No top-k, top-p or repetition penalty, whatever the generation config says: they draw from
     another distribution than the one whose gradient, ratio and KL are computed.
@@ -1453,19 +1454,19 @@ def sample(
     stops = torch.tensor(stop_ids(model, tokenizer), device=device)
     prompt_ids, prompt_mask = pad_rows(prompts, pad, device, "left")
     B = len(prompts) * n
-    at_once = max(1, rows // n) if rows else len(prompts)  # prompts
+    at_once = max(1, max_rows // n) if max_rows else len(prompts)  # prompts
 
     def draw_from(first):
         """The completions of some prompts, from number `first` on."""
         ids = prompt_ids[first : first + at_once]
         mask = prompt_mask[first : first + at_once]
+        # Each part starts the generator anew, and draws a number for each of the B rows, whether
+        # a row is in this part or not, finished or not. So what a row draws depends on no other.
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
 
-        def pick(logits, running):
-            # one number for each of the B rows, drawn here or not, finished or not: what a row
-            # draws depends on no other
+        def pick(logits, row_numbers):
             u = torch.rand(B, 1, dtype=torch.float64, device=device, generator=generator)
-            return choose(logits, temperature, u[first * n + running])
+            return choose(logits, temperature, u[first * n + row_numbers])
 
         cache, logits = prefill(model, ids, mask)
         owner = torch.arange(len(ids), device=device).repeat_interleave(n)  # a row's prompt
@@ -1484,7 +1485,7 @@ def sample(
     logprobs = logprobs[:, :C].masked_fill(~mask, 0.0)
     ends = (length - finished.long()).tolist()  # the stop token is no part of the text
     texts = [to_text(tokenizer, row[:end]) for row, end in zip(ids.tolist(), ends)]
-    return Samples(prompt_ids, prompt_mask, ids, mask, logprobs, finished, texts, n)
+    return Samples(prompt_ids, prompt_mask, ids, mask, logprobs, finished, texts)
 
 
 @contextlib.contextmanager
@@ -1504,7 +1505,8 @@ def whole_weights(model):
     float32 copy once.
 
     FSDP2's hooks on the blocks would free the weights after each token and gather them again: they
-    are put aside. The root keeps its own: FSDP2 sets itself up in them, in the first forward."""
+    are put aside. The root keeps its own, in which FSDP2 sets itself up in the first forward. That
+    is the one of `prefill`, which calls the model; `decode` calls model.forward, without hooks."""
     units = [m for m in model.modules() if isinstance(m, FSDPModule)]
     blocks = [m for m in units if m is not model]
     hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in blocks]
@@ -1533,7 +1535,8 @@ def cached_forward(model, call):
     takes = inspect.signature(model.forward).parameters
     cache_name = cache_argument(model)
     if cache_name is None:
-        raise ValueError(f"{type(model).__name__} takes none of transformers' caches")
+        why = "its forward takes none of transformers' caches"
+        raise Stop(f"{type(model).__name__} cannot be sampled from ({why})")
 
     def forward(cache, ids, mask, positions):
         inputs = {cache_name: cache}
@@ -1642,7 +1645,7 @@ class RoomyLayer(DynamicLayer):
 def decode(model, pick, cache, logits, prompt_mask, max_new_tokens, stops):
     """Draws token by token and drops finished rows -> ids, logprobs [B, max_new_tokens],
     meaningless after a row's end, length [B], finished [B]."""
-    forward = cached_forward(model, model.forward)  # no hooks: `whole_weights` holds the weights
+    forward = cached_forward(model, model.forward)  # see `whole_weights`
     captured = None
     B, P = prompt_mask.shape
     device = logits.device
@@ -1654,7 +1657,7 @@ def decode(model, pick, cache, logits, prompt_mask, max_new_tokens, stops):
     # of the rows in the batch: their numbers, the columns they may see, their prompt's length
     rows = torch.arange(B, device=device)
     seen = F.pad(prompt_mask.long(), (0, max_new_tokens), value=1)  # [rows, P + C]
-    position = prompt_mask.sum(1, keepdim=True)
+    prompt_length = prompt_mask.sum(1, keepdim=True)
     for t in range(max_new_tokens):
         token, logprob = pick(logits, rows)
         ids[rows, t] = token
@@ -1675,16 +1678,17 @@ def decode(model, pick, cache, logits, prompt_mask, max_new_tokens, stops):
             rows = rows[kept]
             token = token[kept]
             seen = seen[kept]
-            position = position[kept]
+            prompt_length = prompt_length[kept]
         if captured is not None and P + t == captured.length:
             captured = None  # its columns are full
+        # without a capture, because none can be made or too few tokens are left, the forward is run
         if captured is None and max_new_tokens - t > CAPTURE_ABOVE and can_capture(model, cache):
-            captured = capture(model, forward, cache, seen, position - P, P + t)
+            captured = capture(model, forward, cache, seen, prompt_length - P, P + t)
         if captured is not None:
             logits = captured(token, P + t)
         else:
             mask = None if recurrent else seen[:, : P + t + 1]
-            logits = forward(cache, token[:, None], mask, position + t)
+            logits = forward(cache, token[:, None], mask, prompt_length + t)
     return ids, logprobs, length, finished
 
 
@@ -1808,8 +1812,8 @@ class CapturedStep:
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         try:
-            # libraries make their workspaces now, which a capture cannot; an operation that waits
-            # would break it. What lands in the cache, the first replay overwrites.
+            # Libraries make their workspaces now, which a capture cannot; an operation that waits
+            # would break it. The first replay writes the same column of the cache again.
             with torch.cuda.stream(stream), no_waits():
                 self.compute()
             # thread_local: NCCL's own thread may go on. Entering torch.cuda.graph also frees the
@@ -1891,8 +1895,8 @@ def hidden_states(model, ids, mask, cache=None):
 
 class CutGraph(torch.autograd.Function):
     """Cuts the graph between a prompt and its completions, so that there are two backward passes.
-    In one, autograd would hold the completions' gradients of the weights until the prompt's arrive:
-    twice the memory."""
+    In a single one, autograd would hold the completions' gradients of the weights until the
+    prompt's arrive: twice the memory."""
 
     @staticmethod
     def forward(ctx, anchor, tensors):
@@ -1954,7 +1958,8 @@ def completion_states(model, samples, rows):
     prompt_mask = samples.prompt_mask[groups * samples.rows_per_prompt, -P:]
     start, cache = prompt_states(model, prompt_ids, prompt_mask)  # [prompts, 1, width]
     cache.reorder_cache(owner)
-    # at least one column, cut off below: all processes must have equally many forwards
+    # At least one column, also if C is 1 and none is needed (it is cut off below): all processes
+    # must have equally many forwards.
     T = max(C - 1, 1)
     seen = torch.cat([prompt_mask[owner], mask[:, :T]], 1)
     states = hidden_states(model, ids[:, :T], seen, cache)
@@ -1992,8 +1997,8 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
     """Whether sharing prompts gives the right states and gradient, tried on made-up ids. Sharing
     fails where a cache drops the gradient, and with gradient checkpointing, where transformers
     drops the cache. On a GPU it is slower: an H200 trained 0.5B and 1.5B models at 0.6 to 1.0 of
-    the speed (four completions, as long as their prompt). A family that cannot be trained at
-    all stops here."""
+    the speed without (four completions, as long as their prompt). A family that cannot be trained
+    at all stops here."""
     samples = made_up_samples(model, world.device)
     rows = [0, 1, 2, 3]
     same = False
@@ -2113,7 +2118,7 @@ def learning_rate_at(step, steps, peak, schedule="constant", warmup=0):
 
 
 def sum_gradients(model):
-    """Sums over all processes the gradients of a model that is not sharded."""
+    """Sums over several processes the gradients of a model that is not sharded."""
     for p in model.parameters():
         if p.grad is None:  # adapters that texts do not reach, such as an image encoder's
             p.grad = torch.zeros_like(p)
@@ -2414,7 +2419,7 @@ def load_checkpoint(state, models, optimizers):
 def rows_of_step(count, step, rows, world, seed):
     """This process's share of a step's row numbers. The data is one endless sequence of
     shuffled copies. Step and rank alone give the place in it, so a resumed run neither
-    skips nor repeats a row."""
+    skips nor repeats a row. `rows` must be a multiple of the processes."""
     mine = rows // world.size
     start = (step - 1) * rows + world.rank * mine
     return [nth_row(count, start + i, seed) for i in range(mine)]
@@ -2447,7 +2452,8 @@ class Mean(float):
         mean = super().__new__(cls, middle)
         mean.count = int(count)
         variance = max(squares / count - middle**2, 0.0)
-        if squares == total:  # of zeros and ones: Wilson's interval, which stays between them
+        # of zeros and ones (or as good as): Wilson's interval, which stays between them
+        if squares == total:
             shrink = 1 + 1.96**2 / count
             middle = (middle + 1.96**2 / (2 * count)) / shrink
             half = 1.96 * math.sqrt(variance / count + (1.96 / (2 * count)) ** 2) / shrink

@@ -1,18 +1,20 @@
 """DPO, Direct Preference Optimization: preferences without a reward model and without sampling.
 
-RLHF fits a reward r to preferences. Then it trains a policy pi on this reward and holds it near a
-reference ref. The second step has a known optimum, pi*. DPO inserts it into the first step.
+RLHF has two steps. First it fits a reward r(x, y) to preferences, by (4): the chance that a
+completion y of the prompt x is preferred to another, z. Then it trains a policy pi, which draws y
+in (1), on this reward and holds it near a reference ref. This second step has a known optimum, pi*.
+DPO inserts it into the first.
 
     (1)  max over pi of  E[r(x, y)] - beta KL(pi || ref)             the goal of ppo.py
     (2)  pi*(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)              its optimum
-    (3)  r(x, y) = beta log(pi*(y|x) / ref(y|x)) + beta log Z(x)     `implicit_reward`
+    (3)  r(x, y) = beta log(pi*(y|x) / ref(y|x)) + beta log Z(x)     `implicit_reward`, without Z
     (4)  P(y > z | x) = sigmoid(r(x, y) - r(x, z))                   Bradley-Terry
     (5)  h = beta (log(pi(y|x) / ref(y|x)) - log(pi(z|x) / ref(z|x)))
     (6)  loss = mean over pairs of  -log sigmoid(h)                  `preference_loss`
 
-Z(x) makes the probabilities of pi* sum to 1. (2) is the optimum, because (1) equals
--beta KL(pi || pi*) + beta E[log Z(x)], and pi cannot change the second term. (3) is (2), solved for
-r. By (3), every policy is optimal for some reward. So instead of fitting r and then pi, one may fit
+Z(x) makes the probabilities of pi* sum to 1. (2) is the optimum, because (1) equals -beta KL(pi ||
+pi*) + beta E[log Z(x)], and pi cannot change the second term. (3) is (2), solved for r. Any policy
+is the optimum for the reward that (3) gives it. So instead of fitting r and then pi, one may fit
 pi: insert (3) into (4) for a chosen completion y and a rejected z, and write pi, the policy in
 training, for pi*. Z cancels, and P = sigmoid(h).
 
@@ -27,7 +29,7 @@ d = log(pi(y) / ref(y)) / n_y - log(pi(z) / ref(z)) / n_z.
              -(1 - e) log sigmoid(h) - e log sigmoid(-h)
     ipo      (d - 1 / (2 beta))^2: d is pulled to a target, 0.5 nats a token at beta 1 (the default
              for ipo). Log-ratios are means over tokens, as IPO's authors advised later.
-    hinge    max(0, 1 - h): no gradient once h is 1
+    hinge    max(0, 1 - h): a pair has no gradient once its h is 1
     simpo    -log sigmoid(beta (log pi(y) / n_y - log pi(z) / n_z) - simpo_margin): no reference
 
 --sft_coef c adds -c log pi(y) / n_y to each of them.
@@ -38,8 +40,9 @@ d = log(pi(y) / ref(y)) / n_y - log(pi(z) / ref(z)) / n_z.
     torchrun --nproc_per_node 8 dpo.py --model ... --data ... \
         --eval_prompts prompts.jsonl --reward number
 
-The reference is the policy before its first step, or --reference. It scores the pairs before the
-training and is not in memory while the policy learns. Dropout is off in all models.
+The reference is the policy before its first step, or --reference. It scores the pairs that will be
+trained on before the first step, and is not in memory while the policy learns. Dropout is off in
+all models.
 
 Shapes: b pairs in one forward, 2b rows. A side is a chosen or a rejected completion; C tokens in
 the longest side.
@@ -97,8 +100,8 @@ class Args:
     reward needs one (None: those of the bundled task, or none with other data)"""
     reward: str = "exact"
     """what scores the samples of --eval_prompts:
-    exact | number | FILE.py:function(completion, row) -> float |
-    a reward model's folder or hub name"""
+    exact | number | a reward model's folder or hub name |
+    FILE.py:function(completion, row) -> a number, or a dict with "reward" and more to be logged"""
     chat: bool = True
     """put a text prompt through the chat template, if there is one (--no_chat: raw text)"""
     template_args: str = ""
@@ -179,8 +182,8 @@ class Args:
 def resolve(args):
     """Fills in defaults that depend on other flags, and rejects contradictory flags."""
     is_tiny_model = Path(args.model).resolve() == TINY / "model"
-    # "" is not None: an empty --eval_data or --eval_prompts leaves out that score only, an empty
-    # --data all bundled files.
+    # "" is not None: an empty --eval_data or --eval_prompts switches off that score only, an empty
+    # --data switches off all bundled files.
     has_files = args.data is not None or args.eval_data or args.eval_prompts
     is_tiny_data = is_tiny_model and not has_files
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
@@ -246,7 +249,8 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_reje
 
 def implicit_reward(logprobs, ref_logprobs, length, args):
     """Equation (3) without Z, which cancels in a pair. Arguments and result are [b, 2]. For ipo and
-    simpo it is a mean over tokens. (simpo has no reference: its ref_logprobs are 0.)"""
+    simpo it is divided by the length, as in their losses. (simpo has no reference: its ref_logprobs
+    are 0.)"""
     reward = args.beta * (logprobs - ref_logprobs)
     if args.loss in ("ipo", "simpo"):
         reward = reward / length
@@ -294,8 +298,9 @@ def side_logprobs(model, samples, chunk=1024):
     logprobs = []
     # only tokens on the mask: no work for padding
     for part, tokens in zip(states[mask].split(chunk), ids[mask].split(chunk)):
-        part = checkpoint(head, part, tokens, use_reentrant=False, preserve_rng_state=False)
-        logprobs.append(part)
+        logprobs.append(
+            checkpoint(head, part, tokens, use_reentrant=False, preserve_rng_state=False)
+        )
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, torch.cat(logprobs))
 
@@ -304,7 +309,7 @@ def side_logprobs(model, samples, chunk=1024):
 
 
 def update_loss(policy, tokenizer, pairs, ref, share_prompts, args, world, meter):
-    """Equations (5) and (6) for one micro-batch of pairs -> its share of the loss.
+    """(5) and (6), or another loss, for one micro-batch of pairs -> its share of the update's loss.
     ref [b, 2]: the reference's log-probabilities of chosen and rejected."""
     logprobs = pair_logprobs(policy, tokenizer, pairs, share_prompts, world)  # [b, 2]
     ref = ref.to(world.device)
@@ -316,9 +321,9 @@ def update_loss(policy, tokenizer, pairs, ref, share_prompts, args, world, meter
     loss = losses.sum() / args.pairs_per_step
 
     with torch.no_grad():  # the rest is for the log
-        chosen, rejected = implicit_reward(logprobs, ref, length, args).T
+        chosen, rejected = implicit_reward(logprobs, ref, length, args).T  # rewards, [b] each
         meter.add("accuracy", share_won(chosen, rejected))
-        meter.add("margin", chosen - rejected)
+        meter.add("margin", chosen - rejected)  # for simpo without --simpo_margin
         meter.add("chosen", chosen)
         meter.add("rejected", rejected)
         meter.add("logprobs/chosen", logprobs[:, 0])
@@ -356,9 +361,9 @@ def train(args):
 
     with common.short_errors(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
-        # True if a forward may compute a prompt once for both sides. On a CPU that is faster, and
-        # done if a trial gives the same numbers; on a GPU it is slower, and not done. Without
-        # training the trial is not worth its time.
+        # Whether a forward may compute a prompt once for both sides. `prompts_can_be_shared` says
+        # no on a GPU, where that is slower; on a CPU yes, if a trial gives the same numbers.
+        # Without training the trial is not worth its time.
         share_prompts = args.steps > 0 and common.prompts_can_be_shared(
             policy, world, args.gradient_checkpointing
         )
@@ -386,7 +391,8 @@ def train(args):
             step_began = time.perf_counter()
             meter = common.Meter()
 
-            # 1. The next pairs of endless shuffled copies, in micro-batches (a forward each).
+            # 1. The next pairs, in micro-batches (a forward each). Each pass over the data has an
+            #    order of its own.
             indices = common.rows_of_step(len(pairs), step, args.pairs_per_step, world, args.seed)
             batch = [pairs[i] for i in indices]
             batch_ref = ref[indices]
@@ -446,14 +452,13 @@ def train(args):
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     """Cuts pairs into parts, one forward each -> lists of pair numbers.
 
-    A pair is (prompt, chosen, rejected), as token ids. (In reward_model.py "prompt" is the
-    beginning that both texts share.) A part has at most `tokens` tokens
-    (padding included, a shared prompt counted once) or one pair. Pairs of like length come
-    together, to save padding.
+    A pair is (prompt, chosen, rejected), as token ids; for a reward model, prompt is all that both
+    texts begin with. A part has at most `tokens` tokens (padding included, a shared prompt counted
+    once) or one pair. Pairs of like length come together, to save padding.
 
     FSDP needs equally many parts in all processes. A process that has fewer takes a pair from its
-    fullest part and makes it a part of its own. (Every process has N pairs and at most N parts. One
-    with fewer parts than another has fewer than N, so one of its parts has two pairs.)
+    fullest part and makes it a part of its own. (That part has two pairs or more: all processes
+    have equally many pairs, and another one has cut them into more parts.)
     """
     # what a pair takes in a forward
     copies = 1 if share_prompts else 2
@@ -461,7 +466,7 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     sides_tokens = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
 
     def fits(part):
-        # an upper bound: dpo.py reads no side's last token, reward_model.py may pad whole texts
+        # an upper bound: the last token of a DPO side, for one, is only predicted, never read
         longest_prompt = max(prompt_tokens[i] for i in part)
         longest_sides = max(sides_tokens[i] for i in part)
         return len(part) * (longest_prompt + longest_sides) <= tokens
@@ -528,9 +533,9 @@ def reference_scores(
     [held-out pairs, 2] (None if there are none). For simpo both are zeros. The policy must still
     be as it was at the start.
 
-    Those of the training pairs are kept in a file of the run's folder. A resumed run computes only
-    what is missing. The reference's micro-batches are not those of training, so in bfloat16 sums
-    round differently: the log-ratios of step 1 are near 0, not 0.
+    The log-probabilities of training pairs are kept in a file of the run's folder. A resumed run
+    computes only what is missing. The reference's micro-batches are not those of training, so in
+    bfloat16 sums round differently: the log-ratios of step 1 are near 0, not 0.
     """
     if args.loss == "simpo":
         return torch.zeros(len(pairs), 2), torch.zeros(len(held_out), 2)
@@ -545,15 +550,16 @@ def reference_scores(
     known = int((~scores[:, 0].isnan()).sum())
     # ends the run if the processes have read different files, on machines without a common disk
     common.agree(out, world, known, "the number of pairs that the reference has scored is")
-    drawn = args.steps * args.pairs_per_step  # as `rows_of_step` draws them
-    visited = {common.nth_row(len(pairs), i, args.seed) for i in range(drawn)}
+    count = args.steps * args.pairs_per_step
+    # the pairs that training will draw, as `rows_of_step` does
+    visited = {common.nth_row(len(pairs), i, args.seed) for i in range(count)}
     missing = [i for i in sorted(visited) if scores[i].isnan().any()]
 
     reference = policy
     if args.reference and (missing or held_out):
         reference = common.load_reference(args.reference, world)
         common.check_head(reference)  # stops if `logits_of` differs from its own forward
-        share_prompts = False  # the trial was made with the policy only
+        share_prompts = False  # `prompts_can_be_shared` has tried the policy only
     for start in range(0, len(missing), 1024):
         part = missing[start : start + 1024]
         few = [pairs[i] for i in part]
@@ -609,16 +615,17 @@ def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world,
 
 
 def evaluate(policy, tokenizer, prompts, reward, args, world, stop_asked=None):
-    """Scores of greedy completions of held-out prompts: eval/reward, by --reward, and the share of
-    right answers: eval/exact, by --reward if that is a rule; if not, eval/exact and eval/number,
-    each only if it calls all answers right. Each process takes its share of the prompts."""
+    """Scores of greedy completions of held-out prompts: eval/reward, by --reward, and
+    eval/exact, the share of right answers. If --reward is a rule, eval/exact goes by it;
+    if not, each rule that calls all given answers right has an eval/NAME. Each process
+    takes its share of the prompts."""
     mine = prompts[world.rank :: world.size]
     longest = max((len(ids) for ids, _ in prompts), default=0) + args.max_new_tokens
     # 4 micro-batches at once, or 8192 tokens: keys and values take less memory than training
     wanted_rows = 4 * args.tokens_per_micro_batch // longest
     # at least 1 and at most 256, and equal in all processes
     at_once = common.rows_at_once(prompts, args.max_new_tokens, wanted_rows)
-    # {name in the log: rule}; without a rule that calls some row's own answer wrong
+    # {name in the log: rule}
     rules = common.rules_that_fit(reward, prompts) if prompts else {}
     meter = common.Meter()
     starts = range(0, math.ceil(len(prompts) / world.size), at_once)

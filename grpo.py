@@ -24,7 +24,7 @@ with one update per rollout every ratio is 1, and the clip does nothing.
                         (mean over tokens, then completions)
     DAPO                --drop_equal_groups --mask_truncated --clip_high 0.28 --minibatches 4
                         (DAPO also has a penalty on length, makes 16 updates a rollout, and
-                        draws until the batch is full; here twice the prompts are drawn, once)
+                        draws until the batch is full; here twice the prompts are drawn, not more)
     Dr. GRPO            --scale none --aggregate constant   no divisor depends on the samples
     GSPO                --ratio sequence --minibatches 4    one ratio for a whole completion
 
@@ -37,13 +37,15 @@ Shapes: B completions of this process in a rollout (n for each prompt), b of tho
 [B, C] is as wide as the longest completion of the rollout, [b, C] as the longest of the forward.
 
 What is biased:
-  * With rewards of 0 and 1 the division by the std multiplies a prompt's gradient by about
-    1 / sqrt(p (1 - p)), where p is the prompt's share of right answers. Very easy and very hard
-    prompts count more. With one right or one wrong answer the std is 1 / sqrt(n), and the factor,
-    sqrt(n), is the largest.
-  * The group's mean contains the sample itself. With --scale none, that multiplies the expected
-    gradient by 1 - 1/n.
-  * The divisors of --aggregate token and sequence depend on the samples (`token_weights`).
+  * With rewards of 0 and 1 the division by the std multiplies a prompt's gradient by
+    about 1 / sqrt(p (1 - p)), where p is the prompt's share of right answers. Very
+    easy and very hard prompts count more, and those with one right or one wrong
+    answer of n the most: their std (which divides by n - 1) is the smallest, 1 /
+    sqrt(n).
+  * The group's mean contains the sample itself. With --scale none, that multiplies
+    the expected gradient by 1 - 1/n.
+  * The divisors of --aggregate token and sequence depend on the samples
+    (`token_weights`).
   * The KL term is each token's KL given the text before it. How a token
     changes the KL of later ones gets no gradient. (reinforce.py counts
     that: there log pi - log ref is in the reward.) The term's gradient is
@@ -55,7 +57,8 @@ What is biased:
   * With several updates: the clip. And the ratio (2) corrects for the token only: the text before
     it is still one that pi_old drew.
   * log pi_old is computed as in training. The sampler, which drew the tokens, gave slightly
-    different values, by rounding (`kl/sample`: their mean distance). Nothing corrects for that.
+    different values, by rounding (`kl/sample`: their mean distance). Nothing corrects for that
+    (`old` and `sampled` in `update_loss`).
 
 Left out: a critic and per-token credit (ppo.py), rewards for steps of reasoning, asynchronous
 sampling.
@@ -105,8 +108,8 @@ class Args:
     """completions of each held-out prompt, drawn all at once, for eval/pass@K: the chance that at
     least one of K is right (judged by `number` with --reward number, else by `exact`)"""
     reward: str = "exact"
-    """exact | number | none (the KL penalty alone) | FILE.py:function(completion, row) -> float |
-    a reward model's folder or hub name"""
+    """exact | number | none (the KL penalty alone) | a reward model's folder or hub name |
+    FILE.py:function(completion, row) -> a number, or a dict with "reward" and more to be logged"""
     chat: bool = True
     """put a text prompt through the chat template, if there is one (--no_chat: raw text)"""
     template_args: str = ""
@@ -303,18 +306,19 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
 
 
 def is_clipped(ratio, advantages, clip_low, clip_high):
-    """Where the clip takes the gradient away: below the range and above it, two tensors [b, C]."""
+    """Where the clip of (3) takes the gradient away: below the range and above it, two tensors
+    [b, C]. Another loss needs another one."""
     low = (advantages < 0) & (ratio < 1 - clip_low)
     high = (advantages > 0) & (ratio > 1 + clip_high)
     return low, high
 
 
 def k3(logprobs, other_logprobs):
-    """Schulman's third estimate of KL(p || other) on tokens drawn from p, never negative, [b, C].
-    logprobs: those of p.
+    """Schulman's third estimate of KL(p || other), never negative, [b, C]. logprobs: those of p,
+    which should have drawn the tokens.
 
-    It is logged, and --kl_stop of ppo.py looks at it. grpo.py also has it in
-    its loss: `update_loss` there says of which KL that is the gradient.
+    It is logged, and --kl_stop of ppo.py looks at it. In grpo.py it is part of the loss, too:
+    `update_loss` of grpo.py says of which KL that is the gradient.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     # expm1: for small d the result, about d^2 / 2, is below the rounding error of exp(-d)
@@ -344,14 +348,14 @@ def token_weights(mask, aggregate, limit, world):
     return mask / (N * limit)
 
 
-def has_gradient(weights, advantages, beta):
+def has_gradient(weights, advantages, other_term):
     """Which rows have a gradient: weights [rows, C], advantages [rows] -> [rows].
 
-    Rows with advantage 0 have none, unless the loss has another term: here the KL. (If you add an
-    entropy bonus, change this.) Rows without a gradient need no forward. Leaving them out does not
-    change the gradient, because `token_weights` has counted them.
+    Rows with advantage 0 have none, unless the loss has another term than (3): here the KL. (If you
+    add an entropy bonus, this must be true.) Rows without a gradient need no forward. Leaving them
+    out does not change the gradient, because `token_weights` has counted them.
     """
-    factors = weights if beta else weights * advantages[:, None]
+    factors = weights if other_term else weights * advantages[:, None]
     return (factors != 0).any(1)
 
 
@@ -380,10 +384,10 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so left out under no_grad. Detached and last, so it is computed once: in
-            # backward, checkpoint computes again only up to the last tensor that is needed.
-            # For an entropy bonus, drop the detach, and train all rows
-            # (grpo.py and reinforce.py leave out those with advantage 0).
+            # Only logged, so left out under no_grad. No gradient goes through it, and it comes
+            # last: the repetition in backward ends before it.
+            # For an entropy bonus, drop the detach, and train all rows (grpo.py and reinforce.py
+            # leave out those with advantage 0: `has_gradient`, `rows_to_train`).
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -409,7 +413,7 @@ def rollout_logprobs(model, samples, minibatches, temperature):
     other micro-batches, rounding alone would move a rollout's first ratio from 1, and the KL to the
     reference from 0 in step 1. (Dropout would, too: common.py turns it off.)
     """
-    out = torch.zeros_like(samples.logprobs)
+    out = torch.zeros_like(samples.mask, dtype=torch.float32)
     for parts in minibatches:
         for rows in parts:
             logprobs, _ = token_logprobs(model, samples, rows, temperature)
@@ -434,16 +438,17 @@ class Batch:
 
 def update_loss(policy, batch, rows, args, meter, is_first):
     """Equations (2) to (5) for one micro-batch, some `rows` of the rollout -> its loss."""
-    logprobs, entropy = token_logprobs(policy, batch.samples, rows, args.temperature)  # [b, C]
+    # [b, C]; the entropy has no gradient (see `logprobs_of`)
+    logprobs, entropy = token_logprobs(policy, batch.samples, rows, args.temperature)
     C = logprobs.shape[1]  # the longest completion of these rows
-    w = batch.weights[rows, :C]
-    # the tokens of trained rows, whole completions: `sequence_logratio` takes their mean
-    mask = w > 0
+    w = batch.weights[rows, :C]  # of both terms, (3) and the KL
+    mask = w > 0  # the tokens of trained rows, whole completions; all below is a mean over these
     A = batch.advantages[rows, None]  # [b, 1]
-    if batch.old_logprobs is None:  # one update per rollout: pi is still pi_old
+    if batch.old_logprobs is None:  # one update per rollout: pi is still pi_old, and (2) is 1
         old = logprobs.detach()
     else:
         old = batch.old_logprobs[rows, :C]
+    sampled = batch.samples.logprobs[rows, :C]  # of the same tokens, by the sampler
 
     logratio = logprobs - old
     if args.ratio == "sequence":
@@ -457,7 +462,9 @@ def update_loss(policy, batch, rows, args, meter, is_first):
             # On average over tokens from pi_old, the gradient is now
             # E_pi[d grad log pi], that of KL(pi || ref). Without the ratio,
             # and while pi is pi_old, it would be
-            # E_pi[(1 - exp(-d)) grad log pi], that of KL(ref || pi).
+            # E_pi[(1 - exp(-d)) grad log pi]. As E_pi[grad log pi] is 0, and
+            # exp(-d) is ref / pi, that is -E_ref[grad log pi], the gradient of
+            # KL(ref || pi).
             kl = kl * ratio  # not detached: its gradient counts even where it is 1
         loss = loss + args.beta * (kl * w).sum()
         # KL(pi_old || ref), because pi_old drew the tokens; in nats per completion. Not the
@@ -467,7 +474,6 @@ def update_loss(policy, batch, rows, args, meter, is_first):
 
     with torch.no_grad():  # the rest is for the log
         low, high = is_clipped(ratio, A, args.clip_low, args.clip_high)
-        sampled = batch.samples.logprobs[rows, :C]
         meter.add("kl/old", (k3(old, logprobs) * mask).sum(1), mask.any(1))  # KL(pi_old || pi)
         # not a KL: how far the sampler's log-probabilities are from the trainer's, by rounding
         meter.add("kl/sample", (old - sampled).abs(), mask)
@@ -546,8 +552,8 @@ def train(args):
                 parts = micro_batches(
                     batch_rows, trained, samples, args.tokens_per_micro_batch, world
                 )
-                minibatches.append(parts)
-            updates = shuffled_epochs(minibatches, args, step)
+                minibatches.append(parts)  # minibatches[u][m]: rows of forward m of update u
+            updates = shuffled_epochs(minibatches, args, step)  # those of all epochs
 
             # 4. Log-probabilities before the update, of the old policy and of the reference.
             batch = Batch(samples, advantages, weights)
@@ -567,11 +573,10 @@ def train(args):
             grad_norms = []
             meter.total("loss", torch.zeros(()))  # logged even if no row has a gradient
             for parts in updates:
-                if not parts:
-                    continue  # empty in all processes or in none: no row has a gradient
+                if not parts:  # in all processes: `micro_batches` gives all equally many
+                    continue  # no row has a gradient
                 for rows in parts:
-                    # no optimizer step with this rollout yet
-                    is_first = not grad_norms
+                    is_first = not grad_norms  # no update with this rollout yet
                     loss = update_loss(policy, batch, rows, args, meter, is_first)
                     loss.backward()
                     # for the log: a mean over the updates; one that is skipped counts as 0
@@ -631,7 +636,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         seed=common.seed_from(args.seed, step, world.rank, common.DRAW),
-        rows=args.sample_rows,
+        max_rows=args.sample_rows,
     )
     records = [prompts[indices[i // n]][1] for i in range(len(samples.texts))]
     scores = reward.score(samples, records)  # {"reward": ..., and its parts, if any}
@@ -653,8 +658,8 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
         rewards = rewards[kept]
     meter.add("length", samples.mask.sum(1))
     meter.add("truncated", ~samples.finished)
-    # in training, this many consecutive rows share one forward of their prompt
-    samples.rows_per_prompt = n if share_prompts else 1
+    if share_prompts:
+        samples.rows_per_prompt = n  # in training, these consecutive rows share one forward of it
     return samples, rewards, shown
 
 
@@ -668,16 +673,16 @@ def shuffled_groups(args, world, step):
         common.seed_from(args.seed, step, world.rank, common.CUT)
     )
     groups = torch.randperm(args.prompts_per_step // world.size, generator=generator)
-    for part in groups.view(args.minibatches, -1):
-        yield (part[:, None] * n + torch.arange(n)).flatten().tolist()
+    for chosen in groups.view(args.minibatches, -1):
+        yield (chosen[:, None] * n + torch.arange(n)).flatten().tolist()
 
 
 def shuffled_epochs(minibatches, args, step):
     """The mini-batches of all epochs, each epoch in an order of its own."""
     updates = []
     for epoch in range(args.epochs):
-        # No rank in the seed: all processes take the k-th mini-batch together, because its number
-        # of parts, and what its loss is divided by, are common to all.
+        # No rank in the seed: the k-th mini-batch was cut and weighted by all processes together,
+        # so all must take it at the same time.
         shuffle = random.Random(common.seed_from(args.seed, step, epoch, common.PASS))
         updates += shuffle.sample(minibatches, len(minibatches))
     return updates
@@ -688,8 +693,8 @@ def micro_batches(rows, trained, samples, tokens, world):
 
     trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
     (padding included, a shared prompt counted once); a row that is longer is a part of its own.
-    Here a group is the rows that share one forward of their prompt; without sharing, a single row.
-    Groups stay whole where they fit, and those of like length come together.
+    A bundle is the rows that share one forward of their prompt; without sharing, a single row.
+    Bundles stay whole where they fit, and those of like length come together.
 
     FSDP needs equally many parts in all processes. A process that has fewer adds parts of one row:
     a row that is not trained (its weights are 0), or else one moved from its fullest part.
@@ -703,22 +708,23 @@ def micro_batches(rows, trained, samples, tokens, world):
         longest = max(length[row] for row in part)
         return prompts * longest_prompt + len(part) * longest <= tokens
 
-    def size(group):
-        return max(prompt_length[row] + length[row] for row in group)
+    def size(bundle):
+        return max(prompt_length[row] + length[row] for row in bundle)
 
     spare = []
-    groups = collections.defaultdict(list)
+    bundles = collections.defaultdict(list)
     for row, is_trained in zip(rows, trained.tolist()):
         if is_trained:
-            groups[row // samples.rows_per_prompt].append(row)
+            bundles[row // samples.rows_per_prompt].append(row)
         else:
             spare.append(row)
     parts = []
-    for group in sorted(groups.values(), key=size, reverse=True):
-        if not parts or not fits(parts[-1] + group):
+    for bundle in sorted(bundles.values(), key=size, reverse=True):
+        # a new part if the bundle does not fit into the last one
+        if not parts or not fits(parts[-1] + bundle):
             parts.append([])
-        for row in group:
-            # only if the group is too large for one part
+        for row in bundle:
+            # another one only in the middle of a bundle that is too large for any part
             if parts[-1] and not fits([*parts[-1], row]):
                 parts.append([])
             parts[-1].append(row)
@@ -746,8 +752,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     mine = held_out[world.rank :: world.size]
     # completions at once: as many as in a rollout or in 8192 tokens, the larger; at most 256
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
-    rows = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
-    prompts_at_once = max(rows // max(n, 1), 1)  # each with n completions
+    at_once = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
+    prompts_at_once = max(at_once // max(n, 1), 1)  # each with n completions
     rules = common.rules_that_fit(reward, held_out)  # {name in the log: rule}
     meter = common.Meter()
     starts = range(0, math.ceil(len(held_out) / world.size), prompts_at_once)
@@ -766,7 +772,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
             ids,
             max_new_tokens=args.max_new_tokens,
             temperature=0,
-            rows=args.sample_rows,
+            max_rows=args.sample_rows,
         )
         scores = reward.score(samples, records)
         for name, values in scores.items():
@@ -787,7 +793,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
             temperature=args.temperature,
             # the same seed in every step
             seed=common.seed_from(args.seed, start, world.rank, common.EVAL),
-            rows=args.sample_rows,
+            max_rows=args.sample_rows,
         ).texts
         right = count_right(texts, records, reward.rule)
         for k in ks:

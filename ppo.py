@@ -1,10 +1,12 @@
 """PPO, Proximal Policy Optimization: a critic for each token's credit, a clip for small steps.
 
-REINFORCE gives every token all the reward that comes after it. PPO also trains a critic V, which
-predicts that reward. A token after which V rises gets credit: delta in (2).
+REINFORCE gives every token all the reward that comes after it. PPO also trains
+a critic V, which predicts that reward. A token after which V rises gets credit:
+delta in (2).
 
     (1)  r_t = -beta (log pi_old(a_t | s_t) - log ref(a_t | s_t)) + score_t   `token_rewards`
-         score_t is the reward of the whole completion at its last token, and 0 before
+         score_t is the reward of the whole completion (if it was cut: less
+         --missing_eos_penalty) at its last token, and 0 before
          s_t = (x, a_<t), x the prompt;  ref is pi before training, or --reference
     (2)  A_t = sum over j of (gamma lam)^j delta_{t+j}                        `gae`
          delta_t = r_t + gamma V_old(s_{t+1}) - V_old(s_t);  V_old after the end is 0
@@ -15,24 +17,28 @@ predicts that reward. A token after which V rises gets credit: delta in (2).
     (4)  k_t = rho_t - 1 - log rho_t                                          `k3`
          its sum over a completion estimates KL(pi_old || pi), for --kl_stop
     (5)  v_t = max((V - R_t)^2, (V_clip - R_t)^2) / 2                         `value_loss`
-         V_clip = V_old + clip(V - V_old, -value_clip, value_clip)
+         V_clip = V_old + clip(V - V_old, -value_clip, value_clip);  --value_clip 0: no max
     (6)  loss = mean of (l_t + value_coef v_t) over the tokens of an update   `add_gradients`
 
-GAE (2) averages k-step advantages: k rewards as they came, then V for the rest,
-    r_t + .. + gamma^(k-1) r_{t+k-1} + gamma^k V(s_{t+k}) - V(s_t), with weight (1 - lam) lam^(k-1).
-The largest k, which reaches the end, gets the weight that is left. lam 0 keeps only k = 1 (the
-actor-critic of textbooks): little variance, but the critic's errors enter in full. lam 1 keeps only
-the largest k (Monte Carlo): the critic is just a baseline, like the mean score of a prompt's
-completions in GRPO.
+GAE (2) is the average, with weights (1 - lam) lam^(k-1), of the k-step advantages,
+k = 1, 2, ..:
+    r_t + .. + gamma^(k-1) r_{t+k-1} + gamma^k V(s_{t+k}) - V(s_t)
+has k rewards as they came, then V for the rest. The largest k, which
+reaches the end, gets the weight that is left. lam 0 keeps only k = 1 (the
+actor-critic of textbooks): little variance, but the critic's errors enter
+in full. lam 1 keeps only the largest k (Monte Carlo): the critic is just a
+baseline, like the mean score of a prompt's completions in GRPO.
 
-Take gamma 1, lam 1, no whitening, beta 0, a separate critic and one update per rollout. Then A is
-the score minus V. The policy's gradient is that of grpo.py --scale none if V is the mean score of
-the prompt's completions, and that of REINFORCE without a baseline if V is 0 (up to a factor:
-reinforce.py divides by completions, (6) by tokens). Both are tested.
+Take gamma 1, lam 1, no whitening, beta 0, a separate critic and one update
+per rollout. Then A is the score minus V. The policy's gradient is that of
+grpo.py --scale none if V is the mean score of the prompt's completions, and
+that of REINFORCE without a baseline if V is 0 (up to a factor: reinforce.py
+divides by completions, (6) by tokens). Both are tested.
 
-TRPO bounded KL(pi_old || pi) in every step, at the cost of many extra forwards and backwards. PPO's
-clip only removes the gain from leaving the range. It does not bound the ratio: a step can go too
-far, and gradients of other tokens still move it. `--kl_stop` ends a rollout's updates when the KL
+TRPO bounded KL(pi_old || pi) in every update, at the cost of many extra
+forwards and backwards. PPO's clip only removes the gain from leaving the
+range. It does not bound the ratio: an update can go too far, and gradients of
+other tokens still move it. `--kl_stop` ends a rollout's updates when the KL
 is too large.
 
     python ppo.py                        # a tiny model learns to sort digits; needs no download
@@ -40,27 +46,34 @@ is too large.
         --data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl
     torchrun --nproc_per_node 8 ppo.py --model ... --data ... --reward runs/reward_model/model
 
-Shapes: B completions of this process in a rollout, b of those in one forward. [B, C] is as wide as
-the longest completion of the rollout, [b, C] as the longest of the forward. mask is true on a
-completion's tokens. s_t is a text; the `states` of the code are what the transformer makes of it,
-its last hidden states.
+Shapes: B completions of this process in a rollout, b of those in one
+forward. [B, C] is as wide as the longest completion of the rollout, [b,
+C] as the longest of the forward. mask is true on a completion's tokens.
+s_t is a text; the `states` of the code are what the transformer makes of
+it, its last hidden states.
 
 What biases the gradient of the expected reward:
   * lam < 1: the critic's errors are in A. gamma < 1: late rewards count for less.
-  * Whitening and the mean over tokens: mean, std and number of tokens depend on the very samples
-    that they scale.
-  * The clip. And the ratio corrects for a_t only: from a rollout's second update on, the text
-    before it, s_t, is still one that pi_old drew.
+  * Whitening and the mean over tokens: mean, std and number of tokens depend on the
+    very samples that they scale.
+  * The clip. And the ratio corrects for a_t only: from a rollout's second update
+    on, the text before it, s_t, is still one that pi_old drew.
   * With --critic shared, the value loss: it trains the policy's transformer, too.
-Two things do not bias it: the baseline V(s_t), because it does not see a_t, and that r_t is treated
-as a constant. In the first update the log pi_old in it is log pi, but the gradient so left out,
--beta E[grad log pi], is 0.
+  * With a beta above 0, from a rollout's second update on: r_t has the log pi_old
+    of the first.
+  * log pi_old is computed as in training. The sampler, which drew the tokens, gave
+    slightly different values, by rounding (`kl/sample`: their mean distance).
+    Nothing corrects for that.
+The baseline V(s_t) does not bias it, because it does not see a_t. And in the
+first update, where log pi_old is log pi, it is right to treat r_t as a
+constant: the gradient of its log pi, -beta E[grad log pi], is 0.
 
-Left out: bootstrapping where a completion was cut, adaptive beta, an entropy bonus, replay of
-earlier rollouts.
+Left out: bootstrapping where a completion was cut, adaptive beta, an entropy
+bonus, replay of earlier rollouts.
 
-Papers: Schulman et al. 2015 (TRPO), 2016 (GAE), 2017 (PPO); Ziegler et al. 2019, Ouyang et al. 2022
-(language models); Huang et al. 2024 (which details matter).
+Papers: Schulman et al. 2015 (TRPO), 2016 (GAE), 2017 (PPO); Ziegler et al.
+2019, Ouyang et al. 2022 (language models); Huang et al. 2024 (which details
+matter).
 """
 
 import collections
@@ -101,8 +114,8 @@ class Args:
     """held-out prompts, as --data (None: the bundled ones
     if --data is the bundled task, else none)"""
     reward: str = "exact"
-    """exact | number | none (the KL penalty alone) | FILE.py:function(completion, row) -> float |
-    a reward model's folder or hub name"""
+    """exact | number | none (the KL penalty alone) | a reward model's folder or hub name |
+    FILE.py:function(completion, row) -> a number, or a dict with "reward" and more to be logged"""
     chat: bool = True
     """put a text prompt through the chat template, if there is one (--no_chat: raw text)"""
     template_args: str = ""
@@ -305,18 +318,19 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
 
 
 def is_clipped(ratio, advantages, clip_low, clip_high):
-    """Where the clip takes the gradient away: below the range and above it, two tensors [b, C]."""
+    """Where the clip of (3) takes the gradient away: below the range and above it, two tensors
+    [b, C]. Another loss needs another one."""
     low = (advantages < 0) & (ratio < 1 - clip_low)
     high = (advantages > 0) & (ratio > 1 + clip_high)
     return low, high
 
 
 def k3(logprobs, other_logprobs):
-    """Schulman's third estimate of KL(p || other) on tokens drawn from p, never negative, [b, C].
-    logprobs: those of p.
+    """Schulman's third estimate of KL(p || other), never negative, [b, C]. logprobs: those of p,
+    which should have drawn the tokens.
 
-    It is logged, and --kl_stop of ppo.py looks at it. grpo.py also has it in
-    its loss: `update_loss` there says of which KL that is the gradient.
+    It is logged, and --kl_stop of ppo.py looks at it. In grpo.py it is part of the loss, too:
+    `update_loss` of grpo.py says of which KL that is the gradient.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     # expm1: for small d the result, about d^2 / 2, is below the rounding error of exp(-d)
@@ -339,8 +353,8 @@ def value_loss(values, old_values, returns, weights, clip):
 
 def explained_variance(values, monte_carlo, mask, world):
     """1 - Var(G - V) / Var(G) over tokens, G the Monte Carlo returns: 1 if V predicts every G up to
-    a constant, 0 for a constant V, None if Var(G) is near 0. R_t of (2) contains V if lam < 1, and
-    would flatter the critic."""
+    a constant, 0 for a constant V, None if Var(G) is near 0. G is R_t of (2) at lam 1, where V
+    cancels. With lam < 1, R_t contains V, and would flatter the critic."""
     _, variance = mean_and_variance(monte_carlo, mask, world)
     _, unexplained = mean_and_variance(monte_carlo - values, mask, world)
     return 1 - unexplained / variance if variance > 1e-6 else None
@@ -371,10 +385,10 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so left out under no_grad. Detached and last, so it is computed once: in
-            # backward, checkpoint computes again only up to the last tensor that is needed.
-            # For an entropy bonus, drop the detach, and train all rows
-            # (grpo.py and reinforce.py leave out those with advantage 0).
+            # Only logged, so left out under no_grad. No gradient goes through it, and it comes
+            # last: the repetition in backward ends before it.
+            # For an entropy bonus, drop the detach, and train all rows (grpo.py and reinforce.py
+            # leave out those with advantage 0: `has_gradient`, `rows_to_train`).
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -400,7 +414,7 @@ def rollout_logprobs(model, samples, minibatches, temperature):
     other micro-batches, rounding alone would move a rollout's first ratio from 1, and the KL to the
     reference from 0 in step 1. (Dropout would, too: common.py turns it off.)
     """
-    out = torch.zeros_like(samples.logprobs)
+    out = torch.zeros_like(samples.mask, dtype=torch.float32)
     for parts in minibatches:
         for rows in parts:
             logprobs, _ = token_logprobs(model, samples, rows, temperature)
@@ -433,6 +447,7 @@ def make_critic(policy, critic_path, tokenizer, args, world):
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
     if critic_path:  # separate, with --lora_rank (the folder itself is not used)
+        # these adapters are no parameters of the policy: only the critic's optimizer has them
         critic, trunk = common.add_critic_adapters(policy, head)
         return critic, trunk, head
     return head, policy, head
@@ -486,7 +501,8 @@ class Batch:
 def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, is_first):
     """Equations (3) to (6) for one micro-batch, some `rows` of the rollout: adds its gradients
     -> its share of the update's KL(pi_old || pi), in nats per completion."""
-    # in --critic_warmup no backward of the policy follows; the next sampling clears what FSDP keeps
+    # In --critic_warmup no backward of the policy follows. What FSDP then keeps of this forward,
+    # the next `common.sample` clears.
     with torch.set_grad_enabled(policy_learns):
         states, ids, mask = common.completion_states(policy, batch.samples, rows)
         logprobs, entropy = logprobs_of(policy, states, ids, mask, args.temperature)  # [b, C]
@@ -499,20 +515,20 @@ def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, 
     if trunk is not policy:
         if policy_learns:
             policy_loss.backward()  # now, so that the activations of both are never held at once
+            policy_loss = policy_loss.detach()
         states, _, _ = common.completion_states(trunk, batch.samples, rows)
     values = values_of(head, states)
     v_loss = value_loss(
         values, batch.old_values[rows, :C], batch.returns[rows, :C], w, args.value_clip
     )
-    loss = args.value_coef * v_loss
-    if trunk is policy:
-        # one forward, so one backward; the value loss trains the policy's transformer, too
-        loss = loss + policy_loss
+    # Equation (6). With a separate critic, and in --critic_warmup, the policy's loss is a constant
+    # here. With a shared one this trains the policy's transformer for both.
+    loss = policy_loss + args.value_coef * v_loss
     loss.backward()
 
     # the rest is for the log and --kl_stop
     with torch.no_grad():
-        kl = (k3(old, logprobs) * mask).sum(1).double()
+        kl = (k3(old, logprobs) * mask).sum(1).double()  # equation (4), [b]
         low, high = is_clipped(ratio, A, args.clip_low, args.clip_high)
         sampled = batch.samples.logprobs[rows, :C]
         meter.total("loss", policy_loss)  # the l_t of (6) alone
@@ -527,7 +543,7 @@ def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, 
             meter.add("entropy", entropy, mask)
         if is_first:  # should be 0: pi is still pi_old
             meter.maximum("ratio/first", (ratio - 1).abs() * mask)
-    # completions of this update, in all processes
+    # of this update, in all processes (as --prompts_per_step counts)
     completions = args.prompts_per_step * args.samples_per_prompt / args.minibatches
     return kl.sum() / completions
 
@@ -606,19 +622,20 @@ def train(args):
             mask = samples.mask
             weights = torch.zeros_like(samples.logprobs)  # [B, C]
             minibatches = []
-            for rows in shuffled_groups(args, world, step):
+            for batch_rows in shuffled_groups(args, world, step):
                 # the mean (6) is over all micro-batches and processes
-                weights[rows] = mask[rows] / common.all_sum(world, mask[rows].sum())[0]
-                every_row = torch.ones(len(rows), dtype=torch.bool)  # grpo.py leaves some out
-                parts = micro_batches(rows, every_row, samples, args.tokens_per_micro_batch, world)
-                minibatches.append(parts)
+                tokens = common.all_sum(world, mask[batch_rows].sum())[0]
+                weights[batch_rows] = mask[batch_rows] / tokens
+                every = torch.ones(len(batch_rows), dtype=torch.bool)  # grpo.py leaves some out
+                size = args.tokens_per_micro_batch
+                minibatches.append(micro_batches(batch_rows, every, samples, size, world))
 
             # 3. What policy, critic and reference say of the rollout before any update, [B, C].
             old, values = before_update(policy, trunk, head, samples, minibatches, args.temperature)
             kl = torch.zeros_like(old)
             if reference is not None:
                 ref = rollout_logprobs(reference, samples, minibatches, args.temperature)
-                kl = (old - ref) * mask
+                kl = (old - ref) * mask  # can be below 0; its mean is the KL
                 meter.add("kl/ref", kl.sum(1))  # in nats per completion
                 meter.add("kl/penalty", args.beta * kl.sum(1))
 
@@ -635,23 +652,21 @@ def train(args):
             # 5. Update, equations (3) to (6). --kl_stop may end it early.
             batch = Batch(samples, weights, old, values, advantages, returns)
             rate, critic_rate = set_learning_rates(optimizers, args, step)
-            grad_norms = []
-            critic_norms = []
+            norms = []  # (the policy's gradient norm, the critic's) of each update
             tried_updates = 0
             for parts in shuffled_epochs(minibatches, args, step):
-                is_first = not grad_norms  # no update of this rollout yet: pi is pi_old
+                is_first = not norms  # pi is still pi_old: --kl_stop has nothing to stop
                 moved = 0.0  # becomes KL(pi_old || pi) on this mini-batch, before its update
                 for rows in parts:
-                    flags = {"policy_learns": policy_learns, "is_first": is_first}
-                    moved += add_gradients(policy, trunk, head, batch, rows, args, meter, **flags)
+                    moved += add_gradients(
+                        policy, trunk, head, batch, rows, args, meter, policy_learns, is_first
+                    )
                 tried_updates += 1
                 if args.kl_stop and not is_first and common.all_sum(world, moved)[0] > args.kl_stop:
                     policy.zero_grad()
                     critic.zero_grad()
                     break
-                norm, critic_norm = take_step(models, optimizers, args, world, step)
-                grad_norms.append(norm)
-                critic_norms.append(critic_norm)
+                norms.append(take_step(models, optimizers, args, world, step))
 
             # 6. Log. The update that --kl_stop gave up is in all means except gradient norms.
             step_ended = time.perf_counter()
@@ -660,9 +675,9 @@ def train(args):
             metrics |= {
                 "loss": metrics["loss"] / tried_updates,
                 "value/loss": metrics["value/loss"] / tried_updates,
-                "updates": len(grad_norms),
-                "grad_norm": sum(grad_norms) / len(grad_norms),
-                "value/grad_norm": sum(critic_norms) / len(critic_norms),
+                "updates": len(norms),
+                "grad_norm": sum(norm for norm, _ in norms) / len(norms),
+                "value/grad_norm": sum(norm for _, norm in norms) / len(norms),
                 "learning_rate": rate,
                 "value/learning_rate": critic_rate,
                 "time/sample": sampling_ended - step_began,
@@ -685,7 +700,7 @@ def train(args):
     common.conclude(out, args, writer, bar, example)
 
 
-# -- A first reading may end here: rollout, batches, held-out scores, rewards, prompts -----------
+# -- The rollout -------------------------------------------------------------------------------
 
 
 def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step, meter):
@@ -701,7 +716,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         seed=common.seed_from(args.seed, step, world.rank, common.DRAW),
-        rows=args.sample_rows,
+        max_rows=args.sample_rows,
     )
     records = [prompts[indices[i // n]][1] for i in range(len(samples.texts))]
     scores = reward.score(samples, records)  # {"reward": the score, and its parts, if any}
@@ -710,11 +725,14 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
     meter.add("length", samples.mask.sum(1))
     meter.add("truncated", ~samples.finished)
     meter.total("tokens", samples.mask.sum())
-    # in training, this many consecutive rows share one forward of their prompt
-    samples.rows_per_prompt = n if share_prompts else 1
+    if share_prompts:
+        samples.rows_per_prompt = n  # in training, these consecutive rows share one forward of it
     meter.maximum("time/reward", torch.tensor(reward.seconds))
     shown = common.examples(samples, scores, records, range(n), tokenizer)
     return samples, torch.tensor(scores["reward"], device=world.device), shown
+
+
+# -- A first reading may end here: batches, held-out scores, rewards, prompts ------------------
 
 
 def shuffled_groups(args, world, step):
@@ -724,16 +742,16 @@ def shuffled_groups(args, world, step):
         common.seed_from(args.seed, step, world.rank, common.CUT)
     )
     groups = torch.randperm(args.prompts_per_step // world.size, generator=generator)
-    for part in groups.view(args.minibatches, -1):
-        yield (part[:, None] * n + torch.arange(n)).flatten().tolist()
+    for chosen in groups.view(args.minibatches, -1):
+        yield (chosen[:, None] * n + torch.arange(n)).flatten().tolist()
 
 
 def shuffled_epochs(minibatches, args, step):
     """The mini-batches of all epochs, each epoch in an order of its own."""
     updates = []
     for epoch in range(args.epochs):
-        # No rank in the seed: all processes take the k-th mini-batch together, because its number
-        # of parts, and what its loss is divided by, are common to all.
+        # No rank in the seed: the k-th mini-batch was cut and weighted by all processes together,
+        # so all must take it at the same time.
         shuffle = random.Random(common.seed_from(args.seed, step, epoch, common.PASS))
         updates += shuffle.sample(minibatches, len(minibatches))
     return updates
@@ -744,8 +762,8 @@ def micro_batches(rows, trained, samples, tokens, world):
 
     trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
     (padding included, a shared prompt counted once); a row that is longer is a part of its own.
-    Here a group is the rows that share one forward of their prompt; without sharing, a single row.
-    Groups stay whole where they fit, and those of like length come together.
+    A bundle is the rows that share one forward of their prompt; without sharing, a single row.
+    Bundles stay whole where they fit, and those of like length come together.
 
     FSDP needs equally many parts in all processes. A process that has fewer adds parts of one row:
     a row that is not trained (its weights are 0), or else one moved from its fullest part.
@@ -759,22 +777,23 @@ def micro_batches(rows, trained, samples, tokens, world):
         longest = max(length[row] for row in part)
         return prompts * longest_prompt + len(part) * longest <= tokens
 
-    def size(group):
-        return max(prompt_length[row] + length[row] for row in group)
+    def size(bundle):
+        return max(prompt_length[row] + length[row] for row in bundle)
 
     spare = []
-    groups = collections.defaultdict(list)
+    bundles = collections.defaultdict(list)
     for row, is_trained in zip(rows, trained.tolist()):
         if is_trained:
-            groups[row // samples.rows_per_prompt].append(row)
+            bundles[row // samples.rows_per_prompt].append(row)
         else:
             spare.append(row)
     parts = []
-    for group in sorted(groups.values(), key=size, reverse=True):
-        if not parts or not fits(parts[-1] + group):
+    for bundle in sorted(bundles.values(), key=size, reverse=True):
+        # a new part if the bundle does not fit into the last one
+        if not parts or not fits(parts[-1] + bundle):
             parts.append([])
-        for row in group:
-            # only if the group is too large for one part
+        for row in bundle:
+            # another one only in the middle of a bundle that is too large for any part
             if parts[-1] and not fits([*parts[-1], row]):
                 parts.append([])
             parts[-1].append(row)
@@ -804,8 +823,10 @@ def set_learning_rates(optimizers, args, step):
 
 
 def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
-    """Scores of greedy completions of held-out prompts: eval/reward, eval/exact. Each process
-    takes its share."""
+    """Scores of greedy completions of held-out prompts: eval/reward, by --reward, and
+    eval/exact, the share of right answers. If --reward is a rule, eval/exact goes by it;
+    if not, each rule that calls all given answers right has an eval/NAME. Each process
+    takes its share of the prompts."""
     mine = held_out[world.rank :: world.size]
     # completions at once: as many as in a rollout or in 8192 tokens, the larger; at most 256
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
@@ -827,7 +848,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
             ids,
             max_new_tokens=args.max_new_tokens,
             temperature=0,
-            rows=args.sample_rows,
+            max_rows=args.sample_rows,
         )
         scores = reward.score(samples, records)
         for name, values in scores.items():

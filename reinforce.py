@@ -1,7 +1,8 @@
 """REINFORCE for language models: make likely what scored well.
 
-A policy pi(y | x) completes a prompt x with the tokens y = a_1 .. a_T and gets a score r(x, y). We
-want a high score from a policy near `ref`, the model that training starts from (or --reference).
+A policy pi(y | x) completes a prompt x with the tokens y = a_1 .. a_T and gets a
+score r(x, y). We want a high score from a policy near `ref`, the model that
+training starts from (or --reference).
 
     (1)  maximise  J = E[r(x, y)] - beta KL(pi || ref)
 
@@ -11,50 +12,57 @@ grad pi = pi grad log pi, the gradient of a mean is again a mean, which samples 
     (2)  grad E[r] = sum over y of r(x, y) grad pi(y | x) = E[r(x, y) grad log pi(y | x)]
          log pi(y | x) = sum over t of log pi(a_t | x, a_<t)
 
-So: draw completions, multiply the log-probability of each by its score, and take the mean. This is
-right on average, but very noisy. The rest adds the KL and removes noise.
+So: draw completions, multiply the log-probability of each by its score, and take
+the mean: its gradient is (2), on average, but very noisy. The rest adds the KL and
+removes noise.
 
     (3)  r_t  = -beta d_t, plus r(x, y) at the last token                     `token_rewards`
-         d_t  = log pi(a_t | ..) - log ref(a_t | ..)
-    (4)  k_t  = exp(-e) - 1 + e,  e = log pi_old(a_t) - log pi(a_t), logged only          `k3`
-    (5)  G_t  = sum over s >= t of gamma^(s-t) r_s                            `rewards_to_go`
-    (6)  A_t  = G_t - baseline                                                `baselines`
-    (7)  loss = -1/N sum over completions and tokens of w_t A_t log pi(a_t)   `policy_loss`
+         d_t  = log pi_old(a_t | ..) - log ref(a_t | ..)
+    (4)  G_t  = sum over s >= t of gamma^(s-t) r_s                            `rewards_to_go`
+    (5)  A_t  = G_t - baseline                                                `baselines`
+    (6)  loss = -1/N sum over completions and tokens of w_t A_t log pi(a_t)   `policy_loss`
+    (7)  logged only: exp(-e) - 1 + e,  e = log pi_old(a_t) - log pi(a_t)     `k3`
 
-(3) KL(pi || ref) is the mean of d_1 + .. + d_T. This estimate is called k1. So J is the mean of
-    r(x, y) - beta (d_1 + .. + d_T), a score like any other, and (2) gives its gradient. d_t depends
-    on the weights, too, but this adds -beta E[grad d_t] = -beta E[grad log pi] = 0. So d_t is a
-    constant, computed before the update. For the same reason k1 must be in the reward: as a term of
-    the loss, the mean of its gradient would be 0.
-(4) k3 measures KL(pi_old || pi), logged as kl/old; pi_old drew the samples. Its mean is that of e,
-    since E[exp(-e)] = 1, mostly with less noise, and it is never negative. (kl/ref is k1, and may
-    be negative.)
-(5) A token did not cause the rewards before it, so in its weight they would only be noise. With
-    gamma 1 and beta 0, every G_t is the score. That is (2).
-(6) E[baseline grad log pi] = 0 if the baseline does not depend on y, so it may be subtracted. If
-    all scores are near 100, every sample says "more of this". With the mean subtracted, those below
-    it say "less". Baselines are means of G_1 over samples.
-(7) N is the completions of an optimizer update. w_t = 1 for fresh samples. If a rollout serves
-    several updates, w_t is pi(a_t) / pi_old(a_t).
+pi_old is pi before the rollout's first update: it drew the samples.
 
-With scores 0 and 1, no baseline, beta 0, gamma 1 and one update per rollout, (7) is the negative
-log-likelihood of the right completions, over N: rejection fine-tuning. On completions from a file
-(--demos), each with score 1, it is supervised fine-tuning.
+(3) KL(pi || ref) is the mean of d_1 + .. + d_T (the estimate called k1). So J is
+    the mean of r(x, y) - beta (d_1 + .. + d_T), a score like any other, and (2)
+    gives its gradient. d_t depends on the weights, too, but this adds -beta E[grad
+    d_t] = -beta E[grad log pi] = 0. So d_t is a constant, computed before the
+    update. For the same reason it must be in the reward: as a term of the loss, the
+    mean of its gradient would be 0.
+(4) A token did not cause the rewards before it, so in its weight they would only be
+    noise. With gamma 1 and beta 0, every G_t is the score. That is (2).
+(5) E[baseline grad log pi] = 0 if the baseline does not depend on y, so it may be
+    subtracted. If all scores are near 100, every sample says "more of this". With
+    the mean subtracted, those below it say "less". Baselines are means of G_1 over
+    samples, one for all tokens: token t of another sample follows another text, so
+    its G_t would be no better guide.
+(6) N is the completions of an optimizer update. w_t has no gradient. It is 1 for
+    fresh samples and for --demos; if a rollout serves several updates, it is
+    pi(a_t) / pi_old(a_t).
+(7) k3. Its sum over a completion estimates KL(pi_old || pi), logged as kl/old. Its
+    mean is that of e, since E[exp(-e)] = 1, mostly with less noise, and it is never
+    negative. (kl/ref is the sum of the d_t, and may be negative.)
+
+With scores 0 and 1, no baseline, beta 0, gamma 1 and one update per rollout, (6) is
+the negative log-likelihood of the right completions, over N: rejection fine-tuning.
+On completions from a file (--demos), each with score 1, it is supervised
+fine-tuning.
 
 With score 0 (--reward none) and a teacher as ref (--reference),
-(7) distils the teacher into pi, on pi's own completions.
-On average (7) then has, at beta 1, the gradient of
+(6) distils the teacher into pi, on pi's own completions.
+On average (6) then has, at beta 1, the gradient of
 
     gamma 0   the sum over t of
               KL(pi(. | x, a_<t) || ref(. | x, a_<t)),
-              with the text a_<t fixed. By default no
-              baseline, because G_1 is then the reward of
-              the first token alone.
+              with the text a_<t fixed.
     gamma 1   KL(pi(y | x) || ref(y | x)):
               a token is also judged by those after it.
 
-The teacher needs the same tokens. Watch kl/ref fall;
-reward stays 0, and no best/ is kept.
+With gamma 0 the default is no baseline, because G_1 is then the reward of the first
+token alone. The teacher needs the same tokenizer. Watch kl/ref fall; reward stays
+0, and no best/ is kept.
 
     python reinforce.py --model ... --data ... --reward none --reference TEACHER --beta 1 --gamma 0
 
@@ -69,8 +77,8 @@ tokens in the longest completion, V in the vocabulary.
 What is biased:
   * --baseline prompt and batch shrink the gradient (see `baselines`).
     --normalize, --keep_max and a --gamma below 1 follow another direction than grad J.
-  * w_t corrects a token. The text before it, and the text after it that G_t comes from, are still
-    drawn from pi_old.
+  * w_t corrects the chance of token t alone. The text before it, and the text after it that G_t
+    comes from, are still distributed as under pi_old.
   * pi_old comes from the trainer's forward. The sampler's log-probabilities
     differ from it by rounding (`kl/sample`).
 
@@ -120,8 +128,8 @@ class Args:
     """held-out prompts, as --data (None: the bundled ones if
     --demos, or else --data, is of the bundled task)"""
     reward: str = "exact"
-    """exact | number | none (the KL penalty alone) | FILE.py:function(completion, row) -> float |
-    a reward model's folder or hub name"""
+    """exact | number | none (the KL penalty alone) | a reward model's folder or hub name |
+    FILE.py:function(completion, row) -> a number, or a dict with "reward" and more to be logged"""
     demos: str = ""
     """supervised fine-tuning: learn from this file's answers; --data and samples are not used"""
     chat: bool = True
@@ -257,7 +265,7 @@ def token_rewards(scores, kl, mask, beta):
 
 
 def rewards_to_go(rewards, gamma):
-    """Equation (5): rewards r_t [B, C] -> G_t [B, C], from the end: G_t = r_t + gamma G_{t+1}.
+    """Equation (4): rewards r_t [B, C] -> G_t [B, C], from the end: G_t = r_t + gamma G_{t+1}.
 
     With gamma 1, (-0.1, 0.2, 1) gives (1.1, 1.2, 1). A completion that was cut counts as ended.
     """
@@ -270,7 +278,7 @@ def rewards_to_go(rewards, gamma):
 
 
 def baselines(totals, all_totals, n, baseline):
-    """The baseline of equation (6), [B]. totals [B] are the G_1, n for each prompt; all_totals are
+    """The baseline of equation (5), [B]. totals [B] are the G_1, n for each prompt; all_totals are
     those of all processes.
 
         none    0                                         unbiased
@@ -280,8 +288,8 @@ def baselines(totals, all_totals, n, baseline):
                                                           blind to how hard a prompt is
 
     A shrunk gradient keeps its direction (with gamma 1). Where all totals are equal, each is its
-    own baseline, and A_1 exactly 0. The mean of eight 0.1 is not exactly 0.1, and what is left
-    Adam would scale up to a full step.
+    own baseline, and A_1 exactly 0. Otherwise rounding (the mean of eight 0.1 is not exactly 0.1)
+    would leave a tiny gradient, and Adam would scale it up to a full step.
     """
     if baseline == "none":
         return torch.zeros_like(totals)
@@ -305,8 +313,9 @@ def spread(scores, all_scores, n, baseline):
     """What --normalize divides by, [B]: the std of the scores of the prompt (--baseline prompt,
     loo) or of the batch, or 1 if they are equal. Rare successes, and rare failures, count more.
 
-    It is the std of scores alone. With the KL in it, the KLs alone would give equal scores
-    advantages of size 1. But the KL in A_t is divided too: beta acts as beta / std.
+    It is the std of scores alone. With the KL in it, the std of equal scores would be that of their
+    KLs, and the division would scale these up to size 1. The KL that is in A_t is divided, too:
+    beta acts as beta / std.
     """
     peers = scores.view(-1, n)  # [B / n, n]
     if baseline in ("none", "batch"):
@@ -317,7 +326,7 @@ def spread(scores, all_scores, n, baseline):
 
 
 def token_advantages(scores, kl, mask, args, world):
-    """Equations (3), (5) and (6): scores [B], kl [B, C], mask [B, C] -> A_t [B, C]."""
+    """Equations (3) to (5): scores [B], kl [B, C], mask [B, C] -> A_t [B, C]."""
     n = args.samples_per_prompt
     to_go = rewards_to_go(token_rewards(scores, kl, mask, args.beta), args.gamma)
     totals = to_go[:, 0]
@@ -335,7 +344,7 @@ def token_advantages(scores, kl, mask, args, world):
 
 def rows_to_train(scores, mask, args, world):
     """Which rows need a forward, [B]. With a KL penalty all do, since only a forward gives their
-    KL. Without one, rows whose advantages are all 0 have no gradient; N of (7) counts them too."""
+    KL. Without one, rows whose advantages are all 0 have no gradient; N of (6) counts them too."""
     if args.beta:
         return torch.ones_like(scores, dtype=torch.bool)
     no_kl = torch.zeros_like(mask, dtype=scores.dtype)
@@ -343,7 +352,7 @@ def rows_to_train(scores, mask, args, world):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, N):
-    """Equation (7): logprobs [b, C] with gradient, the rest without -> (loss, ratio [b, C]).
+    """Equation (6): logprobs [b, C] with gradient, the rest without -> (loss, ratio [b, C]).
 
     N counts the completions of all micro-batches and processes, whose gradients are summed.
 
@@ -355,11 +364,11 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, N):
 
 
 def k3(logprobs, other_logprobs):
-    """Schulman's third estimate of KL(p || other) on tokens drawn from p, never negative, [b, C].
-    logprobs: those of p.
+    """Schulman's third estimate of KL(p || other), never negative, [b, C]. logprobs: those of p,
+    which should have drawn the tokens.
 
-    It is logged, and --kl_stop of ppo.py looks at it. grpo.py also has it in
-    its loss: `update_loss` there says of which KL that is the gradient.
+    It is logged, and --kl_stop of ppo.py looks at it. In grpo.py it is part of the loss, too:
+    `update_loss` of grpo.py says of which KL that is the gradient.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     # expm1: for small d the result, about d^2 / 2, is below the rounding error of exp(-d)
@@ -391,10 +400,10 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so left out under no_grad. Detached and last, so it is computed once: in
-            # backward, checkpoint computes again only up to the last tensor that is needed.
-            # For an entropy bonus, drop the detach, and train all rows
-            # (grpo.py and reinforce.py leave out those with advantage 0).
+            # Only logged, so left out under no_grad. No gradient goes through it, and it comes
+            # last: the repetition in backward ends before it.
+            # For an entropy bonus, drop the detach, and train all rows (grpo.py and reinforce.py
+            # leave out those with advantage 0: `has_gradient`, `rows_to_train`).
             constant = logprobs.detach()
             entropy = -torch.linalg.vecdot(constant.exp(), constant)
         return chosen, entropy
@@ -420,7 +429,7 @@ def rollout_logprobs(model, samples, minibatches, temperature):
     other micro-batches, rounding alone would move a rollout's first ratio from 1, and the KL to the
     reference from 0 in step 1. (Dropout would, too: common.py turns it off.)
     """
-    out = torch.zeros_like(samples.logprobs)
+    out = torch.zeros_like(samples.mask, dtype=torch.float32)
     for parts in minibatches:
         for rows in parts:
             logprobs, _ = token_logprobs(model, samples, rows, temperature)
@@ -437,13 +446,13 @@ class Batch:
     """What the updates of a step need of its rollout."""
 
     samples: common.Samples
-    advantages: torch.Tensor  # [B, C], equation (6)
+    advantages: torch.Tensor  # [B, C], equation (5)
     mask: torch.Tensor  # [B, C], true on the tokens that are trained
     old_logprobs: torch.Tensor | None = None  # [B, C]; None: every w_t is 1
 
 
 def update_loss(policy, batch, rows, args, meter, is_first):
-    """Equation (7) for one micro-batch, some `rows` of the rollout -> its loss."""
+    """Equation (6) for one micro-batch, some `rows` of the rollout -> its loss."""
     logprobs, entropy = token_logprobs(policy, batch.samples, rows, args.temperature)  # [b, C]
     C = logprobs.shape[1]  # the longest completion of these rows
     mask = batch.mask[rows, :C]
@@ -458,7 +467,7 @@ def update_loss(policy, batch, rows, args, meter, is_first):
     with torch.no_grad():  # the rest is for the log
         meter.add("entropy", entropy, mask)
         if not args.demos:  # no policy drew the demonstrations
-            kl_old = (k3(old, logprobs) * mask).sum(1)  # KL(pi_old || pi)
+            kl_old = (k3(old, logprobs) * mask).sum(1)  # equation (7)
             meter.add("kl/old", kl_old, mask=mask.any(1))
             meter.add("ratio/mean", ratio, mask)
             sampled = batch.samples.logprobs[rows, :C]
@@ -520,11 +529,12 @@ def train(args):
             size = args.tokens_per_micro_batch
             minibatches = []
             for rows in shuffled_groups(args, world, step):
+                # minibatches[u][m]: the rows of forward m of update u
                 minibatches.append(micro_batches(rows, trained[rows], samples, size, world))
-            updates = shuffled_epochs(minibatches, args, step)
+            updates = shuffled_epochs(minibatches, args, step)  # those of all epochs
 
-            # 3. Log-probabilities before the update, and the KL of each token, d_t. Without a KL
-            #    penalty one update (pi is still pi_old) and --demos (w_t is 1) need neither.
+            # 3. Log-probabilities before the update, and the KL of each token, d_t. Not needed are
+            #    both without a KL penalty, if w_t is 1: with one update, or with --demos.
             old = None
             kl = torch.zeros_like(samples.logprobs)  # [B, C]
             if reference is not None or (len(updates) > 1 and not args.demos):
@@ -533,11 +543,11 @@ def train(args):
                 ref = rollout_logprobs(reference, samples, minibatches, args.temperature)
                 kl = (old - ref) * samples.mask
 
-            # 4. Advantages, equations (3), (5) and (6): one number for each token, [B, C].
+            # 4. Advantages, equations (3) to (5): one number for each token, [B, C].
             advantages = token_advantages(scores, kl, samples.mask, args, world)
             batch = Batch(samples, advantages, samples.mask & trained[:, None], old)
 
-            # 5. Update. Each loss is divided by N of equation (7), so losses and gradients add up.
+            # 5. Update. Each loss is divided by N of equation (6), so losses and gradients add up.
             rate = common.learning_rate_at(
                 step, args.steps, args.learning_rate, args.schedule, args.warmup
             )
@@ -560,7 +570,7 @@ def train(args):
 
             # 6. Log: of all rows; in `update_loss`, of the rows that were trained.
             step_ended = time.perf_counter()
-            # equal scores teach nothing (the KL may); with none or batch they can
+            # with these baselines, a group of equal scores can learn only from a KL penalty
             if args.baseline in ("prompt", "loo"):
                 meter.add("equal_groups", equal_groups(scores, n))
             meter.add("length", samples.mask.sum(1))
@@ -600,7 +610,7 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
     n = args.samples_per_prompt
     indices = common.rows_of_step(len(prompts), step, args.prompts_per_step, world, args.seed)
     ids = [prompts[i][0] for i in indices]
-    records = [prompts[indices[i // n]][1] for i in range(n * len(ids))]
+    records = [prompts[i][1] for i in indices for _ in range(n)]
     if args.demos:
         answers = [record["answer_ids"] for record in records]
         samples = common.as_samples(ids, answers, tokenizer, world)
@@ -614,10 +624,10 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             seed=common.seed_from(args.seed, step, world.rank, common.DRAW),
-            rows=args.sample_rows,
+            max_rows=args.sample_rows,
         )
-        # in training, this many consecutive rows share one forward of their prompt
-        samples.rows_per_prompt = n if share_prompts else 1
+        if share_prompts:
+            samples.rows_per_prompt = n  # in training, these rows share one forward of it
         scores = reward.score(samples, records)  # the reward, and the parts of one that has parts
         meter.maximum("time/reward", torch.tensor(reward.seconds))
     for name, values in scores.items():
@@ -636,8 +646,8 @@ def shuffled_groups(args, world, step):
         common.seed_from(args.seed, step, world.rank, common.CUT)
     )
     groups = torch.randperm(args.prompts_per_step // world.size, generator=generator)
-    for part in groups.view(args.minibatches, -1):
-        yield (part[:, None] * n + torch.arange(n)).flatten().tolist()
+    for chosen in groups.view(args.minibatches, -1):
+        yield (chosen[:, None] * n + torch.arange(n)).flatten().tolist()
 
 
 def shuffled_epochs(minibatches, args, step):
@@ -656,8 +666,8 @@ def micro_batches(rows, trained, samples, tokens, world):
 
     trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
     (padding included, a shared prompt counted once); a row that is longer is a part of its own.
-    Here a group is the rows that share one forward of their prompt; without sharing, a single row.
-    Groups stay whole where they fit, and those of like length come together.
+    A bundle is the rows that share one forward of their prompt; without sharing, a single row.
+    Bundles stay whole where they fit, and those of like length come together.
 
     FSDP needs equally many parts in all processes. A process that has fewer adds parts of one row:
     a row that is not trained (its weights are 0), or else one moved from its fullest part.
@@ -671,22 +681,23 @@ def micro_batches(rows, trained, samples, tokens, world):
         longest = max(length[row] for row in part)
         return prompts * longest_prompt + len(part) * longest <= tokens
 
-    def size(group):
-        return max(prompt_length[row] + length[row] for row in group)
+    def size(bundle):
+        return max(prompt_length[row] + length[row] for row in bundle)
 
     spare = []
-    groups = collections.defaultdict(list)
+    bundles = collections.defaultdict(list)
     for row, is_trained in zip(rows, trained.tolist()):
         if is_trained:
-            groups[row // samples.rows_per_prompt].append(row)
+            bundles[row // samples.rows_per_prompt].append(row)
         else:
             spare.append(row)
     parts = []
-    for group in sorted(groups.values(), key=size, reverse=True):
-        if not parts or not fits(parts[-1] + group):
+    for bundle in sorted(bundles.values(), key=size, reverse=True):
+        # a new part if the bundle does not fit into the last one
+        if not parts or not fits(parts[-1] + bundle):
             parts.append([])
-        for row in group:
-            # only if the group is too large for one part
+        for row in bundle:
+            # another one only in the middle of a bundle that is too large for any part
             if parts[-1] and not fits([*parts[-1], row]):
                 parts.append([])
             parts[-1].append(row)
@@ -704,8 +715,10 @@ def micro_batches(rows, trained, samples, tokens, world):
 
 
 def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
-    """Scores of greedy completions of held-out prompts: eval/reward, eval/exact. Each process
-    takes its share."""
+    """Scores of greedy completions of held-out prompts: eval/reward, by --reward, and
+    eval/exact, the share of right answers. If --reward is a rule, eval/exact goes by it;
+    if not, each rule that calls all given answers right has an eval/NAME. Each process
+    takes its share of the prompts."""
     mine = held_out[world.rank :: world.size]
     # completions at once: as many as in a rollout or in 8192 tokens, the larger; at most 256
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
@@ -727,7 +740,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
             ids,
             max_new_tokens=args.max_new_tokens,
             temperature=0,
-            rows=args.sample_rows,
+            max_rows=args.sample_rows,
         )
         scores = reward.score(samples, records)
         for name, values in scores.items():

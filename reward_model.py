@@ -6,19 +6,22 @@ Terry give each text a score r. The chance that completion y is preferred to z i
     (1)  P(y > z | x) = sigmoid(r(x, y) - r(x, z))
     (2)  loss = mean over pairs of
                 -log sigmoid(r(x, chosen) - r(x, rejected) - margin)            `pair_loss`
+                + center (r(x, chosen) + r(x, rejected))^2
 
-With margin 0 the loss is log 2 where the model cannot tell, and falls as the difference grows. The
+By default margin and center are 0. Then the loss is log 2 where the model cannot tell, and falls as
+the difference grows. The
 score is a linear head on the state at the text's last token, which has seen the whole text.
 
 Best-of-N draws N completions of a prompt and keeps the one with the highest score. RL is worth its
-price only if it beats that. M samples give an unbiased estimate of the best of N for every N <= M,
-the mean over all choices of N of them:
+price only if it beats that. M samples give an unbiased estimate of the best of N for every N <= M:
 
-    (3)  value of the best of N ~ sum over i of v_(i) C(i - 1, N - 1) / C(M, N)        `best_of`
+    (3)  mean value of the best of N = sum over i of v_i choose(i - 1, N - 1) / choose(M, N)
+                                                                                `best_of`
     (4)  KL(best-of-N || policy) <= log N - (N - 1) / N
 
-v_(i) is the value of the sample with the i-th smallest score: its true reward, or the score itself.
-With the latter, (3) rises with N even for a useless model. So watch the true reward beside it.
+v_i is the value of the sample with the i-th smallest score. It is the best of a random choice of N
+if the other N - 1 are among the i - 1 below it. The value is the true reward, or the score itself.
+With the score, (3) rises with N even for a useless model. So watch the true reward beside it.
 
     python reward_model.py               # the bundled model and pairs; needs no download
     python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct \
@@ -29,15 +32,16 @@ With the latter, (3) rises with N even for a useless model. So watch the true re
 The result is an ordinary sequence classifier (AutoModelForSequenceClassification with one label),
 for `--reward FOLDER` here and for other trainers.
 
-Shapes: b pairs in one forward, 2b texts; M samples of each prompt.
+Shapes: b pairs in one forward, 2b texts; C tokens in the longest side; M samples of each prompt.
 
 What is biased:
   * Only differences are learnt: r + f(x) has the same loss for any f. --center keeps the level
     near 0.
-  * The scale of the scores depends on how consistent the labels are. At the end the scores are
-    divided by their spread on training pairs (`fold_scale`). That spread is over all prompts; the
-    scores of one prompt differ less. For a saved model (1) needs the difference times the spread,
-    which --steps 0 leaves out: its eval/loss and eval/calibration are off.
+  * The scale of the scores depends on how consistent the labels are. At the end those of model/
+    (not of best/) are divided by their spread on training pairs (`fold_scale`). That spread is over
+    all prompts; the scores of one prompt differ less. To get (1) from a model so saved, multiply
+    the difference by the spread. --steps 0 does not do that: its eval/accuracy is right, its
+    eval/loss and eval/calibration are not.
   * Labels may favour long answers. A model that has learnt only that has a low
     eval/accuracy_shorter: the accuracy on pairs whose chosen side is the shorter one.
 
@@ -107,8 +111,8 @@ class Args:
     bundled ones for the bundled pairs, or none)"""
     reward: str = "exact"
     """the true reward beside the model's score:
-    exact | number | FILE.py:function(completion, row) -> float |
-    a reward model's folder or hub name"""
+    exact | number | a reward model's folder or hub name |
+    FILE.py:function(completion, row) -> a number, or a dict with "reward" and more to be logged"""
     max_prompt_tokens: int = 512
     """longer prompts are left out, and counted"""
     max_new_tokens: int = 512
@@ -196,9 +200,8 @@ def resolve(args):
 
 
 def pair_loss(chosen, rejected, margin, pairs, center):
-    """Equation (2), plus `center` times the mean of (chosen + rejected)^2. All [b]; `pairs` is the
-    number of pairs in the update, over all micro-batches and processes, so it does not matter how
-    the update is cut into micro-batches.
+    """Equation (2). All [b]; `pairs` is the number of pairs in the update, over all micro-batches
+    and processes, so it does not matter how the update is cut into micro-batches.
     """
     loss = -F.logsigmoid(chosen - rejected - margin) + center * (chosen + rejected) ** 2
     return loss.sum() / pairs
@@ -208,8 +211,8 @@ def best_of(scores, values, n):
     """Equation (3): scores, values [prompts, M] -> the expected value of the completion with the
     highest score among n of the M, [prompts].
 
-    A sample is the best of the n if the other n - 1 are among those below it. Equal scores share
-    the chances of their places.
+    Equal scores share the chances of their places, from `below` to `below` + `equal`. Without ties
+    `share` is chance[below].
     """
     M = scores.shape[1]
     # chance[i]: that the best of n is the sample with i scores below it, the one at i + 1 in (3)
@@ -266,18 +269,21 @@ def pair_scores(model, tokenizer, pairs, share_prompts, world):
     computed once if share_prompts.
 
     The last token is found by length. transformers takes the last one that is not the pad id, which
-    is wrong for a text that ends in that id.
+    is wrong for a text that ends in that id. (For those who use transformers, `load_task` gives the
+    tokenizer a pad id that ends no text.)
     """
     b = len(pairs)
+    # rows: first the chosen sides of all pairs, then the rejected ones
     starts = [start for start, _, _ in pairs] * 2
     sides = [chosen for _, chosen, _ in pairs] + [rejected for _, _, rejected in pairs]
     if share_prompts:
         samples = common.as_samples(starts, sides, tokenizer, world)
         start_ids = samples.prompt_ids[:b]
         _, cache = common.prompt_states(model, start_ids, samples.prompt_mask[:b])
-        cache.reorder_cache(torch.arange(b, device=world.device).repeat(2))  # for each side
-        seen = torch.cat([samples.prompt_mask, samples.mask], 1)
-        states = common.hidden_states(model, samples.ids, seen, cache)  # [2b, C, width]
+        # the cache of pair i, once for its chosen and once for its rejected side
+        cache.reorder_cache(torch.arange(b, device=world.device).repeat(2))
+        mask = torch.cat([samples.prompt_mask, samples.mask], 1)
+        states = common.hidden_states(model, samples.ids, mask, cache)  # [2b, C, width]
     else:
         texts = [start + side for start, side in zip(starts, sides)]
         samples = common.as_samples([[]] * (2 * b), texts, tokenizer, world)
@@ -295,7 +301,8 @@ def pair_scores(model, tokenizer, pairs, share_prompts, world):
 
 
 def update_loss(model, tokenizer, pairs, margin, share_prompts, args, world, meter):
-    """Equation (2) for one micro-batch of pairs -> its loss. margin [b]."""
+    """Equation (2) for one micro-batch of pairs -> its share of the update's loss. margin [b]: what
+    the data asks for (--use_margin), not the difference that is logged as "margin"."""
     scores = pair_scores(model, tokenizer, pairs, share_prompts, world)  # [b, 2]
     chosen, rejected = scores.T
     margin = margin.to(world.device)
@@ -350,8 +357,9 @@ def train(args):
             frozen=not args.steps,
             args=args,
         )
-        # True if a forward may compute once what both sides begin with: on a CPU, if a trial gives
-        # the same numbers (see dpo.py) and no pair differs from its first token on.
+        # Whether a forward may compute once what both sides begin with. `prompts_can_be_shared`
+        # says no on a GPU, where that is slower; on a CPU yes, if a trial gives the same numbers.
+        # And the sides of every pair must begin with one token at least that is the same.
         share_prompts = args.steps > 0 and common.prompts_can_be_shared(
             model, world, args.gradient_checkpointing
         )
@@ -417,8 +425,8 @@ def train(args):
                 out, args, world, step, {"model": model}, {"model": optimizer}, stop_asked
             )
 
-        # 5. The end: unit scale, and best-of-N. Unit scale is for model/ only; training may go on
-        #    from the checkpoint.
+        # 5. The end: unit scale, and best-of-N. Only model/ is scaled, not best/, and not the
+        #    checkpoint, from which training may go on.
         metrics = {}
         if args.steps:
             del optimizer
@@ -441,14 +449,13 @@ def train(args):
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     """Cuts pairs into parts, one forward each -> lists of pair numbers.
 
-    A pair is (prompt, chosen, rejected), as token ids. (In reward_model.py "prompt" is the
-    beginning that both texts share.) A part has at most `tokens` tokens
-    (padding included, a shared prompt counted once) or one pair. Pairs of like length come
-    together, to save padding.
+    A pair is (prompt, chosen, rejected), as token ids; for a reward model, prompt is all that both
+    texts begin with. A part has at most `tokens` tokens (padding included, a shared prompt counted
+    once) or one pair. Pairs of like length come together, to save padding.
 
     FSDP needs equally many parts in all processes. A process that has fewer takes a pair from its
-    fullest part and makes it a part of its own. (Every process has N pairs and at most N parts. One
-    with fewer parts than another has fewer than N, so one of its parts has two pairs.)
+    fullest part and makes it a part of its own. (That part has two pairs or more: all processes
+    have equally many pairs, and another one has cut them into more parts.)
     """
     # what a pair takes in a forward
     copies = 1 if share_prompts else 2
@@ -456,7 +463,7 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     sides_tokens = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
 
     def fits(part):
-        # an upper bound: dpo.py reads no side's last token, reward_model.py may pad whole texts
+        # an upper bound: the last token of a DPO side, for one, is only predicted, never read
         longest_prompt = max(prompt_tokens[i] for i in part)
         longest_sides = max(sides_tokens[i] for i in part)
         return len(part) * (longest_prompt + longest_sides) <= tokens
@@ -761,7 +768,7 @@ def load_task(args, world):
     if not args.steps and not is_finished(config):
         fail(f"--steps 0: {args.model} is no reward model yet, so there is nothing to evaluate")
     if args.steps:
-        common.own_pad(tokenizer)
+        common.own_pad(tokenizer)  # a pad token that ends no text
     if not args.chat:
         # in model/ too, so that others score texts in the form that was learnt
         tokenizer.chat_template = None
@@ -795,8 +802,8 @@ def load_best_of(args, tokenizer, world):
     prompts = common.load_prompts(args.eval_prompts, "--eval_prompts", policy_tokenizer, args, "")
     longest = 0
     for ids, record in prompts:
-        # tokens before the answer, as the reward model reads it; 1 less, because
-        # `limit_to_context` keeps a place for the end token
+        # Tokens before the answer, as the reward model reads it, without the end token that
+        # `encode_answer` adds: `limit_to_context` keeps a place for that.
         read = len(common.encode_answer(tokenizer, record["prompt"], "")) - 1
         longest = max(longest, read, len(ids))
     args = common.limit_to_context(args, longest, common.scalar_config(args.model), config)

@@ -136,6 +136,15 @@ def family(name, scale=1.0, **changes):
 FAMILIES = ["gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "falcon", "gpt_neox", "bloom", "opt", "mixtral", "qwen3_moe", "mamba"]  # fmt: skip
 
 
+def load_scorer(path, world):
+    """A saved reward model as a function from completions and their rows to scores."""
+    import common
+
+    tokenizer = common.load_tokenizer(path)
+    model = common.load_scalar(path, world, tokenizer, frozen=True)
+    return lambda completions, rows: common.score_texts(model, tokenizer, completions, rows, world)
+
+
 @pytest.fixture
 def bfloat16():
     """The GPU's arithmetic on a CPU: FSDP2 over one process, with a process group of its own."""

@@ -443,6 +443,7 @@ def test_the_sampler_and_the_trainer_agree_as_far_as_the_type_allows(dtype, mean
     world = common.start(device, dtype)
     policy, tokenizer = common.load_policy(MODEL, world), common.load_tokenizer(MODEL)
     s = common.sample(policy, tokenizer, PROMPTS, n=8, max_new_tokens=12, seed=0)
+    s.rows_per_prompt = 8
     parts = grpo.micro_batches(range(32), s.mask.any(1), s, 2048, world)
     for group in (1, 8):
         s.rows_per_prompt = group

@@ -135,7 +135,7 @@ def test_a_tokenizer_without_a_chat_template_is_not_taken_if_there_is_another(fo
 
     monkeypatch.setattr(common.AutoTokenizer, "from_pretrained", from_pretrained)
     assert common.load_tokenizer(folder).eos_token_id is not None
-    assert asked == [None, False]
+    assert asked == [False]
 
 
 def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_it(tmp_path):
@@ -147,6 +147,7 @@ def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_it(tmp_path):
 @pytest.mark.parametrize("key", ["prompt", "question", "chosen", "rejected"])
 def test_a_message_in_parts_of_text_is_one_text(key, tmp_path):
     parts = [{"type": "text", "text": "5"}, {"type": "text", "text": "2="}]
+    parts.append({"type": "text", "text": None})
     rows = [{key: [{"role": "user", "content": parts}], "more": [{"content": parts}]}]
     (tmp_path / "data.jsonl").write_text(json.dumps(rows[0]))
     [(_, row)] = common.read_json(tmp_path / "data.jsonl", "--data")
@@ -189,6 +190,10 @@ def test_in_a_chat_an_answer_ends_as_the_template_ends_a_turn():
     assert encode_completion(tokenizer, "w5") == [5, 1], "raw text ends with EOS"
     assert encode_completion(tokenizer, "w5 <eos>") == [5, 1], "and once, where it does already"
     assert common.stop_ids(family("llama"), tokenizer) == [1, end], "and the sampler knows it"
+    spaced = GEMMA.replace("<end>", " w7 <end>")  # not the first token after an answer
+    assert spaced != GEMMA
+    tokenizer.chat_template = spaced
+    assert common.turn_end(tokenizer) == end
     named = {"default": GEMMA, "tool_use": TEMPLATE}  # several templates, as some models have them
     tokenizer.chat_template = named
     assert common.stop_ids(family("llama"), tokenizer) == [1, end]

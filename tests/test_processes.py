@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from conftest import family, make_tokenizer
+from conftest import family, load_scorer, make_tokenizer
 from processes import run
 
 import common
@@ -417,9 +417,7 @@ def test_a_reward_model_on_two_processes_is_one_on_one(tmp_path):
             assert abs(a.get(k, 0) - b.get(k, 0)) < 1e-3 * max(1, abs(a.get(k, 0))), k
     assert logs[1][-1]["best_of/kl@2"] > 0 and len(logs[0]) == len(logs[1]) == 5
     scores = [
-        common.load_scorer(str(tmp_path / n / "model"), start("cpu"))(
-            ["12578"], [{"prompt": "52817="}]
-        )
+        load_scorer(str(tmp_path / n / "model"), start("cpu"))(["12578"], [{"prompt": "52817="}])
         for n in ("one", "two")
     ]
     assert abs(scores[0][0] - scores[1][0]) < 1e-3, "the folded heads"

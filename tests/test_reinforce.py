@@ -506,7 +506,7 @@ def test_ratio_is_1_and_kl_is_0_before_the_first_update(temperature, checkpointi
 
 def rollout(model, n=4):
     model.generation_config.eos_token_id = [1, 5, 9, 20]
-    return sample(
+    s = sample(
         model,
         make_tokenizer(),
         [[7, 12, 3], [5, 9, 11, 30, 31, 14], [6], [33, 21]],
@@ -514,6 +514,9 @@ def rollout(model, n=4):
         max_new_tokens=12,
         seed=3,
     )
+    assert s.rows_per_prompt == 1, "nobody has tried whether this model can share prompts"
+    s.rows_per_prompt = n
+    return s
 
 
 @pytest.mark.parametrize("n", [1, 4])

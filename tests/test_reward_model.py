@@ -12,7 +12,7 @@ import types
 import pytest
 import torch
 import transformers
-from conftest import family, make_tokenizer
+from conftest import family, load_scorer, make_tokenizer
 
 import common
 import reward_model
@@ -441,7 +441,7 @@ def test_a_saved_model_scores_the_same_by_every_way(tmp_path):
     tokenizer = common.load_tokenizer(str(tmp_path / "run" / "model"))
     rows = [{"prompt": "52817="}, {"prompt": "31="}, {"prompt": "9074391="}]
     texts = ["12578", "13", "0134799"]
-    reward = common.load_scorer(str(tmp_path / "run" / "model"), CPU)
+    reward = load_scorer(str(tmp_path / "run" / "model"), CPU)
     ours = reward(texts, rows)
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "run" / "model"
@@ -471,7 +471,7 @@ def test_scores_have_unit_spread_at_the_end_and_the_order_they_had(tmp_path):
     texts = [r[side] for r in rows for side in ("chosen", "rejected")]
     doubled = [r for r in rows for _ in range(2)]
     scaled, raw = (
-        torch.tensor(common.load_scorer(str(tmp_path / n / "model"), CPU)(texts, doubled))
+        torch.tensor(load_scorer(str(tmp_path / n / "model"), CPU)(texts, doubled))
         for n in ("scaled", "raw")
     )
     assert abs(scaled.std(unbiased=False).item() - 1) < 1e-3 < abs(raw.std().item() - 1)
@@ -512,10 +512,10 @@ def test_before_the_scale_is_found_the_model_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(reward_model, "score_all", stopped)
     with pytest.raises(SystemExit, match="stopped"):
         run(tmp_path, steps=2)
-    raw = common.load_scorer(str(tmp_path / "run" / "model"), CPU)(["25"], [{"prompt": "52="}])
+    raw = load_scorer(str(tmp_path / "run" / "model"), CPU)(["25"], [{"prompt": "52="}])
     monkeypatch.setattr(reward_model, "score_all", honest)
     scale = run(tmp_path, steps=2, resume=True)[-1]["scale/spread"]
-    found = common.load_scorer(str(tmp_path / "run" / "model"), CPU)(["25"], [{"prompt": "52="}])
+    found = load_scorer(str(tmp_path / "run" / "model"), CPU)(["25"], [{"prompt": "52="}])
     assert scale * found[0] == pytest.approx(raw[0], rel=1e-4)
 
 
@@ -669,7 +669,7 @@ def test_a_step_and_the_held_out_numbers_by_hand(tmp_path):
         "center": 0.1,
     }
     before, first = run(tmp_path, steps=1, pairs_per_step=3, learning_rate=4e-4, warmup=3, **flags)
-    score = common.load_scorer(start, CPU)
+    score = load_scorer(start, CPU)
     c, r = (
         torch.tensor(score([row[side] for row in HAND], HAND)) for side in ("chosen", "rejected")
     )
@@ -728,7 +728,7 @@ def test_a_model_from_elsewhere_is_read_as_reward_and_pipeline_read_it(tmp_path)
         data="",
         eval_data=pairs_file(tmp_path, HAND),
     )[0]
-    score = common.load_scorer(str(tmp_path / "theirs"), CPU)
+    score = load_scorer(str(tmp_path / "theirs"), CPU)
     c, r = (
         torch.tensor(score([row[side] for row in HAND], HAND)) for side in ("chosen", "rejected")
     )
@@ -753,7 +753,7 @@ def test_a_models_own_config_says_what_pads_where_its_tokenizer_says_nothing(pad
             (tmp_path / name).write_text(json.dumps(settings))
     assert transformers.AutoTokenizer.from_pretrained(tmp_path).pad_token is None
     pipe = transformers.pipeline("text-classification", str(tmp_path))
-    score = common.load_scorer(str(tmp_path), CPU)
+    score = load_scorer(str(tmp_path), CPU)
     for row in HAND:
         ids = common.encode_answer(tokenizer, row["prompt"], row["chosen"])
         piped = pipe(tokenizer.decode(ids), add_special_tokens=False)[0]["score"]

@@ -387,9 +387,9 @@ def test_completions_drawn_in_parts_are_those_drawn_at_once(rows, sizes, monkeyp
         return honest(model, pick, cache, logits, *rest)
 
     monkeypatch.setattr(common, "decode", watch)
-    parts = sample(model, tokenizer, PROMPTS, rows=rows, **settings)
+    parts = sample(model, tokenizer, PROMPTS, max_rows=rows, **settings)
     assert seen == sizes
-    assert whole.texts == parts.texts and parts.rows_per_prompt == 3
+    assert whole.texts == parts.texts
     for name in ("prompt_ids", "prompt_mask", "ids", "mask", "finished"):
         assert torch.equal(getattr(whole, name), getattr(parts, name)), name
     torch.testing.assert_close(parts.logprobs, whole.logprobs)
@@ -445,6 +445,7 @@ def test_rows_are_grouped_by_prompt(tokenizer):
 
 def test_some_of_the_rows_are_those_and_no_longer_come_in_groups_of_one_prompt(tokenizer):
     s = sample(family("llama"), tokenizer, PROMPTS, n=3, max_new_tokens=6, seed=0)
+    s.rows_per_prompt = 3
     some = s.take(torch.tensor([7, 0, 4]))
     assert (s.rows_per_prompt, some.rows_per_prompt) == (3, 1)
     assert some.texts == [s.texts[7], s.texts[0], s.texts[4]]
@@ -516,7 +517,7 @@ def test_logits_that_are_nan_do_not_crash_the_draw():
 
 
 def test_a_model_whose_cache_would_be_ignored_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="takes none of transformers' caches"):
+    with pytest.raises(common.Stop, match="takes none of transformers' caches"):
         sample(family("rwkv", attention_hidden_size=32), tokenizer, [[3, 4]], max_new_tokens=2)
 
 

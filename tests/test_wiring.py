@@ -426,10 +426,12 @@ def test_a_reward_model_limits_the_length_by_the_longest_prompt_also_a_held_out_
 def test_a_reward_model_that_fails_loses_no_step(tmp_path, monkeypatch):
     """As with a function: the steps before are saved, and an evaluation may be left out."""
 
-    def broken(texts, rows):
+    def broken(*given):
         raise common.Stop("not finite")
 
-    monkeypatch.setattr(common, "load_scorer", lambda *given: broken)
+    monkeypatch.setattr(common, "score_texts", broken)
+    monkeypatch.setattr(common, "load_tokenizer", lambda path: None)
+    monkeypatch.setattr(common, "load_scalar", lambda *given, **settings: None)
     reward = common.load_reward(str(tmp_path), grpo.RULES, CPU)
     with pytest.raises(common.Unscored):
         reward.score(SimpleNamespace(texts=["5"]), [{"prompt": "5"}])

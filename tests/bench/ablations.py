@@ -161,6 +161,7 @@ def rollout(model, tokenizer, prompts, n, seed):
     samples = common.sample(
         model, tokenizer, [ids for ids, _ in prompts], n=n, max_new_tokens=22, seed=seed
     )
+    samples.rows_per_prompt = n
     return samples, torch.tensor(
         [reinforce.exact(t, prompts[i // n][1]) for i, t in enumerate(samples.texts)]
     )

@@ -65,6 +65,7 @@ def apart(path, dtype):
         )[:8]
     ]
     samples = common.sample(model, tokenizer, prompts, n=8, max_new_tokens=22, seed=0)
+    samples.rows_per_prompt = 8
     with torch.no_grad():
         logprobs, _ = grpo.token_logprobs(model, samples, list(range(64)), 1.0)
     return (((logprobs - samples.logprobs).abs() * samples.mask).sum() / samples.mask.sum()).item()
