@@ -239,8 +239,8 @@ def check_flags(args):
         if name in ("temperature", "max_grad_norm", "lora_alpha") and not value > 0:
             fail(f"--{name} {value}: must be above 0")
         least = 1 if name in COUNTS else 0
-        if not least <= value < math.inf:  # nan is in no range
-            fail(f"--{name} {value}: must be {least} or more, and finite")
+        if not value >= least:  # also true of nan
+            fail(f"--{name} {value}: must be {least} or more")
     if getattr(args, "reference", "") and not args.beta:
         fail("--reference: only the KL penalty uses it, so it needs a --beta above 0")
     demos = getattr(args, "demos", "")
@@ -283,7 +283,8 @@ def join_parts(record, where):
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                 if kind != "text":
                     fail(f"{where}: a message has a part of type {kind!r}; only 'text' is read")
-            message["content"] = "".join(str(part.get("text") or "") for part in parts)
+            texts = [part.get("text") for part in parts]
+            message["content"] = "".join(str(text) for text in texts if text is not None)
 
 
 def read_json(path, flag):
@@ -379,14 +380,12 @@ def text_after_answer(tokenizer, template):
 
 
 def turn_end(tokenizer):
-    """The first special token that the chat template writes after an answer (Gemma's is not EOS),
-    or else EOS."""
-    after = text_after_answer(tokenizer, str(tokenizer.chat_template))
-    for token in tokenizer(after, add_special_tokens=False).input_ids:
-        added = tokenizer.added_tokens_decoder.get(token)
-        if added and added.special:
-            return token
-    return tokenizer.eos_token_id
+    """The special token that the chat template writes after an answer, perhaps after a new line
+    (Gemma's is not EOS), or else EOS."""
+    after = text_after_answer(tokenizer, str(tokenizer.chat_template)).lstrip()
+    ids = tokenizer(after, add_special_tokens=False).input_ids
+    added = tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
+    return ids[0] if added and added.special else tokenizer.eos_token_id
 
 
 def stop_ids(model, tokenizer):
@@ -489,7 +488,7 @@ def encode_after(tokenizer, before, text):
     rest = both[len(first) :]
     if rest and both[: len(first)] == first:
         return rest
-    # a token spans both texts; in a sampled answer none does
+    # a token spans both texts (in a sampled answer none does), or `text` is empty
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -1355,9 +1354,10 @@ class Samples:
     mask: torch.Tensor  # [B, C] true on what the policy chose, the stop token included
     # [B, C] of softmax(logits / temperature), at temperature 0 of softmax(logits); 0 off the mask
     logprobs: torch.Tensor
-    finished: torch.Tensor  # [B] false if cut at max_new_tokens; completions of a file are not
+    finished: torch.Tensor  # [B] false if cut at max_new_tokens; true for completions of a file
     texts: list  # [B] without stop and special tokens
-    # n: training computes a prompt once for its n rows. Set it only if `can_share_prompts`.
+    # n: training computes a prompt once for its n rows. Set it only where
+    # `prompts_can_be_shared`.
     rows_per_prompt: int = 1
 
     def take(self, rows):
@@ -1460,8 +1460,9 @@ def sample(
         """The completions of some prompts, from number `first` on."""
         ids = prompt_ids[first : first + at_once]
         mask = prompt_mask[first : first + at_once]
-        # Each part starts the generator anew, and draws a number for each of the B rows, whether
-        # a row is in this part or not, finished or not. So what a row draws depends on no other.
+        # With a seed, each part starts the generator anew, and draws a number for each of the B
+        # rows, whether it is in this part or not, finished or not: what a row draws depends on
+        # no other.
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
 
         def pick(logits, row_numbers):
@@ -2481,7 +2482,7 @@ class Meter:
         self.maxima = {}
         self.completions = []  # held-out ones, for eval_samples.jsonl
 
-    def add(self, name, values, mask=None):
+    def mean(self, name, values, mask=None):
         """For a mean over a tensor's elements, or those on the mask."""
         values = values.detach().double()
         mask = torch.ones_like(values) if mask is None else mask.expand_as(values)
@@ -2491,10 +2492,10 @@ class Meter:
         sums = torch.stack([values.sum(), mask.sum(), values.square().sum()])
         self.means[name] = self.means.get(name, 0.0) + sums
 
-    def total(self, name, value):
+    def sum(self, name, value):
         self.totals[name] = self.totals.get(name, 0.0) + value.detach().double()
 
-    def maximum(self, name, values):
+    def max(self, name, values):
         largest = values.detach().max().double()
         self.maxima[name] = torch.maximum(self.maxima.get(name, largest), largest)
 

@@ -1,9 +1,9 @@
 """DPO, Direct Preference Optimization: preferences without a reward model and without sampling.
 
-RLHF has two steps. First it fits a reward r(x, y) to preferences, by (4): the chance that a
-completion y of the prompt x is preferred to another, z. Then it trains a policy pi, which draws y
-in (1), on this reward and holds it near a reference ref. This second step has a known optimum, pi*.
-DPO inserts it into the first.
+RLHF has two steps. First it fits a reward r(x, y) to preferences, with the model (4):
+the chance that a completion y of the prompt x is preferred to another, z. Then it
+trains a policy pi on this reward and holds it near a reference ref, by (1), where pi
+draws y. This second step has a known optimum, pi*. DPO inserts it into the first.
 
     (1)  max over pi of  E[r(x, y)] - beta KL(pi || ref)             the goal of ppo.py
     (2)  pi*(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)              its optimum
@@ -12,11 +12,12 @@ DPO inserts it into the first.
     (5)  h = beta (log(pi(y|x) / ref(y|x)) - log(pi(z|x) / ref(z|x)))
     (6)  loss = mean over pairs of  -log sigmoid(h)                  `preference_loss`
 
-Z(x) makes the probabilities of pi* sum to 1. (2) is the optimum, because (1) equals -beta KL(pi ||
-pi*) + beta E[log Z(x)], and pi cannot change the second term. (3) is (2), solved for r. Any policy
-is the optimum for the reward that (3) gives it. So instead of fitting r and then pi, one may fit
-pi: insert (3) into (4) for a chosen completion y and a rejected z, and write pi, the policy in
-training, for pi*. Z cancels, and P = sigmoid(h).
+Z(x) makes the probabilities of pi* sum to 1. (2) is the optimum, because (1) equals
+-beta KL(pi || pi*) + beta E[log Z(x)], and pi cannot change the second term. (3) is
+(2), solved for r. Put any policy in the place of pi*: it is the optimum of (1) for
+the reward that (3) then gives. So instead of fitting r and then pi, one may fit pi:
+insert (3) into (4) for a chosen completion y and a rejected z, and write pi, the
+policy in training, for pi*. Z cancels, and P = sigmoid(h).
 
 So the policy itself is the reward model, and training is a classification of pairs. The gradient
 pulls log pi(y) up and pushes log pi(z) down, both with weight beta sigmoid(-h). Pairs in the wrong
@@ -29,7 +30,7 @@ d = log(pi(y) / ref(y)) / n_y - log(pi(z) / ref(z)) / n_z.
              -(1 - e) log sigmoid(h) - e log sigmoid(-h)
     ipo      (d - 1 / (2 beta))^2: d is pulled to a target, 0.5 nats a token at beta 1 (the default
              for ipo). Log-ratios are means over tokens, as IPO's authors advised later.
-    hinge    max(0, 1 - h): a pair has no gradient once its h is 1
+    hinge    max(0, 1 - h): it has no gradient once h is 1 or more
     simpo    -log sigmoid(beta (log pi(y) / n_y - log pi(z) / n_z) - simpo_margin): no reference
 
 --sft_coef c adds -c log pi(y) / n_y to each of them.
@@ -40,9 +41,9 @@ d = log(pi(y) / ref(y)) / n_y - log(pi(z) / ref(z)) / n_z.
     torchrun --nproc_per_node 8 dpo.py --model ... --data ... \
         --eval_prompts prompts.jsonl --reward number
 
-The reference is the policy before its first step, or --reference. It scores the pairs that will be
-trained on before the first step, and is not in memory while the policy learns. Dropout is off in
-all models.
+The reference is the policy before its first step, or --reference. Before that step it scores the
+held-out pairs and all that training will use. It is not in memory while the policy learns. Dropout
+is off in all models.
 
 Shapes: b pairs in one forward, 2b rows. A side is a chosen or a rejected completion; C tokens in
 the longest side.
@@ -197,8 +198,8 @@ def resolve(args):
         "learning_rate": faster * (3e-4 if is_tiny_model else 5e-7),
         "tokens_per_micro_batch": 2048 if on_cpu else 8192,
     }
-    # Without training and without --reference, the policy is the reference, and every margin 0.
-    # simpo has no reference, so its margins say something.
+    # Without training and without --reference, the policy is the reference, and all implicit
+    # rewards are 0. simpo has no reference, so its rewards say something.
     can_compare = args.steps or args.reference or args.loss == "simpo"
     if is_tiny_data and can_compare:
         defaults["eval_data"] = str(TINY / "pairs_test.jsonl")
@@ -314,7 +315,7 @@ def update_loss(policy, tokenizer, pairs, ref, share_prompts, args, world, meter
     logprobs = pair_logprobs(policy, tokenizer, pairs, share_prompts, world)  # [b, 2]
     ref = ref.to(world.device)
     length = side_lengths(pairs).to(world.device)
-    # .T of [b, 2]: chosen [b] and rejected [b]
+    # each .T gives two tensors [b]: of chosen and of rejected
     losses = preference_loss(*logprobs.T, *ref.T, *length.T, args)  # [b]
     # divided by the pairs of all micro-batches and processes: gradients are summed over both
     # (common.py makes FSDP sum, not average)
@@ -322,20 +323,21 @@ def update_loss(policy, tokenizer, pairs, ref, share_prompts, args, world, meter
 
     with torch.no_grad():  # the rest is for the log
         chosen, rejected = implicit_reward(logprobs, ref, length, args).T  # rewards, [b] each
-        meter.add("accuracy", share_won(chosen, rejected))
-        meter.add("margin", chosen - rejected)  # for simpo without --simpo_margin
-        meter.add("chosen", chosen)
-        meter.add("rejected", rejected)
-        meter.add("logprobs/chosen", logprobs[:, 0])
-        meter.add("logprobs/rejected", logprobs[:, 1])
+        meter.mean("accuracy", share_won(chosen, rejected))
+        meter.mean("margin", chosen - rejected)  # simpo: --simpo_margin is not subtracted
+        meter.mean("chosen", chosen)
+        meter.mean("rejected", rejected)
+        meter.mean("logprobs/chosen", logprobs[:, 0])
+        meter.mean("logprobs/rejected", logprobs[:, 1])
         lost = (ref - logprobs) / length  # the fall below the reference, in nats a token
-        meter.add("lost", lost[:, 0])  # of chosen
+        meter.mean("lost", lost[:, 0])  # of chosen
     return loss
 
 
 def train(args):
     args = resolve(args)
     world = common.start(args.device, args.dtype, args.seed)
+    # pairs to train on; held-out pairs and held-out prompts, which are only scored
     args, tokenizer, reward, pairs, held_out, prompts = load_task(args, world)
 
     out = common.open_run(args, Path(__file__).stem, world)
@@ -396,7 +398,7 @@ def train(args):
             indices = common.rows_of_step(len(pairs), step, args.pairs_per_step, world, args.seed)
             batch = [pairs[i] for i in indices]
             batch_ref = ref[indices]
-            meter.total("tokens", count_tokens(batch))
+            meter.sum("tokens", count_tokens(batch))
             parts = micro_batches_of_pairs(batch, share_prompts, args.tokens_per_micro_batch, world)
 
             # 2. Update.
@@ -410,7 +412,7 @@ def train(args):
                     policy, tokenizer, few, batch_ref[part], share_prompts, args, world, meter
                 )
                 loss.backward()
-                meter.total("loss", loss.detach())
+                meter.sum("loss", loss.detach())
             norm = common.clip_gradients(policy, args.max_grad_norm)
             if not math.isfinite(norm):
                 raise common.Stop(f"step {step}: the gradient is {norm}; update not made")
@@ -452,13 +454,13 @@ def train(args):
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     """Cuts pairs into parts, one forward each -> lists of pair numbers.
 
-    A pair is (prompt, chosen, rejected), as token ids; for a reward model, prompt is all that both
+    A pair is (prompt, chosen, rejected), as token ids; for a reward model, prompt is what both
     texts begin with. A part has at most `tokens` tokens (padding included, a shared prompt counted
     once) or one pair. Pairs of like length come together, to save padding.
 
     FSDP needs equally many parts in all processes. A process that has fewer takes a pair from its
-    fullest part and makes it a part of its own. (That part has two pairs or more: all processes
-    have equally many pairs, and another one has cut them into more parts.)
+    fullest part and makes it a part of its own. (That part has two pairs or more: another
+    process has cut the same number of pairs into more parts.)
     """
     # what a pair takes in a forward
     copies = 1 if share_prompts else 2
@@ -466,7 +468,7 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     sides_tokens = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
 
     def fits(part):
-        # an upper bound: the last token of a DPO side, for one, is only predicted, never read
+        # an upper bound: with DPO the last token of a side is only predicted, never read
         longest_prompt = max(prompt_tokens[i] for i in part)
         longest_sides = max(sides_tokens[i] for i in part)
         return len(part) * (longest_prompt + longest_sides) <= tokens
@@ -529,9 +531,9 @@ def score_pairs(model, tokenizer, pairs, share_prompts, args, world, stop_asked=
 def reference_scores(
     policy, tokenizer, pairs, held_out, share_prompts, args, out, world, stop_asked
 ):
-    """The reference's log-probabilities -> [training pairs, 2] (those never drawn: NaN) and
-    [held-out pairs, 2] (None if there are none). For simpo both are zeros. The policy must still
-    be as it was at the start.
+    """The reference's log-probabilities -> [training pairs, 2] (NaN for those that no step will
+    use) and [held-out pairs, 2] (None if there are none). For simpo both are zeros. The policy must
+    still be as it was at the start.
 
     The log-probabilities of training pairs are kept in a file of the run's folder. A resumed run
     computes only what is missing. The reference's micro-batches are not those of training, so in
@@ -616,14 +618,15 @@ def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world,
 
 def evaluate(policy, tokenizer, prompts, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, by --reward, and
-    eval/exact, the share of right answers. If --reward is a rule, eval/exact goes by it;
-    if not, each rule that calls all given answers right has an eval/NAME. Each process
+    eval/exact, the share of right answers. If --reward is a rule (exact, number), that
+    rule judges eval/exact. With another reward there is an eval/NAME for each rule that
+    accepts every row's own answer. Each process
     takes its share of the prompts."""
     mine = prompts[world.rank :: world.size]
     longest = max((len(ids) for ids, _ in prompts), default=0) + args.max_new_tokens
-    # 4 micro-batches at once, or 8192 tokens: keys and values take less memory than training
+    # Completions at once: as many as fill 4 micro-batches (keys and values take less memory than
+    # training) or 8192 tokens, the larger; at most 256, and equal in all processes.
     wanted_rows = 4 * args.tokens_per_micro_batch // longest
-    # at least 1 and at most 256, and equal in all processes
     at_once = common.rows_at_once(prompts, args.max_new_tokens, wanted_rows)
     # {name in the log: rule}
     rules = common.rules_that_fit(reward, prompts) if prompts else {}
@@ -642,12 +645,13 @@ def evaluate(policy, tokenizer, prompts, reward, args, world, stop_asked=None):
         counted = torch.tensor([is_counted] * len(records))
         answered = torch.tensor([is_counted and common.has_answer(record) for record in records])
         for name, values in scores.items():
-            meter.add(f"eval/{name}", torch.tensor(values), mask=counted)
+            meter.mean(f"eval/{name}", torch.tensor(values), mask=counted)
         for name, rule in rules.items():
             right = count_right(samples.texts, records, rule)
-            meter.add(f"eval/{name}", right, mask=answered)
-        meter.total("held_out/prompts", counted.sum())
-        meter.completions += common.examples(samples, scores, records, range(len(part)))
+            meter.mean(f"eval/{name}", right, mask=answered)
+        meter.sum("held_out/prompts", counted.sum())
+        if is_counted:
+            meter.completions += common.examples(samples, scores, records, range(len(part)))
     return meter.result(world)
 
 

@@ -4,18 +4,19 @@ The policy pi draws n completions y_1 .. y_n of a prompt x, and each gets a rewa
 is good if its reward is above the mean of its group. That mean takes the place of the value
 function that PPO has to learn.
 
-    (1)  A_i   = (r_i - mean(r_1 .. r_n)) / (std(r_1 .. r_n) + 1e-4)          `group_advantages`
+    (1)  A     = (r_i - mean(r_1 .. r_n)) / (std(r_1 .. r_n) + 1e-4)          `group_advantages`
     (2)  rho_t = pi(a_t | x, a_<t) / pi_old(a_t | x, a_<t)                    `update_loss`
     (3)  l_t   = -min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A)    `clipped_loss`
     (4)  k_t   = rho_t (exp(-d) - 1 + d),  d = log pi(a_t | ..) - log ref(a_t | ..)   `k3` x rho_t
-    (5)  loss  = sum over tokens of w_t (l_t + beta k_t)                      `token_weights`
+    (5)  loss  = sum over tokens of w_t (l_t + beta k_t)         `update_loss`, `token_weights`
 
+A is that of y_i, a_t a token of it, and w_t one divided by a count (--aggregate).
 pi_old is the policy that drew the completions, ref the policy before training, or --reference. A
 beta above 0 (the default is 0) keeps pi near ref. The ratio (2) allows several updates with one
 rollout. The clip (3) sets the gradient of l_t to zero once the ratio has gone too far in the
 direction that A pushes. With one update per rollout, the default, every ratio is 1, and the
-gradient is that of REINFORCE with (1) as the weight. The value of the loss then says nothing about
-learning. Watch the reward.
+gradient is that of REINFORCE with (1) as the weight. The value of the loss is then a mean of -A,
+which says nothing about learning. Watch the reward.
 
 Variants are flags. DAPO changes the clip and GSPO the ratio. Both need --minibatches or --epochs:
 with one update per rollout every ratio is 1, and the clip does nothing.
@@ -23,6 +24,7 @@ with one update per rollout every ratio is 1, and the clip does nothing.
     GRPO as published   --aggregate sequence --beta 0.04 --kl k3
                         (mean over tokens, then completions)
     DAPO                --drop_equal_groups --mask_truncated --clip_high 0.28 --minibatches 4
+                        and --aggregate token, the default
                         (DAPO also has a penalty on length, makes 16 updates a rollout, and
                         draws until the batch is full; here twice the prompts are drawn, not more)
     Dr. GRPO            --scale none --aggregate constant   no divisor depends on the samples
@@ -40,17 +42,19 @@ What is biased:
   * With rewards of 0 and 1 the division by the std multiplies a prompt's gradient by
     about 1 / sqrt(p (1 - p)), where p is the prompt's share of right answers. Very
     easy and very hard prompts count more, and those with one right or one wrong
-    answer of n the most: their std (which divides by n - 1) is the smallest, 1 /
-    sqrt(n).
+    answer of n the most: their std (which divides by n - 1) is the smallest,
+    1 / sqrt(n).
   * The group's mean contains the sample itself. With --scale none, that multiplies
     the expected gradient by 1 - 1/n.
   * The divisors of --aggregate token and sequence depend on the samples
     (`token_weights`).
-  * The KL term is each token's KL given the text before it. How a token
-    changes the KL of later ones gets no gradient. (reinforce.py counts
-    that: there log pi - log ref is in the reward.) The term's gradient is
+  * The KL term is each token's KL given the text before it. That a token
+    also changes the text, and so the KL, of later ones gets no gradient.
+    (reinforce.py counts that: there log pi - log ref is in the reward.)
+    The term's gradient is
       - with --kl k3_ratio, the default, that of KL(pi || ref), for any
-        pi_old; with --ratio sequence, that of neither KL;
+        pi_old; with --ratio sequence, where rho_t is not the token's
+        ratio, that of neither KL;
       - with --kl k3, which is (4) without rho_t, that of KL(ref || pi),
         and only while pi is pi_old.
   * --keep_max, --mask_truncated and --drop_equal_groups select samples by what came out.
@@ -306,8 +310,8 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
 
 
 def is_clipped(ratio, advantages, clip_low, clip_high):
-    """Where the clip of (3) takes the gradient away: below the range and above it, two tensors
-    [b, C]. Another loss needs another one."""
+    """Where the clip takes the gradient away: below the range and above it, two tensors
+    [b, C]. If you change the loss (3), change this, too."""
     low = (advantages < 0) & (ratio < 1 - clip_low)
     high = (advantages > 0) & (ratio > 1 + clip_high)
     return low, high
@@ -317,8 +321,8 @@ def k3(logprobs, other_logprobs):
     """Schulman's third estimate of KL(p || other), never negative, [b, C]. logprobs: those of p,
     which should have drawn the tokens.
 
-    It is logged, and --kl_stop of ppo.py looks at it. In grpo.py it is part of the loss, too:
-    `update_loss` of grpo.py says of which KL that is the gradient.
+    It is logged, and --kl_stop of ppo.py looks at it. In grpo.py it is part of the loss,
+    too; which KL's gradient that gives is said in `update_loss` of grpo.py.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     # expm1: for small d the result, about d^2 / 2, is below the rounding error of exp(-d)
@@ -351,9 +355,10 @@ def token_weights(mask, aggregate, limit, world):
 def has_gradient(weights, advantages, other_term):
     """Which rows have a gradient: weights [rows, C], advantages [rows] -> [rows].
 
-    Rows with advantage 0 have none, unless the loss has another term than (3): here the KL. (If you
-    add an entropy bonus, this must be true.) Rows without a gradient need no forward. Leaving them
-    out does not change the gradient, because `token_weights` has counted them.
+    Rows with advantage 0 have none, unless the loss has another term than (3): here the KL.
+    (If you add an entropy bonus, other_term must be true.) Rows without a gradient need no
+    forward. Leaving them out does not change the gradient, because `token_weights` has
+    counted them.
     """
     factors = weights if other_term else weights * advantages[:, None]
     return (factors != 0).any(1)
@@ -385,7 +390,7 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
             # Only logged, so left out under no_grad. No gradient goes through it, and it comes
-            # last: the repetition in backward ends before it.
+            # last: backward, which computes the rest of `head` again, stops before it.
             # For an entropy bonus, drop the detach, and train all rows (grpo.py and reinforce.py
             # leave out those with advantage 0: `has_gradient`, `rows_to_train`).
             constant = logprobs.detach()
@@ -408,10 +413,11 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 def rollout_logprobs(model, samples, minibatches, temperature):
     """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
 
-    A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
-    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. With
-    other micro-batches, rounding alone would move a rollout's first ratio from 1, and the KL to the
-    reference from 0 in step 1. (Dropout would, too: common.py turns it off.)
+    A mini-batch is a list of micro-batches, and these are lists of row numbers.
+    The micro-batches are those of the update: in bfloat16 log-probabilities
+    depend on a micro-batch's shape. With other micro-batches, rounding alone
+    would move a rollout's first ratio from 1, and the KL to the reference from 0
+    in step 1. (Dropout would, too: common.py turns it off.)
     """
     out = torch.zeros_like(samples.mask, dtype=torch.float32)
     for parts in minibatches:
@@ -438,11 +444,12 @@ class Batch:
 
 def update_loss(policy, batch, rows, args, meter, is_first):
     """Equations (2) to (5) for one micro-batch, some `rows` of the rollout -> its loss."""
-    # [b, C]; the entropy has no gradient (see `logprobs_of`)
+    # [b, C]; does the entropy have a gradient? see `logprobs_of`
     logprobs, entropy = token_logprobs(policy, batch.samples, rows, args.temperature)
     C = logprobs.shape[1]  # the longest completion of these rows
-    w = batch.weights[rows, :C]  # of both terms, (3) and the KL
-    mask = w > 0  # the tokens of trained rows, whole completions; all below is a mean over these
+    w = batch.weights[rows, :C]  # of every term of the loss
+    # the tokens of trained rows: whole completions, as `sequence_logratio` wants them
+    mask = w > 0
     A = batch.advantages[rows, None]  # [b, 1]
     if batch.old_logprobs is None:  # one update per rollout: pi is still pi_old, and (2) is 1
         old = logprobs.detach()
@@ -459,30 +466,31 @@ def update_loss(policy, batch, rows, args, meter, is_first):
         ref = batch.ref_logprobs[rows, :C]
         kl = k3(logprobs, ref)
         if args.kl == "k3_ratio":
-            # On average over tokens from pi_old, the gradient is now
-            # E_pi[d grad log pi], that of KL(pi || ref). Without the ratio,
-            # and while pi is pi_old, it would be
-            # E_pi[(1 - exp(-d)) grad log pi]. As E_pi[grad log pi] is 0, and
-            # exp(-d) is ref / pi, that is -E_ref[grad log pi], the gradient of
-            # KL(ref || pi).
+            # With d = log pi - log ref, the gradient of rho * k3 is
+            #   rho * (k3 + 1 - exp(-d)) * grad log pi = rho * d * grad log pi,
+            # and its mean over tokens from pi_old is the gradient of KL(pi || ref).
+            # Without rho, and while pi is pi_old, the mean is
+            #   E_pi[(1 - exp(-d)) * grad log pi] = -E_ref[grad log pi],
+            # because E_pi[grad log pi] is 0 and exp(-d) is ref / pi. That is the
+            # gradient of KL(ref || pi).
             kl = kl * ratio  # not detached: its gradient counts even where it is 1
         loss = loss + args.beta * (kl * w).sum()
         # KL(pi_old || ref), because pi_old drew the tokens; in nats per completion. Not the
         # penalty's estimate but the plain log-ratio, as in ppo.py and reinforce.py: it can be
         # below 0.
-        meter.add("kl/ref", ((old - ref) * mask).sum(1), mask=mask.any(1))
+        meter.mean("kl/ref", ((old - ref) * mask).sum(1), mask=mask.any(1))
 
     with torch.no_grad():  # the rest is for the log
         low, high = is_clipped(ratio, A, args.clip_low, args.clip_high)
-        meter.add("kl/old", (k3(old, logprobs) * mask).sum(1), mask.any(1))  # KL(pi_old || pi)
+        meter.mean("kl/old", (k3(old, logprobs) * mask).sum(1), mask.any(1))  # KL(pi_old || pi)
         # not a KL: how far the sampler's log-probabilities are from the trainer's, by rounding
-        meter.add("kl/sample", (old - sampled).abs(), mask)
-        meter.add("ratio/mean", ratio, mask)
-        meter.add("clip/low", low, mask)
-        meter.add("clip/high", high, mask)
-        meter.add("entropy", entropy, mask)
+        meter.mean("kl/sample", (old - sampled).abs(), mask)
+        meter.mean("ratio/mean", ratio, mask)
+        meter.mean("clip/low", low, mask)
+        meter.mean("clip/high", high, mask)
+        meter.mean("entropy", entropy, mask)
         if is_first and batch.old_logprobs is not None:  # should be 0: pi is still pi_old
-            meter.maximum("ratio/first", (ratio - 1).abs() * mask)
+            meter.max("ratio/first", (ratio - 1).abs() * mask)
     return loss
 
 
@@ -547,7 +555,7 @@ def train(args):
             minibatches = []
             for batch_rows in shuffled_groups(args, world, step):
                 w = token_weights(counted[batch_rows], args.aggregate, args.max_new_tokens, world)
-                trained = has_gradient(w, advantages[batch_rows], args.beta)  # [batch_rows]
+                trained = has_gradient(w, advantages[batch_rows], args.beta > 0)  # [batch_rows]
                 weights[batch_rows] = w * trained[:, None]
                 parts = micro_batches(
                     batch_rows, trained, samples, args.tokens_per_micro_batch, world
@@ -571,16 +579,16 @@ def train(args):
             )
             optimizer.param_groups[0]["lr"] = rate
             grad_norms = []
-            meter.total("loss", torch.zeros(()))  # logged even if no row has a gradient
+            meter.sum("loss", torch.zeros(()))  # logged even if no row has a gradient
             for parts in updates:
-                if not parts:  # in all processes: `micro_batches` gives all equally many
-                    continue  # no row has a gradient
+                if not parts:
+                    continue  # no row has a gradient, in any process
                 for rows in parts:
                     is_first = not grad_norms  # no update with this rollout yet
                     loss = update_loss(policy, batch, rows, args, meter, is_first)
                     loss.backward()
                     # for the log: a mean over the updates; one that is skipped counts as 0
-                    meter.total("loss", loss.detach() / len(updates))
+                    meter.sum("loss", loss.detach() / len(updates))
                 norm = common.clip_gradients(policy, args.max_grad_norm)
                 if not math.isfinite(norm):
                     raise common.Stop(f"step {step}: the gradient is {norm}; update not made")
@@ -594,7 +602,7 @@ def train(args):
             #    kept, and the metrics of `update_loss` those trained.
             step_ended = time.perf_counter()
             metrics = meter.result(world)
-            tokens = metrics.pop("tokens")
+            tokens = metrics.pop("tokens")  # those that `rollout` has drawn
             metrics |= {
                 "grad_norm": sum(grad_norms) / len(updates),
                 "learning_rate": rate,
@@ -641,12 +649,12 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
     records = [prompts[indices[i // n]][1] for i in range(len(samples.texts))]
     scores = reward.score(samples, records)  # {"reward": ..., and its parts, if any}
     for name, values in scores.items():
-        meter.add(name, torch.tensor(values))
+        meter.mean(name, torch.tensor(values))
     rewards = torch.tensor(scores["reward"], device=world.device)
     equal = equal_groups(rewards, n)
-    meter.add("equal_groups", equal)
-    meter.total("tokens", samples.mask.sum())
-    meter.maximum("time/reward", torch.tensor(reward.seconds))
+    meter.mean("equal_groups", equal)
+    meter.sum("tokens", samples.mask.sum())
+    meter.max("time/reward", torch.tensor(reward.seconds))
     shown = common.examples(samples, scores, records, range(n), tokenizer)
 
     if args.drop_equal_groups:
@@ -656,10 +664,10 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
         shown = common.examples(samples, scores, records, kept[:n].tolist(), tokenizer)
         samples = samples.take(kept)
         rewards = rewards[kept]
-    meter.add("length", samples.mask.sum(1))
-    meter.add("truncated", ~samples.finished)
+    meter.mean("length", samples.mask.sum(1))
+    meter.mean("truncated", ~samples.finished)
     if share_prompts:
-        samples.rows_per_prompt = n  # in training, these consecutive rows share one forward of it
+        samples.rows_per_prompt = n  # in training, the n rows of a prompt share one forward of it
     return samples, rewards, shown
 
 
@@ -691,13 +699,15 @@ def shuffled_epochs(minibatches, args, step):
 def micro_batches(rows, trained, samples, tokens, world):
     """Cuts the rows of a mini-batch into parts, one forward each -> lists of row numbers.
 
-    trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
-    (padding included, a shared prompt counted once); a row that is longer is a part of its own.
-    A bundle is the rows that share one forward of their prompt; without sharing, a single row.
-    Bundles stay whole where they fit, and those of like length come together.
+    trained [rows] says which rows are taken (ppo.py takes all). A part has at
+    most `tokens` tokens (padding included, a shared prompt counted once); a row
+    that is longer is a part of its own. A bundle is the rows that share one
+    forward of their prompt; without sharing, a single row. Bundles stay whole
+    where they fit, and those of like length come together.
 
-    FSDP needs equally many parts in all processes. A process that has fewer adds parts of one row:
-    a row that is not trained (its weights are 0), or else one moved from its fullest part.
+    FSDP needs equally many parts in all processes. A process that has fewer adds
+    parts of one row: a row that is not trained (its weights are 0), or else one
+    moved from its fullest part.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -724,7 +734,7 @@ def micro_batches(rows, trained, samples, tokens, world):
         if not parts or not fits(parts[-1] + bundle):
             parts.append([])
         for row in bundle:
-            # another one only in the middle of a bundle that is too large for any part
+            # if the bundle fits, so does each beginning of it, and no part begins here
             if parts[-1] and not fits([*parts[-1], row]):
                 parts.append([])
             parts[-1].append(row)
@@ -742,13 +752,12 @@ def micro_batches(rows, trained, samples, tokens, world):
 
 
 def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
-    """Scores of held-out prompts, of greedy completions: eval/reward, and eval/exact, the share of
-    right answers (also if `number` judges them, with --reward number); with --eval_samples
-    eval/pass@K, too. Each process takes its share."""
+    """Scores of greedy completions of held-out prompts: eval/reward, by --reward, and
+    eval/exact, the share of right answers. If --reward is a rule (exact, number), that
+    rule judges eval/exact. With another reward there is an eval/NAME for each rule that
+    accepts every row's own answer. With --eval_samples eval/pass@K, too."""
     n = args.eval_samples
-    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < n]
-    if n:
-        ks.append(n)
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < n] + [n] * (n > 0)
     mine = held_out[world.rank :: world.size]
     # completions at once: as many as in a rollout or in 8192 tokens, the larger; at most 256
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
@@ -776,12 +785,13 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
         )
         scores = reward.score(samples, records)
         for name, values in scores.items():
-            meter.add(f"eval/{name}", torch.tensor(values), mask=counted)
+            meter.mean(f"eval/{name}", torch.tensor(values), mask=counted)
         for name, rule in rules.items():
             right = count_right(samples.texts, records, rule)
-            meter.add(f"eval/{name}", right, mask=answered)
-        meter.total("held_out/prompts", counted.sum())
-        meter.completions += common.examples(samples, scores, records, range(len(part)))
+            meter.mean(f"eval/{name}", right, mask=answered)
+        meter.sum("held_out/prompts", counted.sum())
+        if is_counted:
+            meter.completions += common.examples(samples, scores, records, range(len(part)))
         if not n:
             continue
         texts = common.sample(
@@ -798,7 +808,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
         right = count_right(texts, records, reward.rule)
         for k in ks:
             chances = [pass_at_k(n, int(count), k) for count in right]
-            meter.add(f"eval/pass@{k}", torch.tensor(chances), mask=answered)
+            meter.mean(f"eval/pass@{k}", torch.tensor(chances), mask=answered)
     return meter.result(world)
 
 
@@ -862,7 +872,7 @@ def load_task(args, world):
     tokenizer = common.load_tokenizer(args.model, args.template_args)
     reference_config = common.reference_config(args, tokenizer)
     reward = common.load_reward(args.reward, RULES, world)
-    answer_flag = reward.answer_flag  # the flag that needs an "answer", for the error; or ""
+    answer_flag = reward.answer_flag  # the flag to name if a row has no "answer"; "": none
     prompts = common.load_prompts(args.data, "--data", tokenizer, args, answer_flag)
     if args.eval_samples and not answer_flag:
         answer_flag = "--eval_samples"

@@ -5,8 +5,8 @@ a critic V, which predicts that reward. A token after which V rises gets credit:
 delta in (2).
 
     (1)  r_t = -beta (log pi_old(a_t | s_t) - log ref(a_t | s_t)) + score_t   `token_rewards`
-         score_t is the reward of the whole completion (if it was cut: less
-         --missing_eos_penalty) at its last token, and 0 before
+         score_t is 0 but for the last token: there it is the reward of the
+         whole completion (less --missing_eos_penalty if it has no end token)
          s_t = (x, a_<t), x the prompt;  ref is pi before training, or --reference
     (2)  A_t = sum over j of (gamma lam)^j delta_{t+j}                        `gae`
          delta_t = r_t + gamma V_old(s_{t+1}) - V_old(s_t);  V_old after the end is 0
@@ -54,19 +54,19 @@ it, its last hidden states.
 
 What biases the gradient of the expected reward:
   * lam < 1: the critic's errors are in A. gamma < 1: late rewards count for less.
-  * Whitening and the mean over tokens: mean, std and number of tokens depend on the
-    very samples that they scale.
+  * Whitening and the mean over tokens: its mean and std, and the number of tokens,
+    depend on the very samples to which they are applied.
   * The clip. And the ratio corrects for a_t only: from a rollout's second update
     on, the text before it, s_t, is still one that pi_old drew.
   * With --critic shared, the value loss: it trains the policy's transformer, too.
-  * With a beta above 0, from a rollout's second update on: r_t has the log pi_old
-    of the first.
+  * With a beta above 0, from a rollout's second update on: r_t has log pi_old,
+    where the penalty of the policy in training would have log pi.
   * log pi_old is computed as in training. The sampler, which drew the tokens, gave
     slightly different values, by rounding (`kl/sample`: their mean distance).
     Nothing corrects for that.
 The baseline V(s_t) does not bias it, because it does not see a_t. And in the
 first update, where log pi_old is log pi, it is right to treat r_t as a
-constant: the gradient of its log pi, -beta E[grad log pi], is 0.
+constant: its gradient would only add -beta E[grad log pi], which is 0.
 
 Left out: bootstrapping where a completion was cut, adaptive beta, an entropy
 bonus, replay of earlier rollouts.
@@ -318,8 +318,8 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
 
 
 def is_clipped(ratio, advantages, clip_low, clip_high):
-    """Where the clip of (3) takes the gradient away: below the range and above it, two tensors
-    [b, C]. Another loss needs another one."""
+    """Where the clip takes the gradient away: below the range and above it, two tensors
+    [b, C]. If you change the loss (3), change this, too."""
     low = (advantages < 0) & (ratio < 1 - clip_low)
     high = (advantages > 0) & (ratio > 1 + clip_high)
     return low, high
@@ -329,8 +329,8 @@ def k3(logprobs, other_logprobs):
     """Schulman's third estimate of KL(p || other), never negative, [b, C]. logprobs: those of p,
     which should have drawn the tokens.
 
-    It is logged, and --kl_stop of ppo.py looks at it. In grpo.py it is part of the loss, too:
-    `update_loss` of grpo.py says of which KL that is the gradient.
+    It is logged, and --kl_stop of ppo.py looks at it. In grpo.py it is part of the loss,
+    too; which KL's gradient that gives is said in `update_loss` of grpo.py.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     # expm1: for small d the result, about d^2 / 2, is below the rounding error of exp(-d)
@@ -386,7 +386,7 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
             # Only logged, so left out under no_grad. No gradient goes through it, and it comes
-            # last: the repetition in backward ends before it.
+            # last: backward, which computes the rest of `head` again, stops before it.
             # For an entropy bonus, drop the detach, and train all rows (grpo.py and reinforce.py
             # leave out those with advantage 0: `has_gradient`, `rows_to_train`).
             constant = logprobs.detach()
@@ -409,10 +409,11 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 def rollout_logprobs(model, samples, minibatches, temperature):
     """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
 
-    A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
-    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. With
-    other micro-batches, rounding alone would move a rollout's first ratio from 1, and the KL to the
-    reference from 0 in step 1. (Dropout would, too: common.py turns it off.)
+    A mini-batch is a list of micro-batches, and these are lists of row numbers.
+    The micro-batches are those of the update: in bfloat16 log-probabilities
+    depend on a micro-batch's shape. With other micro-batches, rounding alone
+    would move a rollout's first ratio from 1, and the KL to the reference from 0
+    in step 1. (Dropout would, too: common.py turns it off.)
     """
     out = torch.zeros_like(samples.mask, dtype=torch.float32)
     for parts in minibatches:
@@ -447,7 +448,8 @@ def make_critic(policy, critic_path, tokenizer, args, world):
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
     if critic_path:  # separate, with --lora_rank (the folder itself is not used)
-        # these adapters are no parameters of the policy: only the critic's optimizer has them
+        # These adapters hang on the policy's layers, but are no parameters of
+        # it. So only the critic's optimizer has them, and FSDP does not know them.
         critic, trunk = common.add_critic_adapters(policy, head)
         return critic, trunk, head
     return head, policy, head
@@ -501,8 +503,8 @@ class Batch:
 def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, is_first):
     """Equations (3) to (6) for one micro-batch, some `rows` of the rollout: adds its gradients
     -> its share of the update's KL(pi_old || pi), in nats per completion."""
-    # In --critic_warmup no backward of the policy follows. What FSDP then keeps of this forward,
-    # the next `common.sample` clears.
+    # In --critic_warmup no backward of the policy follows. What FSDP then keeps of
+    # this forward, the next `common.sample` clears (so no `forget_forwards` here).
     with torch.set_grad_enabled(policy_learns):
         states, ids, mask = common.completion_states(policy, batch.samples, rows)
         logprobs, entropy = logprobs_of(policy, states, ids, mask, args.temperature)  # [b, C]
@@ -521,31 +523,32 @@ def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, 
     v_loss = value_loss(
         values, batch.old_values[rows, :C], batch.returns[rows, :C], w, args.value_clip
     )
-    # Equation (6). With a separate critic, and in --critic_warmup, the policy's loss is a constant
-    # here. With a shared one this trains the policy's transformer for both.
+    # Equation (6). With a separate critic, and in --critic_warmup, the policy's
+    # loss is a constant here. With a shared critic this trains the policy's
+    # transformer for both.
     loss = policy_loss + args.value_coef * v_loss
     loss.backward()
 
     # the rest is for the log and --kl_stop
     with torch.no_grad():
-        kl = (k3(old, logprobs) * mask).sum(1).double()  # equation (4), [b]
+        kl_old = (k3(old, logprobs) * mask).sum(1).double()  # equation (4), [b]
         low, high = is_clipped(ratio, A, args.clip_low, args.clip_high)
         sampled = batch.samples.logprobs[rows, :C]
-        meter.total("loss", policy_loss)  # the l_t of (6) alone
-        meter.total("value/loss", v_loss)
-        meter.add("kl/old", kl)
+        meter.sum("loss", policy_loss)  # the l_t of (6) alone
+        meter.sum("value/loss", v_loss)
+        meter.mean("kl/old", kl_old)
         # not a KL: how far the sampler's log-probabilities are from the trainer's, by rounding
-        meter.add("kl/sample", (old - sampled).abs(), mask)
-        meter.add("ratio/mean", ratio, mask)
-        meter.add("clip/low", low, mask)
-        meter.add("clip/high", high, mask)
+        meter.mean("kl/sample", (old - sampled).abs(), mask)
+        meter.mean("ratio/mean", ratio, mask)
+        meter.mean("clip/low", low, mask)
+        meter.mean("clip/high", high, mask)
         if policy_learns:
-            meter.add("entropy", entropy, mask)
+            meter.mean("entropy", entropy, mask)
         if is_first:  # should be 0: pi is still pi_old
-            meter.maximum("ratio/first", (ratio - 1).abs() * mask)
-    # of this update, in all processes (as --prompts_per_step counts)
+            meter.max("ratio/first", (ratio - 1).abs() * mask)
+    # all completions of this update: --prompts_per_step counts those of all processes
     completions = args.prompts_per_step * args.samples_per_prompt / args.minibatches
-    return kl.sum() / completions
+    return kl_old.sum() / completions
 
 
 def take_step(models, optimizers, args, world, step):
@@ -554,8 +557,8 @@ def take_step(models, optimizers, args, world, step):
     policy = models["policy"]
     critic = models["critic"]
     if (args.critic == "shared" or args.lora_rank) and world.size > 1:
-        # Such a critic (a head, or adapters) is no part of a model that FSDP has, so FSDP does not
-        # sum its gradients.
+        # Such a critic (a head, or adapters) is in no model that FSDP has. Gradients of those
+        # are summed by FSDP, its own here.
         common.sum_gradients(critic)
     norm = common.clip_gradients(policy, args.max_grad_norm)
     critic_norm = common.clip_gradients(critic, args.max_grad_norm)
@@ -623,10 +626,11 @@ def train(args):
             weights = torch.zeros_like(samples.logprobs)  # [B, C]
             minibatches = []
             for batch_rows in shuffled_groups(args, world, step):
-                # the mean (6) is over all micro-batches and processes
+                # The mean (6) is over all micro-batches and processes. Their
+                # gradients are summed (common.py makes FSDP sum, not average).
                 tokens = common.all_sum(world, mask[batch_rows].sum())[0]
                 weights[batch_rows] = mask[batch_rows] / tokens
-                every = torch.ones(len(batch_rows), dtype=torch.bool)  # grpo.py leaves some out
+                every = torch.ones(len(batch_rows), dtype=torch.bool)  # every row is trained
                 size = args.tokens_per_micro_batch
                 minibatches.append(micro_batches(batch_rows, every, samples, size, world))
 
@@ -635,9 +639,9 @@ def train(args):
             kl = torch.zeros_like(old)
             if reference is not None:
                 ref = rollout_logprobs(reference, samples, minibatches, args.temperature)
-                kl = (old - ref) * mask  # can be below 0; its mean is the KL
-                meter.add("kl/ref", kl.sum(1))  # in nats per completion
-                meter.add("kl/penalty", args.beta * kl.sum(1))
+                kl = (old - ref) * mask  # its sums over completions have the KL as mean
+                meter.mean("kl/ref", kl.sum(1))  # in nats per completion
+                meter.mean("kl/penalty", args.beta * kl.sum(1))
 
             # 4. Advantages and returns, equations (1) and (2). Returns stay in the reward's units.
             penalized = scores - args.missing_eos_penalty * ~samples.finished  # [B]
@@ -645,7 +649,7 @@ def train(args):
             advantages, returns = gae(rewards_of_tokens, values, mask, args.gamma, args.lam)
             if args.whiten:
                 advantages = whiten(advantages, mask, world)
-            meter.add("returns", returns, mask)
+            meter.mean("returns", returns, mask)
             _, monte_carlo = gae(rewards_of_tokens, values, mask, args.gamma, lam=1.0)  # V cancels
             explained = explained_variance(values, monte_carlo, mask, world)
 
@@ -721,13 +725,13 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
     records = [prompts[indices[i // n]][1] for i in range(len(samples.texts))]
     scores = reward.score(samples, records)  # {"reward": the score, and its parts, if any}
     for name, values in scores.items():
-        meter.add(name, torch.tensor(values))
-    meter.add("length", samples.mask.sum(1))
-    meter.add("truncated", ~samples.finished)
-    meter.total("tokens", samples.mask.sum())
+        meter.mean(name, torch.tensor(values))
+    meter.mean("length", samples.mask.sum(1))
+    meter.mean("truncated", ~samples.finished)
+    meter.sum("tokens", samples.mask.sum())
     if share_prompts:
-        samples.rows_per_prompt = n  # in training, these consecutive rows share one forward of it
-    meter.maximum("time/reward", torch.tensor(reward.seconds))
+        samples.rows_per_prompt = n  # in training, the n rows of a prompt share one forward of it
+    meter.max("time/reward", torch.tensor(reward.seconds))
     shown = common.examples(samples, scores, records, range(n), tokenizer)
     return samples, torch.tensor(scores["reward"], device=world.device), shown
 
@@ -760,13 +764,15 @@ def shuffled_epochs(minibatches, args, step):
 def micro_batches(rows, trained, samples, tokens, world):
     """Cuts the rows of a mini-batch into parts, one forward each -> lists of row numbers.
 
-    trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
-    (padding included, a shared prompt counted once); a row that is longer is a part of its own.
-    A bundle is the rows that share one forward of their prompt; without sharing, a single row.
-    Bundles stay whole where they fit, and those of like length come together.
+    trained [rows] says which rows are taken (ppo.py takes all). A part has at
+    most `tokens` tokens (padding included, a shared prompt counted once); a row
+    that is longer is a part of its own. A bundle is the rows that share one
+    forward of their prompt; without sharing, a single row. Bundles stay whole
+    where they fit, and those of like length come together.
 
-    FSDP needs equally many parts in all processes. A process that has fewer adds parts of one row:
-    a row that is not trained (its weights are 0), or else one moved from its fullest part.
+    FSDP needs equally many parts in all processes. A process that has fewer adds
+    parts of one row: a row that is not trained (its weights are 0), or else one
+    moved from its fullest part.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -793,7 +799,7 @@ def micro_batches(rows, trained, samples, tokens, world):
         if not parts or not fits(parts[-1] + bundle):
             parts.append([])
         for row in bundle:
-            # another one only in the middle of a bundle that is too large for any part
+            # if the bundle fits, so does each beginning of it, and no part begins here
             if parts[-1] and not fits([*parts[-1], row]):
                 parts.append([])
             parts[-1].append(row)
@@ -813,10 +819,10 @@ def micro_batches(rows, trained, samples, tokens, world):
 def set_learning_rates(optimizers, args, step):
     """The policy's schedule begins after --critic_warmup, the critic's at step 1."""
     start = args.critic_warmup
-    shape = (args.schedule, args.warmup)
+    schedule = (args.schedule, args.warmup)
     # 0 during --critic_warmup
-    rate = common.learning_rate_at(step - start, args.steps - start, args.learning_rate, *shape)
-    critic_rate = common.learning_rate_at(step, args.steps, args.critic_learning_rate, *shape)
+    rate = common.learning_rate_at(step - start, args.steps - start, args.learning_rate, *schedule)
+    critic_rate = common.learning_rate_at(step, args.steps, args.critic_learning_rate, *schedule)
     optimizers["policy"].param_groups[0]["lr"] = rate
     optimizers["critic"].param_groups[0]["lr"] = critic_rate
     return rate, critic_rate
@@ -824,8 +830,9 @@ def set_learning_rates(optimizers, args, step):
 
 def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, by --reward, and
-    eval/exact, the share of right answers. If --reward is a rule, eval/exact goes by it;
-    if not, each rule that calls all given answers right has an eval/NAME. Each process
+    eval/exact, the share of right answers. If --reward is a rule (exact, number), that
+    rule judges eval/exact. With another reward there is an eval/NAME for each rule that
+    accepts every row's own answer. Each process
     takes its share of the prompts."""
     mine = held_out[world.rank :: world.size]
     # completions at once: as many as in a rollout or in 8192 tokens, the larger; at most 256
@@ -852,12 +859,13 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
         )
         scores = reward.score(samples, records)
         for name, values in scores.items():
-            meter.add(f"eval/{name}", torch.tensor(values), mask=counted)
+            meter.mean(f"eval/{name}", torch.tensor(values), mask=counted)
         for name, rule in rules.items():
             right = count_right(samples.texts, records, rule)
-            meter.add(f"eval/{name}", right, mask=answered)
-        meter.total("held_out/prompts", counted.sum())
-        meter.completions += common.examples(samples, scores, records, range(len(part)))
+            meter.mean(f"eval/{name}", right, mask=answered)
+        meter.sum("held_out/prompts", counted.sum())
+        if is_counted:
+            meter.completions += common.examples(samples, scores, records, range(len(part)))
     return meter.result(world)
 
 
@@ -915,7 +923,7 @@ def load_task(args, world):
     tokenizer = common.load_tokenizer(args.model, args.template_args)
     reference_config = common.reference_config(args, tokenizer)
     reward = common.load_reward(args.reward, RULES, world)
-    answer_flag = reward.answer_flag  # the flag that needs an "answer", for the error; or ""
+    answer_flag = reward.answer_flag  # the flag to name if a row has no "answer"; "": none
     prompts = common.load_prompts(args.data, "--data", tokenizer, args, answer_flag)
     held_out = common.load_prompts(args.eval_data, "--eval_data", tokenizer, args, answer_flag)
     common.check_answers(reward, prompts + held_out)

@@ -6,8 +6,9 @@ training starts from (or --reference).
 
     (1)  maximise  J = E[r(x, y)] - beta KL(pi || ref)
 
-The score of a drawn y has no gradient in the weights, but pi(y | x) has one. Because
-grad pi = pi grad log pi, the gradient of a mean is again a mean, which samples can estimate:
+The score of a drawn y has no gradient in the weights, but pi(y | x) has one.
+Because grad pi = pi grad log pi, the gradient of a mean is again a mean, which
+samples can estimate:
 
     (2)  grad E[r] = sum over y of r(x, y) grad pi(y | x) = E[r(x, y) grad log pi(y | x)]
          log pi(y | x) = sum over t of log pi(a_t | x, a_<t)
@@ -27,17 +28,16 @@ pi_old is pi before the rollout's first update: it drew the samples.
 
 (3) KL(pi || ref) is the mean of d_1 + .. + d_T (the estimate called k1). So J is
     the mean of r(x, y) - beta (d_1 + .. + d_T), a score like any other, and (2)
-    gives its gradient. d_t depends on the weights, too, but this adds -beta E[grad
-    d_t] = -beta E[grad log pi] = 0. So d_t is a constant, computed before the
-    update. For the same reason it must be in the reward: as a term of the loss, the
-    mean of its gradient would be 0.
+    gives its gradient. In J, d_t has pi for pi_old, and so a gradient, too, but this
+    adds -beta E[grad log pi] = 0, because the sum of grad pi over all tokens is
+    grad 1. So d_t is a constant, computed before the update. For the same reason it
+    must be in the reward: as a term of the loss, the mean of its gradient would be 0.
 (4) A token did not cause the rewards before it, so in its weight they would only be
     noise. With gamma 1 and beta 0, every G_t is the score. That is (2).
 (5) E[baseline grad log pi] = 0 if the baseline does not depend on y, so it may be
     subtracted. If all scores are near 100, every sample says "more of this". With
     the mean subtracted, those below it say "less". Baselines are means of G_1 over
-    samples, one for all tokens: token t of another sample follows another text, so
-    its G_t would be no better guide.
+    samples, one for all tokens: token t of another sample follows another text.
 (6) N is the completions of an optimizer update. w_t has no gradient. It is 1 for
     fresh samples and for --demos; if a rollout serves several updates, it is
     pi(a_t) / pi_old(a_t).
@@ -45,10 +45,10 @@ pi_old is pi before the rollout's first update: it drew the samples.
     mean is that of e, since E[exp(-e)] = 1, mostly with less noise, and it is never
     negative. (kl/ref is the sum of the d_t, and may be negative.)
 
-With scores 0 and 1, no baseline, beta 0, gamma 1 and one update per rollout, (6) is
-the negative log-likelihood of the right completions, over N: rejection fine-tuning.
-On completions from a file (--demos), each with score 1, it is supervised
-fine-tuning.
+With scores 0 and 1, no baseline, beta 0, gamma 1 and one update per rollout,
+(6) is the negative log-likelihood of the right completions, over N: rejection
+fine-tuning. On completions from a file (--demos), each with score 1, it is
+supervised fine-tuning.
 
 With score 0 (--reward none) and a teacher as ref (--reference),
 (6) distils the teacher into pi, on pi's own completions.
@@ -72,7 +72,7 @@ token alone. The teacher needs the same tokenizer. Watch kl/ref fall; reward sta
     torchrun --nproc_per_node 8 reinforce.py --model ... --data ... --reward my_reward.py:score
 
 Shapes: B completions of this process in a rollout, n of each prompt, b of them in one forward; C
-tokens in the longest completion, V in the vocabulary.
+tokens in the longest completion.
 
 What is biased:
   * --baseline prompt and batch shrink the gradient (see `baselines`).
@@ -367,8 +367,8 @@ def k3(logprobs, other_logprobs):
     """Schulman's third estimate of KL(p || other), never negative, [b, C]. logprobs: those of p,
     which should have drawn the tokens.
 
-    It is logged, and --kl_stop of ppo.py looks at it. In grpo.py it is part of the loss, too:
-    `update_loss` of grpo.py says of which KL that is the gradient.
+    It is logged, and --kl_stop of ppo.py looks at it. In grpo.py it is part of the loss,
+    too; which KL's gradient that gives is said in `update_loss` of grpo.py.
     """
     d = (logprobs - other_logprobs).clamp(-20, 20)
     # expm1: for small d the result, about d^2 / 2, is below the rounding error of exp(-d)
@@ -401,7 +401,7 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
             # Only logged, so left out under no_grad. No gradient goes through it, and it comes
-            # last: the repetition in backward ends before it.
+            # last: backward, which computes the rest of `head` again, stops before it.
             # For an entropy bonus, drop the detach, and train all rows (grpo.py and reinforce.py
             # leave out those with advantage 0: `has_gradient`, `rows_to_train`).
             constant = logprobs.detach()
@@ -424,10 +424,11 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 def rollout_logprobs(model, samples, minibatches, temperature):
     """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
 
-    A mini-batch is a list of micro-batches, and these are lists of row numbers. The micro-batches
-    are those of the update: in bfloat16 log-probabilities depend on a micro-batch's shape. With
-    other micro-batches, rounding alone would move a rollout's first ratio from 1, and the KL to the
-    reference from 0 in step 1. (Dropout would, too: common.py turns it off.)
+    A mini-batch is a list of micro-batches, and these are lists of row numbers.
+    The micro-batches are those of the update: in bfloat16 log-probabilities
+    depend on a micro-batch's shape. With other micro-batches, rounding alone
+    would move a rollout's first ratio from 1, and the KL to the reference from 0
+    in step 1. (Dropout would, too: common.py turns it off.)
     """
     out = torch.zeros_like(samples.mask, dtype=torch.float32)
     for parts in minibatches:
@@ -465,16 +466,16 @@ def update_loss(policy, batch, rows, args, meter, is_first):
     loss, ratio = policy_loss(logprobs, old, A, mask, N)
 
     with torch.no_grad():  # the rest is for the log
-        meter.add("entropy", entropy, mask)
+        meter.mean("entropy", entropy, mask)
         if not args.demos:  # no policy drew the demonstrations
             kl_old = (k3(old, logprobs) * mask).sum(1)  # equation (7)
-            meter.add("kl/old", kl_old, mask=mask.any(1))
-            meter.add("ratio/mean", ratio, mask)
+            meter.mean("kl/old", kl_old, mask=mask.any(1))
+            meter.mean("ratio/mean", ratio, mask)
             sampled = batch.samples.logprobs[rows, :C]
             # not a KL: how far the sampler's log-probabilities are from the trainer's, by rounding
-            meter.add("kl/sample", (old - sampled).abs(), mask)
+            meter.mean("kl/sample", (old - sampled).abs(), mask)
         if is_first and batch.old_logprobs is not None:
-            meter.maximum("ratio/first", (ratio - 1).abs() * mask)  # 0: pi is still pi_old
+            meter.max("ratio/first", (ratio - 1).abs() * mask)  # 0: pi is still pi_old
     return loss
 
 
@@ -501,6 +502,7 @@ def train(args):
         share_prompts = common.can_share_prompts([policy], args, world)
         reference = None
         if ref_path:
+            # with adapters perhaps the policy itself, with the adapters off
             reference = common.load_reference(ref_path, world, policy)
         optimizer = common.make_optimizer(policy, args.learning_rate)
         models = {"policy": policy}  # what a checkpoint holds
@@ -533,8 +535,8 @@ def train(args):
                 minibatches.append(micro_batches(rows, trained[rows], samples, size, world))
             updates = shuffled_epochs(minibatches, args, step)  # those of all epochs
 
-            # 3. Log-probabilities before the update, and the KL of each token, d_t. Not needed are
-            #    both without a KL penalty, if w_t is 1: with one update, or with --demos.
+            # 3. Log-probabilities before the update, and the KL of each token, d_t. Without a KL
+            #    penalty neither is needed if all w_t are 1: with one update, or with --demos.
             old = None
             kl = torch.zeros_like(samples.logprobs)  # [B, C]
             if reference is not None or (len(updates) > 1 and not args.demos):
@@ -553,14 +555,14 @@ def train(args):
             )
             optimizer.param_groups[0]["lr"] = rate
             grad_norms = []
-            meter.total("loss", torch.zeros(()))  # logged even if no row has a gradient
+            meter.sum("loss", torch.zeros(()))  # logged even if no row has a gradient
             for parts in updates:
                 if not parts:
                     continue  # no row of this mini-batch has a gradient, on any process
                 for rows in parts:
                     loss = update_loss(policy, batch, rows, args, meter, is_first=not grad_norms)
                     loss.backward()
-                    meter.total("loss", loss.detach() / len(updates))
+                    meter.sum("loss", loss.detach() / len(updates))
                 norm = common.clip_gradients(policy, args.max_grad_norm)
                 if not math.isfinite(norm):
                     raise common.Stop(f"step {step}: the gradient is {norm}; update not made")
@@ -570,14 +572,14 @@ def train(args):
 
             # 6. Log: of all rows; in `update_loss`, of the rows that were trained.
             step_ended = time.perf_counter()
-            # with these baselines, a group of equal scores can learn only from a KL penalty
+            # with gamma 1 and these baselines, a group of equal scores learns only from the KL
             if args.baseline in ("prompt", "loo"):
-                meter.add("equal_groups", equal_groups(scores, n))
-            meter.add("length", samples.mask.sum(1))
-            meter.add("truncated", ~samples.finished)
-            meter.total("tokens", samples.mask.sum())
+                meter.mean("equal_groups", equal_groups(scores, n))
+            meter.mean("length", samples.mask.sum(1))
+            meter.mean("truncated", ~samples.finished)
+            meter.sum("tokens", samples.mask.sum())
             if reference is not None:
-                meter.add("kl/ref", kl.sum(1))  # nats per completion
+                meter.mean("kl/ref", kl.sum(1))  # nats per completion
             metrics = meter.result(world)
             tokens = metrics.pop("tokens")
             metrics |= {
@@ -627,11 +629,11 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
             max_rows=args.sample_rows,
         )
         if share_prompts:
-            samples.rows_per_prompt = n  # in training, these rows share one forward of it
+            samples.rows_per_prompt = n  # in training, these n rows share one forward of it
         scores = reward.score(samples, records)  # the reward, and the parts of one that has parts
-        meter.maximum("time/reward", torch.tensor(reward.seconds))
+        meter.max("time/reward", torch.tensor(reward.seconds))
     for name, values in scores.items():
-        meter.add(name, torch.tensor(values))
+        meter.mean(name, torch.tensor(values))
     shown = common.examples(samples, scores, records, range(n), tokenizer)
     return samples, torch.tensor(scores["reward"], device=world.device), shown
 
@@ -654,8 +656,8 @@ def shuffled_epochs(minibatches, args, step):
     """The mini-batches of all epochs, each epoch in an order of its own."""
     updates = []
     for epoch in range(args.epochs):
-        # No rank in the seed: all processes take the k-th mini-batch together, because its number
-        # of parts is common to all.
+        # No rank in the seed: the k-th mini-batch was cut by all processes together, so all must
+        # take it at the same time.
         shuffle = random.Random(common.seed_from(args.seed, step, epoch, common.PASS))
         updates += shuffle.sample(minibatches, len(minibatches))
     return updates
@@ -664,13 +666,15 @@ def shuffled_epochs(minibatches, args, step):
 def micro_batches(rows, trained, samples, tokens, world):
     """Cuts the rows of a mini-batch into parts, one forward each -> lists of row numbers.
 
-    trained [rows] says which rows are taken (ppo.py takes all). A part has at most `tokens` tokens
-    (padding included, a shared prompt counted once); a row that is longer is a part of its own.
-    A bundle is the rows that share one forward of their prompt; without sharing, a single row.
-    Bundles stay whole where they fit, and those of like length come together.
+    trained [rows] says which rows are taken (ppo.py takes all). A part has at
+    most `tokens` tokens (padding included, a shared prompt counted once); a row
+    that is longer is a part of its own. A bundle is the rows that share one
+    forward of their prompt; without sharing, a single row. Bundles stay whole
+    where they fit, and those of like length come together.
 
-    FSDP needs equally many parts in all processes. A process that has fewer adds parts of one row:
-    a row that is not trained (its weights are 0), or else one moved from its fullest part.
+    FSDP needs equally many parts in all processes. A process that has fewer adds
+    parts of one row: a row that is not trained (its weights are 0), or else one
+    moved from its fullest part.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -697,7 +701,7 @@ def micro_batches(rows, trained, samples, tokens, world):
         if not parts or not fits(parts[-1] + bundle):
             parts.append([])
         for row in bundle:
-            # another one only in the middle of a bundle that is too large for any part
+            # if the bundle fits, so does each beginning of it, and no part begins here
             if parts[-1] and not fits([*parts[-1], row]):
                 parts.append([])
             parts[-1].append(row)
@@ -716,8 +720,9 @@ def micro_batches(rows, trained, samples, tokens, world):
 
 def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, by --reward, and
-    eval/exact, the share of right answers. If --reward is a rule, eval/exact goes by it;
-    if not, each rule that calls all given answers right has an eval/NAME. Each process
+    eval/exact, the share of right answers. If --reward is a rule (exact, number), that
+    rule judges eval/exact. With another reward there is an eval/NAME for each rule that
+    accepts every row's own answer. Each process
     takes its share of the prompts."""
     mine = held_out[world.rank :: world.size]
     # completions at once: as many as in a rollout or in 8192 tokens, the larger; at most 256
@@ -744,12 +749,13 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
         )
         scores = reward.score(samples, records)
         for name, values in scores.items():
-            meter.add(f"eval/{name}", torch.tensor(values), mask=counted)
+            meter.mean(f"eval/{name}", torch.tensor(values), mask=counted)
         for name, rule in rules.items():
             right = count_right(samples.texts, records, rule)
-            meter.add(f"eval/{name}", right, mask=answered)
-        meter.total("held_out/prompts", counted.sum())
-        meter.completions += common.examples(samples, scores, records, range(len(part)))
+            meter.mean(f"eval/{name}", right, mask=answered)
+        meter.sum("held_out/prompts", counted.sum())
+        if is_counted:
+            meter.completions += common.examples(samples, scores, records, range(len(part)))
     return meter.result(world)
 
 
@@ -807,7 +813,7 @@ def load_task(args, world):
     tokenizer = common.load_tokenizer(args.model, args.template_args)
     reference_config = common.reference_config(args, tokenizer)
     reward = common.load_reward(args.reward, RULES, world)
-    answer_flag = reward.answer_flag  # the flag that needs an "answer", for the error; or ""
+    answer_flag = reward.answer_flag  # the flag to name if a row has no "answer"; "": none
     if args.demos:
         prompts = common.load_prompts(args.demos, "--demos", tokenizer, args, "a demonstration")
     else:

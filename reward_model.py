@@ -8,9 +8,9 @@ Terry give each text a score r. The chance that completion y is preferred to z i
                 -log sigmoid(r(x, chosen) - r(x, rejected) - margin)            `pair_loss`
                 + center (r(x, chosen) + r(x, rejected))^2
 
-By default margin and center are 0. Then the loss is log 2 where the model cannot tell, and falls as
-the difference grows. The
-score is a linear head on the state at the text's last token, which has seen the whole text.
+By default margin and center are 0. Then the loss is log 2 where the model cannot
+tell, and falls as the difference grows. The score is a linear head on the state at
+the text's last token, which has seen the whole text.
 
 Best-of-N draws N completions of a prompt and keeps the one with the highest score. RL is worth its
 price only if it beats that. M samples give an unbiased estimate of the best of N for every N <= M:
@@ -211,8 +211,8 @@ def best_of(scores, values, n):
     """Equation (3): scores, values [prompts, M] -> the expected value of the completion with the
     highest score among n of the M, [prompts].
 
-    Equal scores share the chances of their places, from `below` to `below` + `equal`. Without ties
-    `share` is chance[below].
+    Equal scores share the chances of their places, which are `below` to `below` + `equal` - 1.
+    Without ties `share` is chance[below].
     """
     M = scores.shape[1]
     # chance[i]: that the best of n is the sample with i scores below it, the one at i + 1 in (3)
@@ -309,10 +309,10 @@ def update_loss(model, tokenizer, pairs, margin, share_prompts, args, world, met
     loss = pair_loss(chosen, rejected, margin, args.pairs_per_step, args.center)
 
     with torch.no_grad():  # the rest is for the log
-        meter.add("accuracy", share_won(chosen, rejected))
-        meter.add("margin", chosen - rejected)
-        meter.add("chosen", chosen)
-        meter.add("rejected", rejected)
+        meter.mean("accuracy", share_won(chosen, rejected))
+        meter.mean("margin", chosen - rejected)
+        meter.mean("chosen", chosen)
+        meter.mean("rejected", rejected)
     return loss
 
 
@@ -383,7 +383,7 @@ def train(args):
             indices = common.rows_of_step(len(pairs), step, args.pairs_per_step, world, args.seed)
             batch = [pairs[i] for i in indices]
             batch_margins = margins[indices]
-            meter.total("tokens", count_tokens(batch))
+            meter.sum("tokens", count_tokens(batch))
             parts = micro_batches_of_pairs(batch, share_prompts, args.tokens_per_micro_batch, world)
 
             # 2. Update. Each loss is divided by the pairs of the update, and gradients are summed
@@ -398,7 +398,7 @@ def train(args):
                     model, tokenizer, few, batch_margins[part], share_prompts, args, world, meter
                 )
                 loss.backward()
-                meter.total("loss", loss.detach())
+                meter.sum("loss", loss.detach())
             norm = common.clip_gradients(model, args.max_grad_norm)
             if not math.isfinite(norm):
                 raise common.Stop(f"step {step}: the gradient is {norm}; update not made")
@@ -449,13 +449,13 @@ def train(args):
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     """Cuts pairs into parts, one forward each -> lists of pair numbers.
 
-    A pair is (prompt, chosen, rejected), as token ids; for a reward model, prompt is all that both
+    A pair is (prompt, chosen, rejected), as token ids; for a reward model, prompt is what both
     texts begin with. A part has at most `tokens` tokens (padding included, a shared prompt counted
     once) or one pair. Pairs of like length come together, to save padding.
 
     FSDP needs equally many parts in all processes. A process that has fewer takes a pair from its
-    fullest part and makes it a part of its own. (That part has two pairs or more: all processes
-    have equally many pairs, and another one has cut them into more parts.)
+    fullest part and makes it a part of its own. (That part has two pairs or more: another
+    process has cut the same number of pairs into more parts.)
     """
     # what a pair takes in a forward
     copies = 1 if share_prompts else 2
@@ -463,7 +463,7 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     sides_tokens = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
 
     def fits(part):
-        # an upper bound: the last token of a DPO side, for one, is only predicted, never read
+        # an upper bound: with DPO the last token of a side is only predicted, never read
         longest_prompt = max(prompt_tokens[i] for i in part)
         longest_sides = max(sides_tokens[i] for i in part)
         return len(part) * (longest_prompt + longest_sides) <= tokens
@@ -596,14 +596,14 @@ def report_best_of(model, tokenizer, policy_tokenizer, prompts, reward, args, wo
         scores = torch.tensor(scores, dtype=torch.float64).view(-1, M)
         counted = torch.full((len(part),), is_counted)
         for n in args.best_of:
-            meter.add(f"best_of/score@{n}", best_of(scores, scores, n), counted)
+            meter.mean(f"best_of/score@{n}", best_of(scores, scores, n), counted)
         if reward is None:
             continue
         for name, values in reward.score(samples, records).items():
             name = "true" if name == "reward" else name
             values = torch.tensor(values, dtype=torch.float64).view(-1, M)
             for n in args.best_of:
-                meter.add(f"best_of/{name}@{n}", best_of(scores, values, n), counted)
+                meter.mean(f"best_of/{name}@{n}", best_of(scores, values, n), counted)
 
     metrics = meter.result(world)
     for n in args.best_of:

@@ -68,7 +68,7 @@ def stand_in(asked=None):
     sample's number and the temperature."""
 
     def sample(
-        model, tokenizer, prompts, *, n=1, max_new_tokens, temperature=1.0, seed=None, rows=None
+        model, tokenizer, prompts, *, n=1, max_new_tokens, temperature=1.0, seed=None, max_rows=None
     ):
         if asked is not None:
             call = {"prompts": prompts, "n": n, "temperature": temperature, "seed": seed}
@@ -352,7 +352,7 @@ def wilson(right, count):
 @pytest.mark.parametrize("right, count", [(0, 5), (5, 5), (1, 2), (261, 512), (3, 200), (1, 1)])
 def test_a_share_has_wilsons_interval(right, count):
     meter = common.Meter()
-    meter.add("right", torch.tensor([True] * right + [False] * (count - right)))
+    meter.mean("right", torch.tensor([True] * right + [False] * (count - right)))
     share = meter.result(CPU)["right"]
     assert share == right / count and share.count == count
     assert (share.low, share.high) == pytest.approx(wilson(right, count), abs=2e-5)
@@ -363,8 +363,8 @@ def test_another_mean_has_1_96_standard_errors_on_both_sides():
     values = torch.tensor([0.5, 2.0, -1.0, 4.5, 0.5])
     meter = common.Meter()
     mask = torch.tensor([True, True, True, False, False])
-    meter.add("some", values, mask)
-    meter.add("some", values, ~mask)
+    meter.mean("some", values, mask)
+    meter.mean("some", values, ~mask)
     for mean in (meter.result(CPU)["some"], common.mean_of(values)):
         half = 1.96 * values.std().item() / math.sqrt(5)
         assert (mean, mean.count) == (pytest.approx(1.3), 5)

@@ -435,6 +435,7 @@ def test_every_family_computes_on_a_gpus_path_as_in_float32(name, bfloat16, tmp_
 def test_completions_of_one_token_need_no_second_forward_to_be_right():
     model = family("llama")
     s = sample(model, make_tokenizer(), [[5, 6, 7], [8]], n=2, max_new_tokens=1, seed=0)
+    s.rows_per_prompt = 2
     shared, _ = token_logprobs(model, s, [0, 1, 2, 3], 1.0)
     s.rows_per_prompt = 1
     plain, _ = token_logprobs(model, s, [0, 1, 2, 3], 1.0)
@@ -669,7 +670,7 @@ def rollout_written_out(step, f, calls, encoded, rows, pays):
         seed = common.seed_from(f.seed, step, 0, common.DRAW)
         wanted = {"prompts": [encoded[i] for i in places], "n": f.samples_per_prompt}
         wanted |= {"max_new_tokens": f.max_new_tokens, "temperature": f.temperature, "seed": seed}
-        wanted["rows"] = f.sample_rows
+        wanted["max_rows"] = f.sample_rows
         settings, samples = calls.pop(0)
         assert settings == wanted
         return completions_of(samples, places, f.samples_per_prompt, pays, rows)
@@ -778,7 +779,7 @@ def held_out_written_out(f, policy, calls, rows, pays, tokenizer):
     """Greedy completions of all held-out prompts, their reward, and how many are the answer."""
     encoded = [tokenizer(row["prompt"]).input_ids for row in rows]
     settings, _ = calls.pop(0)
-    rows_at_once = settings.pop("rows")
+    rows_at_once = settings.pop("max_rows")
     assert settings == {"prompts": encoded, "max_new_tokens": f.max_new_tokens, "temperature": 0}
     assert rows_at_once == f.sample_rows
     texts = []

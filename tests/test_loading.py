@@ -190,10 +190,10 @@ def test_in_a_chat_an_answer_ends_as_the_template_ends_a_turn():
     assert encode_completion(tokenizer, "w5") == [5, 1], "raw text ends with EOS"
     assert encode_completion(tokenizer, "w5 <eos>") == [5, 1], "and once, where it does already"
     assert common.stop_ids(family("llama"), tokenizer) == [1, end], "and the sampler knows it"
-    spaced = GEMMA.replace("<end>", " w7 <end>")  # not the first token after an answer
-    assert spaced != GEMMA
-    tokenizer.chat_template = spaced
-    assert common.turn_end(tokenizer) == end
+    tokenizer.add_tokens(["\n"])
+    for between, wanted in (("\n", end), (" w7 ", 1)):  # a new line, and words that are no end
+        tokenizer.chat_template = GEMMA.replace(" <end>", between + "<end>")
+        assert common.turn_end(tokenizer) == wanted
     named = {"default": GEMMA, "tool_use": TEMPLATE}  # several templates, as some models have them
     tokenizer.chat_template = named
     assert common.stop_ids(family("llama"), tokenizer) == [1, end]
@@ -1583,12 +1583,12 @@ def test_a_meter_has_the_mean_over_all_elements_that_are_on_the_mask():
     meter = common.Meter()
     ids = torch.tensor([[1.0, 2.0, float("nan")], [4.0, float("inf"), 5.0]])
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    meter.add("a", ids, mask)
-    meter.add("a", torch.tensor([[9]]), torch.tensor([[True]]))
-    meter.add("b", torch.tensor(3.0))
-    meter.add("b", torch.tensor([False, True]))
-    meter.add("none", ids, mask & False)
-    meter.add("spread", torch.tensor([[1.0, 3.0]]), torch.tensor([[True]]))
+    meter.mean("a", ids, mask)
+    meter.mean("a", torch.tensor([[9]]), torch.tensor([[True]]))
+    meter.mean("b", torch.tensor(3.0))
+    meter.mean("b", torch.tensor([False, True]))
+    meter.mean("none", ids, mask & False)
+    meter.mean("spread", torch.tensor([[1.0, 3.0]]), torch.tensor([[True]]))
     assert meter.result(CPU) == {"a": 4.0, "b": 4 / 3, "spread": 2.0}
     assert common.Meter().result(CPU) == {}
 
@@ -1596,8 +1596,8 @@ def test_a_meter_has_the_mean_over_all_elements_that_are_on_the_mask():
 def test_a_meter_adds_in_float64_and_without_a_gradient():
     meter = common.Meter()
     x = torch.full((3,), 1.0, requires_grad=True)
-    meter.add("x", x * 2**24)
-    meter.add("x", x[:1])
+    meter.mean("x", x * 2**24)
+    meter.mean("x", x[:1])
     [total] = meter.means.values()
     assert total.tolist() == [3 * 2**24 + 1, 4, 3 * 2**48 + 1] and not total.requires_grad
 

@@ -785,13 +785,13 @@ def test_a_signal_to_one_process_ends_the_evaluation_of_both(tmp_path):
 def measure_in_one(folder):
     world, meter = start("cpu"), common.Meter()
     rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    meter.add("all", rows[world.rank])
-    meter.add("second", rows, torch.full((2, 2), world.rank == 1))
-    meter.add("nowhere", rows, torch.zeros(2, 2))
-    meter.total("total", rows[world.rank].sum())
-    meter.total("total", torch.tensor(0.5))
-    meter.maximum("largest", rows[world.rank])
-    meter.maximum("largest", torch.zeros(3))
+    meter.mean("all", rows[world.rank])
+    meter.mean("second", rows, torch.full((2, 2), world.rank == 1))
+    meter.mean("nowhere", rows, torch.zeros(2, 2))
+    meter.sum("total", rows[world.rank].sum())
+    meter.sum("total", torch.tensor(0.5))
+    meter.max("largest", rows[world.rank])
+    meter.max("largest", torch.zeros(3))
     (folder / f"{world.rank}").write_text(json.dumps(meter.result(world)))
 
 

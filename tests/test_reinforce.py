@@ -488,8 +488,8 @@ def test_ratio_is_1_and_kl_is_0_before_the_first_update(temperature, checkpointi
         temperature=temperature,
         seed=1,
     )
-    parts = micro_batches(range(len(s.mask)), s.mask.any(1), s, 60, CPU)
     s.rows_per_prompt = 1 if checkpointing else 4
+    parts = micro_batches(range(len(s.mask)), s.mask.any(1), s, 60, CPU)
     old, ref = (rollout_logprobs(m, s, [parts], temperature) for m in (policy, reference))
     assert len(parts) > 1 and torch.equal(old, ref)
     for part in parts:

@@ -318,7 +318,7 @@ def test_sample_rows_reaches_every_sample_and_changes_no_number(script, tmp_path
     found = []
 
     def watch(*given, **named):
-        found.append(named["rows"])
+        found.append(named["max_rows"])
         return honest(*given, **named)
 
     monkeypatch.setattr(common, "sample", watch)

@@ -52,6 +52,7 @@ def measure(reference):
         s = common.sample(
             policy, tokenizer, list(ids), n=4, max_new_tokens=args.max_new_tokens, seed=0
         )
+        s.rows_per_prompt = 4
         parts = ppo.micro_batches(range(len(s.mask)), s.mask.any(1), s, 4096, world)
         now, then = (ppo.rollout_logprobs(m, s, [parts], 1.0) for m in (policy, reference))
         true = [ppo.exact(t, r) for t, r in zip(s.texts, rows)]
