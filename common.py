@@ -534,13 +534,13 @@ def is_prompt(value):
     return True
 
 
-def found(record):
+def keys_of(record):
     """For an error: the keys of a line."""
     keys = [key for key, value in record.items() if value is not None]
     return f"it has {', '.join(keys) or 'no keys'}"
 
 
-def prompts_from(record, path, flag):
+def how_to_convert(record, path, flag):
     """For an error: how to convert lines of two common forms."""
     if "instruction" in record:
         prompt = 'row["instruction"] + "\\n" + (row.get("input") or "")'
@@ -570,7 +570,7 @@ def load_prompts(path, flag, tokenizer, args, answer_flag):
         record = {**record, "prompt": record.get("prompt") or record.get("question")}
         if not is_prompt(record["prompt"]):
             needs = 'needs a "prompt" (or "question"), a text or a list of messages'
-            fail(f"{where}: {needs}; {found(record)}{prompts_from(record, path, flag)}")
+            fail(f"{where}: {needs}; {keys_of(record)}{how_to_convert(record, path, flag)}")
         ids = encode_prompt(tokenizer, record["prompt"], args.system, args.chat)
         if not 0 < len(ids) <= args.max_prompt_tokens:
             left_out += 1
@@ -628,10 +628,10 @@ def set_noise(config, source=None):
         wanted = getattr(source, name, None)
         # PhiMoE's router_jitter_noise is no noise but a threshold, in evaluation too (its
         # router's random draw: see `prepare`)
-        margin = config.model_type == "phimoe" and name == "router_jitter_noise"
+        is_threshold = config.model_type == "phimoe" and name == "router_jitter_noise"
         if isinstance(value, PreTrainedConfig):
             set_noise(value, wanted)
-        elif isinstance(value, float) and ("drop" in name or "jitter" in name) and not margin:
+        elif isinstance(value, float) and ("drop" in name or "jitter" in name) and not is_threshold:
             setattr(config, name, wanted or 0.0)
 
 
@@ -1247,10 +1247,10 @@ def lists_by_name(scores, spec, world):
     """The dicts that a reward function has returned as one dict of lists."""
     # the log adds up what has equal names, over completions and processes
     sets = gather_objects(world, {", ".join(sorted(parts)) for parts in scores})
-    names = sorted(set().union(*sets))
-    if len(names) > 1:
+    different = sorted(set().union(*sets))  # the names of a dict, joined; more than one is wrong
+    if len(different) > 1:
         what = "must return a dict with the same names for all completions, returned"
-        raise Unscored(f"--reward {spec} {what} ({') and ('.join(names)})")
+        raise Unscored(f"--reward {spec} {what} ({') and ('.join(different)})")
     lists = {"reward": [parts["reward"] for parts in scores]}
     for name in sorted(scores[0].keys() - {"reward"}):
         lists[f"reward/{name}"] = [parts[name] for parts in scores]
@@ -2014,7 +2014,7 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
         if cached and not gradient_checkpointing and world.device.type != "cuda":
             samples.rows_per_prompt = 2
             shared = completion_states(model, samples, rows)[0][mask].float()
-            # added with the opposite sign: what is left in .grad is the difference
+            # added with the opposite sign: what is left in .grad is the difference of both ways
             (shared * -weight).sum().backward()
             off = (plain - shared).norm() / plain.norm()
             # in bfloat16 rounding alone makes a difference of some percent
@@ -2032,7 +2032,7 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
             advice = "--dtype float32 or --gradient_checkpointing may work"
             raise Stop(f"the family {model.config.model_type!r} {why}; {advice}") from error
         model.zero_grad()  # before the reset, which leaves the gradients of whole weights
-        if sharded:  # in the middle of a pass FSDP2 would never reduce a gradient again
+        if sharded:  # left in the middle of a pass, FSDP2 would never reduce a gradient again
             model.reset_iter_state()
     model.zero_grad()
     same = all_sum(world, same)[0] == world.size

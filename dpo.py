@@ -185,8 +185,8 @@ def resolve(args):
     is_tiny_model = Path(args.model).resolve() == TINY / "model"
     # "" is not None: an empty --eval_data or --eval_prompts switches off that score only, an empty
     # --data switches off all bundled files.
-    has_files = args.data is not None or args.eval_data or args.eval_prompts
-    is_tiny_data = is_tiny_model and not has_files
+    names_files = args.data is not None or args.eval_data or args.eval_prompts
+    is_tiny_data = is_tiny_model and not names_files
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
     usual_beta = 0.5 if is_tiny_model else 0.1
     faster = 10 if args.lora_rank else 1  # adapters want about ten times the learning rate
@@ -353,9 +353,11 @@ def train(args):
     # frozen, and --reference is beside it if there are pairs to score. With training, the reference
     # is gone before the policy has gradients.
     learning = int(args.steps > 0)
-    frozen = [args.reward if reward is not None and reward.is_model else ""]
+    frozen = []
+    if reward is not None and reward.is_model:
+        frozen.append(args.reward)
     if not args.steps:
-        frozen += [args.model, args.reference if held_out else ""]
+        frozen += [args.model, args.reference if held_out else ""]  # "": none
     writer, bar = common.begin_log(
         out, args, world, tokenizer, first_text, done_steps, learning, frozen
     )
@@ -571,7 +573,7 @@ def reference_scores(
             common.write(path, {"mark": mark, "scores": scores})
         done = len(visited) - len(missing) + start + len(part)
         common.say(f"the reference has scored {done} of {len(visited)} pairs")
-        if common.all_sum(world, stop_asked())[0]:
+        if common.all_sum(world, stop_asked())[0]:  # a signal has come, in one process at least
             why = "stopped by a signal while the reference scored pairs"
             raise common.Ended(f"{why}; what it has scored is kept")
     held_out_ref = None
@@ -693,16 +695,16 @@ def read_pairs(path, flag):
             value = record.get(side)
             is_messages = isinstance(value, list) and common.is_prompt(value)
             if is_messages and value[-1]["role"] == "assistant":
-                *asked, answer = value
+                *before, answer = value
                 record[side] = answer["content"]
-                if not record["prompt"]:
-                    record["prompt"] = asked
-                elif asked and common.is_prompt(record["prompt"]):
-                    if not common.same_talk(common.messages(record["prompt"]), asked):
+                if not record["prompt"]:  # if no side has given it yet
+                    record["prompt"] = before
+                elif before and common.is_prompt(record["prompt"]):
+                    if not common.same_talk(common.messages(record["prompt"]), before):
                         fail(f"{where}: the prompt is not what the messages before the answer say")
             if not isinstance(record.get(side), str):
                 what = "a text or a list of messages of which the last is the assistant's"
-                fail(f'{where}: needs "{side}", {what}; {common.found(record)}')
+                fail(f'{where}: needs "{side}", {what}; {common.keys_of(record)}')
         if not common.is_prompt(record["prompt"]):
             fail(f'{where}: needs a "prompt" (or "question"), a text or a list of messages')
         records.append(record)
@@ -752,11 +754,11 @@ def number(completion, row):
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
     Dollar signs, a final dot and commas between thousands do not matter: "1,234" is one number,
-    "1,2,3" are three. Zeros that end a decimal do not matter: 1.50 equals 1.5. An exponent
-    counts: 1e-5 is one number."""
+    "1,2,3" are three. Zeros that end a decimal do not matter: 1.50 equals 1.5."""
+    sign = r"(?:(?<![\w.])-)?"  # after a letter, a digit or a dot it is none: "5-3" ends in 3
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # 1,234 or 1234
-    # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
-    pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)(?:[eE][+-]?\d{{1,3}}(?!\d))?"
+    exponent = r"(?:[eE][+-]?\d{1,3}(?!\d))?"  # 1e-5 is one number
+    pattern = rf"{sign}(?:{whole}\.?\d*|\.\d+){exponent}"
     found = re.findall(pattern, str(text).replace("$", ""))
     if not found:
         return None

@@ -344,6 +344,7 @@ def token_weights(mask, aggregate, limit, world):
     the gradient does not depend on how the update is cut into micro-batches.
     """
     length = mask.sum(1, keepdim=True)
+    # three floats
     K, tokens, N = common.all_sum(world, (length > 0).sum(), length.sum(), len(mask))
     if aggregate == "sequence":
         return mask / (max(K, 1.0) * length.clamp(min=1))
@@ -513,7 +514,8 @@ def train(args):
 
     with common.short_errors(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
-        # on a CPU, training may compute a prompt once for its n completions
+        # Whether training computes a prompt once for its n completions: on a CPU, if a trial
+        # gives the same numbers. (On a GPU that is slower.)
         share_prompts = common.can_share_prompts([policy], args, world)
         reference = None
         if ref_path:
@@ -551,7 +553,7 @@ def train(args):
             counted = samples.mask
             if args.mask_truncated:
                 counted = counted & samples.finished[:, None]  # finished: ended by a stop token
-            weights = torch.zeros_like(samples.logprobs)  # [B, C]
+            weights = torch.zeros_like(counted, dtype=torch.float32)  # [B, C]
             minibatches = []
             for batch_rows in shuffled_groups(args, world, step):
                 w = token_weights(counted[batch_rows], args.aggregate, args.max_new_tokens, world)
@@ -655,8 +657,8 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
     meter.mean("equal_groups", equal)
     meter.sum("tokens", samples.mask.sum())
     meter.max("time/reward", torch.tensor(reward.seconds))
-    shown = common.examples(samples, scores, records, range(n), tokenizer)
 
+    # shown: the completions of one prompt, for samples.jsonl
     if args.drop_equal_groups:
         # Keeps groups with unequal rewards; if they are too few, equal ones fill the batch.
         groups = equal.int().argsort(stable=True)[: len(equal) // OVERSAMPLING]
@@ -664,6 +666,8 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
         shown = common.examples(samples, scores, records, kept[:n].tolist(), tokenizer)
         samples = samples.take(kept)
         rewards = rewards[kept]
+    else:
+        shown = common.examples(samples, scores, records, range(n), tokenizer)
     meter.mean("length", samples.mask.sum(1))
     meter.mean("truncated", ~samples.finished)
     if share_prompts:
@@ -759,7 +763,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     n = args.eval_samples
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < n] + [n] * (n > 0)
     mine = held_out[world.rank :: world.size]
-    # completions at once: as many as in a rollout or in 8192 tokens, the larger; at most 256
+    # Completions at once: as many as in a rollout, or as many as make 8192 tokens if that
+    # is more; at most 256.
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     at_once = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     prompts_at_once = max(at_once // max(n, 1), 1)  # each with n completions
@@ -845,11 +850,11 @@ def number(completion, row):
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
     Dollar signs, a final dot and commas between thousands do not matter: "1,234" is one number,
-    "1,2,3" are three. Zeros that end a decimal do not matter: 1.50 equals 1.5. An exponent
-    counts: 1e-5 is one number."""
+    "1,2,3" are three. Zeros that end a decimal do not matter: 1.50 equals 1.5."""
+    sign = r"(?:(?<![\w.])-)?"  # after a letter, a digit or a dot it is none: "5-3" ends in 3
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # 1,234 or 1234
-    # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
-    pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)(?:[eE][+-]?\d{{1,3}}(?!\d))?"
+    exponent = r"(?:[eE][+-]?\d{1,3}(?!\d))?"  # 1e-5 is one number
+    pattern = rf"{sign}(?:{whole}\.?\d*|\.\d+){exponent}"
     found = re.findall(pattern, str(text).replace("$", ""))
     if not found:
         return None

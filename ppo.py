@@ -468,8 +468,8 @@ def before_update(policy, trunk, head, samples, minibatches, temperature):
     In the micro-batches of the update, as in `rollout_logprobs`. A shared critic's values need no
     forward of their own.
     """
-    old = torch.zeros_like(samples.logprobs)
-    values = torch.zeros_like(samples.logprobs)
+    old = torch.zeros_like(samples.mask, dtype=torch.float32)
+    values = torch.zeros_like(old)
     for parts in minibatches:
         for rows in parts:
             states, ids, mask = common.completion_states(policy, samples, rows)
@@ -592,7 +592,7 @@ def train(args):
     with common.short_errors(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
         critic, trunk, head = make_critic(policy, critic_path, tokenizer, args, world)
-        # on a CPU, training may compute a prompt once for all its completions
+        # whether to compute a prompt once for its completions (see grpo.py)
         share_prompts = common.can_share_prompts([policy, trunk], args, world)
         reference = common.load_reference(ref_path, world, policy) if ref_path else None
         models = {"policy": policy, "critic": critic}
@@ -623,13 +623,13 @@ def train(args):
             # 2. Mini-batches (an optimizer update each) of micro-batches (a forward each). Cut
             #    once: so a row's old and new log-probabilities come from forwards of one shape.
             mask = samples.mask
-            weights = torch.zeros_like(samples.logprobs)  # [B, C]
+            weights = torch.zeros_like(mask, dtype=torch.float32)  # [B, C]
             minibatches = []
             for batch_rows in shuffled_groups(args, world, step):
                 # The mean (6) is over all micro-batches and processes. Their
                 # gradients are summed (common.py makes FSDP sum, not average).
-                tokens = common.all_sum(world, mask[batch_rows].sum())[0]
-                weights[batch_rows] = mask[batch_rows] / tokens
+                count = common.all_sum(world, mask[batch_rows].sum())[0]
+                weights[batch_rows] = mask[batch_rows] / count
                 every = torch.ones(len(batch_rows), dtype=torch.bool)  # every row is trained
                 size = args.tokens_per_micro_batch
                 minibatches.append(micro_batches(batch_rows, every, samples, size, world))
@@ -643,7 +643,7 @@ def train(args):
                 meter.mean("kl/ref", kl.sum(1))  # in nats per completion
                 meter.mean("kl/penalty", args.beta * kl.sum(1))
 
-            # 4. Advantages and returns, equations (1) and (2). Returns stay in the reward's units.
+            # 4. Advantages and returns, equations (1) and (2).
             penalized = scores - args.missing_eos_penalty * ~samples.finished  # [B]
             rewards_of_tokens = token_rewards(penalized, kl, mask, args.beta)  # [B, C]
             advantages, returns = gae(rewards_of_tokens, values, mask, args.gamma, args.lam)
@@ -675,7 +675,7 @@ def train(args):
             # 6. Log. The update that --kl_stop gave up is in all means except gradient norms.
             step_ended = time.perf_counter()
             metrics = meter.result(world)
-            tokens = metrics.pop("tokens")
+            tokens = metrics.pop("tokens")  # those that `rollout` has drawn
             metrics |= {
                 "loss": metrics["loss"] / tried_updates,
                 "value/loss": metrics["value/loss"] / tried_updates,
@@ -835,7 +835,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     accepts every row's own answer. Each process
     takes its share of the prompts."""
     mine = held_out[world.rank :: world.size]
-    # completions at once: as many as in a rollout or in 8192 tokens, the larger; at most 256
+    # Completions at once: as many as in a rollout, or as many as make 8192 tokens if that
+    # is more; at most 256.
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     at_once = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     rules = common.rules_that_fit(reward, held_out)  # {name in the log: rule}
@@ -896,11 +897,11 @@ def number(completion, row):
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
     Dollar signs, a final dot and commas between thousands do not matter: "1,234" is one number,
-    "1,2,3" are three. Zeros that end a decimal do not matter: 1.50 equals 1.5. An exponent
-    counts: 1e-5 is one number."""
+    "1,2,3" are three. Zeros that end a decimal do not matter: 1.50 equals 1.5."""
+    sign = r"(?:(?<![\w.])-)?"  # after a letter, a digit or a dot it is none: "5-3" ends in 3
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # 1,234 or 1234
-    # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
-    pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)(?:[eE][+-]?\d{{1,3}}(?!\d))?"
+    exponent = r"(?:[eE][+-]?\d{1,3}(?!\d))?"  # 1e-5 is one number
+    pattern = rf"{sign}(?:{whole}\.?\d*|\.\d+){exponent}"
     found = re.findall(pattern, str(text).replace("$", ""))
     if not found:
         return None

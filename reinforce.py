@@ -287,7 +287,8 @@ def baselines(totals, all_totals, n, baseline):
         batch   mean of all samples of the step           gradient * (1 - 1 / samples), and
                                                           blind to how hard a prompt is
 
-    A shrunk gradient keeps its direction (with gamma 1). Where all totals are equal, each is its
+    A shrunk gradient keeps its direction (with gamma 1, where G_t and the sample's own G_1 differ
+    only by earlier rewards, which do not depend on a_t). Where all totals are equal, each is its
     own baseline, and A_1 exactly 0. Otherwise rounding (the mean of eight 0.1 is not exactly 0.1)
     would leave a tiny gradient, and Adam would scale it up to a full step.
     """
@@ -462,6 +463,7 @@ def update_loss(policy, batch, rows, args, meter, is_first):
         old = logprobs.detach()
     else:
         old = batch.old_logprobs[rows, :C]
+    # completions of an update, in all processes; `load_task` checks that it divides
     N = args.prompts_per_step // args.minibatches * args.samples_per_prompt
     loss, ratio = policy_loss(logprobs, old, A, mask, N)
 
@@ -498,7 +500,8 @@ def train(args):
 
     with common.short_errors(out, args, bar):
         policy = common.load_policy(args.model, world, args.gradient_checkpointing, args)
-        # on a CPU, training may compute a prompt once for its n completions
+        # Whether training computes a prompt once for its n completions: on a CPU, if a trial
+        # gives the same numbers. (On a GPU that is slower.)
         share_prompts = common.can_share_prompts([policy], args, world)
         reference = None
         if ref_path:
@@ -530,9 +533,9 @@ def train(args):
             trained = rows_to_train(scores, samples.mask, args, world)  # [B]
             size = args.tokens_per_micro_batch
             minibatches = []
-            for rows in shuffled_groups(args, world, step):
-                # minibatches[u][m]: the rows of forward m of update u
-                minibatches.append(micro_batches(rows, trained[rows], samples, size, world))
+            for batch_rows in shuffled_groups(args, world, step):
+                parts = micro_batches(batch_rows, trained[batch_rows], samples, size, world)
+                minibatches.append(parts)  # minibatches[u][m]: rows of forward m of update u
             updates = shuffled_epochs(minibatches, args, step)  # those of all epochs
 
             # 3. Log-probabilities before the update, and the KL of each token, d_t. Without a KL
@@ -570,7 +573,8 @@ def train(args):
                 optimizer.step()
                 optimizer.zero_grad()
 
-            # 6. Log: of all rows; in `update_loss`, of the rows that were trained.
+            # 6. Log: of all rows; in `update_loss`, of the rows that were trained. Loss and
+            #    gradient norm are means over the updates; without a row, they count as 0.
             step_ended = time.perf_counter()
             # with gamma 1 and these baselines, a group of equal scores learns only from the KL
             if args.baseline in ("prompt", "loo"):
@@ -725,7 +729,8 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     accepts every row's own answer. Each process
     takes its share of the prompts."""
     mine = held_out[world.rank :: world.size]
-    # completions at once: as many as in a rollout or in 8192 tokens, the larger; at most 256
+    # Completions at once: as many as in a rollout, or as many as make 8192 tokens if that
+    # is more; at most 256.
     rollout_rows = args.prompts_per_step // world.size * args.samples_per_prompt
     at_once = common.rows_at_once(held_out, args.max_new_tokens, rollout_rows)
     rules = common.rules_that_fit(reward, held_out)  # {name in the log: rule}
@@ -786,11 +791,11 @@ def number(completion, row):
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
     Dollar signs, a final dot and commas between thousands do not matter: "1,234" is one number,
-    "1,2,3" are three. Zeros that end a decimal do not matter: 1.50 equals 1.5. An exponent
-    counts: 1e-5 is one number."""
+    "1,2,3" are three. Zeros that end a decimal do not matter: 1.50 equals 1.5."""
+    sign = r"(?:(?<![\w.])-)?"  # after a letter, a digit or a dot it is none: "5-3" ends in 3
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # 1,234 or 1234
-    # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
-    pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)(?:[eE][+-]?\d{{1,3}}(?!\d))?"
+    exponent = r"(?:[eE][+-]?\d{1,3}(?!\d))?"  # 1e-5 is one number
+    pattern = rf"{sign}(?:{whole}\.?\d*|\.\d+){exponent}"
     found = re.findall(pattern, str(text).replace("$", ""))
     if not found:
         return None
@@ -825,8 +830,8 @@ def load_task(args, world):
     args = common.limit_to_context(args, longest, config, reference_config)
     if reward.is_model and scored:
         args = common.limit_to_reward_model(args, tokenizer, scored)
-    # after the last change of --max_new_tokens, which leaves out long
-    # demonstrations: a resumed run starts with the lowered value
+    # Only now is --max_new_tokens final, which leaves out long demonstrations. A
+    # resumed run starts with this value, and must leave out the same ones.
     if args.demos:
         prompts = encode_answers(prompts, tokenizer, args)
     drawn = args.steps * args.prompts_per_step

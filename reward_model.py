@@ -649,16 +649,16 @@ def read_pairs(path, flag):
             value = record.get(side)
             is_messages = isinstance(value, list) and common.is_prompt(value)
             if is_messages and value[-1]["role"] == "assistant":
-                *asked, answer = value
+                *before, answer = value
                 record[side] = answer["content"]
-                if not record["prompt"]:
-                    record["prompt"] = asked
-                elif asked and common.is_prompt(record["prompt"]):
-                    if not common.same_talk(common.messages(record["prompt"]), asked):
+                if not record["prompt"]:  # if no side has given it yet
+                    record["prompt"] = before
+                elif before and common.is_prompt(record["prompt"]):
+                    if not common.same_talk(common.messages(record["prompt"]), before):
                         fail(f"{where}: the prompt is not what the messages before the answer say")
             if not isinstance(record.get(side), str):
                 what = "a text or a list of messages of which the last is the assistant's"
-                fail(f'{where}: needs "{side}", {what}; {common.found(record)}')
+                fail(f'{where}: needs "{side}", {what}; {common.keys_of(record)}')
         if not common.is_prompt(record["prompt"]):
             fail(f'{where}: needs a "prompt" (or "question"), a text or a list of messages')
         records.append(record)
@@ -723,11 +723,11 @@ def number(completion, row):
 def last_number(text):
     """The last number of a text, or None. A Decimal, because floats cannot tell long numbers apart.
     Dollar signs, a final dot and commas between thousands do not matter: "1,234" is one number,
-    "1,2,3" are three. Zeros that end a decimal do not matter: 1.50 equals 1.5. An exponent
-    counts: 1e-5 is one number."""
+    "1,2,3" are three. Zeros that end a decimal do not matter: 1.50 equals 1.5."""
+    sign = r"(?:(?<![\w.])-)?"  # after a letter, a digit or a dot it is none: "5-3" ends in 3
     whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # 1,234 or 1234
-    # a minus right after a letter, a digit or a dot is no sign: "5-3" ends in 3
-    pattern = rf"(?:(?<![\w.])-)?(?:{whole}\.?\d*|\.\d+)(?:[eE][+-]?\d{{1,3}}(?!\d))?"
+    exponent = r"(?:[eE][+-]?\d{1,3}(?!\d))?"  # 1e-5 is one number
+    pattern = rf"{sign}(?:{whole}\.?\d*|\.\d+){exponent}"
     found = re.findall(pattern, str(text).replace("$", ""))
     if not found:
         return None

@@ -723,8 +723,17 @@ def test_the_pages_say_what_one_sample_a_prompt_does(results):
     assert f"REINFORCE without baseline ends at {changed} in place of {chosen}" in page
     name = "REINFORCE, leave one out: one sample a prompt, the batch's mean"
     with_mean = [results.score_of(row) for row in rows if row["method"] == name]
-    words = f"{np.mean(with_mean):.3f} with the batch's mean (two seeds), {exact:.3f} without"
-    assert len(with_mean) == 2 and words in page
+    words = f"{np.mean(with_mean):.3f} with the batch's mean, {exact:.3f} without"
+    assert len(with_mean) == 5 and words in page
+    name = "GRPO, four updates: 128 prompts x 2"
+    in_twos = [results.score_of(row) for row in rows if row["method"] == name]
+    assert len(in_twos) == 5
+    assert f"But GRPO with 128 x 2 has {np.mean(in_twos):.2f}." in readme
+    assert f"GRPO with four updates ends at {np.mean(in_twos):.3f} in place of" in page
+    name = "GRPO as published: no KL penalty"
+    no_kl = [results.score_of(row) for row in rows if row["method"] == name]
+    assert len(no_kl) == 5
+    assert f"it ends at {np.mean(no_kl):.3f} without, in place of" in page
     means = {}
     for name in ("PPO, separate critic", "PPO, shared critic", "GRPO, four updates"):
         means[name] = np.mean([results.score_of(row) for row in results.final_rows(rows, name)])
