@@ -7,15 +7,15 @@ LOADING
     Configs                read_config, context_of, limit_to_context, limit_to_reward_model
     Models                 load_policy, load_reference, load_scalar, shard, save_model
     Adapters (LoRA)        add_adapters, add_critic_adapters, Switched, merge_adapter
-    Rewards                load_reward, rules_that_fit, check_answers, load_function, score_texts
+    Rewards                load_reward, rules_that_fit, load_function, stop_together, score_texts
 SAMPLING
     Completions            Samples, sample, as_samples, rows_at_once, until_stopped, scores_if_due
     One token on a GPU     CapturedStep
     States and logits      completion_states, hidden_states, logits_of, can_share_prompts
 A RUN
     Memory and optimizer   make_optimizer, learning_rate_at, sum_gradients, clip_gradients
-    Folder                 open_run
-    Checkpoints            save_if_due, save_best, take_up, load_checkpoint
+    Folder                 open_run, write, replace
+    Checkpoints            tensors, save_if_due, save_best, take_up, load_checkpoint
     The order of the data  rows_of_step
     Log and console        begin_log, Mean, Meter, log, conclude
     The end                short_errors, catch_signals
@@ -246,6 +246,7 @@ def check_flags(args):
     demos = getattr(args, "demos", "")
     if getattr(args, "reward", "") == "none" and not (getattr(args, "beta", 1) or demos):
         fail("--reward none: only the KL penalty teaches then, so it needs a --beta above 0")
+    # grpo.py, ppo.py, and reinforce.py without --demos
     draws_to_learn = args.steps and hasattr(args, "prompts_per_step") and not demos
     if draws_to_learn and args.reward == "none" and not args.reference:
         fail("--reward none: without a --reference, the teacher, there is nothing to learn")
@@ -380,9 +381,9 @@ def text_after_answer(tokenizer, template):
 
 
 def turn_end(tokenizer):
-    """The special token that the chat template writes after an answer, perhaps after a new line
-    (Gemma's is not EOS), or else EOS."""
-    after = text_after_answer(tokenizer, str(tokenizer.chat_template)).lstrip()
+    """The special token that the chat template writes right after an answer (Gemma's is not EOS),
+    or else EOS."""
+    after = text_after_answer(tokenizer, str(tokenizer.chat_template))
     ids = tokenizer(after, add_special_tokens=False).input_ids
     added = tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
     return ids[0] if added and added.special else tokenizer.eos_token_id
@@ -401,7 +402,7 @@ def own_pad(tokenizer):
     one. transformers scores the last id that is not pad: if EOS were pad, it would score the token
     before EOS."""
     end = tokenizer.convert_ids_to_tokens(turn_end(tokenizer))
-    taken = (tokenizer.eos_token, tokenizer.bos_token, end, None)
+    taken = (tokenizer.eos_token, tokenizer.bos_token, end, None)  # None: it has none
     if tokenizer.pad_token in taken:
         known = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         spare = [token for token in known if "pad" in token.lower()]
@@ -454,7 +455,7 @@ def render_or_fail(tokenizer, talk, **settings):
 
 def encode_chat(tokenizer, talk, **settings):
     text = render_or_fail(tokenizer, talk, **settings)
-    # the template has written BOS already
+    # a template that wants BOS has written it
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -494,7 +495,8 @@ def encode_after(tokenizer, before, text):
 
 def written_answer(tokenizer, talk, before, answer):
     """What the chat template writes after `before`, its generation prompt, for this answer. In
-    thinking models it begins with an empty thought. (A policy that is sampled writes its own.)"""
+    thinking models it begins with an empty thought. (A policy that is sampled writes its own
+    thought.)"""
     talk = [*talk, {"role": "assistant", "content": answer}]
     if not answer and not can_render(tokenizer, talk):  # Mistral's refuse an empty answer
         return answer
@@ -678,8 +680,9 @@ def context_of(*configs):
 
 
 def limit_to_context(args, longest, *configs):
-    """The flags, with --max_new_tokens lowered to what fits after the longest prompt, and one
-    place left for the EOS that a reward model reads after a completion that was cut."""
+    """The flags, with --max_new_tokens lowered to what fits after the longest prompt. One place is
+    left: in best-of-N one of the configs is a reward model's, which reads an EOS after a
+    completion that was cut."""
     context = context_of(*configs)
     why = f"the longest prompt has {longest} tokens, and the model's context {context}"
     return lower_max_new_tokens(args, context - longest - 1, why)
@@ -772,7 +775,8 @@ def load_scalar(
         a reward model to train    head_std or None  a new head drawn with this std, or the folder's
         a reward model that scores frozen=True       the folder's head
 
-    The tokenizer is the model's own where it scores, and may get another pad token."""
+    The tokenizer is the model's own where it scores, and may get another pad token here. (A
+    script that trains a reward model has called `own_pad` before.)"""
     scalar_config(path)
     model, missing = load(AutoModelForSequenceClassification, path, num_labels=1)
     if head_std is None and missing:
@@ -963,7 +967,8 @@ def write_model(model, tokenizer, folder, state, dtype, note=None):
     try:
         if hasattr(model, "lora"):
             temporary_adapter.mkdir(exist_ok=True)
-            for name, content in merge_adapter(model, state).items():
+            adapter_files = merge_adapter(model, state)  # changes `state`, too
+            for name, content in adapter_files.items():
                 write(temporary_adapter / name, content)
         # save_pretrained refuses some generation configs (Llama-2's): hide it, write it later
         model.generation_config = GenerationConfig()
@@ -1058,7 +1063,7 @@ def add_critic_adapters(policy, head):
 @dataclass(eq=False)
 class Switched:
     """A model with other adapters, or with none: called like a model of its own, or used in a
-    `with` (not in another `with` of the same object). Not to sample from: `sample` calls the
+    `with` (not in another `with` of the same object). Not to sample from: `decode` calls the
     model's own `forward`, which switches nothing."""
 
     adapted: torch.nn.Module
@@ -1122,9 +1127,10 @@ class Reward:
 
 
 def load_reward(spec, rules, world):
-    """--reward: the name of a rule, none, FILE.py:function, or a reward model. A rule judges
-    eval/exact, even if its name is `number`. With another reward each of the rules that
-    `rules_that_fit` leaves has an eval/NAME."""
+    """--reward: the name of a rule, none, FILE.py:function, or a reward model. rules: those of
+    the scripts, {"exact": .., "number": ..}. A rule as --reward judges eval/exact, even if it is
+    `number`. With another reward each of the rules that `rules_that_fit` leaves has an eval/NAME.
+    """
     first = next(iter(rules))
     if spec in rules:
         rule = rules[spec]
@@ -1387,7 +1393,7 @@ def as_samples(prompts, completions, tokenizer, world, rows_per_prompt=1):
     ids, mask = pad_rows(completions, pad, world.device, "right")
     logprobs = torch.zeros(ids.shape, device=world.device)
     texts = [to_text(tokenizer, completion) for completion in completions]
-    finished = mask.any(1)
+    finished = torch.ones(len(ids), dtype=torch.bool, device=world.device)
     rows = (prompt_ids, prompt_mask, ids, mask, logprobs, finished, texts)
     return Samples(*rows, rows_per_prompt)
 
@@ -1437,7 +1443,7 @@ def scores_if_due(step, args, held_out_scores):
 def sample(
     model, tokenizer, prompts, *, n=1, max_new_tokens, temperature=1.0, seed=None, max_rows=None
 ):
-    """n completions of every prompt (a rendered text or a list of ids), each token drawn from
+    """n completions of every prompt (raw text, or ids from `encode_prompt`), each token drawn from
     softmax(logits / temperature). Equal seeds give equal samples. At most `max_rows` completions
     are drawn at once (None: all), or those of one prompt, to bound the memory of the cache.
 
@@ -1682,12 +1688,11 @@ def decode(model, pick, cache, logits, prompt_mask, max_new_tokens, stops):
             prompt_length = prompt_length[kept]
         if captured is not None and P + t == captured.length:
             captured = None  # its columns are full
-        # without a capture, because none can be made or too few tokens are left, the forward is run
         if captured is None and max_new_tokens - t > CAPTURE_ABOVE and can_capture(model, cache):
             captured = capture(model, forward, cache, seen, prompt_length - P, P + t)
         if captured is not None:
             logits = captured(token, P + t)
-        else:
+        else:  # none can be made, or too few tokens are left
             mask = None if recurrent else seen[:, : P + t + 1]
             logits = forward(cache, token[:, None], mask, prompt_length + t)
     return ids, logprobs, length, finished
@@ -1814,7 +1819,7 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         try:
             # Libraries make their workspaces now, which a capture cannot; an operation that waits
-            # would break it. The first replay writes the same column of the cache again.
+            # would break it. Its keys and values are overwritten by the first replay.
             with torch.cuda.stream(stream), no_waits():
                 self.compute()
             # thread_local: NCCL's own thread may go on. Entering torch.cuda.graph also frees the
@@ -2807,8 +2812,10 @@ def conclude(out, args, writer, bar, use):
 def line_to_try(out, tokenizer, prompt, args):
     """The line of Python that samples from the model that a run has made."""
     prompt = prompt if prompt and len(str(prompt)) < 200 else "your prompt"
-    if tokenizer.chat_template and args.chat:
-        prompt = messages(prompt)
+    if not isinstance(prompt, str) or (tokenizer.chat_template and args.chat):
+        prompt = messages(prompt, args.system)
+    elif not prompt.startswith(args.system):  # dpo.py's begins with it
+        prompt = f"{args.system}\n{prompt}"
     pipe = f'pipeline("text-generation", "{out / "model"}")'
     return f"print({pipe}({prompt!r}, max_new_tokens={args.max_new_tokens}))"
 

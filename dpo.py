@@ -185,8 +185,8 @@ def resolve(args):
     is_tiny_model = Path(args.model).resolve() == TINY / "model"
     # "" is not None: an empty --eval_data or --eval_prompts switches off that score only, an empty
     # --data switches off all bundled files.
-    names_files = args.data is not None or args.eval_data or args.eval_prompts
-    is_tiny_data = is_tiny_model and not names_files
+    has_files = args.data is not None or args.eval_data or args.eval_prompts
+    is_tiny_data = is_tiny_model and not has_files
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
     usual_beta = 0.5 if is_tiny_model else 0.1
     faster = 10 if args.lora_rank else 1  # adapters want about ten times the learning rate
@@ -619,10 +619,10 @@ def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world,
 
 
 def evaluate(policy, tokenizer, prompts, reward, args, world, stop_asked=None):
-    """Scores of greedy completions of held-out prompts: eval/reward, by --reward, and
-    eval/exact, the share of right answers. If --reward is a rule (exact, number), that
-    rule judges eval/exact. With another reward there is an eval/NAME for each rule that
-    accepts every row's own answer. Each process
+    """Scores of greedy completions of held-out prompts: eval/reward, by
+    --reward, and eval/exact, the share of right answers. If --reward is a rule
+    (exact, number), that rule judges eval/exact. With another reward there is
+    an eval/NAME for each rule that accepts every row's own answer. Each process
     takes its share of the prompts."""
     mine = prompts[world.rank :: world.size]
     longest = max((len(ids) for ids, _ in prompts), default=0) + args.max_new_tokens

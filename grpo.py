@@ -10,13 +10,13 @@ function that PPO has to learn.
     (4)  k_t   = rho_t (exp(-d) - 1 + d),  d = log pi(a_t | ..) - log ref(a_t | ..)   `k3` x rho_t
     (5)  loss  = sum over tokens of w_t (l_t + beta k_t)         `update_loss`, `token_weights`
 
-A is that of y_i, a_t a token of it, and w_t one divided by a count (--aggregate).
+A is that of y_i, a_t a token of it, and w_t what (5) is divided by (--aggregate).
 pi_old is the policy that drew the completions, ref the policy before training, or --reference. A
 beta above 0 (the default is 0) keeps pi near ref. The ratio (2) allows several updates with one
 rollout. The clip (3) sets the gradient of l_t to zero once the ratio has gone too far in the
 direction that A pushes. With one update per rollout, the default, every ratio is 1, and the
-gradient is that of REINFORCE with (1) as the weight. The value of the loss is then a mean of -A,
-which says nothing about learning. Watch the reward.
+gradient is that of REINFORCE with (1) as the weight. The value of the loss is then a weighted sum
+of -A (and the KL term), which says nothing about learning. Watch the reward.
 
 Variants are flags. DAPO changes the clip and GSPO the ratio. Both need --minibatches or --epochs:
 with one update per rollout every ratio is 1, and the clip does nothing.
@@ -344,7 +344,6 @@ def token_weights(mask, aggregate, limit, world):
     the gradient does not depend on how the update is cut into micro-batches.
     """
     length = mask.sum(1, keepdim=True)
-    # three floats
     K, tokens, N = common.all_sum(world, (length > 0).sum(), length.sum(), len(mask))
     if aggregate == "sequence":
         return mask / (max(K, 1.0) * length.clamp(min=1))
@@ -467,7 +466,7 @@ def update_loss(policy, batch, rows, args, meter, is_first):
         ref = batch.ref_logprobs[rows, :C]
         kl = k3(logprobs, ref)
         if args.kl == "k3_ratio":
-            # With d = log pi - log ref, the gradient of rho * k3 is
+            # With --ratio token and d = log pi - log ref, the gradient of rho * k3 is
             #   rho * (k3 + 1 - exp(-d)) * grad log pi = rho * d * grad log pi,
             # and its mean over tokens from pi_old is the gradient of KL(pi || ref).
             # Without rho, and while pi is pi_old, the mean is

@@ -524,8 +524,8 @@ def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, 
         values, batch.old_values[rows, :C], batch.returns[rows, :C], w, args.value_clip
     )
     # Equation (6). With a separate critic, and in --critic_warmup, the policy's
-    # loss is a constant here. With a shared critic this trains the policy's
-    # transformer for both.
+    # loss is a constant here. Otherwise one backward trains the transformer of
+    # policy and critic for both.
     loss = policy_loss + args.value_coef * v_loss
     loss.backward()
 
@@ -639,7 +639,7 @@ def train(args):
             kl = torch.zeros_like(old)
             if reference is not None:
                 ref = rollout_logprobs(reference, samples, minibatches, args.temperature)
-                kl = (old - ref) * mask  # its sums over completions have the KL as mean
+                kl = (old - ref) * mask  # its sum over a completion estimates the KL
                 meter.mean("kl/ref", kl.sum(1))  # in nats per completion
                 meter.mean("kl/penalty", args.beta * kl.sum(1))
 
@@ -829,10 +829,10 @@ def set_learning_rates(optimizers, args, step):
 
 
 def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
-    """Scores of greedy completions of held-out prompts: eval/reward, by --reward, and
-    eval/exact, the share of right answers. If --reward is a rule (exact, number), that
-    rule judges eval/exact. With another reward there is an eval/NAME for each rule that
-    accepts every row's own answer. Each process
+    """Scores of greedy completions of held-out prompts: eval/reward, by
+    --reward, and eval/exact, the share of right answers. If --reward is a rule
+    (exact, number), that rule judges eval/exact. With another reward there is
+    an eval/NAME for each rule that accepts every row's own answer. Each process
     takes its share of the prompts."""
     mine = held_out[world.rank :: world.size]
     # Completions at once: as many as in a rollout, or as many as make 8192 tokens if that

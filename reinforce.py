@@ -289,8 +289,8 @@ def baselines(totals, all_totals, n, baseline):
 
     A shrunk gradient keeps its direction (with gamma 1, where G_t and the sample's own G_1 differ
     only by earlier rewards, which do not depend on a_t). Where all totals are equal, each is its
-    own baseline, and A_1 exactly 0. Otherwise rounding (the mean of eight 0.1 is not exactly 0.1)
-    would leave a tiny gradient, and Adam would scale it up to a full step.
+    own baseline, and A_1 exactly 0. Without this rule, rounding (the mean of eight 0.1 is not
+    exactly 0.1) would leave a tiny gradient, and Adam would scale it up to a full step.
     """
     if baseline == "none":
         return torch.zeros_like(totals)
@@ -633,7 +633,8 @@ def rollout(policy, tokenizer, prompts, reward, share_prompts, args, world, step
             max_rows=args.sample_rows,
         )
         if share_prompts:
-            samples.rows_per_prompt = n  # in training, these n rows share one forward of it
+            # in training, the n rows of a prompt share one forward of it
+            samples.rows_per_prompt = n
         scores = reward.score(samples, records)  # the reward, and the parts of one that has parts
         meter.max("time/reward", torch.tensor(reward.seconds))
     for name, values in scores.items():
@@ -723,10 +724,10 @@ def micro_batches(rows, trained, samples, tokens, world):
 
 
 def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
-    """Scores of greedy completions of held-out prompts: eval/reward, by --reward, and
-    eval/exact, the share of right answers. If --reward is a rule (exact, number), that
-    rule judges eval/exact. With another reward there is an eval/NAME for each rule that
-    accepts every row's own answer. Each process
+    """Scores of greedy completions of held-out prompts: eval/reward, by
+    --reward, and eval/exact, the share of right answers. If --reward is a rule
+    (exact, number), that rule judges eval/exact. With another reward there is
+    an eval/NAME for each rule that accepts every row's own answer. Each process
     takes its share of the prompts."""
     mine = held_out[world.rank :: world.size]
     # Completions at once: as many as in a rollout, or as many as make 8192 tokens if that

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import signal
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -137,12 +138,11 @@ FAMILIES = ["gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text
 
 
 def load_scorer(path, world):
-    """A saved reward model as a function from completions and their rows to scores."""
+    """A saved reward model, as --reward loads it: a function from completions and their rows to scores."""
     import common
 
-    tokenizer = common.load_tokenizer(path)
-    model = common.load_scalar(path, world, tokenizer, frozen=True)
-    return lambda completions, rows: common.score_texts(model, tokenizer, completions, rows, world)
+    reward = common.load_reward(str(path), {"exact": None}, world)
+    return lambda texts, rows: reward.score(types.SimpleNamespace(texts=texts), rows)["reward"]
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Loading: text to ids, models without dropout, heads, optimizer, and a run's folder that nothing can spoil."""
 
+import ast
 import collections
 import dataclasses
 import errno
@@ -181,6 +182,24 @@ def test_a_completion_ends_with_eos_and_begins_with_nothing_extra():
 GEMMA = "{% for m in messages %}<start> {{ m.role }} {{ m.content }} <end> w4 {% endfor %}{% if add_generation_prompt %}<start> w12{% endif %}"
 
 
+def test_the_line_to_try_asks_as_the_model_was_trained():
+    args = Namespace(chat=True, system="w9", max_new_tokens=5)
+
+    def asked(tokenizer, prompt):
+        line = common.line_to_try(ROOT, tokenizer, prompt, args)
+        call = ast.parse(line).body[0].value.args[0]
+        return ast.literal_eval(call.args[0])
+
+    raw, chat = make_tokenizer(), make_tokenizer(template=TEMPLATE)
+    system, user = {"role": "system", "content": "w9"}, {"role": "user", "content": "w5"}
+    assert asked(chat, "w5") == [system, user] == asked(chat, [user])
+    assert asked(raw, "w5") == asked(raw, "w9\nw5") == "w9\nw5"
+    args.system = ""
+    assert asked(chat, "w5") == [user] and asked(raw, "w5") == "w5"
+    args.chat = False
+    assert asked(chat, "w5") == "w5" and asked(chat, "w5" * 200) == "your prompt"
+
+
 def test_in_a_chat_an_answer_ends_as_the_template_ends_a_turn():
     """Gemma's and Phi's turns do not end with their EOS; a model taught to say EOS would never have seen it there."""
     tokenizer = make_tokenizer(template=GEMMA)
@@ -190,10 +209,8 @@ def test_in_a_chat_an_answer_ends_as_the_template_ends_a_turn():
     assert encode_completion(tokenizer, "w5") == [5, 1], "raw text ends with EOS"
     assert encode_completion(tokenizer, "w5 <eos>") == [5, 1], "and once, where it does already"
     assert common.stop_ids(family("llama"), tokenizer) == [1, end], "and the sampler knows it"
-    tokenizer.add_tokens(["\n"])
-    for between, wanted in (("\n", end), (" w7 ", 1)):  # a new line, and words that are no end
-        tokenizer.chat_template = GEMMA.replace(" <end>", between + "<end>")
-        assert common.turn_end(tokenizer) == wanted
+    tokenizer.chat_template = GEMMA.replace(" <end>", " w7 <end>")
+    assert common.turn_end(tokenizer) == 1, "w7 is no end, and after it none is looked for"
     named = {"default": GEMMA, "tool_use": TEMPLATE}  # several templates, as some models have them
     tokenizer.chat_template = named
     assert common.stop_ids(family("llama"), tokenizer) == [1, end]

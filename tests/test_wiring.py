@@ -313,6 +313,25 @@ def test_no_demonstration_is_left_out_by_the_number_of_held_out_rows(tmp_path):
 
 
 @pytest.mark.parametrize("script", ROLLOUTS, ids=named)
+@pytest.mark.parametrize("share", [False, True])
+def test_a_rollout_shares_prompts_only_where_that_was_tried(script, share, monkeypatch):
+    tokenizer = make_tokenizer()
+
+    def drawn(model, tokenizer, prompts, *, n, **settings):
+        rows = [ids for ids in prompts for _ in range(n)]
+        return common.as_samples(rows, [[5, 1]] * len(rows), tokenizer, CPU)
+
+    monkeypatch.setattr(common, "sample", drawn)
+    reward = SimpleNamespace(seconds=0.0)
+    reward.score = lambda samples, records: {"reward": [0.0, 1.0] * (len(records) // 2)}
+    args = script.Args(prompts_per_step=2, samples_per_prompt=4)
+    prompts = [([7, 8], {"prompt": "w7 w8"}), ([9], {"prompt": "w9"})]
+    given = (None, tokenizer, prompts, reward, share, args, CPU, 1, common.Meter())
+    samples, *_ = script.rollout(*given)
+    assert samples.rows_per_prompt == (4 if share else 1)
+
+
+@pytest.mark.parametrize("script", ROLLOUTS, ids=named)
 def test_sample_rows_reaches_every_sample_and_changes_no_number(script, tmp_path, monkeypatch):
     honest = common.sample
     found = []
