@@ -1368,9 +1368,9 @@ class Samples:
 
     def take(self, rows):
         """Some of the rows, by a tensor of their numbers."""
-        tensors = {k: v[rows] for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        taken = {k: v[rows] for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         texts = [self.texts[row] for row in rows.tolist()]
-        return dataclasses.replace(self, texts=texts, rows_per_prompt=1, **tensors)
+        return dataclasses.replace(self, texts=texts, rows_per_prompt=1, **taken)
 
 
 def pad_rows(rows, pad, device, side):

@@ -444,7 +444,7 @@ class Batch:
 
 def update_loss(policy, batch, rows, args, meter, is_first):
     """Equations (2) to (5) for one micro-batch, some `rows` of the rollout -> its loss."""
-    # [b, C]; does the entropy have a gradient? see `logprobs_of`
+    # [b, C]; for the entropy's gradient see `logprobs_of`
     logprobs, entropy = token_logprobs(policy, batch.samples, rows, args.temperature)
     C = logprobs.shape[1]  # the longest completion of these rows
     w = batch.weights[rows, :C]  # of every term of the loss
@@ -737,7 +737,7 @@ def micro_batches(rows, trained, samples, tokens, world):
         if not parts or not fits(parts[-1] + bundle):
             parts.append([])
         for row in bundle:
-            # if the bundle fits, so does each beginning of it, and no part begins here
+            # true only inside a bundle that is too large for any part
             if parts[-1] and not fits([*parts[-1], row]):
                 parts.append([])
             parts[-1].append(row)

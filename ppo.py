@@ -557,8 +557,7 @@ def take_step(models, optimizers, args, world, step):
     policy = models["policy"]
     critic = models["critic"]
     if (args.critic == "shared" or args.lora_rank) and world.size > 1:
-        # Such a critic (a head, or adapters) is in no model that FSDP has. Gradients of those
-        # are summed by FSDP, its own here.
+        # FSDP does not know such a critic (a head, or adapters): its gradients are summed here.
         common.sum_gradients(critic)
     norm = common.clip_gradients(policy, args.max_grad_norm)
     critic_norm = common.clip_gradients(critic, args.max_grad_norm)
@@ -799,7 +798,7 @@ def micro_batches(rows, trained, samples, tokens, world):
         if not parts or not fits(parts[-1] + bundle):
             parts.append([])
         for row in bundle:
-            # if the bundle fits, so does each beginning of it, and no part begins here
+            # true only inside a bundle that is too large for any part
             if parts[-1] and not fits([*parts[-1], row]):
                 parts.append([])
             parts[-1].append(row)

@@ -706,7 +706,7 @@ def micro_batches(rows, trained, samples, tokens, world):
         if not parts or not fits(parts[-1] + bundle):
             parts.append([])
         for row in bundle:
-            # if the bundle fits, so does each beginning of it, and no part begins here
+            # true only inside a bundle that is too large for any part
             if parts[-1] and not fits([*parts[-1], row]):
                 parts.append([])
             parts[-1].append(row)

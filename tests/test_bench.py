@@ -709,49 +709,39 @@ def test_what_the_page_says_of_simpo_holds():
         assert min(scores) < scores[0] < scores[-1]
 
 
-def test_the_pages_say_what_one_sample_a_prompt_does(results):
+def test_the_pages_say_what_the_controls_show(results):
     rows = results.read(ROOT / "tests" / "bench" / "results.jsonl")
-    name = "REINFORCE, no baseline: one sample a prompt"
-    changed = [results.score_of(row) for row in rows if row["method"] == name]
-    chosen = [results.score_of(row) for row in results.final_rows(rows, name.partition(":")[0])]
-    assert len(changed) == 5
-    exact = np.mean(changed)
-    changed, chosen = f"{exact:.2f}", f"{np.mean(chosen):.2f}"
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"REINFORCE without baseline has {changed}, too" in readme
     page = " ".join((ROOT / "tests" / "bench" / "README.md").read_text().split())
-    assert f"REINFORCE without baseline ends at {changed} in place of {chosen}" in page
-    name = "REINFORCE, leave one out: one sample a prompt, the batch's mean"
-    with_mean = [results.score_of(row) for row in rows if row["method"] == name]
-    words = f"{np.mean(with_mean):.3f} with the batch's mean, {exact:.3f} without"
-    assert len(with_mean) == 5 and words in page
-    name = "GRPO, four updates: 128 prompts x 2"
-    in_twos = [results.score_of(row) for row in rows if row["method"] == name]
-    assert len(in_twos) == 5
-    assert f"(GRPO with 128 x 2: {np.mean(in_twos):.2f}.)" in readme
-    chosen = np.mean(
-        [results.score_of(row) for row in results.final_rows(rows, "GRPO, four updates")]
-    )
-    words = f"GRPO with four updates ends at {np.mean(in_twos):.3f} in place of {chosen:.3f},"
+
+    def chosen(name):
+        return np.mean([results.score_of(row) for row in results.final_rows(rows, name)])
+
+    def changed(name, change):
+        scores = [results.score_of(row) for row in rows if row["method"] == f"{name}: {change}"]
+        assert len(scores) == 5
+        return np.mean(scores)
+
+    name = "REINFORCE, no baseline"
+    one_sample = changed(name, "one sample a prompt")
+    assert f"REINFORCE without baseline has {one_sample:.2f}, too" in readme
+    words = f"REINFORCE without baseline ends at {one_sample:.2f} in place of {chosen(name):.2f}"
     assert words in page
-    name = "GRPO as published: no KL penalty"
-    no_kl = [results.score_of(row) for row in rows if row["method"] == name]
-    assert len(no_kl) == 5
-    chosen = np.mean(
-        [results.score_of(row) for row in results.final_rows(rows, "GRPO as published")]
-    )
-    assert f"without, it ends at {np.mean(no_kl):.3f} in place of {chosen:.3f}." in page
-    means = {}
-    for name in ("PPO, separate critic", "PPO, shared critic", "GRPO, four updates"):
-        means[name] = np.mean([results.score_of(row) for row in results.final_rows(rows, name)])
-        if name.startswith("PPO"):
-            control = [row for row in rows if row["method"] == f"{name}: {results.GROUPED}"]
-            assert len(control) == 5
-            means[f"{name}, 32 x 8"] = np.mean([results.score_of(row) for row in control])
-    separate, separate_8, shared, shared_8, grpo = means.values()
-    assert f"With 32 x 8 PPO has {separate_8:.2f} and {shared_8:.2f}; with one" in readme
-    words = (
-        "PPO ends at {:.3f} (separate critic) and {:.3f} (shared) in place of {:.3f} and {:.3f}."
-    )
-    assert words.format(separate_8, shared_8, separate, shared) in page
-    assert f"GRPO with four updates ends ({grpo:.3f})" in page
+    with_mean = changed("REINFORCE, leave one out", "one sample a prompt, the batch's mean")
+    assert f"{with_mean:.3f} with the batch's mean, {one_sample:.3f} without" in page
+
+    name = "GRPO, four updates"
+    in_twos = changed(name, "128 prompts x 2")
+    assert f"(GRPO with 128 x 2: {in_twos:.2f}.)" in readme
+    assert f"GRPO with four updates ends at {in_twos:.3f} in place of {chosen(name):.3f}," in page
+    assert f"GRPO with four updates ends ({chosen(name):.3f})" in page
+    name = "GRPO as published"
+    no_kl = changed(name, "no KL penalty")
+    assert f"without, it ends at {no_kl:.3f} in place of {chosen(name):.3f}." in page
+
+    separate, shared = "PPO, separate critic", "PPO, shared critic"
+    in_eights = [changed(name, results.GROUPED) for name in (separate, shared)]
+    words = "With 32 x 8 PPO has {:.2f} and {:.2f}; with one".format(*in_eights)
+    assert words in readme
+    words = "PPO ends at {:.3f} (separate critic) and {:.3f} (shared) in place of {:.3f} and {:.3f}"
+    assert words.format(*in_eights, chosen(separate), chosen(shared)) in page

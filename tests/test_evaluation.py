@@ -155,6 +155,22 @@ def test_held_out_scores_are_of_every_rows_greedy_completion(script, reward, rul
 
 
 @pytest.mark.parametrize("script", EVALUATED, ids=named)
+def test_what_a_process_says_to_a_stand_in_is_no_sample(script, monkeypatch):
+    """The second process has no row left, and samples the first one, for FSDP's sake."""
+    asked = []
+    monkeypatch.setattr(common, "sample", stand_in(asked))
+    monkeypatch.setattr(common, "all_sum", lambda world, *numbers: [float(x) for x in numbers])
+    monkeypatch.setattr(common, "all_gather", lambda world, tensor: tensor)
+    args = script.resolve(script.Args(device="cpu", max_new_tokens=9))
+    for rank, count in ((0, 1), (1, 0)):
+        world = World(rank, 2, torch.device("cpu"), torch.float32)
+        given = (None, None, held_out_rows(1), loaded(script, "exact"), args, world)
+        found = script.evaluate(*given)
+        assert len(found.get("eval_samples", [])) == found["held_out/prompts"] == count
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("script", EVALUATED, ids=named)
 def test_rows_without_any_answer_have_a_reward_and_no_share_of_right_ones(script, monkeypatch):
     monkeypatch.setattr(common, "sample", stand_in())
     rows = [{"prompt": "0"}, {"prompt": "1"}]
