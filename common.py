@@ -111,8 +111,8 @@ class Stop(Exception):
 
 
 class Unscored(Stop):
-    """The reward failed, and all processes know. Rewards come before the updates of a step: none is
-    half done, and what was learnt may be saved."""
+    """The reward failed, and all processes know. Rewards come before the updates of a step, so
+    no update is half done, and what was learnt may be saved."""
 
 
 class Ended(Stop):
@@ -156,7 +156,7 @@ def start(device="auto", dtype="auto", seed=0):
         elif device == "cuda":
             settings["device_id"] = place  # otherwise barriers guess it and warn
         dist.init_process_group("nccl" if device == "cuda" else "gloo", **settings)
-    torch.manual_seed(seed)  # all processes draw the same new head
+    torch.manual_seed(seed)  # so that all processes draw the same new head, where a model has one
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     return world
@@ -412,7 +412,7 @@ def own_pad(tokenizer):
 
 def encode(tokenizer, text):
     """Raw text to ids. BOS comes first if the tokenizer adds one and the text has none yet. An EOS
-    that the tokenizer adds is removed."""
+    that the tokenizer adds to a text is removed."""
     has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     ids = tokenizer(text, add_special_tokens=not has_bos).input_ids
     # compared with `alone`: the text may itself end with EOS, and some models' BOS is their EOS
@@ -628,8 +628,8 @@ def set_noise(config, source=None):
     """Sets every dropout and jitter to 0, or as in another config."""
     for name, value in list(vars(config).items()):
         wanted = getattr(source, name, None)
-        # PhiMoE's router_jitter_noise is no noise but a threshold, in evaluation too (its
-        # router's random draw: see `prepare`)
+        # PhiMoE's router_jitter_noise is no noise but a threshold, in evaluation too. (Its
+        # router draws at random besides; `prepare` turns that off.)
         is_threshold = config.model_type == "phimoe" and name == "router_jitter_noise"
         if isinstance(value, PreTrainedConfig):
             set_noise(value, wanted)
@@ -680,8 +680,8 @@ def context_of(*configs):
 
 
 def limit_to_context(args, longest, *configs):
-    """The flags, with --max_new_tokens lowered to what fits after the longest prompt. One place is
-    left: in best-of-N one of the configs is a reward model's, which reads an EOS after a
+    """The flags, with --max_new_tokens lowered to what fits after the longest prompt. One place
+    stays free: in best-of-N one of the configs is a reward model's, which reads an EOS after a
     completion that was cut."""
     context = context_of(*configs)
     why = f"the longest prompt has {longest} tokens, and the model's context {context}"
@@ -698,7 +698,7 @@ def limit_to_reward_model(args, tokenizer, prompts):
     why = f"--reward {args.reward} reads {context} tokens, and the longest prompt has {longest}"
     same_tokens = tokenizer.get_vocab().items() <= reader.get_vocab().items()
     if 0 < room < args.max_new_tokens and not same_tokens:
-        say(f"note: {why}; of longer texts all but the first token and the end will be cut off")
+        say(f"note: {why}; longer texts will lose tokens after the first one")
         return args
     return lower_max_new_tokens(args, room, why)
 
@@ -775,8 +775,8 @@ def load_scalar(
         a reward model to train    head_std or None  a new head drawn with this std, or the folder's
         a reward model that scores frozen=True       the folder's head
 
-    The tokenizer is the model's own where it scores, and may get another pad token here. (A
-    script that trains a reward model has called `own_pad` before.)"""
+    The tokenizer may get another pad token here if the model scores: then it is the model's own.
+    (A script that trains a reward model has called `own_pad` before.)"""
     scalar_config(path)
     model, missing = load(AutoModelForSequenceClassification, path, num_labels=1)
     if head_std is None and missing:
@@ -793,7 +793,7 @@ def load_scalar(
         own_pad(tokenizer)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # own_pad made a token
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    # transformers scores the last id that is not this one; if it is None, it scores padding
+    # transformers scores the last id that is not this one, so it must not be None
     config.pad_token_id = tokenizer.pad_token_id
     config.get_text_config().pad_token_id = tokenizer.pad_token_id
     config.problem_type = "regression"
@@ -839,8 +839,8 @@ def prepare(model, world, gradient_checkpointing=False):
         enable = enable or model.gradient_checkpointing_enable
         settings = {"use_reentrant": False}
         if hasattr(model, "lora"):
-            # for each forward two contexts, one for itself and one for its repetition in backward,
-            # both with the adapters that are active at that forward
+            # for each forward two contexts (of class `Switched`), one for itself and one for its
+            # repetition in backward, both with the adapters that are active at that forward
             settings["context_fn"] = lambda: [Switched(model, model.lora.active) for _ in range(2)]
         enable(settings)
     return shard(model, world)
@@ -887,7 +887,7 @@ def shard(model, world):
 
 
 def keep_angles_exact(model):
-    """Turns TF32, which `start` allows, off where positions become angles. In transformers 5.17
+    """Turns off TF32, which `start` allows, where positions become angles. In transformers 5.17
     most families do this by a float32 matrix product. TF32 would round both factors: the
     frequencies, and positions above 2048."""
 
@@ -991,7 +991,7 @@ def write_model(model, tokenizer, folder, state, dtype, note=None):
         if note:
             write(temporary / "score.json", json.dumps(note) + "\n")
         replace(temporary, folder)
-        if hasattr(model, "lora"):  # together with the model that it is of
+        if hasattr(model, "lora"):  # both at once: the adapter is of this model
             replace(temporary_adapter, adapter)
     except Exception as error:  # each library has its own exception for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
@@ -1086,7 +1086,7 @@ class Switched:
 
 def merge_adapter(model, state):
     """Merges the adapters into `state`: B A is added in float32, and the sum rounded once
-    -> {file name: content} of what peft loads on top of the first model."""
+    -> {file name: content} of what peft loads on top of --model."""
     learned = {f"base_model.model.{k}": state[k] for k, _ in tensors(model, for_checkpoint=True)}
     names = [name for name, m in model.named_modules() if m in model.lora.layers]
     for name in names:
@@ -1323,9 +1323,7 @@ def score_ids(model, tokenizer, texts, world):
     sizes = torch.tensor([[len(texts), max(map(len, texts))]], device=world.device)
     most, longest = all_gather(world, sizes).amax(0).tolist()  # over all processes
     if longest > limit:
-        say_once(
-            f"warning: --reward reads {limit} tokens; of longer texts the first one and the end"
-        )
+        say_once(f"warning: --reward reads {limit} tokens; longer texts lose some after the first")
         # with the first token, from which some families read the score
         texts = [t if len(t) <= limit else [t[0], *t[1 - limit :]] for t in texts]
     values = []
@@ -1362,8 +1360,8 @@ class Samples:
     logprobs: torch.Tensor
     finished: torch.Tensor  # [B] false if cut at max_new_tokens; true for completions of a file
     texts: list  # [B] without stop and special tokens
-    # n: training computes a prompt once for its n rows. Set it only where
-    # `prompts_can_be_shared`.
+    # with n here, training computes a prompt once for its n rows; set it only where
+    # `can_share_prompts` or `prompts_can_be_shared` says so
     rows_per_prompt: int = 1
 
     def take(self, rows):
@@ -1512,8 +1510,9 @@ def whole_weights(model):
     float32 copy once.
 
     FSDP2's hooks on the blocks would free the weights after each token and gather them again: they
-    are put aside. The root keeps its own, in which FSDP2 sets itself up in the first forward. That
-    is the one of `prefill`, which calls the model; `decode` calls model.forward, without hooks."""
+    are put aside. The root keeps its hooks, because in the first forward FSDP2 sets itself up by
+    them. `prefill` makes this forward, by calling the model; `decode` calls model.forward, which
+    runs no hooks."""
     units = [m for m in model.modules() if isinstance(m, FSDPModule)]
     blocks = [m for m in units if m is not model]
     hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in blocks]
@@ -1616,7 +1615,7 @@ class RoomyLayer(DynamicLayer):
     def __init__(self, stock, rows, room):
         super().__init__()
         self.is_initialized = True
-        self.room = 64 * math.ceil(room / 64)  # attention wants multiples of 8
+        self.room = 64 * math.ceil(room / 64)  # multiples of 8 are fast; of 64, few
         self.filled = stock.keys.shape[2]
         self.buffers = [stock.keys, stock.values]  # [B, heads, room, d] each, once copied
         stock.keys = stock.values = None
@@ -1712,7 +1711,7 @@ def draw(logits, u, block=256):
     u [B, 1]: uniform in [0, 1), float64.
 
     The token is the first whose cumulative probability exceeds u, summed over blocks of the
-    vocabulary, then inside the block that u falls into. The sums are float64: 150,000 float32
+    vocabulary, then inside the block that u falls into. Running sums are float64: 150,000 float32
     numbers, added one by one, can be off by 1e-5, and many tokens have less. torch.multinomial
     draws a random number for each entry of the vocabulary, where this takes one a row."""
     logits = logits.float()
@@ -1742,7 +1741,8 @@ def draw(logits, u, block=256):
 
 CAPTURE_ON = ("cuda",)  # tests add the CPU, where the same forward runs without a graph
 CAPTURE_ABOVE = 32  # tokens to come; a capture takes as long as a few eager tokens
-CAPTURE_COLUMNS = 256  # of the cache: attention reads a multiple of it, most of that filled
+# attention reads the cache up to a multiple of this: the filled part, and a little more
+CAPTURE_COLUMNS = 256
 NOT_CAPTURED = set()  # classes of models whose capture has failed
 
 
@@ -1819,7 +1819,7 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         try:
             # Libraries make their workspaces now, which a capture cannot; an operation that waits
-            # would break it. Its keys and values are overwritten by the first replay.
+            # would break it. The first replay overwrites the keys and values that this computes.
             with torch.cuda.stream(stream), no_waits():
                 self.compute()
             # thread_local: NCCL's own thread may go on. Entering torch.cuda.graph also frees the
@@ -1844,7 +1844,7 @@ class CapturedStep:
                 layer.captured = None
 
     def __call__(self, token, column):
-        """The logits after these tokens [rows], which lie there until the next call."""
+        """The logits after these tokens [rows], in a tensor that the next call overwrites."""
         self.token.copy_(token[:, None])
         self.column.fill_(column)
         if self.graph is None:
@@ -1901,8 +1901,8 @@ def hidden_states(model, ids, mask, cache=None):
 
 class CutGraph(torch.autograd.Function):
     """Cuts the graph between a prompt and its completions, so that there are two backward passes.
-    In a single one, autograd would hold the completions' gradients of the weights until the
-    prompt's arrive: twice the memory."""
+    In a single one, autograd would hold the gradients of the weights that come from the
+    completions until those from the prompt are there: twice the memory."""
 
     @staticmethod
     def forward(ctx, anchor, tensors):
@@ -2003,8 +2003,8 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
     """Whether sharing prompts gives the right states and gradient, tried on made-up ids. Sharing
     fails where a cache drops the gradient, and with gradient checkpointing, where transformers
     drops the cache. On a GPU it is slower: an H200 trained 0.5B and 1.5B models at 0.6 to 1.0 of
-    the speed without (four completions, as long as their prompt). A family that cannot be trained
-    at all stops here."""
+    the speed that it has without sharing (four completions, as long as their prompt). A family
+    that cannot be trained at all stops here."""
     samples = made_up_samples(model, world.device)
     rows = [0, 1, 2, 3]
     same = False
@@ -2036,7 +2036,7 @@ def prompts_can_be_shared(model, world, gradient_checkpointing):
             why = f"cannot be trained in {dtype} ({first_line(error)})"
             advice = "--dtype float32 or --gradient_checkpointing may work"
             raise Stop(f"the family {model.config.model_type!r} {why}; {advice}") from error
-        model.zero_grad()  # before the reset, which leaves the gradients of whole weights
+        model.zero_grad()  # before the reset, which would keep the gradients of gathered weights
         if sharded:  # left in the middle of a pass, FSDP2 would never reduce a gradient again
             model.reset_iter_state()
     model.zero_grad()
@@ -2114,7 +2114,7 @@ def learning_rate_at(step, steps, peak, schedule="constant", warmup=0):
     constant, or down to 0 after the last step, in a line or half a cosine. It
     depends on the step alone, so a resumed run has no scheduler to restore."""
     if step <= warmup:
-        return peak * max(step, 0) / (warmup + 1)  # 0 or less: before this model learns
+        return peak * max(step, 0) / (warmup + 1)  # step 0 or below: this model does not learn yet
     done = (step - warmup - 1) / max(steps - warmup, 1)
     if schedule == "linear":
         return peak * (1.0 - done)
@@ -2156,7 +2156,8 @@ def open_run(args, script, world):
             lock(out)
             known = {"script": script, **dataclasses.asdict(args)}
             if args.resume and checkpoints(out) and int(checkpoints(out)[-1].stem) == args.steps:
-                # only the model is written: the run can go on to the end that it had before
+                # All steps are made, and only the model is to be written. args.json keeps the
+                # run's own number of steps, so that it can still be resumed to its end.
                 known["steps"] = json.loads((out / "args.json").read_text())["steps"]
             write(out / "args.json", json.dumps(known, indent=1) + "\n")
         except OSError as error:
@@ -2458,7 +2459,7 @@ class Mean(float):
         mean = super().__new__(cls, middle)
         mean.count = int(count)
         variance = max(squares / count - middle**2, 0.0)
-        # of zeros and ones (or as good as): Wilson's interval, which stays between them
+        # zeros and ones: Wilson's interval, which stays between them
         if squares == total:
             shrink = 1 + 1.96**2 / count
             middle = (middle + 1.96**2 / (2 * count)) / shrink

@@ -1,6 +1,6 @@
 """DPO, Direct Preference Optimization: preferences without a reward model and without sampling.
 
-RLHF has two steps. First it fits a reward r(x, y) to preferences, with the model (4):
+RLHF has two steps. First it fits a reward r(x, y) to preferences, by assuming (4):
 the chance that a completion y of the prompt x is preferred to another, z. Then it
 trains a policy pi on this reward and holds it near a reference ref, by (1), where pi
 draws y. This second step has a known optimum, pi*. DPO inserts it into the first.
@@ -15,9 +15,10 @@ draws y. This second step has a known optimum, pi*. DPO inserts it into the firs
 Z(x) makes the probabilities of pi* sum to 1. (2) is the optimum, because (1) equals
 -beta KL(pi || pi*) + beta E[log Z(x)], and pi cannot change the second term. (3) is
 (2), solved for r. Put any policy in the place of pi*: it is the optimum of (1) for
-the reward that (3) then gives. So instead of fitting r and then pi, one may fit pi:
-insert (3) into (4) for a chosen completion y and a rejected z, and write pi, the
-policy in training, for pi*. Z cancels, and P = sigmoid(h).
+the reward that (3) then gives, with any log Z(x), for instance 0. So instead of
+fitting r and then pi, one may fit pi: insert (3) into (4) for a chosen completion y
+and a rejected z, and write pi, the policy in training, for pi*. Z cancels, and P =
+sigmoid(h).
 
 So the policy itself is the reward model, and training is a classification of pairs. The gradient
 pulls log pi(y) up and pushes log pi(z) down, both with weight beta sigmoid(-h). Pairs in the wrong
@@ -276,7 +277,7 @@ def pair_logprobs(model, tokenizer, pairs, share_prompts, world):
         prompts += [prompt, prompt]
         sides += [chosen, rejected]
     rows_per_prompt = 2 if share_prompts else 1  # consecutive rows whose prompt is computed once
-    # `Samples` holds a rollout in the other scripts, here completions from the data
+    # a `common.Samples`: a rollout in the other scripts, here completions from the data
     samples = common.as_samples(prompts, sides, tokenizer, world, rows_per_prompt)
     logprobs = side_logprobs(model, samples)  # [2b, C]
     return logprobs.sum(1).view(-1, 2)
@@ -289,7 +290,7 @@ def side_logprobs(model, samples, chunk=1024):
     gigabytes with a vocabulary of 150,000.
     """
     all_rows = list(range(len(samples.ids)))
-    # states[:, t] is of the place before ids[:, t], and predicts that token; [2b, C, width]
+    # [2b, C, width]; states[:, t] predicts the token ids[:, t], so it is of the place before
     states, ids, mask = common.completion_states(model, samples, all_rows)
 
     def head(states, tokens):
@@ -349,9 +350,10 @@ def train(args):
     texts = pairs + held_out + [(ids, []) for ids, _ in prompts]
     first_prompt, first_side = texts[0][:2]
     first_text = first_prompt + first_side
-    # Models held at a time, for the memory that `begin_log` prints. With --steps 0 the policy is
-    # frozen, and --reference is beside it if there are pairs to score. With training, the reference
-    # is gone before the policy has gradients.
+    # For the memory that `begin_log` prints: how many models learn, and the paths of the
+    # frozen ones held beside them. With --steps 0 the policy is frozen, and --reference is
+    # beside it if there are pairs to score. With training, the reference is gone before the
+    # policy has gradients.
     learning = int(args.steps > 0)
     frozen = []
     if reward is not None and reward.is_model:
@@ -450,13 +452,13 @@ def train(args):
     common.conclude(out, args, writer, bar, common.line_to_try(out, tokenizer, prompt, args))
 
 
-# -- A first reading may end here: batches, the reference, held-out scores, pairs, rewards -------
+# -- A first reading may end here. Below: batches, the reference, held-out scores, pairs, rewards
 
 
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     """Cuts pairs into parts, one forward each -> lists of pair numbers.
 
-    A pair is (prompt, chosen, rejected), as token ids; for a reward model, prompt is what both
+    A pair is (prompt, chosen, rejected), as token ids; in reward_model.py, prompt is what both
     texts begin with. A part has at most `tokens` tokens (padding included, a shared prompt counted
     once) or one pair. Pairs of like length come together, to save padding.
 
@@ -470,7 +472,7 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     sides_tokens = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
 
     def fits(part):
-        # an upper bound: with DPO the last token of a side is only predicted, never read
+        # an upper bound: dpo.py's forward does not read the last token of a side
         longest_prompt = max(prompt_tokens[i] for i in part)
         longest_sides = max(sides_tokens[i] for i in part)
         return len(part) * (longest_prompt + longest_sides) <= tokens
@@ -552,7 +554,7 @@ def reference_scores(
     if scores is None:
         scores = torch.full((len(pairs), 2), math.nan)
     known = int((~scores[:, 0].isnan()).sum())
-    # ends the run if the processes have read different files, on machines without a common disk
+    # ends the run if some processes see no such file, on machines without a common disk
     common.agree(out, world, known, "the number of pairs that the reference has scored is")
     count = args.steps * args.pairs_per_step
     # the pairs that training will draw, as `rows_of_step` does
@@ -587,7 +589,8 @@ def reference_scores(
 
 
 def read_scores(path, mark, args):
-    """What an interrupted run has kept, or None. `mark` names pairs, reference and precision."""
+    """What an interrupted run has kept, or None. `mark` says for which pairs, reference
+    and precision it was."""
     if not (args.resume and path.is_file()):
         return None
     try:
@@ -620,10 +623,10 @@ def evaluate_pairs(policy, tokenizer, held_out, ref, share_prompts, args, world,
 
 def evaluate(policy, tokenizer, prompts, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, by
-    --reward, and eval/exact, the share of right answers. If --reward is a rule
-    (exact, number), that rule judges eval/exact. With another reward there is
-    an eval/NAME for each rule that accepts every row's own answer. Each process
-    takes its share of the prompts."""
+    --reward, and the share of right answers. If --reward is a rule (exact,
+    number), it judges that share, which is logged as eval/exact. With another
+    reward there is an eval/NAME for each rule that accepts every row's own
+    answer. Each process takes its share of the prompts."""
     mine = prompts[world.rank :: world.size]
     longest = max((len(ids) for ids, _ in prompts), default=0) + args.max_new_tokens
     # Completions at once: as many as fill 4 micro-batches (keys and values take less memory than
@@ -697,7 +700,7 @@ def read_pairs(path, flag):
             if is_messages and value[-1]["role"] == "assistant":
                 *before, answer = value
                 record[side] = answer["content"]
-                if not record["prompt"]:  # if no side has given it yet
+                if not record["prompt"]:  # neither the row nor the other side has given it
                     record["prompt"] = before
                 elif before and common.is_prompt(record["prompt"]):
                     if not common.same_talk(common.messages(record["prompt"]), before):

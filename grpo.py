@@ -10,13 +10,14 @@ function that PPO has to learn.
     (4)  k_t   = rho_t (exp(-d) - 1 + d),  d = log pi(a_t | ..) - log ref(a_t | ..)   `k3` x rho_t
     (5)  loss  = sum over tokens of w_t (l_t + beta k_t)         `update_loss`, `token_weights`
 
-A is that of y_i, a_t a token of it, and w_t what (5) is divided by (--aggregate).
-pi_old is the policy that drew the completions, ref the policy before training, or --reference. A
-beta above 0 (the default is 0) keeps pi near ref. The ratio (2) allows several updates with one
-rollout. The clip (3) sets the gradient of l_t to zero once the ratio has gone too far in the
-direction that A pushes. With one update per rollout, the default, every ratio is 1, and the
-gradient is that of REINFORCE with (1) as the weight. The value of the loss is then a weighted sum
-of -A (and the KL term), which says nothing about learning. Watch the reward.
+A is that of y_i, and a_t a token of it. w_t is 1 over a divisor that --aggregate chooses.
+pi_old is the policy that drew the completions, ref the policy before training, or --reference.
+If beta is above 0 (the default is 0), the KL term keeps pi near ref. The ratio (2) allows
+several updates with one rollout. The clip (3) sets the gradient of l_t to zero once the ratio
+has gone too far in the direction that A pushes. With one update per rollout, the default, every
+ratio is 1, and the gradient is that of REINFORCE with (1) as the weight. The value of the loss
+is then a weighted sum of -A (and the KL term), which says nothing about learning. Watch the
+reward.
 
 Variants are flags. DAPO changes the clip and GSPO the ratio. Both need --minibatches or --epochs:
 with one update per rollout every ratio is 1, and the clip does nothing.
@@ -58,8 +59,8 @@ What is biased:
       - with --kl k3, which is (4) without rho_t, that of KL(ref || pi),
         and only while pi is pi_old.
   * --keep_max, --mask_truncated and --drop_equal_groups select samples by what came out.
-  * With several updates: the clip. And the ratio (2) corrects for the token only: the text before
-    it is still one that pi_old drew.
+  * With several updates, the clip. Also, the ratio (2) corrects for the token only: the
+    text before it is still one that pi_old drew.
   * log pi_old is computed as in training. The sampler, which drew the tokens, gave slightly
     different values, by rounding (`kl/sample`: their mean distance). Nothing corrects for that
     (`old` and `sampled` in `update_loss`).
@@ -151,8 +152,8 @@ class Args:
     sequence: its completion's length x the number of completions;
     token: the number of tokens;
     constant: the number of completions x --max_new_tokens.
-    Completions that --mask_truncated leaves out are counted
-    by constant alone.
+    Of these, only constant counts the completions that
+    --mask_truncated leaves out.
     (None: token; with --ratio sequence: sequence)"""
     beta: float = 0.0
     """weight of the KL penalty in the loss; at 0 no reference model is loaded"""
@@ -295,7 +296,7 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
     """Equation (3), summed with weights: ratio [b, C] with gradient, advantages [b, C] or [b, 1].
 
     The minimum takes the clipped, constant term only where the ratio has already gone too far in
-    the direction that A pushes. Its gradient is that of ratio * A times this factor:
+    the direction that A pushes. The minimum's gradient is that of ratio * A times this factor:
 
                  ratio < 1 - low    between    ratio > 1 + high
         A > 0           1              1              0          (0: a good token, already likelier)
@@ -389,8 +390,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so left out under no_grad. No gradient goes through it, and it comes
-            # last: backward, which computes the rest of `head` again, stops before it.
+            # Only logged, so left out under no_grad. No gradient goes through it. It comes last,
+            # because backward computes `head` again only as far as a gradient needs a value.
             # For an entropy bonus, drop the detach, and train all rows (grpo.py and reinforce.py
             # leave out those with advantage 0: `has_gradient`, `rows_to_train`).
             constant = logprobs.detach()
@@ -411,7 +412,7 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
+    """A model's log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
 
     A mini-batch is a list of micro-batches, and these are lists of row numbers.
     The micro-batches are those of the update: in bfloat16 log-probabilities
@@ -448,7 +449,8 @@ def update_loss(policy, batch, rows, args, meter, is_first):
     logprobs, entropy = token_logprobs(policy, batch.samples, rows, args.temperature)
     C = logprobs.shape[1]  # the longest completion of these rows
     w = batch.weights[rows, :C]  # of every term of the loss
-    # the tokens of trained rows: whole completions, as `sequence_logratio` wants them
+    # w is above 0 on every token of a trained completion, and nowhere else. So the mask
+    # has whole completions, as `sequence_logratio` wants them.
     mask = w > 0
     A = batch.advantages[rows, None]  # [b, 1]
     if batch.old_logprobs is None:  # one update per rollout: pi is still pi_old, and (2) is 1
@@ -549,7 +551,7 @@ def train(args):
             # 3. Mini-batches (an optimizer update each) of micro-batches (a forward each). Cut once
             #    for all epochs, so that a row's old and new log-probabilities come from forwards of
             #    the same shape.
-            counted = samples.mask
+            counted = samples.mask  # true on a completion's tokens, its stop token included
             if args.mask_truncated:
                 counted = counted & samples.finished[:, None]  # finished: ended by a stop token
             weights = torch.zeros_like(counted, dtype=torch.float32)  # [B, C]
@@ -599,8 +601,8 @@ def train(args):
             if args.ref_update_every and step % args.ref_update_every == 0:
                 common.copy_weights(policy, reference)
 
-            # 6. Log. Rewards cover all rows drawn, lengths those that --drop_equal_groups
-            #    kept, and the metrics of `update_loss` those trained.
+            # 6. Log. Rewards are those of all rows drawn, lengths those of the rows that
+            #    --drop_equal_groups kept, metrics of `update_loss` those of the trained rows.
             step_ended = time.perf_counter()
             metrics = meter.result(world)
             tokens = metrics.pop("tokens")  # those that `rollout` has drawn
@@ -709,8 +711,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     where they fit, and those of like length come together.
 
     FSDP needs equally many parts in all processes. A process that has fewer adds
-    parts of one row: a row that is not trained (its weights are 0), or else one
-    moved from its fullest part.
+    parts of one row: a row that is not trained (it has no weight in the loss), or
+    else one moved from its fullest part.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -756,11 +758,13 @@ def micro_batches(rows, trained, samples, tokens, world):
 
 def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, by --reward, and
-    eval/exact, the share of right answers. If --reward is a rule (exact, number), that
-    rule judges eval/exact. With another reward there is an eval/NAME for each rule that
-    accepts every row's own answer. With --eval_samples eval/pass@K, too."""
+    the share of right answers. If --reward is a rule (exact, number), it judges that
+    share, which is logged as eval/exact. With another reward there is an eval/NAME for
+    each rule that accepts every row's own answer. With --eval_samples eval/pass@K, too."""
     n = args.eval_samples
-    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < n] + [n] * (n > 0)
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < n]
+    if n:
+        ks.append(n)
     mine = held_out[world.rank :: world.size]
     # Completions at once: as many as in a rollout, or as many as make 8192 tokens if that
     # is more; at most 256.
@@ -876,7 +880,8 @@ def load_task(args, world):
     tokenizer = common.load_tokenizer(args.model, args.template_args)
     reference_config = common.reference_config(args, tokenizer)
     reward = common.load_reward(args.reward, RULES, world)
-    answer_flag = reward.answer_flag  # the flag to name if a row has no "answer"; "": none
+    # the flag that an error names if a row has no "answer"; "": no row needs one
+    answer_flag = reward.answer_flag
     prompts = common.load_prompts(args.data, "--data", tokenizer, args, answer_flag)
     if args.eval_samples and not answer_flag:
         answer_flag = "--eval_samples"
@@ -890,7 +895,7 @@ def load_task(args, world):
     if args.drop_equal_groups:
         drawn *= OVERSAMPLING
     common.say_passes(drawn, len(prompts), "prompts")
-    # with --steps 0 and no --data, the held-out prompts stand in
+    # with --steps 0 and no --data, `train` shows one of the held-out prompts
     return args, tokenizer, reward, prompts or held_out, held_out
 
 

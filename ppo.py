@@ -20,10 +20,9 @@ delta in (2).
          V_clip = V_old + clip(V - V_old, -value_clip, value_clip);  --value_clip 0: no max
     (6)  loss = mean of (l_t + value_coef v_t) over the tokens of an update   `add_gradients`
 
-GAE (2) is the average, with weights (1 - lam) lam^(k-1), of the k-step advantages,
-k = 1, 2, ..:
-    r_t + .. + gamma^(k-1) r_{t+k-1} + gamma^k V(s_{t+k}) - V(s_t)
-has k rewards as they came, then V for the rest. The largest k, which
+GAE (2) is the average, with weights (1 - lam) lam^(k-1), of the k-step advantages
+    r_t + .. + gamma^(k-1) r_{t+k-1} + gamma^k V(s_{t+k}) - V(s_t),   k = 1, 2, ..
+Each has k rewards as they came, then V for the rest. The largest k, which
 reaches the end, gets the weight that is left. lam 0 keeps only k = 1 (the
 actor-critic of textbooks): little variance, but the critic's errors enter
 in full. lam 1 keeps only the largest k (Monte Carlo): the critic is just a
@@ -54,9 +53,9 @@ it, its last hidden states.
 
 What biases the gradient of the expected reward:
   * lam < 1: the critic's errors are in A. gamma < 1: late rewards count for less.
-  * Whitening and the mean over tokens: its mean and std, and the number of tokens,
-    depend on the very samples to which they are applied.
-  * The clip. And the ratio corrects for a_t only: from a rollout's second update
+  * Whitening, and the mean over tokens: the mean and std of the first, and the number of
+    tokens, depend on the very samples to which they are applied.
+  * The clip. Also, the ratio corrects for a_t only: from a rollout's second update
     on, the text before it, s_t, is still one that pi_old drew.
   * With --critic shared, the value loss: it trains the policy's transformer, too.
   * With a beta above 0, from a rollout's second update on: r_t has log pi_old,
@@ -303,7 +302,7 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
     """Equation (3), summed with weights: ratio [b, C] with gradient, advantages [b, C] or [b, 1].
 
     The minimum takes the clipped, constant term only where the ratio has already gone too far in
-    the direction that A pushes. Its gradient is that of ratio * A times this factor:
+    the direction that A pushes. The minimum's gradient is that of ratio * A times this factor:
 
                  ratio < 1 - low    between    ratio > 1 + high
         A > 0           1              1              0          (0: a good token, already likelier)
@@ -385,8 +384,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so left out under no_grad. No gradient goes through it, and it comes
-            # last: backward, which computes the rest of `head` again, stops before it.
+            # Only logged, so left out under no_grad. No gradient goes through it. It comes last,
+            # because backward computes `head` again only as far as a gradient needs a value.
             # For an entropy bonus, drop the detach, and train all rows (grpo.py and reinforce.py
             # leave out those with advantage 0: `has_gradient`, `rows_to_train`).
             constant = logprobs.detach()
@@ -407,7 +406,7 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
+    """A model's log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
 
     A mini-batch is a list of micro-batches, and these are lists of row numbers.
     The micro-batches are those of the update: in bfloat16 log-probabilities
@@ -463,7 +462,7 @@ def values_of(head, states):
 
 @torch.no_grad()
 def before_update(policy, trunk, head, samples, minibatches, temperature):
-    """Log-probabilities of the policy, and values -> two tensors [B, C].
+    """log pi_old and V_old: the policy's log-probabilities, and values -> two tensors [B, C].
 
     In the micro-batches of the update, as in `rollout_logprobs`. A shared critic's values need no
     forward of their own.
@@ -503,8 +502,8 @@ class Batch:
 def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, is_first):
     """Equations (3) to (6) for one micro-batch, some `rows` of the rollout: adds its gradients
     -> its share of the update's KL(pi_old || pi), in nats per completion."""
-    # In --critic_warmup no backward of the policy follows. What FSDP then keeps of
-    # this forward, the next `common.sample` clears (so no `forget_forwards` here).
+    # In --critic_warmup no backward of the policy follows, and FSDP keeps what it has gathered
+    # for one. The next `common.sample` frees that (so no `forget_forwards` here).
     with torch.set_grad_enabled(policy_learns):
         states, ids, mask = common.completion_states(policy, batch.samples, rows)
         logprobs, entropy = logprobs_of(policy, states, ids, mask, args.temperature)  # [b, C]
@@ -523,9 +522,9 @@ def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, 
     v_loss = value_loss(
         values, batch.old_values[rows, :C], batch.returns[rows, :C], w, args.value_clip
     )
-    # Equation (6). With a separate critic, and in --critic_warmup, the policy's
-    # loss is a constant here. Otherwise one backward trains the transformer of
-    # policy and critic for both.
+    # Equation (6). With a separate critic the policy's loss is a constant here, and in
+    # --critic_warmup, too. Otherwise one backward trains the transformer of policy and
+    # critic for both.
     loss = policy_loss + args.value_coef * v_loss
     loss.backward()
 
@@ -770,8 +769,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     where they fit, and those of like length come together.
 
     FSDP needs equally many parts in all processes. A process that has fewer adds
-    parts of one row: a row that is not trained (its weights are 0), or else one
-    moved from its fullest part.
+    parts of one row: a row that is not trained (it has no weight in the loss), or
+    else one moved from its fullest part.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -829,10 +828,10 @@ def set_learning_rates(optimizers, args, step):
 
 def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, by
-    --reward, and eval/exact, the share of right answers. If --reward is a rule
-    (exact, number), that rule judges eval/exact. With another reward there is
-    an eval/NAME for each rule that accepts every row's own answer. Each process
-    takes its share of the prompts."""
+    --reward, and the share of right answers. If --reward is a rule (exact,
+    number), it judges that share, which is logged as eval/exact. With another
+    reward there is an eval/NAME for each rule that accepts every row's own
+    answer. Each process takes its share of the prompts."""
     mine = held_out[world.rank :: world.size]
     # Completions at once: as many as in a rollout, or as many as make 8192 tokens if that
     # is more; at most 256.
@@ -923,7 +922,8 @@ def load_task(args, world):
     tokenizer = common.load_tokenizer(args.model, args.template_args)
     reference_config = common.reference_config(args, tokenizer)
     reward = common.load_reward(args.reward, RULES, world)
-    answer_flag = reward.answer_flag  # the flag to name if a row has no "answer"; "": none
+    # the flag that an error names if a row has no "answer"; "": no row needs one
+    answer_flag = reward.answer_flag
     prompts = common.load_prompts(args.data, "--data", tokenizer, args, answer_flag)
     held_out = common.load_prompts(args.eval_data, "--eval_data", tokenizer, args, answer_flag)
     common.check_answers(reward, prompts + held_out)
@@ -936,7 +936,7 @@ def load_task(args, world):
         critic_path = critic_folder(args, config, tokenizer, longest, reward.is_model)
     drawn = args.steps * args.prompts_per_step
     common.say_passes(drawn, len(prompts), "prompts")
-    # with --steps 0 and no --data, the held-out prompts stand in
+    # with --steps 0 and no --data, `train` shows one of the held-out prompts
     return args, tokenizer, reward, prompts or held_out, held_out, critic_path
 
 

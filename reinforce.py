@@ -28,21 +28,23 @@ pi_old is pi before the rollout's first update: it drew the samples.
 
 (3) KL(pi || ref) is the mean of d_1 + .. + d_T (the estimate called k1). So J is
     the mean of r(x, y) - beta (d_1 + .. + d_T), a score like any other, and (2)
-    gives its gradient. In J, d_t has pi for pi_old, and so a gradient, too, but this
-    adds -beta E[grad log pi] = 0, because the sum of grad pi over all tokens is
-    grad 1. So d_t is a constant, computed before the update. For the same reason it
-    must be in the reward: as a term of the loss, the mean of its gradient would be 0.
+    gives its gradient. The KL of J has pi where d_t has pi_old, so its log has a
+    gradient of its own, but the mean of that is -beta E[grad log pi] = 0, because the
+    sum of grad pi over all tokens is grad 1. So d_t is a constant, computed before
+    the update. For the same reason the KL must be in the reward: as a term of the
+    loss, log pi - log ref has a gradient whose mean is 0.
 (4) A token did not cause the rewards before it, so in its weight they would only be
     noise. With gamma 1 and beta 0, every G_t is the score. That is (2).
 (5) E[baseline grad log pi] = 0 if the baseline does not depend on y, so it may be
     subtracted. If all scores are near 100, every sample says "more of this". With
     the mean subtracted, those below it say "less". Baselines are means of G_1 over
-    samples, one for all tokens: token t of another sample follows another text.
+    samples, one for all tokens of a completion. (Token t of another sample follows
+    another text, so its G_t would be no better a comparison.)
 (6) N is the completions of an optimizer update. w_t has no gradient. It is 1 for
     fresh samples and for --demos; if a rollout serves several updates, it is
     pi(a_t) / pi_old(a_t).
-(7) k3. Its sum over a completion estimates KL(pi_old || pi), logged as kl/old. Its
-    mean is that of e, since E[exp(-e)] = 1, mostly with less noise, and it is never
+(7) k3. Its sum over a completion estimates KL(pi_old || pi), logged as kl/old. k3
+    has the mean of e, since E[exp(-e)] = 1, mostly has less noise than e, and is never
     negative. (kl/ref is the sum of the d_t, and may be negative.)
 
 With scores 0 and 1, no baseline, beta 0, gamma 1 and one update per rollout,
@@ -125,8 +127,8 @@ class Args:
     """training prompts: JSON lines with "prompt" (or "question") and usually "answer" (None: the
     bundled task, if --model is the bundled model)"""
     eval_data: str | None = None
-    """held-out prompts, as --data (None: the bundled ones if
-    --demos, or else --data, is of the bundled task)"""
+    """held-out prompts, as --data (None: the bundled ones, if the
+    file trained on, --demos or --data, is of the bundled task)"""
     reward: str = "exact"
     """exact | number | none (the KL penalty alone) | a reward model's folder or hub name |
     FILE.py:function(completion, row) -> a number, or a dict with "reward" and more to be logged"""
@@ -287,10 +289,11 @@ def baselines(totals, all_totals, n, baseline):
         batch   mean of all samples of the step           gradient * (1 - 1 / samples), and
                                                           blind to how hard a prompt is
 
-    A shrunk gradient keeps its direction (with gamma 1, where G_t and the sample's own G_1 differ
-    only by earlier rewards, which do not depend on a_t). Where all totals are equal, each is its
-    own baseline, and A_1 exactly 0. Without this rule, rounding (the mean of eight 0.1 is not
-    exactly 0.1) would leave a tiny gradient, and Adam would scale it up to a full step.
+    A shrunk gradient keeps its direction (with gamma 1: the sample's own G_1, in its baseline,
+    is G_t plus earlier rewards, and these do not depend on a_t). Where all totals are equal,
+    each is its own baseline, and A_1 exactly 0. Without this rule, rounding (the mean of eight
+    0.1 is not exactly 0.1) would leave a tiny gradient, and Adam would scale it up to a full
+    step.
     """
     if baseline == "none":
         return torch.zeros_like(totals)
@@ -401,8 +404,8 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         entropy = torch.zeros_like(chosen)
         if torch.is_grad_enabled():
-            # Only logged, so left out under no_grad. No gradient goes through it, and it comes
-            # last: backward, which computes the rest of `head` again, stops before it.
+            # Only logged, so left out under no_grad. No gradient goes through it. It comes last,
+            # because backward computes `head` again only as far as a gradient needs a value.
             # For an entropy bonus, drop the detach, and train all rows (grpo.py and reinforce.py
             # leave out those with advantage 0: `has_gradient`, `rows_to_train`).
             constant = logprobs.detach()
@@ -423,7 +426,7 @@ def logprobs_of(model, states, ids, mask, temperature, chunk=1024):
 
 @torch.no_grad()
 def rollout_logprobs(model, samples, minibatches, temperature):
-    """Log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
+    """A model's log-probabilities [B, C] of the rows in minibatches, 0 elsewhere.
 
     A mini-batch is a list of micro-batches, and these are lists of row numbers.
     The micro-batches are those of the update: in bfloat16 log-probabilities
@@ -573,8 +576,9 @@ def train(args):
                 optimizer.step()
                 optimizer.zero_grad()
 
-            # 6. Log: of all rows; in `update_loss`, of the rows that were trained. Loss and
-            #    gradient norm are means over the updates; without a row, they count as 0.
+            # 6. Log. Metrics of `update_loss` are those of the trained rows, the others those of
+            #    all rows. Loss and gradient norm are means over the updates; one without a row
+            #    counts as 0.
             step_ended = time.perf_counter()
             # with gamma 1 and these baselines, a group of equal scores learns only from the KL
             if args.baseline in ("prompt", "loo"):
@@ -678,8 +682,8 @@ def micro_batches(rows, trained, samples, tokens, world):
     where they fit, and those of like length come together.
 
     FSDP needs equally many parts in all processes. A process that has fewer adds
-    parts of one row: a row that is not trained (its weights are 0), or else one
-    moved from its fullest part.
+    parts of one row: a row that is not trained (it has no weight in the loss), or
+    else one moved from its fullest part.
     """
     prompt_length = samples.prompt_mask.sum(1).tolist()
     length = samples.mask.sum(1).tolist()
@@ -725,10 +729,10 @@ def micro_batches(rows, trained, samples, tokens, world):
 
 def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     """Scores of greedy completions of held-out prompts: eval/reward, by
-    --reward, and eval/exact, the share of right answers. If --reward is a rule
-    (exact, number), that rule judges eval/exact. With another reward there is
-    an eval/NAME for each rule that accepts every row's own answer. Each process
-    takes its share of the prompts."""
+    --reward, and the share of right answers. If --reward is a rule (exact,
+    number), it judges that share, which is logged as eval/exact. With another
+    reward there is an eval/NAME for each rule that accepts every row's own
+    answer. Each process takes its share of the prompts."""
     mine = held_out[world.rank :: world.size]
     # Completions at once: as many as in a rollout, or as many as make 8192 tokens if that
     # is more; at most 256.
@@ -819,7 +823,8 @@ def load_task(args, world):
     tokenizer = common.load_tokenizer(args.model, args.template_args)
     reference_config = common.reference_config(args, tokenizer)
     reward = common.load_reward(args.reward, RULES, world)
-    answer_flag = reward.answer_flag  # the flag to name if a row has no "answer"; "": none
+    # the flag that an error names if a row has no "answer"; "": no row needs one
+    answer_flag = reward.answer_flag
     if args.demos:
         prompts = common.load_prompts(args.demos, "--demos", tokenizer, args, "a demonstration")
     else:
@@ -831,13 +836,13 @@ def load_task(args, world):
     args = common.limit_to_context(args, longest, config, reference_config)
     if reward.is_model and scored:
         args = common.limit_to_reward_model(args, tokenizer, scored)
-    # Only now is --max_new_tokens final, which leaves out long demonstrations. A
-    # resumed run starts with this value, and must leave out the same ones.
+    # Demonstrations longer than --max_new_tokens are left out, by its value as lowered above:
+    # a resumed run starts with that value, and must leave out the same ones.
     if args.demos:
         prompts = encode_answers(prompts, tokenizer, args)
     drawn = args.steps * args.prompts_per_step
     common.say_passes(drawn, len(prompts), "prompts")
-    # with --steps 0 and no --data, the held-out prompts stand in
+    # with --steps 0 and no --data, `train` shows one of the held-out prompts
     return args, tokenizer, reward, prompts or held_out, held_out
 
 

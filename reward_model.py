@@ -19,9 +19,10 @@ price only if it beats that. M samples give an unbiased estimate of the best of 
                                                                                 `best_of`
     (4)  KL(best-of-N || policy) <= log N - (N - 1) / N
 
-v_i is the value of the sample with the i-th smallest score. It is the best of a random choice of N
-if the other N - 1 are among the i - 1 below it. The value is the true reward, or the score itself.
-With the score, (3) rises with N even for a useless model. So watch the true reward beside it.
+v_i is the value of the sample with the i-th smallest score. This sample is the best of a random
+choice of N if the other N - 1 are among the i - 1 below it. The value is the true reward, or
+the score itself. With the score, (3) rises with N even for a useless model. So watch the true
+reward beside it.
 
     python reward_model.py               # the bundled model and pairs; needs no download
     python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct \
@@ -40,8 +41,8 @@ What is biased:
   * The scale of the scores depends on how consistent the labels are. At the end those of model/
     (not of best/) are divided by their spread on training pairs (`fold_scale`). That spread is over
     all prompts; the scores of one prompt differ less. To get (1) from a model so saved, multiply
-    the difference by the spread. --steps 0 does not do that: its eval/accuracy is right, its
-    eval/loss and eval/calibration are not.
+    the difference by the spread. --steps 0 does not multiply: for such a model its eval/accuracy
+    is right, its eval/loss and eval/calibration are not.
   * Labels may favour long answers. A model that has learnt only that has a low
     eval/accuracy_shorter: the accuracy on pairs whose chosen side is the shorter one.
 
@@ -280,7 +281,7 @@ def pair_scores(model, tokenizer, pairs, share_prompts, world):
         samples = common.as_samples(starts, sides, tokenizer, world)
         start_ids = samples.prompt_ids[:b]
         _, cache = common.prompt_states(model, start_ids, samples.prompt_mask[:b])
-        # the cache of pair i, once for its chosen and once for its rejected side
+        # [b] -> [2b]: the cache of pair i, once for its chosen and once for its rejected side
         cache.reorder_cache(torch.arange(b, device=world.device).repeat(2))
         mask = torch.cat([samples.prompt_mask, samples.mask], 1)
         states = common.hidden_states(model, samples.ids, mask, cache)  # [2b, C, width]
@@ -449,7 +450,7 @@ def train(args):
 def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     """Cuts pairs into parts, one forward each -> lists of pair numbers.
 
-    A pair is (prompt, chosen, rejected), as token ids; for a reward model, prompt is what both
+    A pair is (prompt, chosen, rejected), as token ids; in reward_model.py, prompt is what both
     texts begin with. A part has at most `tokens` tokens (padding included, a shared prompt counted
     once) or one pair. Pairs of like length come together, to save padding.
 
@@ -463,7 +464,7 @@ def micro_batches_of_pairs(pairs, share_prompts, tokens, world):
     sides_tokens = [2 * max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
 
     def fits(part):
-        # an upper bound: with DPO the last token of a side is only predicted, never read
+        # an upper bound: dpo.py's forward does not read the last token of a side
         longest_prompt = max(prompt_tokens[i] for i in part)
         longest_sides = max(sides_tokens[i] for i in part)
         return len(part) * (longest_prompt + longest_sides) <= tokens
@@ -558,7 +559,7 @@ def fold_scale(model, tokenizer, pairs, share_prompts, args, world):
         what = f"all scores are nearly the same (spread {spread:.1g})"
         common.say(f"warning: {what}: nothing was learnt, and nothing is scaled")
         return {}
-    head = common.scalar_head(common.at_rest(model))
+    head = common.scalar_head(common.at_rest(model))  # at rest: FSDP holds no copy of the weights
     for p in head.parameters():
         if p.ndim == 1:
             p.sub_(mean)
@@ -569,8 +570,9 @@ def fold_scale(model, tokenizer, pairs, share_prompts, args, world):
 
 
 def report_best_of(model, tokenizer, policy_tokenizer, prompts, reward, args, world, stop_asked):
-    """Draws max(N) completions of each prompt from the policy. Reports equation (3) by the model's
-    score and by the true reward, if there is one, and (4). N = 1 is the policy itself."""
+    """Draws max(N) completions of each prompt from the policy. Reports the mean score of the best
+    of N, equation (3), their mean true reward, if there is one, and (4). The best is always
+    the one with the highest score. N = 1 is the policy itself."""
     policy = common.load_reference(args.policy, world)
     M = max(args.best_of)
     mine = prompts[world.rank :: world.size]
@@ -802,8 +804,8 @@ def load_best_of(args, tokenizer, world):
     prompts = common.load_prompts(args.eval_prompts, "--eval_prompts", policy_tokenizer, args, "")
     longest = 0
     for ids, record in prompts:
-        # Tokens before the answer, as the reward model reads it, without the end token that
-        # `encode_answer` adds: `limit_to_context` keeps a place for that.
+        # The prompt's length as the reward model reads it: that of an empty answer's text, less
+        # the end token, for which `limit_to_context` keeps a place.
         read = len(common.encode_answer(tokenizer, record["prompt"], "")) - 1
         longest = max(longest, read, len(ids))
     args = common.limit_to_context(args, longest, common.scalar_config(args.model), config)

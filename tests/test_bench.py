@@ -240,14 +240,14 @@ def test_tables_of_some_of_the_rows_say_how_many_seeds_they_have(results):
     few = [row for row in rows if ": " not in row["method"]]
     assert len(results.controls_table(few).splitlines()) == 2
     control = [row for row in rows if row["method"] == "PPO, shared critic: 32 prompts x 8"]
-    assert len(results.controls_table(few + control[:1]).splitlines()) == 2, "no interval of one"
-    assert "(2 seeds) |" in results.controls_table(few + control[:2]).splitlines()[2]
+    assert len(results.controls_table(few + control[:4]).splitlines()) == 2, "not all seeds"
+    assert len(results.controls_table(few + control).splitlines()) == 3
     assert results.table([]).count("\n") == 2
 
 
 def test_two_methods_are_told_apart_only_beyond_the_bound_of_all_pairs(results, monkeypatch):
     """Equal methods, the seeds of which are spread: some pairs of the many look unlike by chance."""
-    rng = np.random.default_rng(4)
+    rng = np.random.default_rng(0)
     rows = complete(results)
     for row in rows:
         if "right" in row and row["seed"] in results.FINAL_SEEDS:
@@ -267,13 +267,60 @@ def test_two_methods_are_told_apart_only_beyond_the_bound_of_all_pairs(results, 
     assert lines[-1] == "| GSPO | 0.000 |  |"
 
 
+def test_the_reach_of_an_interval_is_that_of_students_tables(results):
+    known = {(1, 0.05): 12.706, (4, 0.05): 2.776, (9, 0.05): 2.262, (9, 0.001): 4.781}
+    for (df, chance), reach in known.items():
+        assert results.student(df, chance) == pytest.approx(reach, abs=1e-3)
+    assert results.student(1000) == pytest.approx(1.962, abs=1e-3)
+
+
 def test_methods_are_compared_on_the_same_prompts(results):
-    """One prompt in two is always right: drawn anew, that moves both methods' means alike."""
+    """One prompt of 512 makes the whole difference. Of other prompts each mean would be uncertain
+    by 0.02."""
     rows = [{"right": "01" * 256}] * 10
     better = [{"right": "01" * 255 + "11"}] * 10
-    first, second = results.resampled(rows, 0), results.resampled(better, 1)
-    assert np.ptp(first) > 0.1 and np.ptp(second - first) < 0.02
-    assert first.mean() == pytest.approx(0.5, abs=0.002)
+    apart, error, df = results.difference(results.right_of(better), results.right_of(rows))
+    assert apart == pytest.approx(1 / 512)
+    assert error == pytest.approx(1 / 512, rel=0.01)
+    assert df == pytest.approx(511)
+
+
+def test_methods_of_which_all_runs_have_failed_are_alike(results):
+    nothing = np.zeros((10, 64))
+    apart, error, df = results.difference(nothing, nothing)
+    assert abs(apart) <= results.student(df) * error
+
+
+def test_a_difference_has_welchs_error_and_degrees_of_freedom(results):
+    """By the seeds alone: each is right on all prompts up to a place of its own."""
+    counts = [[800, 900, 850, 700, 1000], [500, 510, 490, 505, 495, 500, 500, 502]]
+    rows = [[{"right": "1" * n + "0" * (100_000 - n)} for n in part] for part in counts]
+    apart, error, df = results.difference(*map(results.right_of, rows))
+    first, second = [np.array(part) / 100_000 for part in counts]
+    assert apart == pytest.approx(first.mean() - second.mean())
+    squares = [np.var(part, ddof=1) / len(part) for part in (first, second)]
+    by_prompt = np.mean([np.arange(100_000) < n for n in counts[0]], 0)
+    by_prompt = by_prompt - np.mean([np.arange(100_000) < n for n in counts[1]], 0)
+    prompts = np.var(by_prompt, ddof=1) / 100_000
+    assert error == pytest.approx(math.sqrt(sum(squares) + prompts))
+    wanted = (sum(squares) + prompts) ** 2
+    wanted /= squares[0] ** 2 / 4 + squares[1] ** 2 / 7 + prompts**2 / 99_999
+    assert df == pytest.approx(wanted)
+
+
+def test_of_twenty_intervals_of_equal_methods_one_misses(results):
+    """Five seeds against ten, whose spreads differ threefold, on prompts of which some are easy."""
+    rng = np.random.default_rng(0)
+    missed = 0
+    for _ in range(400):
+        easy = rng.random(128)  # by prompt
+        right = []
+        for seeds, spread in ((5, 0.12), (10, 0.04)):
+            shares = easy + spread * rng.standard_normal((seeds, 1))
+            right.append((rng.random((seeds, 128)) < shares).astype(int))
+        apart, error, df = results.difference(*right)
+        missed += abs(apart) > results.student(df) * error
+    assert 0.02 < missed / 400 < 0.08
 
 
 def test_a_control_changes_one_thing_of_its_method(results):
@@ -292,6 +339,9 @@ def test_a_control_changes_one_thing_of_its_method(results):
         critics.append(float(command.pop()))
         assert command == results.command_of("PPO, shared critic", "one update", 3e-4)[:-1]
     assert critics == [5e-3, 2.5e-3, 1e-2]
+    words = results.command_of("PPO, separate critic: no critic", "four updates", 2e-4)
+    assert words[words.index("--critic_learning_rate") + 1] == "0", "its value stays the first, 0"
+    assert words[words.index("--lam") + 1] == "1"
 
 
 def test_runs_that_have_all_failed_count_as_nothing_right(results):

@@ -151,6 +151,7 @@ ALONE, GROUPED = "one sample a prompt", "32 prompts x 8"
 ONE_EACH = "--prompts_per_step ALL --samples_per_prompt 1"
 PPO = ("PPO, separate critic", "PPO, shared critic")
 UNBOUND = ("no bound of the norm", "--max_grad_norm 100")
+AGAIN = "nothing: run again"
 CONTROLS = {
     ("REINFORCE, no baseline", ALONE): ONE_EACH,
     ("REINFORCE, no baseline", UNBOUND[0]): UNBOUND[1],
@@ -160,14 +161,28 @@ CONTROLS = {
     **{(name, GROUPED): GROUPS for name in PPO},
     **{(name, "critic's rate halved"): "" for name in PPO},
     **{(name, "critic's rate doubled"): "" for name in PPO},
+    # V stays the 0 that it begins with, so that the advantage is the reward
+    ("PPO, separate critic", "no critic"): "--lam 1",
+    ("PPO, separate critic", "no critic, no whitening"): "--lam 1 --no_whiten",
     ("PPO, separate critic", UNBOUND[0]): UNBOUND[1],
     ("GRPO, four updates", UNBOUND[0]): UNBOUND[1],
     ("GRPO, four updates", "128 prompts x 2"): "--prompts_per_step 128 --samples_per_prompt 2",
     ("GRPO, four updates", "mean over each sequence"): "--aggregate sequence",
     ("GRPO as published", "no KL penalty"): "--beta 0",
+    # the final seeds of these ran on other processors, with other versions of the code
+    ("REINFORCE, no baseline", AGAIN): "",
+    ("PPO, separate critic", AGAIN): "",
+    ("GRPO, four updates", AGAIN): "",
+    ("GRPO as published", AGAIN): "",
+    ("GRPO with adapters", AGAIN): "",
 }
 """{(method, what is changed): flags, after those of the method's chosen setting}"""
-TIMES = {"critic's rate halved": 0.5, "critic's rate doubled": 2.0}
+TIMES = {
+    "critic's rate halved": 0.5,
+    "critic's rate doubled": 2.0,
+    "no critic": 0.0,
+    "no critic, no whitening": 0.0,
+}
 
 
 def method_of(name):
@@ -294,7 +309,7 @@ def command_of(name, variant, rate):
     method = method_of(name)
     words = [*method.command.split(), *method.variants[variant].split()]
     words += ["--learning_rate", f"{rate:g}"]
-    if method.critic:
+    if words[0] == "ppo.py":
         words += ["--critic_learning_rate", f"{rate * method.critic:.3g}"]
     return words
 
@@ -471,41 +486,40 @@ def run_all(jobs_of_rows, run_one, path, at_once):
 # -- Tables, pictures --------------------------------------------------------------------------
 
 
-STUDENT = {
-    2: 12.71,
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-    6: 2.571,
-    7: 2.447,
-    8: 2.365,
-    9: 2.306,
-    10: 2.262,
-}
-"""{number of seeds: how many standard errors a 95 % interval reaches to each side, by Student's t}"""
+def student(df, chance=0.05):
+    """How many standard errors an interval reaches to each side by Student's t, if it is to miss
+    with this chance. (sqrt(df) tan(angle) has that distribution if the angle has this density.)"""
+    edges = np.linspace(0, math.pi / 2, 20_001)
+    below = np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2) ** (df - 1))
+    return math.sqrt(df) * math.tan(np.interp(1 - chance, below / below[-1], edges[1:]))
 
 
 def widened(count):
     """A bootstrap of few values has too small a variance, (n - 1) / n of the right one, and does
     not know that it estimates it. So draws of the seeds are moved this many times as far from
     the mean."""
-    return STUDENT.get(count, 1.96) / 1.96 * math.sqrt(count / max(count - 1, 1))
+    if count == 1:
+        return 1.0
+    return student(count - 1) / 1.96 * math.sqrt(count / (count - 1))
 
 
-def resampled(rows, stream=0, draws=4000):
-    """A bootstrap of a method's mean: its seeds are drawn anew, and the test prompts, too. The
-    prompts drawn are the same for all methods, so that means of two may be subtracted; the seeds
-    have a stream of numbers of their own."""
+def right_of(rows):
+    """[seeds, prompts], 1 where the answer is right. A run that has failed is right nowhere."""
     known = [row["right"] for row in rows if "right" in row]
-    nothing = "0" * (len(known[0]) if known else TEST[0])  # of a run that has failed
-    right = np.array([[int(x) for x in row.get("right", nothing)] for row in rows])
+    nothing = "0" * (len(known[0]) if known else TEST[0])
+    return np.array([[int(x) for x in row.get("right", nothing)] for row in rows])
+
+
+def resampled(rows, draws=4000):
+    """A bootstrap of a method's mean: its seeds are drawn anew, and the test prompts, too."""
+    right = right_of(rows)
 
     def weights(rng, count):
         return rng.multinomial(count, np.full(count, 1 / count), size=draws) / count
 
     prompts = weights(np.random.default_rng(0), right.shape[1])  # [draws, prompts]
     equal = 1 / len(right)
-    seeds = weights(np.random.default_rng([1, stream]), len(right))  # [draws, seeds]
+    seeds = weights(np.random.default_rng(1), len(right))  # [draws, seeds]
     seeds = equal + (seeds - equal) * widened(len(right))
     return (prompts @ right.T * seeds).sum(axis=1)
 
@@ -521,6 +535,21 @@ def interval(rows, score, draws=4000):
         means = scores.mean() + (means - scores.mean()) * widened(len(rows))
         means = rng.binomial(TEST[0], means.clip(0, 1)) / TEST[0]
     return np.quantile(means, (0.025, 0.975)).clip(0, 1)
+
+
+def difference(first, second):
+    """Two methods' `right_of` -> the difference of their means, its standard error, and the degrees
+    of freedom of Student's t. (Welch's: the seeds of one may differ by more than the other's.) The
+    prompts, which are the same for both, are a sample, as the seeds are."""
+    apart = first.mean(0) - second.mean(0)  # by prompt
+    of_prompts = apart.var(ddof=1) / len(apart)
+    of_seeds = [part.mean(1).var(ddof=1) / len(part) for part in (first, second)]
+    variance = of_prompts + sum(of_seeds)
+    if variance == 0:
+        return apart.mean(), 0.0, 1.0
+    shares = [x**2 / (len(part) - 1) for x, part in zip(of_seeds, (first, second))]
+    df = variance**2 / (sum(shares) + of_prompts**2 / (len(apart) - 1))
+    return apart.mean(), math.sqrt(variance), df
 
 
 def reached(row):
@@ -635,39 +664,35 @@ def controls_table(rows):
         plain = final_rows(rows, name)
         control = f"{name}: {change}"
         changed = [r for r in rows if setting and key_of(r)[:3] == (control, *setting)]
-        if len(changed) < 2 or not plain:
-            continue  # one seed has no interval
-        seeds = "" if len(changed) == len(CONTROL_SEEDS) else f" ({len(changed)} seeds)"
-        apart = resampled(changed, stream=1) - resampled(plain, stream=0)
-        low, high = np.quantile(apart, (0.025, 0.975))
+        if len(changed) < len(CONTROL_SEEDS) or not plain:
+            continue  # still to be run
+        apart, error, df = difference(right_of(changed), right_of(plain))
+        reach = student(df) * error
         means = [statistics.mean(score_of(row) for row in part) for part in (plain, changed)]
-        cells = f"{means[0]:.3f} | {means[1]:.3f}{seeds} | {low:+.3f} to {high:+.3f}"
+        cells = f"{means[0]:.3f} | {means[1]:.3f} | {apart - reach:+.3f} to {apart + reach:+.3f}"
         lines.append(f"| {name} | {setting[0]}, {short(setting[1])} | {change} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
 def differences_table(rows):
-    """Which methods ten seeds and 2,048 prompts tell apart, in the order of their means.
-
-    By the mean of the differences, in standard errors. The bound is Bonferroni's: with as many
-    pairs as there are, no two equal methods are told apart in 95 of 100 such tables.
-    """
-    draws = {}
-    for place, name in enumerate(METHODS):
-        mine = final_rows(rows, name)
-        if any("right" in row for row in mine):
-            draws[name] = resampled(mine, place)
-    order = sorted(draws, key=lambda name: -draws[name].mean())
-    bound = statistics.NormalDist().inv_cdf(1 - 0.025 / max(math.comb(len(order), 2), 1))
+    """Which methods ten seeds and 2,048 prompts tell apart, in the order of their means: by
+    Welch's t, and Bonferroni's bound, the chance 0.05 divided by the number of pairs."""
+    final = {name: final_rows(rows, name) for name in METHODS}
+    final = {name: mine for name, mine in final.items() if any("right" in row for row in mine)}
+    means = {name: statistics.mean(map(score_of, mine)) for name, mine in final.items()}
+    right = {name: right_of(mine) for name, mine in final.items()}
+    order = sorted(final, key=lambda name: -means[name])
+    chance = 0.05 / max(math.comb(len(order), 2), 1)
     lines = ["| method | exact match | not told apart from |", "|---|---|---|"]
     for name in order:
         alike = []
         for other in order:
-            apart = draws[name] - draws[other]
-            if other != name and abs(apart.mean()) <= bound * apart.std():
+            if other == name:
+                continue
+            apart, error, df = difference(right[name], right[other])
+            if abs(apart) <= student(df, chance) * error:
                 alike.append(other)
-        mean = statistics.mean(score_of(row) for row in final_rows(rows, name))
-        lines.append(f"| {name} | {mean:.3f} | {'; '.join(alike)} |")
+        lines.append(f"| {name} | {means[name]:.3f} | {'; '.join(alike)} |")
     return "\n".join(lines) + "\n"
 
 
