@@ -127,7 +127,7 @@ def test_fine_tuning_on_demonstrations_learns_to_sort(tmp_path):
 @pytest.mark.parametrize(
     "command, least",
     [
-        ("grpo.py", {"eval/exact": 0.90}),
+        ("grpo.py --steps 100", {"eval/exact": 0.50}),
         ("ppo.py --steps 50 --eval_every 50", {"eval/exact": 0.60}),
         ("reinforce.py --steps 125", {"eval/exact": 0.60}),
         ("dpo.py", {"eval/exact": 0.46, "eval/accuracy": 0.90}),
