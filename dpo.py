@@ -21,8 +21,8 @@ and a rejected z, and write pi, the policy in training, for pi*. Z cancels, and 
 sigmoid(h).
 
 So the policy itself is the reward model, and training is a classification of pairs. The gradient
-pulls log pi(y) up and pushes log pi(z) down, both with weight beta sigmoid(-h). Pairs in the wrong
-order count most.
+pulls log pi(y) up and pushes log pi(z) down, both with weight beta sigmoid(-h). Pairs that h
+orders wrongly count most.
 
 Losses (`--loss`). n_y and n_z are the lengths in tokens, end tokens included, and
 d = log(pi(y) / ref(y)) / n_y - log(pi(z) / ref(z)) / n_z.
@@ -42,8 +42,8 @@ d = log(pi(y) / ref(y)) / n_y - log(pi(z) / ref(z)) / n_z.
     torchrun --nproc_per_node 8 dpo.py --model ... --data ... \
         --eval_prompts prompts.jsonl --reward number
 
-The reference is the policy before its first step, or --reference. Before that step it scores the
-held-out pairs and all that training will use. It is not in memory while the policy learns. Dropout
+The reference is the policy before its first step, or --reference. Before that step it scores all
+pairs that the run will use. It is not in memory while the policy learns. Dropout
 is off in all models.
 
 Shapes: b pairs in one forward, 2b rows. A side is a chosen or a rejected completion; C tokens in
@@ -540,8 +540,8 @@ def reference_scores(
     still be as it was at the start.
 
     The log-probabilities of training pairs are kept in a file of the run's folder. A resumed run
-    computes only what is missing. The reference's micro-batches are not those of training, so in
-    bfloat16 sums round differently: the log-ratios of step 1 are near 0, not 0.
+    computes only what is missing. The reference's micro-batches are not those of training, so sums
+    round differently: in bfloat16 the log-ratios of step 1 are near 0, not 0.
     """
     if args.loss == "simpo":
         return torch.zeros(len(pairs), 2), torch.zeros(len(held_out), 2)

@@ -47,10 +47,10 @@ What is biased:
     1 / sqrt(n).
   * The group's mean contains the sample itself. With --scale none, that multiplies
     the expected gradient by 1 - 1/n.
-  * The divisors of --aggregate token and sequence depend on the samples
-    (`token_weights`).
-  * The KL term is each token's KL given the text before it. That a token
-    also changes the text, and so the KL, of later ones gets no gradient.
+  * The divisors of --aggregate token and sequence are lengths of the samples
+    themselves (`token_weights`).
+  * The KL term is each token's KL given the text before it. A token also
+    changes the text before later tokens, and so their KL. That gets no gradient.
     (reinforce.py counts that: there log pi - log ref is in the reward.)
     The term's gradient is
       - with --kl k3_ratio, the default, that of KL(pi || ref), for any
@@ -138,7 +138,8 @@ class Args:
     keep_max: bool = False
     """only the best completion of each prompt, and those that tie with it, have an advantage"""
     drop_equal_groups: bool = False
-    """draw twice the prompts and keep half, first those whose completions' rewards differ"""
+    """draw twice the prompts and keep half (each process half of its own), first those
+    whose completions have unequal rewards"""
     mask_truncated: bool = False
     """give truncated completions no loss (their rewards still count in the group's mean)"""
     ratio: Literal["token", "sequence"] = "token"
@@ -263,8 +264,8 @@ def group_advantages(rewards, all_rewards, n, scale, keep_max):
     """Equation (1): rewards [B], n for each prompt -> advantages [B].
 
     all_rewards are those of all processes, for --scale batch. The std divides by n - 1, as torch's.
-    Groups of equal rewards are set to exactly 0: otherwise r - mean could be a rounding error,
-    which Adam may scale up.
+    Groups with equal rewards have advantages of exactly 0: otherwise r - mean could be a
+    rounding error, which Adam may scale up.
     """
     groups = rewards.view(-1, n)
     A = groups - groups.mean(1, keepdim=True)
@@ -311,7 +312,7 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
 
 
 def is_clipped(ratio, advantages, clip_low, clip_high):
-    """Where the clip takes the gradient away: below the range and above it, two tensors
+    """Where the clip takes the gradient of (3) away: below the range and above it, two tensors
     [b, C]. If you change the loss (3), change this, too."""
     low = (advantages < 0) & (ratio < 1 - clip_low)
     high = (advantages > 0) & (ratio > 1 + clip_high)
@@ -477,9 +478,9 @@ def update_loss(policy, batch, rows, args, meter, is_first):
             # gradient of KL(ref || pi).
             kl = kl * ratio  # not detached: its gradient counts even where it is 1
         loss = loss + args.beta * (kl * w).sum()
-        # KL(pi_old || ref), because pi_old drew the tokens; in nats per completion. Not the
-        # penalty's estimate but the plain log-ratio, as in ppo.py and reinforce.py: it can be
-        # below 0.
+        # KL(pi_old || ref), because pi_old drew the tokens; in nats per completion. It is estimated
+        # by the plain log-ratio, as in ppo.py and reinforce.py, not by k3 as in the penalty, so it
+        # can be below 0.
         meter.mean("kl/ref", ((old - ref) * mask).sum(1), mask=mask.any(1))
 
     with torch.no_grad():  # the rest is for the log

@@ -58,14 +58,14 @@ What biases the gradient of the expected reward:
   * The clip. Also, the ratio corrects for a_t only: from a rollout's second update
     on, the text before it, s_t, is still one that pi_old drew.
   * With --critic shared, the value loss: it trains the policy's transformer, too.
-  * With a beta above 0, from a rollout's second update on: r_t has log pi_old,
-    where the penalty of the policy in training would have log pi.
+  * With a beta above 0, from a rollout's second update on: the KL in r_t is that
+    of pi_old, not of the policy in training.
   * log pi_old is computed as in training. The sampler, which drew the tokens, gave
     slightly different values, by rounding (`kl/sample`: their mean distance).
     Nothing corrects for that.
 The baseline V(s_t) does not bias it, because it does not see a_t. And in the
 first update, where log pi_old is log pi, it is right to treat r_t as a
-constant: its gradient would only add -beta E[grad log pi], which is 0.
+constant: the gradient of its KL would only add -beta E[grad log pi], which is 0.
 
 Left out: bootstrapping where a completion was cut, adaptive beta, an entropy
 bonus, replay of earlier rollouts.
@@ -317,7 +317,7 @@ def clipped_loss(ratio, advantages, weights, clip_low, clip_high):
 
 
 def is_clipped(ratio, advantages, clip_low, clip_high):
-    """Where the clip takes the gradient away: below the range and above it, two tensors
+    """Where the clip takes the gradient of (3) away: below the range and above it, two tensors
     [b, C]. If you change the loss (3), change this, too."""
     low = (advantages < 0) & (ratio < 1 - clip_low)
     high = (advantages > 0) & (ratio > 1 + clip_high)
@@ -545,7 +545,7 @@ def add_gradients(policy, trunk, head, batch, rows, args, meter, policy_learns, 
             meter.mean("entropy", entropy, mask)
         if is_first:  # should be 0: pi is still pi_old
             meter.max("ratio/first", (ratio - 1).abs() * mask)
-    # all completions of this update: --prompts_per_step counts those of all processes
+    # all completions of this update: --prompts_per_step counts the prompts of all processes
     completions = args.prompts_per_step * args.samples_per_prompt / args.minibatches
     return kl_old.sum() / completions
 

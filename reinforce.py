@@ -39,7 +39,7 @@ pi_old is pi before the rollout's first update: it drew the samples.
     subtracted. If all scores are near 100, every sample says "more of this". With
     the mean subtracted, those below it say "less". Baselines are means of G_1 over
     samples, one for all tokens of a completion. (Token t of another sample follows
-    another text, so its G_t would be no better a comparison.)
+    another text, so a mean of G_t would mix different situations.)
 (6) N is the completions of an optimizer update. w_t has no gradient. It is 1 for
     fresh samples and for --demos; if a rollout serves several updates, it is
     pi(a_t) / pi_old(a_t).
@@ -78,9 +78,11 @@ tokens in the longest completion.
 
 What is biased:
   * --baseline prompt and batch shrink the gradient (see `baselines`).
-    --normalize, --keep_max and a --gamma below 1 follow another direction than grad J.
+    --normalize (with baseline prompt or loo), --keep_max and a --gamma below 1 follow another
+    direction than grad J.
   * w_t corrects the chance of token t alone. The text before it, and the text after it that G_t
-    comes from, are still distributed as under pi_old.
+    comes from, are still distributed as under pi_old, and d_t is that of pi_old. (With one
+    update per rollout, pi is pi_old.)
   * pi_old comes from the trainer's forward. The sampler's log-probabilities
     differ from it by rounding (`kl/sample`).
 
