@@ -11,13 +11,14 @@ function that PPO has to learn.
     (5)  loss  = sum over tokens of w_t (l_t + beta k_t)         `update_loss`, `token_weights`
 
 A is that of y_i, and a_t a token of it. w_t is 1 over a divisor that --aggregate chooses.
-pi_old is the policy that drew the completions, ref the policy before training, or --reference.
-If beta is above 0 (the default is 0), the KL term keeps pi near ref. The ratio (2) allows
-several updates with one rollout. The clip (3) sets the gradient of l_t to zero once the ratio
-has gone too far in the direction that A pushes. With one update per rollout, the default, every
-ratio is 1, and the gradient is that of REINFORCE with (1) as the weight. The value of the loss
-is then a weighted sum of -A (and the KL term), which says nothing about learning. Watch the
-reward.
+pi_old is the policy that drew the completions, ref the policy before training,
+or --reference. If beta is above 0 (the default is 0), the KL term keeps pi near
+ref. The ratio (2) allows several updates with one rollout. The clip (3) sets
+the gradient of l_t to zero once the ratio has gone too far in the direction
+that A pushes. With one update per rollout, the default, every ratio is 1, and
+the gradient is that of REINFORCE with (1) as the weight. The value of the loss
+is then a weighted sum of -A (and the KL term), which says nothing about
+learning. Watch the reward.
 
 Variants are flags. DAPO changes the clip and GSPO the ratio. Both need --minibatches or --epochs:
 with one update per rollout every ratio is 1, and the clip does nothing.
@@ -763,9 +764,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     share, which is logged as eval/exact. With another reward there is an eval/NAME for
     each rule that accepts every row's own answer. With --eval_samples eval/pass@K, too."""
     n = args.eval_samples
-    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < n]
-    if n:
-        ks.append(n)
+    ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, n) if 0 < k <= n})
     mine = held_out[world.rank :: world.size]
     # Completions at once: as many as in a rollout, or as many as make 8192 tokens if that
     # is more; at most 256.

@@ -146,7 +146,8 @@ class Args:
     critic_learning_rate: float | None = None
     """of the critic (None: 1e-5, or 5e-4 for the bundled model; x 10 if shared or with adapters)"""
     critic_warmup: int = 0
-    """first steps, in which only the critic learns (a shared one: its layer); the policy's --warmup
+    """first steps, in which only the critic learns (of a
+    shared one, only its layer); the policy's --warmup
     follows them"""
     gamma: float = 1.0
     """discount of a reward per token; 1: late rewards count like early ones"""
@@ -339,9 +340,10 @@ def k3(logprobs, other_logprobs):
 def value_loss(values, old_values, returns, weights, clip):
     """Equation (5), summed with weights; all [b, C], values with gradient.
 
-    The larger error counts. A value that has moved by more than `clip` towards its return has no
-    gradient, unless it has overshot the return so far that V_clip is nearer.
-    One that has moved away always has a gradient. Like the ratio's clip, this is no bound.
+    The larger error counts. A value that has moved by more than `clip` towards
+    its return has no gradient, unless it has overshot the return so far that
+    V_clip is nearer. One that has moved away always has a gradient. Like the
+    ratio's clip, this is no bound.
     """
     error = (values - returns) ** 2
     if clip:
@@ -351,9 +353,10 @@ def value_loss(values, old_values, returns, weights, clip):
 
 
 def explained_variance(values, monte_carlo, mask, world):
-    """1 - Var(G - V) / Var(G) over tokens, G the Monte Carlo returns: 1 if V predicts every G up to
-    a constant, 0 for a constant V, None if Var(G) is near 0. G is R_t of (2) at lam 1, where V
-    cancels. With lam < 1, R_t contains V, and would flatter the critic."""
+    """1 - Var(G - V) / Var(G) over tokens, G the Monte Carlo returns: 1 if V
+    predicts every G up to a constant, 0 for a constant V, None if Var(G) is near
+    0. G is R_t of (2) at lam 1, where V cancels. With lam < 1, R_t contains V,
+    and would flatter the critic."""
     _, variance = mean_and_variance(monte_carlo, mask, world)
     _, unexplained = mean_and_variance(monte_carlo - values, mask, world)
     return 1 - unexplained / variance if variance > 1e-6 else None
