@@ -220,7 +220,9 @@ def test_a_complete_comparison_leaves_nothing_to_run_and_fills_its_tables(result
     controls = results.controls_table(rows).splitlines()
     assert len(controls) == 2 + len(results.CONTROLS)
     row = next(line for line in controls if "PPO, shared critic" in line)
-    assert re.search(r"four updates, 2e-4 \| 32 prompts x 8 \| 0\.6\d\d \| 0\.4\d\d \| -0\.[23]", row)
+    assert re.search(
+        r"four updates, 2e-4 \| 32 prompts x 8 \| 0\.6\d\d \| 0\.4\d\d \| -0\.[23]", row
+    )
     differences = results.differences_table(rows).splitlines()
     assert len(differences) == 2 + len(results.METHODS) - 1, "best-of-N has no answers to compare"
     assert differences[2].startswith("| fine-tuning | 0.9")
