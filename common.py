@@ -698,7 +698,7 @@ def limit_to_reward_model(args, tokenizer, prompts):
     why = f"--reward {args.reward} reads {context} tokens, and the longest prompt has {longest}"
     same_tokens = tokenizer.get_vocab().items() <= reader.get_vocab().items()
     if 0 < room < args.max_new_tokens and not same_tokens:
-        say(f"note: {why}; longer texts will lose tokens after the first one")
+        say(f"note: {why}; of longer texts it reads the first token and the end")
         return args
     return lower_max_new_tokens(args, room, why)
 
@@ -775,8 +775,8 @@ def load_scalar(
         a reward model to train    head_std or None  a new head drawn with this std, or the folder's
         a reward model that scores frozen=True       the folder's head
 
-    The tokenizer may get another pad token here if the model scores: then it is the model's own.
-    (A script that trains a reward model has called `own_pad` before.)"""
+    If the model scores, the tokenizer is its own, and may get another pad token here. (A script
+    that trains a reward model has called `own_pad` before.)"""
     scalar_config(path)
     model, missing = load(AutoModelForSequenceClassification, path, num_labels=1)
     if head_std is None and missing:
@@ -991,7 +991,7 @@ def write_model(model, tokenizer, folder, state, dtype, note=None):
         if note:
             write(temporary / "score.json", json.dumps(note) + "\n")
         replace(temporary, folder)
-        if hasattr(model, "lora"):  # both at once: the adapter is of this model
+        if hasattr(model, "lora"):  # right after it: the adapter is of this model
             replace(temporary_adapter, adapter)
     except Exception as error:  # each library has its own exception for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
@@ -1323,7 +1323,9 @@ def score_ids(model, tokenizer, texts, world):
     sizes = torch.tensor([[len(texts), max(map(len, texts))]], device=world.device)
     most, longest = all_gather(world, sizes).amax(0).tolist()  # over all processes
     if longest > limit:
-        say_once(f"warning: --reward reads {limit} tokens; longer texts lose some after the first")
+        say_once(
+            f"warning: --reward reads {limit} tokens, of longer texts the first token and the end"
+        )
         # with the first token, from which some families read the score
         texts = [t if len(t) <= limit else [t[0], *t[1 - limit :]] for t in texts]
     values = []
@@ -1615,7 +1617,7 @@ class RoomyLayer(DynamicLayer):
     def __init__(self, stock, rows, room):
         super().__init__()
         self.is_initialized = True
-        self.room = 64 * math.ceil(room / 64)  # multiples of 8 are fast; of 64, few
+        self.room = 64 * math.ceil(room / 64)  # attention wants multiples of 8
         self.filled = stock.keys.shape[2]
         self.buffers = [stock.keys, stock.values]  # [B, heads, room, d] each, once copied
         stock.keys = stock.values = None
@@ -2156,8 +2158,8 @@ def open_run(args, script, world):
             lock(out)
             known = {"script": script, **dataclasses.asdict(args)}
             if args.resume and checkpoints(out) and int(checkpoints(out)[-1].stem) == args.steps:
-                # All steps are made, and only the model is to be written. args.json keeps the
-                # run's own number of steps, so that it can still be resumed to its end.
+                # All steps up to --steps are made, and only the model is to be written. args.json
+                # keeps the larger number of before, so that the run can go on to its end.
                 known["steps"] = json.loads((out / "args.json").read_text())["steps"]
             write(out / "args.json", json.dumps(known, indent=1) + "\n")
         except OSError as error:

@@ -10,7 +10,8 @@ function that PPO has to learn.
     (4)  k_t   = rho_t (exp(-d) - 1 + d),  d = log pi(a_t | ..) - log ref(a_t | ..)   `k3` x rho_t
     (5)  loss  = sum over tokens of w_t (l_t + beta k_t)         `update_loss`, `token_weights`
 
-A is that of y_i, and a_t a token of it. w_t is 1 over a divisor that --aggregate chooses.
+A is that of y_i, and a_t a token of it. w_t is 1 over a divisor that --aggregate
+chooses, and 0 where --mask_truncated leaves a completion out.
 pi_old is the policy that drew the completions, ref the policy before training,
 or --reference. If beta is above 0 (the default is 0), the KL term keeps pi near
 ref. The ratio (2) allows several updates with one rollout. The clip (3) sets
@@ -48,8 +49,8 @@ What is biased:
     1 / sqrt(n).
   * The group's mean contains the sample itself. With --scale none, that multiplies
     the expected gradient by 1 - 1/n.
-  * The divisors of --aggregate token and sequence are lengths of the samples
-    themselves (`token_weights`).
+  * The divisors of --aggregate token and sequence depend on the samples' lengths
+    (`token_weights`).
   * The KL term is each token's KL given the text before it. A token also
     changes the text before later tokens, and so their KL. That gets no gradient.
     (reinforce.py counts that: there log pi - log ref is in the reward.)

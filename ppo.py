@@ -65,7 +65,7 @@ What biases the gradient of the expected reward:
     Nothing corrects for that.
 The baseline V(s_t) does not bias it, because it does not see a_t. And in the
 first update, where log pi_old is log pi, it is right to treat r_t as a
-constant: the gradient of its KL would only add -beta E[grad log pi], which is 0.
+constant: its gradient would only add -beta E[grad log pi], which is 0.
 
 Left out: bootstrapping where a completion was cut, adaptive beta, an entropy
 bonus, replay of earlier rollouts.

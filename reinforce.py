@@ -28,11 +28,11 @@ pi_old is pi before the rollout's first update: it drew the samples.
 
 (3) KL(pi || ref) is the mean of d_1 + .. + d_T (the estimate called k1). So J is
     the mean of r(x, y) - beta (d_1 + .. + d_T), a score like any other, and (2)
-    gives its gradient. The KL of J has pi where d_t has pi_old, so its log has a
-    gradient of its own, but the mean of that is -beta E[grad log pi] = 0, because the
-    sum of grad pi over all tokens is grad 1. So d_t is a constant, computed before
-    the update. For the same reason the KL must be in the reward: as a term of the
-    loss, log pi - log ref has a gradient whose mean is 0.
+    gives its gradient. The KL of J has log pi where d_t has log pi_old, and log pi
+    has a gradient, but that adds only -beta E[grad log pi] = 0, because the sum of
+    grad pi over all tokens is grad 1 = 0. So d_t is a constant, computed before the
+    update. For the same reason the KL must be in the reward: as a term of the loss,
+    log pi - log ref has a gradient whose mean is 0.
 (4) A token did not cause the rewards before it, so in its weight they would only be
     noise. With gamma 1 and beta 0, every G_t is the score. That is (2).
 (5) E[baseline grad log pi] = 0 if the baseline does not depend on y, so it may be
@@ -78,8 +78,8 @@ tokens in the longest completion.
 
 What is biased:
   * --baseline prompt and batch shrink the gradient (see `baselines`).
-    --normalize (with baseline prompt or loo), --keep_max and a --gamma below 1 follow another
-    direction than grad J.
+    --normalize, whose divisor depends on the samples, --keep_max and a --gamma below 1
+    follow another direction than grad J.
   * w_t corrects the chance of token t alone. The text before it, and the text after it that G_t
     comes from, are still distributed as under pi_old, and d_t is that of pi_old. (With one
     update per rollout, pi is pi_old.)

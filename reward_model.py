@@ -570,8 +570,8 @@ def fold_scale(model, tokenizer, pairs, share_prompts, args, world):
 
 
 def report_best_of(model, tokenizer, policy_tokenizer, prompts, reward, args, world, stop_asked):
-    """Draws max(N) completions of each prompt from the policy. Reports the mean score of the best
-    of N, equation (3), their mean true reward, if there is one, and (4). The best is always
+    """Draws max(N) completions of each prompt from the policy. Reports equation (3) with the
+    score as the value v_i and, if there is a true reward, with that, and (4). The best is always
     the one with the highest score. N = 1 is the policy itself."""
     policy = common.load_reference(args.policy, world)
     M = max(args.best_of)
@@ -653,7 +653,7 @@ def read_pairs(path, flag):
             if is_messages and value[-1]["role"] == "assistant":
                 *before, answer = value
                 record[side] = answer["content"]
-                if not record["prompt"]:  # if no side has given it yet
+                if not record["prompt"]:  # neither the row nor the other side has given it
                     record["prompt"] = before
                 elif before and common.is_prompt(record["prompt"]):
                     if not common.same_talk(common.messages(record["prompt"]), before):

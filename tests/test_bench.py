@@ -294,7 +294,7 @@ def test_methods_of_which_all_runs_have_failed_are_alike(results):
 
 
 def test_a_difference_has_welchs_error_and_degrees_of_freedom(results):
-    """By the seeds alone: each is right on all prompts up to a place of its own."""
+    """Its formulas written out. Each seed is right on all prompts up to a place of its own."""
     counts = [[800, 900, 850, 700, 1000], [500, 510, 490, 505, 495, 500, 500, 502]]
     rows = [[{"right": "1" * n + "0" * (100_000 - n)} for n in part] for part in counts]
     apart, error, df = results.difference(*map(results.right_of, rows))
@@ -341,9 +341,30 @@ def test_a_control_changes_one_thing_of_its_method(results):
         critics.append(float(command.pop()))
         assert command == results.command_of("PPO, shared critic", "one update", 3e-4)[:-1]
     assert critics == [5e-3, 2.5e-3, 1e-2]
-    words = results.command_of("PPO, separate critic: no critic", "four updates", 2e-4)
-    assert words[words.index("--critic_learning_rate") + 1] == "0", "its value stays the first, 0"
-    assert words[words.index("--lam") + 1] == "1"
+
+
+def test_the_controls_are_understood_by_their_scripts(results):
+    for name, change in results.CONTROLS:
+        method = results.METHODS[name]
+        for variant in method.variants:
+            found = []
+            for of in (name, f"{name}: {change}"):
+                script, *words = results.command_of(of, variant, 2e-4)
+                module = importlib.import_module(script.removesuffix(".py"))
+                args = module.resolve(tyro.cli(module.Args, args=words, use_underscores=True))
+                found.append(vars(args))
+            plain, changed = found
+            differ = {name for name in plain if plain[name] != changed[name]}
+            assert bool(differ) == (change != results.AGAIN), (name, change)
+            if change.startswith("no critic"):
+                assert changed["critic_learning_rate"] == 0, "the value stays the first, 0"
+                assert changed["lam"] == changed["gamma"] == 1 and not changed["beta"]
+                assert changed["whiten"] == (change == "no critic")
+                assert differ <= {"critic_learning_rate", "lam", "whiten"}
+            for size in ("prompts_per_step", "samples_per_prompt"):
+                assert (size in differ) <= (change[0].isdigit() or change.startswith("one sample"))
+            rows = [args["prompts_per_step"] * args["samples_per_prompt"] for args in found]
+            assert rows[0] == rows[1], "the same budget"
 
 
 def test_runs_that_have_all_failed_count_as_nothing_right(results):
@@ -614,6 +635,8 @@ def test_the_tables_are_those_of_the_rows(results, real):
     rows = results.read(bench / "results.jsonl")
     assert results.table(rows) == (bench / "results.md").read_text()
     assert results.settings_table(rows) == (bench / "results_settings.md").read_text()
+    assert results.controls_table(rows) == (bench / "results_controls.md").read_text()
+    assert results.differences_table(rows) == (bench / "results_differences.md").read_text()
     rows = results.read(bench / "real.jsonl")
     assert real.table(rows) == (bench / "real.md").read_text()
     assert real.rates_table(rows) == (bench / "real_rates.md").read_text()

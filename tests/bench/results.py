@@ -25,8 +25,8 @@ The chosen setting is run with seeds 11 to 20, and the model at the end answers 
 greedily. Best-of-N trains nothing but the reward model by whose scores it takes one of N samples of
 the start for each of these prompts. Curves are of the bundled 512 held-out prompts.
 
-Controls repeat a chosen setting with one thing changed that could explain a difference, with seeds
-11 to 15 and the same 2,048 prompts.
+Controls repeat a chosen setting with something changed that could explain a difference, or with
+nothing changed, on another processor. They have seeds 11 to 15 and the same 2,048 prompts.
 
 The same run on the same kind of processor gives the same row (but for its seconds). Others round
 differently, and single scores then differ by some hundredths. Later rows say which processor, which
@@ -161,7 +161,7 @@ CONTROLS = {
     **{(name, GROUPED): GROUPS for name in PPO},
     **{(name, "critic's rate halved"): "" for name in PPO},
     **{(name, "critic's rate doubled"): "" for name in PPO},
-    # V stays the 0 that it begins with, so that the advantage is the reward
+    # V stays the 0 that it begins with: the advantage is the reward, less its mean if whitened
     ("PPO, separate critic", "no critic"): "--lam 1",
     ("PPO, separate critic", "no critic, no whitening"): "--lam 1 --no_whiten",
     ("PPO, separate critic", UNBOUND[0]): UNBOUND[1],
@@ -169,7 +169,7 @@ CONTROLS = {
     ("GRPO, four updates", "128 prompts x 2"): "--prompts_per_step 128 --samples_per_prompt 2",
     ("GRPO, four updates", "mean over each sequence"): "--aggregate sequence",
     ("GRPO as published", "no KL penalty"): "--beta 0",
-    # the final seeds of these ran on other processors, with other versions of the code
+    # all final seeds ran on other processors than most controls, with older versions of the code
     ("REINFORCE, no baseline", AGAIN): "",
     ("PPO, separate critic", AGAIN): "",
     ("GRPO, four updates", AGAIN): "",
@@ -488,7 +488,8 @@ def run_all(jobs_of_rows, run_one, path, at_once):
 
 def student(df, chance=0.05):
     """How many standard errors an interval reaches to each side by Student's t, if it is to miss
-    with this chance. (sqrt(df) tan(angle) has that distribution if the angle has this density.)"""
+    with this chance. (sqrt(df) tan(angle) has that distribution if the angle has a density
+    proportional to cos(angle)^(df - 1).)"""
     edges = np.linspace(0, math.pi / 2, 20_001)
     below = np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2) ** (df - 1))
     return math.sqrt(df) * math.tan(np.interp(1 - chance, below / below[-1], edges[1:]))
@@ -540,7 +541,8 @@ def interval(rows, score, draws=4000):
 def difference(first, second):
     """Two methods' `right_of` -> the difference of their means, its standard error, and the degrees
     of freedom of Student's t. (Welch's: the seeds of one may differ by more than the other's.) The
-    prompts, which are the same for both, are a sample, as the seeds are."""
+    prompts, which are the same for both, are a sample, as the seeds are. The noise of single
+    answers is in both variances, so the error is too large by 1 or 2 per cent."""
     apart = first.mean(0) - second.mean(0)  # by prompt
     of_prompts = apart.var(ddof=1) / len(apart)
     of_seeds = [part.mean(1).var(ddof=1) / len(part) for part in (first, second)]
