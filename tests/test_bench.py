@@ -799,7 +799,7 @@ def test_the_pages_say_what_the_controls_show(results):
 
     name = "REINFORCE, no baseline"
     one_sample = changed(name, "one sample a prompt")
-    assert f"REINFORCE without baseline has {one_sample:.2f}, too" in readme
+    assert f"REINFORCE without baseline has {one_sample:.2f}. So PPO's prompts" in readme
     words = f"REINFORCE without baseline ends at {one_sample:.2f} in place of {chosen(name):.2f}"
     assert words in page
     with_mean = changed("REINFORCE, leave one out", "one sample a prompt, the batch's mean")
@@ -816,7 +816,27 @@ def test_the_pages_say_what_the_controls_show(results):
 
     separate, shared = "PPO, separate critic", "PPO, shared critic"
     in_eights = [changed(name, results.GROUPED) for name in (separate, shared)]
-    words = "With 32 x 8 PPO has {:.2f} and {:.2f}; with one".format(*in_eights)
+    alone = changed(separate, "no critic")
+    words = "With 32 x 8 PPO has {:.2f} and {:.2f}; without its critic {:.2f};"
+    words = words.format(*in_eights, alone)
     assert words in readme
     words = "PPO ends at {:.3f} (separate critic) and {:.3f} (shared) in place of {:.3f} and {:.3f}"
     assert words.format(*in_eights, chosen(separate), chosen(shared)) in page
+    assert f"256 x 1 ends at {alone:.3f} in place of {chosen(separate):.3f}" in page
+    again = changed("GRPO with adapters", results.AGAIN)
+    assert f"seeds 11 to 15 of the adapters have {again:.3f}" in page
+    again = changed("GRPO, four updates", results.AGAIN)
+    assert f"as chosen, run again on the same processor, it has {again:.3f}." in page
+    for name, reach, words in (
+        ("GRPO, four updates", (0.78, 0.84), "seeds 11 to 15 all end at 0.78 to 0.84"),
+        ("REINFORCE, no baseline", (0.84, 0.94), "run again, has each seed's score to 0.01"),
+    ):
+        first = {row["seed"]: results.score_of(row) for row in results.final_rows(rows, name)}
+        key = f"{name}: {results.AGAIN}"
+        second = {r["seed"]: results.score_of(r) for r in rows if r["method"] == key}
+        ends = (round(min(second.values()), 2), round(max(second.values()), 2))
+        assert ends == reach and words in page
+        if name.startswith("GRPO"):
+            assert (round(first[14], 2), round(first[15], 2)) == (0.91, 0.93)
+        else:
+            assert max(abs(first[seed] - second[seed]) for seed in second) < 0.01
