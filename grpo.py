@@ -10,8 +10,8 @@ function that PPO has to learn.
     (4)  k_t   = rho_t (exp(-d) - 1 + d),  d = log pi(a_t | ..) - log ref(a_t | ..)   `k3` x rho_t
     (5)  loss  = sum over tokens of w_t (l_t + beta k_t)         `update_loss`, `token_weights`
 
-A is that of y_i, and a_t a token of it. w_t is 1 over a divisor that --aggregate
-chooses, and 0 where --mask_truncated leaves a completion out.
+A is that of y_i, and a_t a token of it. w_t is 1 over a divisor that
+--aggregate chooses, and 0 where --mask_truncated leaves a completion out.
 pi_old is the policy that drew the completions, ref the policy before training,
 or --reference. If beta is above 0 (the default is 0), the KL term keeps pi near
 ref. The ratio (2) allows several updates with one rollout. The clip (3) sets
@@ -765,7 +765,7 @@ def evaluate(policy, tokenizer, held_out, reward, args, world, stop_asked=None):
     share, which is logged as eval/exact. With another reward there is an eval/NAME for
     each rule that accepts every row's own answer. With --eval_samples eval/pass@K, too."""
     n = args.eval_samples
-    ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, n) if 0 < k <= n})
+    ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, n) if k <= n})
     mine = held_out[world.rank :: world.size]
     # Completions at once: as many as in a rollout, or as many as make 8192 tokens if that
     # is more; at most 256.

@@ -51,8 +51,8 @@ def test_grpo_learns_to_sort(tmp_path):
 
 
 def test_grpo_learns_to_sort_in_bfloat16(tmp_path):
-    """The GPU's arithmetic. A quarter of the steps: without instructions for bfloat16 a processor
-    takes half an hour for all (learning.py makes whole runs, and their table has them)."""
+    """The GPU's arithmetic. A quarter of the steps, because a processor without instructions for
+    bfloat16 takes more than twenty minutes for all. (learning.py makes whole runs.)"""
     curve = scores("grpo", tmp_path / "run", "--dtype", "bfloat16", "--steps", "100")
     assert curve[0] <= 0.40 and curve[-1] >= 0.50, curve
 

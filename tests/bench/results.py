@@ -29,7 +29,7 @@ Controls repeat a chosen setting with something changed that could explain a dif
 nothing changed, on another processor. They have seeds 11 to 15 and the same 2,048 prompts.
 
 The same run on the same kind of processor gives the same row (but for its seconds). Others round
-differently, and single scores then differ by some hundredths. Later rows say which processor, which
+differently, and single scores then differ by some hundredths, a few by more. Later rows say which processor, which
 code and which flags they are of.
 
 Writes results.jsonl, a row for each run, and from its rows the four tables results*.md and
@@ -542,7 +542,7 @@ def difference(first, second):
     """Two methods' `right_of` -> the difference of their means, its standard error, and the degrees
     of freedom of Student's t. (Welch's: the seeds of one may differ by more than the other's.) The
     prompts, which are the same for both, are a sample, as the seeds are. The noise of single
-    answers is in both variances, so the error is too large by 1 or 2 per cent."""
+    answers is in both variances, so the error is a little too large."""
     apart = first.mean(0) - second.mean(0)  # by prompt
     of_prompts = apart.var(ddof=1) / len(apart)
     of_seeds = [part.mean(1).var(ddof=1) / len(part) for part in (first, second)]
