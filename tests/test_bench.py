@@ -274,6 +274,8 @@ def test_the_reach_of_an_interval_is_that_of_students_tables(results):
     for (df, chance), reach in known.items():
         assert results.student(df, chance) == pytest.approx(reach, abs=1e-3)
     assert results.student(1000) == pytest.approx(1.962, abs=1e-3)
+    assert results.widened(5) == pytest.approx(2.776 / 1.96 * math.sqrt(5 / 4), abs=1e-3)
+    assert results.widened(1) == 1, "one run has no spread to widen"
 
 
 def test_methods_are_compared_on_the_same_prompts(results):
